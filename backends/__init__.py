@@ -1,0 +1,12 @@
+"""The table of backends, and the extra that installs what each needs."""
+
+from __future__ import annotations
+
+from optkit.registry import Registry
+
+BACKENDS = Registry(
+    "backend",
+    {"onnxruntime": "optkit.backends.onnxruntime:OnnxRuntime"},
+    group="optkit.backends",
+    extras={},
+)

@@ -1,0 +1,29 @@
+"""The table of passes. A row is a string, so that listing names imports nothing."""
+
+from __future__ import annotations
+
+from optkit.registry import Registry
+
+PASSES = Registry(
+    "pass",
+    {
+        "lift-constants": "optkit.passes.cleanup.constants:LiftConstants",
+        "fold-constants": "optkit.passes.cleanup.constants:FoldConstants",
+        "fold-shapes": "optkit.passes.cleanup.shapes:FoldShapes",
+        "remove-noops": "optkit.passes.cleanup.noops:RemoveNoops",
+        "remove-dead": "optkit.passes.cleanup.dead:RemoveDead",
+        "share-duplicates": "optkit.passes.cleanup.duplicates:ShareDuplicates",
+        "cancel-layout": "optkit.passes.cleanup.layout:CancelLayout",
+        "clean-casts": "optkit.passes.cleanup.casts:CleanCasts",
+        "fold-batch-norm": "optkit.passes.fusion.batch_norm:FoldBatchNorm",
+        "fold-affine": "optkit.passes.fusion.affine:FoldAffine",
+        "fuse-hard-swish": "optkit.passes.fusion.hard_swish:FuseHardSwish",
+        "fuse-gelu": "optkit.passes.fusion.gelu:FuseGelu",
+        "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
+        "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
+        "cast": "optkit.passes.lowering.cast:CastFloats",
+        "quantize-static": "optkit.passes.quantization.static:QuantizeStatic",
+        "quantize-dynamic": "optkit.passes.quantization.dynamic:QuantizeDynamic",
+    },
+    group="optkit.passes",
+)

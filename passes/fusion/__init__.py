@@ -1,0 +1,1 @@
+"""Several nodes become one: batch normalization and affine steps into their neighbours, activations, norms."""

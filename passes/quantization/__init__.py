@@ -1,0 +1,1 @@
+"""Fewer bits: static and dynamic quantization."""
