@@ -1,0 +1,1 @@
+"""Models that no package ships as ONNX, built from the weights that it does ship."""

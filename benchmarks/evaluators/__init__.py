@@ -1,0 +1,1 @@
+"""One stand-alone evaluator a model, for ``--eval FILE`` and ``--calib FILE:calibration``."""
