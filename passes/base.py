@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from optkit.data import CalibrationData
-    from optkit.ops.placement import Placement
+    from optkit.placement import Placement
     from optkit.targets import Target
 
 Stage = Literal["torch", "graph"]

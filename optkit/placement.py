@@ -1,0 +1,52 @@
+"""Where Q/DQ pairs go, as data: each backend has its rows, one pass reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["compute", "between"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """How one operator takes part.
+
+    Attributes:
+        op: ONNX operator type.
+        role: ``compute``: its weights are worth quantizing, and its inputs get pairs for its sake.
+            ``between``: joins only where all its inputs are on a grid already, so that integers flow through.
+        output: Whether its output gets a pair. A backend whose integer kernel cannot give float asks for it.
+        absorbs: Activations right after it that its integer kernel applies for free; the pair goes behind them.
+        max_rank: Highest rank of the output for which the kernel exists.
+    """
+
+    op: str
+    role: Role = "compute"
+    output: bool = True
+    absorbs: frozenset[str] = frozenset()
+    max_rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The rows of a backend under a name, with the formats its kernels want.
+
+    Attributes:
+        activation: Format of activations, per tensor.
+        weight: Format of weights, per output channel where ``per_channel``.
+        source: Why these rows: a measurement or a document.
+    """
+
+    name: str
+    rows: Mapping[str, Row]
+    activation: str
+    weight: str
+    per_channel: bool = True
+    source: str = ""
+
+
+def rows(*rows: Row) -> dict[str, Row]:
+    """Rows by operator."""
+    return {row.op: row for row in rows}

@@ -1,0 +1,119 @@
+"""Run an ``ir.Model`` in ONNX Runtime: the fp32 reference, and what observes values while a model runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from optkit.errors import ModelError
+
+# Protobuf ends at 2 GiB; below, bytes spare a file.
+_LARGEST_MESSAGE = 1_500_000_000
+
+
+class ReferenceSession:
+    """A model in ONNX Runtime on this CPU, one thread by default, so that sums come out the same each time.
+
+    Args:
+        model: A path, or a graph; a graph is not changed.
+        outputs: Values to give back instead of the model's outputs; any float or integer value of the main graph.
+        optimize: Whether ONNX Runtime may fuse.
+        threads: Of one operator.
+        disabled: Optimizers of ONNX Runtime that stay off, by their names.
+        large: Read weights where they lie instead of packing them: little memory, slower products.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model | Path,
+        *,
+        outputs: Sequence[str] | None = None,
+        optimize: bool = True,
+        threads: int = 1,
+        disabled: Sequence[str] = (),
+        large: bool | None = None,
+    ) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if isinstance(model, Path):
+            source: bytes | str = str(model)
+            large = model.stat().st_size > _LARGEST_MESSAGE if large is None else large
+            where = model.name
+        else:
+            from optkit.graph import weight_bytes
+
+            where = model.graph.name or "model"
+            if outputs is not None:
+                model = with_outputs(model, outputs)
+            size = weight_bytes(model)
+            large = size > _LARGEST_MESSAGE if large is None else large
+            if size > _LARGEST_MESSAGE:
+                self._folder = tempfile.TemporaryDirectory(prefix="optkit-")
+                source = str(Path(self._folder.name) / "model.onnx")
+                ir.save(model, source, external_data="model.onnx.data")
+            else:
+                source = ir.to_proto(model).SerializeToString()
+        options = session_options(threads=threads, optimize=optimize, large=large)
+        try:
+            self._session = ort.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled) or None
+            )
+        except Exception as error:  # noqa: BLE001  (ONNX Runtime's exceptions share no base class)
+            raise ModelError(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from error
+        self.inputs = tuple(i.name for i in self._session.get_inputs())
+        self.outputs = tuple(o.name for o in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name.
+
+        Raises:
+            ModelError: ONNX Runtime stopped; says at which node, as far as it tells.
+        """
+        try:
+            results = self._session.run(None, {name: feeds[name] for name in self.inputs})
+        except KeyError as error:
+            raise ModelError(f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}") from error
+        except Exception as error:  # noqa: BLE001
+            raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
+        return dict(zip(self.outputs, results, strict=True))
+
+    def close(self) -> None:
+        """Free the session and its temporary files."""
+        del self._session
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def session_options(*, threads: int, optimize: bool = True, large: bool = False) -> ort.SessionOptions:
+    """Options that every session of this project starts from."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    # Spinning threads burn the CPU time that others on the machine, and our own measurements, would use.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if large:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def first_line(error: Exception) -> str:
+    """The part of ONNX Runtime's message that a reader can use."""
+    return str(error).strip().splitlines()[0].removeprefix("[ONNXRuntimeError] : ")[:500]
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy that shares all tensors and gives back ``names`` instead of its own outputs."""
+    copy = model.clone()
+    values = {v.name: v for node in copy.graph for v in node.outputs} | {v.name: v for v in copy.graph.inputs}
+    for output in copy.graph.outputs:
+        if output.type is None:
+            output.type = ir.TensorType(ir.DataType.FLOAT)
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(values[name] for name in names)
+    return copy

@@ -1,0 +1,60 @@
+"""Run calibration batches once and observe the values that will get a Q/DQ pair, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optkit.errors import DataError
+from optkit.reference import ReferenceSession
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from optkit.passes.base import Context
+    from optkit.passes.quantization.observers import Range
+
+# Bytes of observed values that may be alive at a time; what does not fit is observed in a further run.
+WINDOW = 256 << 20
+
+
+def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], context: Context) -> dict[str, Range]:
+    """Feed every batch of ``context.data`` and observe the values called ``names``.
+
+    Memory: one batch through the model, at most ``WINDOW`` bytes of observed values, and one observer a value,
+    however many batches there are.
+
+    Raises:
+        DataError: There is no data.
+    """
+    data = context.data
+    if data is None:
+        raise DataError("static quantization needs calibration data", hint="give --calib, or use --precision int8-dyn")
+    observers = {name: make() for name in names}
+    for window in _windows(model, names, next(iter(data))):
+        session = ReferenceSession(model, outputs=window)
+        with context.progress.task("calibrate", len(data)) as task:
+            for batch in data:
+                for name, array in session.run(batch).items():
+                    observers[name].add(array)
+                task.advance()
+        session.close()
+    return observers
+
+
+def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> list[list[str]]:
+    """``names`` in groups whose values on ``batch`` fit into ``WINDOW`` together."""
+    session = ReferenceSession(model, outputs=names)
+    sizes = {name: array.nbytes for name, array in session.run(batch).items()}
+    session.close()
+    windows: list[list[str]] = [[]]
+    used = 0
+    for name in names:
+        if windows[-1] and used + sizes[name] > WINDOW:
+            windows.append([])
+            used = 0
+        windows[-1].append(name)
+        used += sizes[name]
+    return windows

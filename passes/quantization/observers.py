@@ -1,0 +1,165 @@
+"""Ranges of activations from a stream of batches, in memory that does not grow with their number."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from optkit.formats import Format
+
+Method = Literal["min-max", "percentile", "entropy", "mse"]
+
+BINS = 2048
+# Values of a tensor that enter the histogram a batch, evenly strided: a 2048-bin histogram of 64 Ki values places the
+# 99.99th percentile within a bin, and counting them costs less than the convolution that made them.
+SAMPLE = 1 << 16
+
+
+class Range:
+    """Smallest and largest value seen."""
+
+    def __init__(self) -> None:
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, x: np.ndarray) -> None:
+        """Take in one batch, any shape; NaN makes the range NaN."""
+        if x.size:
+            self.low, self.high = float(np.minimum(self.low, x.min())), float(np.maximum(self.high, x.max()))
+
+    @property
+    def finite(self) -> bool:
+        """Whether something was seen and all of it was a number."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+    def limits(self, fmt: Format) -> tuple[float, float]:
+        """The range to quantize."""
+        return self.low, self.high
+
+
+class Histogram(Range):
+    """A range and a histogram whose bins double in width when a value falls outside.
+
+    Bin edges stay multiples of the bin width, so that doubling merges whole pairs and 0 stays an edge.
+
+    Args:
+        method: ``percentile``, ``entropy`` or ``mse``.
+        percentile: Share of the values, in percent, that the range keeps.
+    """
+
+    def __init__(self, method: Method, percentile: float) -> None:
+        super().__init__()
+        self._method, self._percentile = method, percentile
+        self._width = 0.0
+        self._first = 0  # index of the first bin: its lower edge is first * width
+        self.counts = np.zeros(BINS, np.int64)
+
+    def add(self, x: np.ndarray) -> None:
+        """Take in one batch, any shape."""
+        super().add(x)
+        if not x.size or not self.finite:
+            return
+        flat = x.ravel()
+        if flat.size > SAMPLE:
+            flat = flat[:: -(-flat.size // SAMPLE)]
+        low, high = float(flat.min()), float(flat.max())
+        if self._width == 0.0:
+            if low == high == 0.0:
+                return
+            # A quarter of the bins is left free on each side for what later batches bring.
+            self._width = float(2.0 ** np.ceil(np.log2(max(high - low, abs(high), abs(low)) / (BINS // 2))))
+            self._first = int(np.floor(low / self._width)) - BINS // 4
+        while not (self._first * self._width <= low and high < (self._first + BINS) * self._width):
+            self._double(low)
+        index = np.floor(flat * np.float32(1 / self._width)).astype(np.int64) - self._first
+        self.counts += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+
+    def _double(self, low: float) -> None:
+        counts = np.zeros(BINS + 2, np.int64)
+        odd = self._first % 2
+        counts[odd : odd + BINS] = self.counts
+        merged = counts.reshape(-1, 2).sum(1)  # BINS / 2 + 1 bins of twice the width
+        self._width *= 2
+        start = (self._first - odd) // 2
+        # Old bins go to the end where the new values are below them, and to the start where they are above.
+        room = BINS - len(merged)
+        first = start - room if low < self._first * self._width / 2 else start
+        self.counts = np.zeros(BINS, np.int64)
+        self.counts[start - first : start - first + len(merged)] = merged
+        self._first = first
+
+    def limits(self, fmt: Format) -> tuple[float, float]:
+        """The range to quantize by the method."""
+        if not self.finite or not self.counts.any():
+            return self.low, self.high
+        if self._method == "percentile":
+            return self._by_percentile()
+        return self._search(fmt, _squared_error if self._method == "mse" else _divergence)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """``[BINS + 1]`` edges of the bins."""
+        return (self._first + np.arange(BINS + 1)) * self._width
+
+    def _by_percentile(self) -> tuple[float, float]:
+        share = np.cumsum(self.counts) / self.counts.sum()
+        tail = (1 - self._percentile / 100) / 2
+        edges = self.edges
+        low = edges[int(np.searchsorted(share, tail, side="right"))]
+        high = edges[min(int(np.searchsorted(share, 1 - tail)) + 1, BINS)]
+        return max(float(low), self.low), min(float(high), self.high)
+
+    def _search(self, fmt: Format, loss: object) -> tuple[float, float]:
+        """The best of 64 ranges, each the observed one with both ends moved towards 0 by the same share."""
+        assert callable(loss)
+        centers, best, limits = self.edges[:-1] + self._width / 2, np.inf, (self.low, self.high)
+        used = self.counts > 0
+        centers, counts = centers[used], self.counts[used].astype(np.float64)
+        for share in np.linspace(1.0, 0.2, 65):
+            low, high = min(self.low, 0.0) * share, max(self.high, 0.0) * share
+            found = loss(centers, counts, low, high, fmt)
+            if found < best * (1 - 1e-9):
+                best, limits = found, (low, high)
+        return limits
+
+
+def _on_grid(x: np.ndarray, low: float, high: float, fmt: Format) -> np.ndarray:
+    step = (max(-low, high) / fmt.high if fmt.symmetric else (high - low) / fmt.steps) or 1.0
+    low, high = (-fmt.high * step, fmt.high * step) if fmt.symmetric else (low, high)
+    return np.clip(np.round(x / step) * step, low, high)
+
+
+def _squared_error(x: np.ndarray, counts: np.ndarray, low: float, high: float, fmt: Format) -> float:
+    """Sum of squared rounding and clipping errors (Banner et al. 2018, arXiv:1810.05723, measured, not modelled)."""
+    # Within a bin, values are spread evenly: the rounding error of a step much wider than a bin comes out right.
+    return float(counts @ (x - _on_grid(x, low, high, fmt)) ** 2)
+
+
+def _divergence(x: np.ndarray, counts: np.ndarray, low: float, high: float, fmt: Format) -> float:
+    """KL divergence of the clipped and quantized distribution from the seen one (Migacz, GTC 2017, slides 19-35).
+
+    Differs from the source: the range may be asymmetric, and empty bins are left out of both distributions.
+    """
+    clipped = np.clip(x, low, high)
+    level = np.round(_on_grid(x, low, high, fmt) / (((high - low) / fmt.steps) or 1.0)).astype(np.int64)
+    _, group = np.unique(level, return_inverse=True)
+    seen = counts.copy()
+    outside = clipped != x
+    # Clipped values count at the ends of the range in the reference, as in the source.
+    for side in (x < low, x > high):
+        if side.any():
+            inside = np.flatnonzero(~outside)
+            if not len(inside):
+                return np.inf
+            seen[inside[0] if side[0] else inside[-1]] += counts[side].sum()
+    seen[outside] = 0
+    total, size = np.bincount(group, np.where(outside, 0, counts)), np.bincount(group, ~outside)
+    spread = np.where(outside, 0, total[group] / np.maximum(size[group], 1))
+    p, q = seen / seen.sum(), spread / max(spread.sum(), 1e-30)
+    used = (p > 0) & (q > 0)
+    return float(np.sum(p[used] * np.log(p[used] / q[used]))) + float(p[(p > 0) & (q == 0)].sum()) * 10
+
+
+def observer(method: Method, percentile: float) -> Range:
+    """A fresh observer."""
+    return Range() if method == "min-max" else Histogram(method, percentile)

@@ -1,0 +1,151 @@
+"""Which nodes a static quantizer takes and which values get a pair: decided from a placement's rows alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from optkit.graph import constant, rank, users
+from optkit.ops import spec
+from optkit.placement import Placement, Row
+from optkit.qdq import is_quantized
+
+
+@dataclass(slots=True)
+class Plan:
+    """The decisions.
+
+    Attributes:
+        nodes: Quantized nodes with their rows, in graph order.
+        pairs: Values that get a pair, with the value whose range they take (themselves, or where the grid came from).
+        owners: Values of ``pairs`` whose every reader reads the integers, because an integer kernel gives no float.
+        left: ``(node, reason)`` for nodes that have a row but stay as they are.
+    """
+
+    nodes: dict[ir.Node, Row] = field(default_factory=dict)
+    pairs: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    owners: set[ir.Value] = field(default_factory=set)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+
+def selects(patterns: Sequence[str], node: ir.Node) -> bool:
+    """Whether one of the globs, or regular expressions after ``re:``, names the node or its operator."""
+    names = (str(node.name), node.op_type, node.metadata_props.get("optkit.module", ""))
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if any(re.search(pattern[3:], name) for name in names):
+                return True
+        elif any(fnmatch.fnmatchcase(name, pattern) for name in names if name):
+            return True
+    return False
+
+
+def make_plan(graph: ir.Graph, placement: Placement, targets: Sequence[str], ignore: Sequence[str]) -> Plan:
+    """Choose nodes and values.
+
+    Compute nodes with constant float32 weights are taken first; then operators between them whose inputs all lie on a
+    grid already. A value gets a pair when a taken node reads it or its producer's kernel gives integers only.
+    """
+    plan = Plan()
+    ends: dict[ir.Node, ir.Value] = {}
+    for node in graph:
+        row = placement.rows.get(node.op_type) if node.domain == "" else None
+        if row is None or row.role != "compute":
+            continue
+        reason = _obstacle(node, row, targets, ignore)
+        if reason is not None:
+            plan.left.append((str(node.name), reason))
+            continue
+        plan.nodes[node] = row
+        ends[node] = _end(node, row)
+    if not plan.nodes:
+        return plan
+    grid: dict[ir.Value, ir.Value] = {ends[n]: ends[n] for n, row in plan.nodes.items() if row.output}
+    _spread(graph, placement, targets, ignore, plan, grid)
+    _prune_dangling(plan, grid)
+    for node, row in plan.nodes.items():
+        known = spec(node)
+        assert known is not None
+        for index in known.activations:
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is not None and not (index == known.weight and constant(value) is not None):
+                plan.pairs.setdefault(value, grid.get(value, value))
+        if row.output:
+            end = ends.get(node, node.outputs[0])
+            plan.pairs.setdefault(end, grid.get(end, end))
+            plan.owners.add(end)
+    return plan
+
+
+def _obstacle(node: ir.Node, row: Row, targets: Sequence[str], ignore: Sequence[str]) -> str | None:
+    known = spec(node)
+    assert known is not None and known.weight is not None
+    if not selects(targets, node):
+        return "not among the targets"
+    if selects(ignore, node):
+        return "ignored by the recipe"
+    weight = node.inputs[known.weight]
+    if is_quantized(weight) or is_quantized(node.inputs[0]):
+        return "already quantized"
+    if weight is None or not weight.is_initializer() or constant(weight) is None:
+        return "its second operand is not a constant"
+    if weight.dtype != ir.DataType.FLOAT:
+        return f"its weights are {weight.dtype.name.lower() if weight.dtype else 'untyped'}"
+    if row.max_rank is not None and (rank(weight) or 0) > row.max_rank:
+        return f"the integer kernel takes weights of up to {row.max_rank} axes"
+    if known.bias is not None and len(node.inputs) > known.bias:
+        bias = node.inputs[known.bias]
+        if bias is not None and (constant(bias) is None or rank(bias) != 1):
+            return "its bias is not a constant vector"
+    if node.op_type == "Gemm" and (node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0):
+        return "alpha or beta is not 1"
+    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+        return "its first operand is transposed"
+    return None
+
+
+def _end(node: ir.Node, row: Row) -> ir.Value:
+    """The value behind ``node`` and the activation that its kernel absorbs."""
+    value = node.outputs[0]
+    readers = users(value)
+    if len(readers) == 1 and not value.is_graph_output() and readers[0].op_type in row.absorbs and readers[0].inputs[0] is value:
+        reader = readers[0]
+        if reader.op_type != "Clip" or all(constant(v) is not None for v in reader.inputs[1:] if v is not None):
+            return reader.outputs[0]
+    return value
+
+
+def _spread(
+    graph: ir.Graph, placement: Placement, targets: Sequence[str], ignore: Sequence[str], plan: Plan, grid: dict[ir.Value, ir.Value]
+) -> None:
+    """Take the operators between quantized ones whose float inputs are all on a grid."""
+    for node in graph:
+        row = placement.rows.get(node.op_type) if node.domain == "" else None
+        known = spec(node)
+        if row is None or row.role != "between" or known is None or not selects(targets, node) or selects(ignore, node):
+            continue
+        floats = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
+        if not floats or any(v not in grid for v in floats) or node.outputs[0].dtype != ir.DataType.FLOAT:
+            continue
+        if row.max_rank is not None and (rank(node.outputs[0]) or 99) > row.max_rank:
+            continue
+        if len(node.outputs) > 1:
+            continue
+        plan.nodes[node] = row
+        grid[node.outputs[0]] = grid[floats[0]] if known.same_grid else node.outputs[0]
+
+
+def _prune_dangling(plan: Plan, grid: dict[ir.Value, ir.Value]) -> None:
+    """Drop operators between whose output no quantized node reads: integers would only be made to be unmade."""
+    changed = True
+    while changed:
+        changed = False
+        for node, row in tuple(plan.nodes.items()):
+            if row.role == "between" and not any(user in plan.nodes for user in users(node.outputs[0])):
+                del plan.nodes[node]
+                grid.pop(node.outputs[0], None)
+                changed = True
