@@ -251,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     get = commands.add_parser("fetch", help="download, check, build; prints where the models are")
     get.add_argument("names", nargs="*", metavar="NAME", help="models or datasets; all models when left out")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("optkit").setLevel(logging.INFO)
     if options.command == "list":
         _list()
         return 0

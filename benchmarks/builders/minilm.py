@@ -106,7 +106,7 @@ def build(folder: Path, path: Path) -> None:
         external_data=False,
         opset_version=18,
         input_names=["input_ids", "attention_mask"],
-        output_names=["embedding"],
+        output_names=["sentence_embedding"],
         dynamic_shapes={"input_ids": shape, "attention_mask": shape},
         verbose=False,
     )

@@ -1,0 +1,67 @@
+"""all-MiniLM-L6-v2: the first paragraph of a docstring must find the rest of it among all others (MRR@10).
+
+The texts are docstrings of Python's standard library and of NumPy as they are installed. A sample is a batch of two
+pairs; what it scores is their vectors, and ``aggregate`` ranks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optkit.benchmarks import suite
+from optkit.benchmarks.docstrings import pairs
+from optkit.benchmarks.metrics import reciprocal_ranks
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+METRIC = "MRR@10"
+_TOKENS, _PAIRS = 128, 2
+
+
+def samples(n: int = 320) -> Iterator[tuple[dict[str, np.ndarray], None]]:
+    """Batches of queries followed by their documents; which belongs to which is their order."""
+    for feeds in _batches(n, held_out=False):
+        yield feeds, None
+
+
+def score(outputs: dict[str, np.ndarray], label: None) -> np.ndarray:
+    """Vectors of the queries and of the documents, ``[2, pairs, width]``."""
+    (vectors,) = outputs.values()
+    return vectors.astype(np.float32).reshape(2, -1, vectors.shape[-1])
+
+
+def aggregate(scores: Sequence[np.ndarray]) -> float:
+    """Mean reciprocal rank of the right document among those of all batches."""
+    queries, documents = np.concatenate(scores, axis=1)
+    return float(reciprocal_ranks(queries, documents).mean())
+
+
+def calibration(n: int = 64) -> Iterator[dict[str, np.ndarray]]:
+    """Texts of source files that no sample reads."""
+    return _batches(n, held_out=True)
+
+
+def _batches(n: int, *, held_out: bool) -> Iterator[dict[str, np.ndarray]]:
+    found = pairs(n, held_out=held_out)
+    for start in range(0, len(found), _PAIRS):
+        queries, documents = zip(*found[start : start + _PAIRS], strict=True)
+        encoded = _tokenizer().encode_batch([*queries, *documents])
+        yield {
+            "input_ids": np.array([row.ids for row in encoded], np.int64),
+            "attention_mask": np.array([row.attention_mask for row in encoded], np.int64),
+        }
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(suite.find("minilm_l6", "tokenizer.json")))
+    tokenizer.enable_truncation(_TOKENS)
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    return tokenizer
