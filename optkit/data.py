@@ -1,0 +1,655 @@
+"""Calibration data: named batches, the same every time, read one at a time and checked against the model."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import logging
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Feeds = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """What a session or model takes or gives under one name.
+
+    Attributes:
+        dtype: NumPy's; bfloat16 and the 8 and 4 bit types are those of ``ml_dtypes``.
+        shape: A number where the size is fixed, a symbol where it is free (the same symbol is the same size), None where
+            nothing is known. A shape of None: not even the rank is known.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        axes = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype.name}[{axes}]"
+
+    @classmethod
+    def of(cls, value: ir.Value) -> TensorSpec:
+        """The spec of an input or output of a graph."""
+        if (
+            not isinstance(value.type, ir.TensorType)
+            or value.dtype is None
+            or value.dtype == ir.DataType.UNDEFINED
+        ):
+            raise DataError(f"{value.name!r} is not a tensor of known type ({value.type})")
+        shape = None
+        if value.shape is not None:
+            shape = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        return cls(name=value.name or "", dtype=np.dtype(value.dtype.numpy()), shape=shape)
+
+
+def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and the outputs of ``model``; inputs with an initializer are not the caller's and left out."""
+    graph = model.graph
+    inputs = tuple(TensorSpec.of(v) for v in graph.inputs if not v.is_initializer())
+    return inputs, tuple(TensorSpec.of(v) for v in graph.outputs)
+
+
+def validate(feeds: Mapping[str, Any], inputs: Sequence[TensorSpec], *, where: str = "") -> Feeds:
+    """Check one batch against ``inputs`` and return it in their order and types.
+
+    Types are converted where no value changes its meaning: between widths of one kind, when every value fits (rounding a
+    float is fine, overflow is not). Integers for a float input are refused: mostly they are pixels not yet normalised.
+
+    Args:
+        where: For messages: ``calib/0003.npz``.
+
+    Raises:
+        DataError: A name, type, shape or value does not fit; all that do not are listed.
+    """
+    prefix = f"{where}: " if where else ""
+    if not isinstance(feeds, Mapping):
+        raise DataError(
+            f"{prefix}a batch must be a dict of arrays, not {type(feeds).__name__}",
+            hint=f"yield {{{', '.join(f'{s.name!r}: ...' for s in inputs)}}}",
+        )
+    known = [s.name for s in inputs]
+    problems = [
+        f"unknown input {name!r}{_did_you_mean(str(name), [k for k in known if k not in feeds])}"
+        for name in feeds
+        if name not in known
+    ]
+    problems += [f"input {name!r} is missing" for name in known if name not in feeds]
+    if problems:
+        raise DataError(prefix + "; ".join(problems), hint=f"the model takes {', '.join(map(str, inputs))}")
+    sizes: dict[str, tuple[int, str]] = {}
+    batch = {}
+    for spec in inputs:
+        place = f"{prefix}input {spec.name!r}"
+        array = _array(feeds[spec.name], place)
+        _check_shape(array, spec, sizes, place)
+        batch[spec.name] = _convert(array, spec.dtype, place)
+    return batch
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _array(value: Any, place: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # ragged lists; tensors that need .detach() or .cpu()
+        raise DataError(f"{place} is not an array: {error}") from error
+    if array.dtype.kind in "OUSMm" or (array.dtype.kind == "V" and array.dtype.names):
+        raise DataError(f"{place} holds {array.dtype} values, not numbers")
+    return array
+
+
+def _check_shape(array: np.ndarray, spec: TensorSpec, sizes: dict[str, tuple[int, str]], place: str) -> None:
+    if spec.shape is None:
+        return
+    expected = f"the model takes {spec}"
+    if array.ndim != len(spec.shape):
+        raise DataError(
+            f"{place} has {array.ndim} axes {list(array.shape)}, not {len(spec.shape)}", hint=expected
+        )
+    for axis, (size, wanted) in enumerate(zip(array.shape, spec.shape, strict=True)):
+        if isinstance(wanted, int):
+            if size != wanted:
+                raise DataError(
+                    f"{place} has size {size} at axis {axis}, not {wanted}: {list(array.shape)}",
+                    hint=expected,
+                )
+        elif wanted is not None:
+            first, name = sizes.setdefault(wanted, (size, spec.name))
+            if first != size:
+                raise DataError(
+                    f"{place} has size {size} at axis {axis}, but {wanted!r} is {first} in {name!r}",
+                    hint=expected,
+                )
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """``bool``, ``integer`` or ``float``; ml_dtypes' types are of NumPy's kind V or i/f."""
+    if dtype.kind == "b":
+        return "bool"
+    if dtype.kind in "iu" or dtype.name.startswith(("int", "uint")):
+        return "integer"
+    return "complex" if dtype.kind == "c" else "float"
+
+
+def _convert(array: np.ndarray, dtype: np.dtype[Any], place: str) -> np.ndarray:
+    kind, wanted = _kind(array.dtype), _kind(dtype)
+    if kind == "float":
+        _check_finite(array, place)
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array) if array.ndim else array.copy()
+    if {kind, wanted} == {"bool", "integer"} or kind == wanted:
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = array.astype(dtype)
+        fits = (
+            np.isfinite(converted.astype(np.float32)).all()
+            if wanted == "float"
+            else np.array_equal(converted, array)
+        )
+        if not fits:
+            raise DataError(f"{place} is {array.dtype} and has values that do not fit {dtype}")
+        return converted
+    hint = f"convert it with .astype({dtype.name!r}) if that is meant"
+    if kind == "integer" and wanted == "float":
+        hint += "; pixels usually need scaling and normalising first, as in training"
+    raise DataError(f"{place} is {array.dtype}, the model takes {dtype}", hint=hint)
+
+
+def _check_finite(array: np.ndarray, place: str) -> None:
+    plain = array if array.dtype.kind == "f" else array.astype(np.float32)
+    if np.isfinite(plain).all():
+        return
+    nan, inf = int(np.isnan(plain).sum()), int(np.isinf(plain).sum())
+    raise DataError(
+        f"{place} has {nan} NaN and {inf} infinite values of {array.size}",
+        hint="remove such samples; for a mask use a large finite number such as -1e4",
+    )
+
+
+# Opens the source anew and yields (place, batch as it was found).
+_Open = Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
+
+
+class CalibrationData:
+    """Named batches that can be iterated any number of times and are the same each time.
+
+    ``for feeds in data`` yields ``dict[str, np.ndarray]`` and holds one batch at a time.
+
+    Args:
+        batches: A sequence or other iterable of dicts that starts anew for each loop, or a function without parameters
+            that returns one. A generator is refused, because it runs only once: pass the function that makes it.
+        name: For messages and reports.
+
+    Attributes:
+        name: Where the batches come from, without folders above it.
+        random: The values were drawn, not recorded: what is measured on them says nothing about accuracy.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]],
+        *,
+        name: str = "data",
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise DataError(
+                f"{name}: a {type(batches).__name__} can be read only once, and calibration reads its data several times",
+                hint="pass a list, or the function that makes the generator",
+            )
+        if isinstance(batches, Mapping | str | bytes) or not (
+            callable(batches) or isinstance(batches, Iterable)
+        ):
+            raise DataError(
+                f"{name}: {type(batches).__name__} is not a series of batches",
+                hint='pass a list of dicts, [{"x": array}], or a function that yields them',
+            )
+        self.name = name
+        self.random = False
+        self._count = len(batches) if isinstance(batches, Sequence) else None
+        self._open: _Open = _Replay(batches, name).open
+
+    @classmethod
+    def load(
+        cls, source: str | Path, inputs: ir.Model | Sequence[TensorSpec] | None = None, *, seed: int = 0
+    ) -> CalibrationData:
+        """What ``--calib`` names.
+
+        * A folder: each ``.npz`` in it is one batch, in the order of the names; its arrays are named as the inputs.
+        * One ``.npz``: its arrays hold samples along their first axis, all the same number. They are cut into batches of
+          the model's batch size, or of one sample where that is free. (For exactly one batch, put the file in a folder.)
+        * ``file.py:function``: the function is called anew for each pass and yields dicts of arrays. This runs the file.
+        * ``random``: see ``random``.
+
+        Args:
+            inputs: What the batches must fit; they are then checked as by ``check``. Without, no batch is checked.
+
+        Raises:
+            DataError: The source is missing or is none of these.
+        """
+        text = str(source)
+        if text == "random":
+            if not isinstance(inputs, ir.Model):
+                raise DataError("random calibration data needs the model, to know its inputs")
+            return cls.random_batches(inputs, seed=seed)
+        path = Path(text)
+        if path.is_dir():
+            data = cls._folder(path)
+        elif path.is_file():
+            data = cls._file(path, 1 if inputs is None else _batch_size(_specs(inputs)))
+        elif ".py:" in text:
+            data = cls(load_function(text), name=Path(text).name)
+        else:
+            hint = "give a folder of .npz files, one .npz, or file.py:function"
+            if path.suffix == ".py":
+                hint = f"give the function as well: {text}:batches"
+            raise DataError(f"{text}: no such file or folder", hint=hint)
+        return data if inputs is None else data.check(inputs)
+
+    @classmethod
+    def _folder(cls, folder: Path) -> CalibrationData:
+        paths = sorted(p for p in folder.iterdir() if p.suffix == ".npz" and not p.name.startswith("."))
+        if not paths:
+            raise DataError(
+                f"{folder}: no .npz files",
+                hint='write each batch with np.savez(path, x=array), "x" an input\'s name',
+            )
+
+        def read() -> Iterator[tuple[str, Feeds]]:
+            for path in paths:
+                yield str(path), _read_npz(path)
+
+        return cls._make(read, name=folder.name, count=len(paths))
+
+    @classmethod
+    def _file(cls, path: Path, size: int) -> CalibrationData:
+        samples = _count_samples(path)
+        count, rest = divmod(samples, size)
+        if not count:
+            raise DataError(f"{path}: {samples} samples do not make one batch of {size}")
+        if rest:
+            logger.warning(
+                "%s: the last %d of %d samples do not fill a batch of %d and are left out",
+                path,
+                rest,
+                samples,
+                size,
+            )
+        return cls._make(lambda: _cut_npz(path, size, count), name=path.name, count=count)
+
+    @classmethod
+    def random_batches(
+        cls, model: ir.Model, n: int = 16, *, seed: int = 0, sizes: Mapping[str, int] | int = 1
+    ) -> CalibrationData:
+        """Batches drawn from the input specification of ``model``, as ``draw`` does; marked ``random``."""
+
+        def make() -> Iterator[tuple[str, Feeds]]:
+            for index in range(n):
+                yield f"random batch {index}", draw(model, np.random.default_rng([seed, index]), sizes)
+
+        return cls._make(make, name=f"random (seed {seed})", count=n, random=True)
+
+    @classmethod
+    def _make(cls, open_: _Open, *, name: str, count: int | None, random: bool = False) -> CalibrationData:
+        data = cls.__new__(cls)
+        data.name, data.random, data._count, data._open = name, random, count, open_
+        return data
+
+    def __iter__(self) -> Iterator[Feeds]:
+        for _, feeds in self.named():
+            yield feeds
+
+    def named(self) -> Iterator[tuple[str, Feeds]]:
+        """The batches, each with its place for messages: ``calib/0003.npz``, ``calib.py:batches: batch 3``."""
+        empty = True
+        for place, feeds in self._open():
+            empty = False
+            if not isinstance(feeds, Mapping):
+                raise DataError(
+                    f"{place}: a batch must be a dict of arrays, not {type(feeds).__name__}",
+                    hint='yield {"x": array}',
+                )
+            yield place, {str(k): _array(v, f"{place}: input {k!r}") for k, v in feeds.items()}
+        if empty:
+            raise DataError(f"{self.name}: no batches")
+
+    def count(self) -> int:
+        """The number of batches; a function is run through once to learn it."""
+        if self._count is None:
+            self._count = sum(1 for _ in self._open())
+        return self._count
+
+    def limit(self, n: int) -> CalibrationData:
+        """The first ``n`` batches."""
+        if n < 1:
+            raise DataError(f"{self.name}: a limit of {n} batches leaves none")
+        count = None if self._count is None else min(n, self._count)
+        return self._make(
+            lambda: itertools.islice(self._open(), n), name=self.name, count=count, random=self.random
+        )
+
+    def split(self, fraction: float = 0.25) -> tuple[CalibrationData, CalibrationData]:
+        """Calibration and held-out batches: of every ``round(1 / fraction)`` batches the last is held out.
+
+        Fewer batches than that: the last one is held out.
+
+        Raises:
+            DataError: There is only one batch.
+        """
+        if not 0 < fraction <= 0.5:
+            raise ValueError(f"fraction {fraction} is not in (0, 0.5]")
+        total = self.count()
+        if total < 2:
+            raise DataError(
+                f"{self.name}: one batch cannot be split into calibration and held-out data",
+                hint="give two batches or more; smaller ones will do",
+            )
+        k = min(round(1 / fraction), total)
+
+        def part(held: bool) -> CalibrationData:
+            def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
+                return (item for i, item in enumerate(self._open()) if (i % k == k - 1) == held)
+
+            return self._make(
+                read, name=self.name, count=total // k if held else total - total // k, random=self.random
+            )
+
+        return part(False), part(True)
+
+    def check(self, inputs: ir.Model | Sequence[TensorSpec]) -> CalibrationData:
+        """The same batches, each passed through ``validate`` as it is read.
+
+        Nothing is read now; a batch that does not fit raises ``DataError`` when its turn comes.
+        """
+        wanted = _specs(inputs)
+
+        def read() -> Iterator[tuple[str, Feeds]]:
+            for place, feeds in self._open():
+                yield place, validate(feeds, wanted, where=place)
+
+        return self._make(read, name=self.name, count=self._count, random=self.random)
+
+    def digest(self) -> str:
+        """SHA-256 over the names, types, shapes and values of all batches, in order."""
+        h = hashlib.sha256()
+        for feeds in self:
+            h.update(_digest(feeds))
+        return h.hexdigest()
+
+
+def _specs(inputs: ir.Model | Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+    return specs(inputs)[0] if isinstance(inputs, ir.Model) else inputs
+
+
+def _batch_size(inputs: Sequence[TensorSpec]) -> int:
+    """The fixed size of the first axis that all inputs agree on, or 1."""
+    sizes = {spec.shape[0] for spec in inputs if spec.shape}
+    size = sizes.pop() if len(sizes) == 1 else 1
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _digest(feeds: Mapping[str, Any]) -> bytes:
+    h = hashlib.sha256()
+    for name in sorted(feeds):
+        array = np.asarray(feeds[name])
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        h.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        # A view as bytes: hashlib takes no bfloat16 buffers, and no copy is made of a contiguous array.
+        h.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return h.digest()
+
+
+class _Replay:
+    """Opens an iterable or a function again and again, and notices when the batches are not those of the first time."""
+
+    def __init__(
+        self, source: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]], name: str
+    ) -> None:
+        self._source, self._name = source, name
+        self._seen: list[bytes] = []
+        self._count: int | None = None
+
+    def open(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        index = 0
+        for feeds in self._batches():
+            place = f"{self._name}: batch {index}"
+            if isinstance(feeds, Mapping) and not isinstance(self._source, Sequence):
+                self._compare(
+                    index, _digest({str(k): _array(v, f"{place}: input {k!r}") for k, v in feeds.items()})
+                )
+            yield place, feeds
+            index += 1
+        if self._count is not None and index != self._count:
+            self._changed(f"gave {self._count} batches the first time and {index} now")
+        self._count = index
+
+    def _batches(self) -> Iterator[Mapping[str, Any]]:
+        # The user's own code runs here and may raise anything; the message must say that it was theirs.
+        try:
+            batches = (
+                self._source()
+                if callable(self._source) and not isinstance(self._source, Sequence)
+                else self._source
+            )
+            yield from batches
+        except (DataError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise DataError(f"{self._name} raised {type(error).__name__}: {error}") from error
+
+    def _compare(self, index: int, digest: bytes) -> None:
+        if index == len(self._seen):
+            self._seen.append(digest)
+        elif self._seen[index] != digest:
+            self._changed(f"batch {index} is not what it was the first time")
+
+    def _changed(self, how: str) -> None:
+        raise DataError(f"{self._name}: {how}", hint="fix its random seed and switch shuffling off")
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    """The function that ``file.py:function`` names; runs the file.
+
+    Raises:
+        DataError: There is no such file or function, or the file raises.
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"{file}: no such file")
+    spec = importlib.util.spec_from_file_location(f"optkit_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # As with `python file.py`, modules beside the file can be imported, also later, from inside the function.
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise DataError(f"{file} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [
+            n
+            for n, v in vars(module).items()
+            if callable(v) and not n.startswith("_") and not isinstance(v, type)
+        ]
+        raise DataError(f"{file}: no function {name!r}{_did_you_mean(name, found)}")
+    return function  # type: ignore[no-any-return]
+
+
+# What NumPy and zipfile raise on files that are damaged, are something else or lie about their size.
+_BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    SyntaxError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _read_npz(path: Path) -> Feeds:
+    with ExitStack() as stack:
+        members = _open_npz(path, stack)
+        return {name: _rows(path, name, file, header, None) for name, (file, header) in members.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Header:
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+
+def _open_npz(path: Path, stack: ExitStack) -> dict[str, tuple[IO[bytes], _Header]]:
+    """The arrays of the file by name, each as a stream that stands behind its header."""
+    hint = "write it with np.savez(path, name=array)"
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        members = {}
+        for member in archive.namelist():
+            if not member.endswith(".npy"):
+                raise DataError(f"{path}: {member!r} is not an array", hint=hint)
+            file = stack.enter_context(archive.open(member))
+            members[member.removesuffix(".npy")] = (
+                file,
+                _header(file, f"{path}: {member.removesuffix('.npy')!r}"),
+            )
+    except _BROKEN as error:
+        raise DataError(
+            f"{path}: not a readable .npz file ({type(error).__name__}: {error})", hint=hint
+        ) from error
+    if not members:
+        raise DataError(f"{path}: no arrays in it", hint=hint)
+    return members
+
+
+def _header(file: IO[bytes], place: str) -> _Header:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise DataError(f"{place} is not a plain array of numbers")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise DataError(
+            f"{place} holds Python objects (pickle), which are not loaded", hint="save arrays of numbers"
+        )
+    if any(d < 0 for d in shape):
+        raise DataError(f"{place} has a negative size {shape}")
+    return _Header(shape=shape, fortran=fortran, dtype=dtype)
+
+
+def _rows(path: Path, name: str, file: IO[bytes], header: _Header, rows: int | None) -> np.ndarray:
+    """The next ``rows`` along the first axis, or the whole array."""
+    shape = header.shape if rows is None else (rows, *header.shape[1:])
+    wanted = int(np.prod(shape, dtype=object)) * header.dtype.itemsize
+    try:
+        data = file.read(wanted)
+    except _BROKEN as error:
+        raise DataError(f"{path}: {name!r} cannot be read ({type(error).__name__}: {error})") from error
+    if len(data) != wanted:
+        raise DataError(f"{path}: {name!r} should have {wanted} more bytes and has {len(data)}")
+    return np.frombuffer(data, header.dtype).reshape(shape, order="F" if header.fortran else "C")
+
+
+def _count_samples(path: Path) -> int:
+    with ExitStack() as stack:
+        headers = {name: header for name, (_, header) in _open_npz(path, stack).items()}
+    lengths = {name: header.shape[0] if header.shape else None for name, header in headers.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        found = ", ".join(f"{name!r} {list(header.shape)}" for name, header in headers.items())
+        raise DataError(
+            f"{path}: the first axis counts samples and must be the same for all arrays: {found}",
+            hint="put the file in a folder and give the folder: then a file is one batch",
+        )
+    return next(iter(headers.values())).shape[0]
+
+
+def _cut_npz(path: Path, size: int, count: int) -> Iterator[tuple[str, Feeds]]:
+    with ExitStack() as stack:
+        members = _open_npz(path, stack)
+        # Fortran order has the samples interleaved; such an array is read at once.
+        whole = {n: _rows(path, n, file, h, None) for n, (file, h) in members.items() if h.fortran}
+        for index in range(count):
+            place = f"{path}: batch {index}"
+            rows = slice(index * size, (index + 1) * size)
+            yield (
+                place,
+                {
+                    n: whole[n][rows] if n in whole else _rows(path, n, file, h, size)
+                    for n, (file, h) in members.items()
+                },
+            )
+
+
+# The largest index drawn for an integer input: enough to vary, below most vocabularies that could not be found.
+_INDICES = 2
+
+
+def draw(model: ir.Model, rng: np.random.Generator, sizes: Mapping[str, int] | int = 1) -> Feeds:
+    """One batch from the input specification alone: floats from N(0, 1), small integers, masks of ones.
+
+    Args:
+        sizes: For the free axes by symbol, or one for all; a symbol that is not listed gets 1.
+    """
+    feeds = {}
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        spec = TensorSpec.of(value)
+        shape = tuple(
+            d if isinstance(d, int) else sizes if isinstance(sizes, int) else sizes.get(d or "", 1)
+            for d in spec.shape or ()
+        )
+        kind = _kind(spec.dtype)
+        array: np.ndarray
+        if kind == "float":
+            array = rng.standard_normal(shape, np.float32)
+        elif kind == "integer" and "mask" not in spec.name.lower():
+            array = rng.integers(0, _bound(value) or _INDICES, shape)
+        else:
+            array = np.ones(shape)
+        feeds[spec.name] = np.asarray(array).astype(spec.dtype)
+    return feeds
+
+
+def _bound(value: ir.Value) -> int | None:
+    """The rows of the smallest table that ``value`` indexes, where it reaches one."""
+    bounds = []
+    for node, index in value.uses():
+        if node.op_type == "Gather" and index == 1:
+            table, axis = node.inputs[0], node.attributes.get_int("axis", 0)
+            if table is not None and table.shape is not None and -len(table.shape) <= axis < len(table.shape):
+                rows = table.shape[axis]
+                bounds.append(rows if isinstance(rows, int) else None)
+        elif node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape") and index == 0:
+            bounds.append(_bound(node.outputs[0]))
+    return min((b for b in bounds if b), default=None)
