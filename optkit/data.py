@@ -418,7 +418,7 @@ def _digest(feeds: Mapping[str, Any]) -> bytes:
             array = array.astype(array.dtype.newbyteorder("<"))
         h.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
         # A view as bytes: hashlib takes no bfloat16 buffers, and no copy is made of a contiguous array.
-        h.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        h.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return h.digest()
 
 
