@@ -31,12 +31,12 @@ def scale_zero(low: np.ndarray | float, high: np.ndarray | float, fmt: Format) -
     low, high = np.minimum(np.asarray(low, np.float64), 0.0), np.maximum(np.asarray(high, np.float64), 0.0)
     if fmt.symmetric:
         scale = np.maximum(-low, high) / fmt.high
-        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+        scale = np.asarray(np.where(scale > 0, scale, 1.0), np.float32)
         return scale, np.zeros(scale.shape, fmt.dtype.numpy())
     scale = (high - low) / fmt.steps
     scale = np.where(scale > 0, scale, 1.0)
     zero = np.clip(np.round(fmt.low - low / scale), fmt.low, fmt.high)
-    return scale.astype(np.float32), zero.astype(fmt.dtype.numpy())
+    return np.asarray(scale, np.float32), np.asarray(zero, fmt.dtype.numpy())
 
 
 def _along(vector: np.ndarray, axis: int | None, rank: int) -> np.ndarray:

@@ -1,0 +1,105 @@
+"""What a backend is: it lowers a graph to files, and loads them again as a session."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import onnx_ir as ir
+
+    from optkit.data import TensorSpec
+    from optkit.placement import Placement
+    from optkit.targets import Target
+
+
+class Options(BaseModel):
+    """How a backend builds and runs; part of a recipe, and kept in the manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executed:
+    """One node as the runtime really ran it.
+
+    Attributes:
+        op: The runtime's operator.
+        where: Execution provider or device.
+        format: ``fp32``, ``fp16``, ``int8`` …: what its arithmetic was done in.
+        macs: Multiply-accumulates; 0 for operators without products.
+        seconds: Wall-clock of this run; for shares alone, a profiled run is not a measurement.
+    """
+
+    name: str
+    op: str
+    where: str
+    format: str
+    macs: int
+    seconds: float
+
+
+class Session(ABC):
+    """A loaded artifact."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name, for one batch."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give memory and files back."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """Turns graphs into artifacts for one runtime.
+
+    Attributes:
+        name: As in ``--backend``.
+        options: The type of its options.
+        placements: Rows for the placement pass, by name.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type[Options]]
+    placements: ClassVar[Mapping[str, Placement]] = {}
+
+    @abstractmethod
+    def available(self) -> str | None:
+        """None, or why it can't work on this machine."""
+
+    @abstractmethod
+    def unsupported(self, node: ir.Node, target: Target) -> str | None:
+        """None, or why the runtime can't run ``node`` on ``target``."""
+
+    @abstractmethod
+    def lower(self, model: ir.Model, target: Target, options: Any, path: Path) -> None:
+        """Write the artifact's files into the folder ``path``; the one place of a backend that writes."""
+
+    @abstractmethod
+    def load(self, path: Path, target: Target, options: Any, *, threads: int | None = None) -> Session:
+        """Open what ``lower`` wrote. ``threads`` overrides what the options say."""
+
+    @abstractmethod
+    def executed(self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]) -> Sequence[Executed]:
+        """Run once with the runtime's own profiler, and give back what was executed."""
+
+    def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[Any]:
+        """Other options worth measuring for this graph; may be empty."""
+        return ()

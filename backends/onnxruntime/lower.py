@@ -1,0 +1,86 @@
+"""ONNX Runtime: the artifact is the ONNX file, its session options and nothing else."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx_ir as ir
+from pydantic import Field
+
+from optkit.backends.base import Backend, Executed, Options
+from optkit.backends.onnxruntime.placement import PLACEMENTS
+from optkit.backends.onnxruntime.profile import read_profile
+from optkit.backends.onnxruntime.session import OnnxRuntimeSession
+from optkit.graph import walk
+from optkit.store import save
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optkit.backends.base import Session
+    from optkit.placement import Placement
+    from optkit.targets import Target
+
+MODEL = "model.onnx"
+
+
+class OnnxRuntimeOptions(Options):
+    """Session options.
+
+    Attributes:
+        disabled_optimizers: Optimizers of ONNX Runtime that stay off, by their names. SkipLayerNormFusion is off by
+            default: its kernel takes longer than the Add and LayerNormalization that it replaces.
+        threads: Threads of one operator; 0 leaves the choice to ONNX Runtime (one for each core).
+        prepacking: Repack weights when loading: faster products, and a second copy of the weights.
+    """
+
+    disabled_optimizers: tuple[str, ...] = ("SkipLayerNormFusion",)
+    threads: int = Field(default=0, ge=0)
+    prepacking: bool = True
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime's CPU execution provider."""
+
+    name: ClassVar[str] = "onnxruntime"
+    options: ClassVar[type[Options]] = OnnxRuntimeOptions
+    placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
+
+    def available(self) -> str | None:
+        """Always: onnxruntime is a dependency of optkit itself."""
+        return None
+
+    def unsupported(self, node: ir.Node, target: Target) -> str | None:
+        """ONNX Runtime runs all of the standard; of types it lacks arithmetic in bfloat16."""
+        if node.domain == "" and node.op_type in ("MatMul", "Gemm", "Conv") and node.inputs[0] is not None:
+            if node.inputs[0].dtype == ir.DataType.BFLOAT16:
+                return "ONNX Runtime's CPU provider has no bfloat16 kernel for it"
+        return None
+
+    def lower(self, model: ir.Model, target: Target, options: OnnxRuntimeOptions, path: Path) -> None:
+        """Write ``model.onnx``, with weights beside it where they do not fit into one file."""
+        save(model, path / MODEL)
+
+    def load(self, path: Path, target: Target, options: OnnxRuntimeOptions, *, threads: int | None = None) -> Session:
+        """Open the file with the options."""
+        return OnnxRuntimeSession(path / MODEL, options, threads=threads)
+
+    def executed(self, path: Path, target: Target, options: OnnxRuntimeOptions, feeds: Mapping[str, np.ndarray]) -> Sequence[Executed]:
+        """One run under ONNX Runtime's profiler."""
+        with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
+            session = OnnxRuntimeSession(path / MODEL, options, threads=1, profile=Path(folder) / "profile")
+            session.run(feeds)
+            file = session.end_profiling()
+            session.close()
+            return read_profile(json.loads(file.read_text()))
+
+    def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[OnnxRuntimeOptions]:
+        """SkipLayerNormFusion on, where the graph has layer norms that it could take."""
+        if not any(node.op_type == "LayerNormalization" for node in walk(model)):
+            return ()
+        kept = tuple(name for name in options.disabled_optimizers if name != "SkipLayerNormFusion")
+        return () if kept == options.disabled_optimizers else (options.model_copy(update={"disabled_optimizers": kept}),)

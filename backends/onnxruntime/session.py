@@ -1,0 +1,68 @@
+"""A model running in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from optkit.backends.base import Session
+from optkit.data import TensorSpec
+from optkit.errors import DataError, ModelError
+from optkit.reference import first_line, session_options
+
+if TYPE_CHECKING:
+    from optkit.backends.onnxruntime.lower import OnnxRuntimeOptions
+
+_TYPES = {
+    "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64", "int32": "int32",
+    "int16": "int16", "int8": "int8", "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64", "bool": "bool",
+}  # fmt: skip
+
+
+def _spec(value: ort.NodeArg) -> TensorSpec:
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(name=value.name, dtype=_TYPES.get(kind, kind), shape=tuple(value.shape))
+
+
+class OnnxRuntimeSession(Session):
+    """``model.onnx`` on the CPU provider.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the file.
+    """
+
+    def __init__(self, file: Path, options: OnnxRuntimeOptions, *, threads: int | None = None, profile: Path | None = None) -> None:
+        settings = session_options(threads=options.threads if threads is None else threads, large=not options.prepacking)
+        if profile is not None:
+            settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
+        try:
+            self._session = ort.InferenceSession(
+                str(file), settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(options.disabled_optimizers) or None
+            )
+        except Exception as error:  # noqa: BLE001  (ONNX Runtime's exceptions share no base class)
+            raise ModelError(f"{file.name}: ONNX Runtime cannot load it: {first_line(error)}") from error
+        self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
+        self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name."""
+        names = [s.name for s in self.inputs]
+        if set(feeds) != set(names):
+            raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
+        try:
+            results = self._session.run(None, dict(feeds))
+        except Exception as error:  # noqa: BLE001
+            raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
+        return dict(zip((s.name for s in self.outputs), results, strict=True))
+
+    def end_profiling(self) -> Path:
+        """Stop the profiler that ``profile`` started; the file it wrote."""
+        return Path(self._session.end_profiling())
+
+    def close(self) -> None:
+        """Free the session."""
+        del self._session

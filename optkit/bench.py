@@ -1,0 +1,108 @@
+"""Time two things fairly on a machine that others use too: in turn, in one process, by CPU time, as a ratio."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from optkit.evaluate import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+        median: Of CPU time, which a busy machine does not stretch.
+        p99: 99th percentile of CPU time.
+        wall: Median of wall-clock time.
+        runs: Counted calls, after ``warmup`` others.
+    """
+
+    median: float
+    p99: float
+    wall: float
+    runs: int
+    warmup: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speedup:
+    """Reference time over candidate time.
+
+    Attributes:
+        ratio: Median over rounds of the ratio within a round.
+        ci95: 95 % interval of that median, from a bootstrap over rounds.
+        loaded: Whether wall-clock ran more than 20 % ahead of CPU time: others used the machine.
+    """
+
+    reference: Timing
+    candidate: Timing
+    ratio: float
+    ci95: tuple[float, float]
+    threads: int
+    loaded: bool
+
+
+def interleave(
+    runs: Mapping[str, Run], feeds: Sequence[Mapping[str, np.ndarray]], *, rounds: int, warmup: int = 2, seed: int = 0, budget: float | None = None
+) -> dict[str, np.ndarray]:
+    """Time every callable once a round, in random order, all on the same feeds.
+
+    Args:
+        feeds: Inputs, taken in turn, one a round.
+        rounds: Counted rounds; fewer, but at least 5, when ``budget`` CPU seconds are used up.
+
+    Returns:
+        ``[rounds, 2]`` seconds for each name: CPU time and wall-clock.
+    """
+    rng, names = np.random.default_rng(seed), list(runs)
+    for _ in range(warmup):
+        for name in names:
+            runs[name](feeds[0])
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    start = time.process_time()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            for k in rng.permutation(len(names)):
+                times[names[k]].append(_time(runs[names[k]], feeds[index % len(feeds)]))
+            if budget is not None and index >= 4 and time.process_time() - start > budget:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: np.asarray(t) for name, t in times.items()}
+
+
+def _time(run: Callable[[Mapping[str, np.ndarray]], object], feeds: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(feeds)
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def timing(times: np.ndarray, warmup: int = 2) -> Timing:
+    """Summarize ``[rounds, 2]`` seconds."""
+    return Timing(median=float(np.median(times[:, 0])), p99=float(np.percentile(times[:, 0], 99)), wall=float(np.median(times[:, 1])), runs=len(times), warmup=warmup)
+
+
+def speedup(
+    reference: Run, candidate: Run, feeds: Sequence[Mapping[str, np.ndarray]], *, rounds: int = 30, threads: int = 1, budget: float | None = None, seed: int = 0
+) -> Speedup:
+    """How much faster ``candidate`` is than ``reference``, measured in turn."""
+    times = interleave({"reference": reference, "candidate": candidate}, feeds, rounds=rounds, budget=budget, seed=seed)
+    a, b = times["reference"], times["candidate"]
+    ratios = a[:, 0] / np.maximum(b[:, 0], 1e-9)
+    rng = np.random.default_rng(seed)
+    medians = np.median(ratios[rng.integers(len(ratios), size=(1000, len(ratios)))], axis=1)
+    low, high = np.percentile(medians, (2.5, 97.5))
+    wall, cpu = float(np.median(a[:, 1])), float(np.median(a[:, 0]))
+    return Speedup(
+        reference=timing(a), candidate=timing(b), ratio=float(np.median(ratios)), ci95=(float(low), float(high)), threads=threads,
+        loaded=threads == 1 and wall > 1.2 * cpu,
+    )  # fmt: skip

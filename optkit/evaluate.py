@@ -1,0 +1,304 @@
+"""Accuracy by the user's own metric, compared sample by sample, with an interval that says how sure it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from optkit.errors import DataError, UsageError
+
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+Verdict = Literal["met", "missed", "inconclusive"]
+
+# Resamples of the bootstrap: its 2.5 % tails then rest on 25 draws each.
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluator:
+    """Samples and a score.
+
+    Attributes:
+        samples: Called anew for each evaluation; yields ``(feeds, label)``.
+        score: ``score(outputs, label)``: higher is better. Any value, where ``aggregate`` is given.
+        aggregate: ``aggregate(scores) -> float``; None means the mean.
+        metric: What the number is called.
+    """
+
+    samples: Callable[[], Iterable[tuple[Mapping[str, np.ndarray], Any]]]
+    score: Callable[[dict[str, np.ndarray], Any], Any]
+    aggregate: Callable[[Sequence[Any]], float] | None = None
+    metric: str = "score"
+
+    @staticmethod
+    def load(path: str | Path) -> Evaluator:
+        """Read an evaluator file: ``samples``, ``score``, and optionally ``aggregate`` and ``METRIC``.
+
+        Raises:
+            UsageError: The file is missing, does not run, or lacks a function.
+        """
+        path = Path(path)
+        module = load_python(path, "evaluator")
+        missing = [name for name in ("samples", "score") if not callable(getattr(module, name, None))]
+        if missing:
+            raise UsageError(
+                f"{path}: the evaluator does not define {' and '.join(f'{m}()' for m in missing)}",
+                hint="define samples() yielding (feeds, label), and score(outputs, label) -> float, higher is better",
+            )
+        return Evaluator(
+            samples=module.samples, score=module.score, aggregate=getattr(module, "aggregate", None), metric=str(getattr(module, "METRIC", path.stem))
+        )
+
+    def scores(self, run: Run, *, progress: Callable[[], None] = lambda: None) -> list[Any]:
+        """One score a sample, in order.
+
+        Raises:
+            DataError: There are no samples, a score is not a finite number, or the evaluator's code fails.
+        """
+        return [score for score in self.stream(run, progress=progress)]
+
+    def stream(self, run: Run, *, progress: Callable[[], None] = lambda: None) -> Iterator[Any]:
+        """Scores as they come."""
+        index = -1
+        for index, sample in enumerate(self.samples()):
+            if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Mapping)):
+                raise DataError(f"evaluator {self.metric}: sample {index} is not a pair (feeds, label)")
+            feeds, label = sample
+            score = self.score(run(feeds), label)
+            if self.aggregate is None and not (isinstance(score, int | float | np.number | np.bool_) and math.isfinite(score)):
+                raise DataError(f"evaluator {self.metric}: the score of sample {index} is {score!r}, not a finite number")
+            progress()
+            yield score
+        if index < 0:
+            raise DataError(f"evaluator {self.metric}: samples() yields nothing")
+
+    def total(self, scores: Sequence[Any]) -> float:
+        """The metric of all scores."""
+        return float(np.mean(scores)) if self.aggregate is None else float(self.aggregate(scores))
+
+
+def load_python(path: Path, what: str) -> ModuleType:
+    """Run a Python file that the user named; what it imports from its own folder is found.
+
+    Raises:
+        UsageError: It does not exist or raises.
+    """
+    if not path.is_file():
+        raise UsageError(f"{what} {path}: no such file")
+    name = f"optkit_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{what} {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{what} {path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How much of the metric may be lost.
+
+    Attributes:
+        amount: 0.01 for one percent, or for 0.01 points of the metric.
+        relative: Whether ``amount`` is a share of the reference's metric.
+    """
+
+    amount: float
+    relative: bool
+
+    @staticmethod
+    def parse(text: str | float | Budget) -> Budget:
+        """``"1%"`` is relative, ``0.01`` absolute.
+
+        Raises:
+            UsageError: Not a number, or negative.
+        """
+        if isinstance(text, Budget):
+            return text
+        shown = str(text).strip()
+        try:
+            amount = float(shown.removesuffix("%")) / (100 if shown.endswith("%") else 1)
+        except ValueError:
+            amount = math.nan
+        if not (math.isfinite(amount) and amount >= 0):
+            raise UsageError(f"max-drop {shown!r} is neither a percentage nor a number", hint="write 1% (of the reference's metric) or 0.01 (absolute)")
+        return Budget(amount=amount, relative=shown.endswith("%"))
+
+    def absolute(self, reference: float) -> float:
+        """The budget in units of the metric."""
+        return self.amount * abs(reference) if self.relative else self.amount
+
+    def __str__(self) -> str:
+        return f"{self.amount * 100:g}%" if self.relative else f"{self.amount:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Reference against candidate on the same samples.
+
+    Attributes:
+        drop: ``reference - candidate``, in units of the metric; negative where the candidate is better.
+        ci95: 95 % interval of the drop.
+        n: Samples.
+        method: How the interval was made.
+        verdict: Against the budget, or None without one.
+        needed: About how many samples would decide an inconclusive verdict.
+    """
+
+    metric: str
+    reference: float
+    candidate: float
+    drop: float
+    ci95: tuple[float, float]
+    n: int
+    method: str
+    budget: str | None = None
+    verdict: Verdict | None = None
+    needed: int | None = None
+
+
+def compare(evaluator: Evaluator, reference: Sequence[Any], candidate: Sequence[Any], budget: Budget | None, *, seed: int = 0) -> Comparison:
+    """Judge ``candidate`` by paired scores.
+
+    The interval is, for right-or-wrong scores, the adjusted interval of Agresti and Min (2005, Statistics in Medicine
+    24:729-740: half an observation is added to each cell of the 2x2 table, so that no difference seen in few samples is
+    not taken for certainty); for other scores Student's t of the paired differences; and for metrics with an
+    ``aggregate`` the percentiles of a bootstrap that draws the same samples for both.
+
+    Raises:
+        DataError: The two have different numbers of samples.
+    """
+    if len(reference) != len(candidate):
+        raise DataError(f"evaluator {evaluator.metric}: {len(reference)} samples the first time, {len(candidate)} the second", hint="samples() must yield the same samples each time")
+    before, after, n = evaluator.total(reference), evaluator.total(candidate), len(reference)
+    drop = before - after
+    if evaluator.aggregate is not None:
+        method, interval = "paired bootstrap", _bootstrap(evaluator, reference, candidate, seed)
+    else:
+        x, y = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+        if np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all():
+            method, interval = "Agresti-Min", _matched_proportions(x, y)
+        else:
+            method, interval = "paired t", _paired_t(x - y)
+    low, high = min(interval[0], drop), max(interval[1], drop)
+    verdict, needed = None, None
+    if budget is not None:
+        limit = budget.absolute(before)
+        slack = 1e-12 * max(1.0, abs(before))
+        verdict = "met" if high <= limit + slack else "missed" if drop > limit + slack else "inconclusive"
+        if verdict == "inconclusive" and limit > drop:
+            needed = math.ceil(n * ((high - drop) / (limit - drop)) ** 2)
+    return Comparison(
+        metric=evaluator.metric, reference=before, candidate=after, drop=drop, ci95=(low, high), n=n, method=method,
+        budget=None if budget is None else str(budget), verdict=verdict, needed=needed,
+    )  # fmt: skip
+
+
+def _matched_proportions(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    n = len(x) + 2.0
+    worse, better = float(((x == 1) & (y == 0)).sum()) + 0.5, float(((x == 0) & (y == 1)).sum()) + 0.5
+    center = (worse - better) / n
+    half = 1.959964 * math.sqrt(max(worse + better - (worse - better) ** 2 / n, 0.0)) / n
+    return center - half, center + half
+
+
+def _paired_t(difference: np.ndarray) -> tuple[float, float]:
+    n, mean = len(difference), float(difference.mean())
+    if n < 2:
+        return -math.inf, math.inf
+    half = _student(n - 1) * float(difference.std(ddof=1)) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def _student(freedom: int) -> float:
+    """97.5th percentile of Student's t (Cornish-Fisher expansion, Abramowitz and Stegun 26.7.5; exact for 1 and 2)."""
+    if freedom <= 2:
+        return (12.706205, 4.302653)[freedom - 1]
+    z = 1.959964
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def _bootstrap(evaluator: Evaluator, reference: Sequence[Any], candidate: Sequence[Any], seed: int) -> tuple[float, float]:
+    rng, n = np.random.default_rng(seed), len(reference)
+    drops = []
+    for _ in range(_RESAMPLES):
+        chosen = rng.integers(n, size=n)
+        drops.append(evaluator.total([reference[i] for i in chosen]) - evaluator.total([candidate[i] for i in chosen]))
+    low, high = np.percentile(drops, (2.5, 97.5))
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """How close the candidate's outputs are to the fp32 reference's on unseen inputs; never an accuracy.
+
+    Attributes:
+        cosine: Smallest, over the float outputs, of the mean over batches of the cosine.
+        sqnr: Signal to quantization noise, dB, smallest over the float outputs.
+        agreement: Share of rows along the last axis with the same largest element; None for outputs that are not scores.
+        n: Batches.
+        shapes_equal: Whether all shapes were equal; where not, the other numbers cover the outputs that were.
+    """
+
+    cosine: float
+    sqnr: float
+    agreement: float | None
+    n: int
+    shapes_equal: bool
+
+
+def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.ndarray]]) -> Fidelity:
+    """Run both on every batch and compare output by output."""
+    cosines: dict[str, list[float]] = {}
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    same = rows = n = 0
+    shapes_equal = True
+    for feeds in batches:
+        n += 1
+        expected, found = reference(feeds), candidate(feeds)
+        for name, a in expected.items():
+            b = found[name]
+            if a.shape != b.shape:
+                shapes_equal = False
+                continue
+            if a.dtype.kind != "f":
+                rows, same = rows + a.size, same + int((a == b).sum())
+                continue
+            x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+            norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+            cosines.setdefault(name, []).append(float(x @ y) / norm if norm else float(np.array_equal(x, y)))
+            signal[name] = signal.get(name, 0.0) + float(x @ x)
+            noise[name] = noise.get(name, 0.0) + float((x - y) @ (x - y))
+            if a.ndim >= 2 and a.shape[-1] >= 2:
+                rows, same = rows + math.prod(a.shape[:-1]), same + int((a.argmax(-1) == b.argmax(-1)).sum())
+    ratio = [_decibels(signal[name], noise[name]) for name in signal]
+    means = [float(np.mean(c)) for c in cosines.values()]
+    return Fidelity(
+        cosine=min(means) if means and all(map(math.isfinite, means)) else (1.0 if not means and shapes_equal else 0.0),
+        sqnr=min(ratio, default=200.0), agreement=same / rows if rows else None, n=n, shapes_equal=shapes_equal,
+    )  # fmt: skip
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """SQNR, with 200 dB standing for no noise at all."""
+    if noise == 0:
+        return 200.0
+    return -200.0 if signal == 0 or not math.isfinite(noise) else max(-200.0, min(200.0, 10 * math.log10(signal / noise)))
