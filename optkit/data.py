@@ -335,11 +335,14 @@ class CalibrationData:
         if empty:
             raise DataError(f"{self.name}: no batches")
 
-    def count(self) -> int:
+    def __len__(self) -> int:
         """The number of batches; a function is run through once to learn it."""
         if self._count is None:
             self._count = sum(1 for _ in self._open())
         return self._count
+
+    def __bool__(self) -> bool:
+        return True
 
     def limit(self, n: int) -> CalibrationData:
         """The first ``n`` batches."""
@@ -360,7 +363,7 @@ class CalibrationData:
         """
         if not 0 < fraction <= 0.5:
             raise ValueError(f"fraction {fraction} is not in (0, 0.5]")
-        total = self.count()
+        total = len(self)
         if total < 2:
             raise DataError(
                 f"{self.name}: one batch cannot be split into calibration and held-out data",

@@ -48,6 +48,7 @@ class Recipe(BaseModel):
         options: Options of the backend.
         passes: In order; passes over a torch module come first.
         candidates: Names of recipes to try instead of ``passes``; the fastest that keeps the limits is taken.
+        repair: Where a quantized candidate misses a limit, return the layers that hurt most to float.
         samples: Calibration batches to use; None means all.
         require: What the built artifact must show, as in ``formats.int8: ">=0.9"``.
     """
@@ -61,6 +62,7 @@ class Recipe(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     passes: tuple[Pass, ...] = ()
     candidates: tuple[str, ...] = ()
+    repair: bool = False
     samples: int | None = Field(default=None, ge=1)
     limits: Limits = Limits()
     require: dict[str, str] = Field(default_factory=dict)

@@ -15,14 +15,15 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import attribute, describe, graphs, initializer, scalar, users
+from optkit.graph import attribute, describe, graphs, scalar, users
+from optkit.inference import infer_node
 
 logger = logging.getLogger(__name__)
 
@@ -89,42 +90,98 @@ class _PatternBuilder:
         return lambda *inputs, **attributes: _Expr(op_type, inputs, attributes)
 
 
+class Names:
+    """The names in a model, so that new ones are free everywhere, bodies included."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken: set[str] = set()
+        for part in graphs(model):
+            self._taken.update(str(v.name) for v in (*part.inputs, *part.initializers.values()))
+            for node in part:
+                self._taken.add(str(node.name))
+                self._taken.update(str(v.name) for v in node.outputs)
+
+    def new(self, name: str) -> str:
+        """``name``, or with the first free number behind it; taken from now on."""
+        unique, n = name, 1
+        while unique in self._taken:
+            unique, n = f"{name}_{n}", n + 1
+        self._taken.add(unique)
+        return unique
+
+
+def label(node: ir.Node) -> str:
+    """What new things at the place of ``node`` are named after: the node, or its first output."""
+    return node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type
+
+
 class Builder:
     """Makes the nodes of a replacement: ``op.Gelu(x, approximate="tanh")``.
 
-    Nodes are named after the root that they replace and put before it. A NumPy array as an input becomes an initializer.
+    Nodes are named after the root that they replace and put before it; their outputs get the types and shapes that
+    follow from their inputs. A NumPy array as an input becomes an initializer of the root's graph.
+
+    Args:
+        root: The node that will be replaced.
+        names: The names in the model.
     """
 
-    def __init__(self, root: ir.Node) -> None:
+    def __init__(self, root: ir.Node, names: Names) -> None:
         assert root.graph is not None
-        self._root, self._nodes = root, 0
-        # Initializers live in the main graph of the model; a body reads them from the outer scope.
-        self.graph: ir.Graph = root.graph
+        graph = root.graph if isinstance(root.graph, ir.Graph) else root.graph.graph
+        self.graph: ir.Graph = graph
+        self._root, self._label, self._names = root, label(root), names
 
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         if op_type.startswith("_"):
             raise AttributeError(op_type)
         return lambda *inputs, **attributes: self.node(op_type, inputs, attributes)[0]
 
-    def constant(self, array: np.ndarray, name: str = "c") -> ir.Value:
+    def constant(self, array: np.ndarray | ir.TensorProtocol, name: str = "c") -> ir.Value:
         """An initializer in the graph of the root, named after it."""
-        return initializer(self.graph, f"{self._root.name}/{name}", array)
+        return register(self.graph, self._names.new(f"{self._label}/{name}"), array)
 
     def node(
-        self, op_type: str, inputs: Sequence[Any], attributes: Mapping[str, Any] | None = None, *, domain: str = "", outputs: int = 1
+        self,
+        op_type: str,
+        inputs: Sequence[Any],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+        name: str | None = None,
     ) -> Sequence[ir.Value]:
-        """One node with ``outputs`` results."""
+        """One node with ``outputs`` results, named ``<root>/<name or operator>``."""
         values = [self.constant(v) if isinstance(v, np.ndarray) else v for v in inputs]
-        name = f"{self._root.name}/{op_type}"
-        if self._nodes:
-            name += f"_{self._nodes}"
-        self._nodes += 1
-        node = ir.node(op_type, values, attributes=dict(attributes or {}), domain=domain, num_outputs=outputs, name=name)
+        unique = self._names.new(f"{self._label}/{name or op_type}")
+        node = ir.node(
+            op_type,
+            values,
+            attributes=dict(attributes or {}),
+            domain=domain,
+            num_outputs=outputs,
+            name=unique,
+        )
         node.metadata_props.update(self._root.metadata_props)
         for index, output in enumerate(node.outputs):
-            output.name = name if index == 0 else f"{name}:{index}"
+            output.name = unique if index == 0 else self._names.new(f"{unique}:{index}")
+        infer_node(node)
         self._root.prepend(node)
         return node.outputs
+
+
+def register(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Add an initializer whose name is known to be free."""
+    if isinstance(array, np.ndarray):
+        base = array.base
+        # A view would keep the whole array that it looks at alive.
+        part = isinstance(base, np.ndarray) and base.size > array.size
+        array = ir.tensor(array.copy() if part else np.asarray(array, order="C"), name=name)
+    array.name = name
+    shape = ir.Shape(array.shape.numpy())
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(array.dtype), const_value=array)
+    graph.register_initializer(value)
+    return value
 
 
 class Rule:
@@ -198,7 +255,10 @@ def _match_value(pattern: Any, value: ir.Value | None, state: _State, trail: _Tr
     else:
         node = value.producer() if value is not None else None
         if node is None or value is None:
-            trail.miss(depth, f"expected {pattern.op_type}, found {'an absent input' if value is None else f'the value {value.name}'}")
+            trail.miss(
+                depth,
+                f"expected {pattern.op_type}, found {'an absent input' if value is None else f'the value {value.name}'}",
+            )
         elif node.outputs[0] is not value:
             trail.miss(depth, f"{value.name} is not the first output of {describe(node)}")
         else:
@@ -235,7 +295,9 @@ def _match_node(pattern: _Expr, node: ir.Node, state: _State, trail: _Trail) -> 
         yield from _match_inputs(pattern.inputs, order, _State(state.bound, (*state.nodes, node)), trail)
 
 
-def _match_inputs(patterns: Sequence[Any], values: Sequence[ir.Value | None], state: _State, trail: _Trail) -> Iterator[_State]:
+def _match_inputs(
+    patterns: Sequence[Any], values: Sequence[ir.Value | None], state: _State, trail: _Trail
+) -> Iterator[_State]:
     if not patterns:
         yield state
         return
@@ -277,6 +339,7 @@ def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
         One ``Change`` a replacement, in the order in which they were made; empty when nothing matched.
     """
     changes: list[Change] = []
+    names = Names(model)
     for graph in tuple(graphs(model)):
         again = True
         while again:
@@ -287,44 +350,57 @@ def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
                 for rule in rules:
                     if rule.root == node.op_type and (found := _find(rule, node, _Trail())):
                         bound, state = found
-                        _replace(rule, node, bound, state)
-                        changes.append(Change(rule=rule.name, node=str(node.name)))
-                        logger.debug("%s at %s", rule.name, node.name)
+                        _replace(rule, node, bound, state, names)
+                        changes.append(Change(rule=rule.name, node=label(node)))
+                        logger.debug("%s at %s", rule.name, label(node))
                         again = True
                         break
     return changes
 
 
-def _replace(rule: Rule, root: ir.Node, bound: dict[str, Any], state: _State) -> None:
-    graph = root.graph
-    assert graph is not None
-    new = rule.rewrite(Builder(root), **bound)
+def _replace(rule: Rule, root: ir.Node, bound: dict[str, Any], state: _State, names: Names) -> None:
+    new = rule.rewrite(Builder(root, names), **bound)
     substitute(root.outputs[0], new)
-    # Later nodes of the match come first, so that each is unused when its turn comes.
-    for node in dict.fromkeys(state.nodes):
-        if node.graph is graph and not any(o.uses() or o.is_graph_output() for o in node.outputs):
-            graph.remove(node, safe=True)
+    remove_unused(state.nodes)
+
+
+def remove_unused(nodes: Iterable[ir.Node]) -> None:
+    """Remove those of ``nodes`` that nothing reads any more, also those that only removed ones read."""
+    left = list(dict.fromkeys(nodes))
+    while unused := [
+        n for n in left if n.graph is not None and not any(o.uses() or o.is_graph_output() for o in n.outputs)
+    ]:
+        for node in unused:
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
 
 
 def substitute(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of ``old``, graph outputs included, read ``new``; the name of an output of the graph stays.
 
-    ``new`` takes over type and shape of ``old`` where it has none.
+    ``new`` takes over what was known about type and shape of ``old`` and not of itself; an output of the graph keeps
+    the type and shape that it was declared with.
     """
+    if old.is_graph_output():
+        _become_output(old, new)
     if new.type is None:
         new.type = old.type
-    if new.shape is None:
+    if new.shape is None or (old.is_graph_output() and old.shape is not None):
         new.shape = old.shape
-    if old.is_graph_output():
-        _keep_output_name(old, new)
+    elif old.shape is not None and len(old.shape) == len(new.shape):
+        new.shape = ir.Shape(_sharper(a, b) for a, b in zip(new.shape, old.shape, strict=True))
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
-def _keep_output_name(old: ir.Value, new: ir.Value) -> None:
-    name, graph = old.name, old.graph
-    assert graph is not None and name is not None
-    if new.is_graph_input() or new.is_initializer() or new.is_graph_output() or new.graph is not graph:
-        raise ValueError(f"{new.name} cannot become the output {name}: guard with `replaceable`")
+def _sharper(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    return b if isinstance(b, int) or (not isinstance(a, int) and a.value is None) else a
+
+
+def _become_output(old: ir.Value, new: ir.Value) -> None:
+    if not replaceable(old, new):
+        raise ValueError(f"{new.name} cannot become the output {old.name}: guard with `replaceable`")
+    name = old.name
+    assert name is not None
     old.name, new.name = f"{name}/replaced", name
 
 
@@ -332,7 +408,9 @@ def replaceable(old: ir.Value, new: ir.Value) -> bool:
     """Whether ``substitute(old, new)`` can keep the names of inputs, initializers and outputs of the graph."""
     if not old.is_graph_output():
         return True
-    return not (new.is_graph_input() or new.is_initializer() or new.is_graph_output()) and new.graph is old.graph
+    return (
+        not (new.is_graph_input() or new.is_initializer() or new.is_graph_output()) and new.graph is old.graph
+    )
 
 
 def explain(rules: Sequence[Rule], model: ir.Model) -> list[NearMiss]:
@@ -345,5 +423,7 @@ def explain(rules: Sequence[Rule], model: ir.Model) -> list[NearMiss]:
                     continue
                 trail = _Trail()
                 if _find(rule, node, trail) is None and trail.depth >= 2:
-                    misses.append(NearMiss(rule=rule.name, node=describe(node), reason=trail.reason, depth=trail.depth))
+                    misses.append(
+                        NearMiss(rule=rule.name, node=describe(node), reason=trail.reason, depth=trail.depth)
+                    )
     return sorted(misses, key=lambda m: -m.depth)

@@ -54,6 +54,7 @@ class Context:
         data: Calibration batches, or None.
         placements: Named rows that say where Q/DQ pairs go, as the backend gives them.
         seed: For every random choice.
+        memo: What a pass measured on this very graph and data and may need again; keys start with the pass's name.
     """
 
     target: Target
@@ -61,6 +62,7 @@ class Context:
     placements: Mapping[str, Placement] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 class Pass(BaseModel, ABC):
@@ -71,6 +73,7 @@ class Pass(BaseModel, ABC):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     needs_data: ClassVar[bool] = False
+    exact: ClassVar[bool] = True  # the numbers stay the same but for fp32 rounding
 
 
 class GraphPass(Pass):

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 WINDOW = 256 << 20
 
 
-def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], context: Context) -> dict[str, Range]:
+def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], context: Context, *, key: str) -> dict[str, Range]:
     """Feed every batch of ``context.data`` and observe the values called ``names``.
+
+    What ``context.memo`` holds under ``key`` from an earlier run on the same graph is not observed again.
 
     Memory: one batch through the model, at most ``WINDOW`` bytes of observed values, and one observer a value,
     however many batches there are.
@@ -32,8 +34,10 @@ def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], co
     data = context.data
     if data is None:
         raise DataError("static quantization needs calibration data", hint="give --calib, or use --precision int8-dyn")
-    observers = {name: make() for name in names}
-    for window in _windows(model, names, next(iter(data))):
+    known: dict[str, Range] = context.memo.setdefault(("observe", key), {})
+    missing = [name for name in names if name not in known]
+    observers = {name: make() for name in missing}
+    for window in _windows(model, missing, next(iter(data))) if missing else ():
         session = ReferenceSession(model, outputs=window)
         with context.progress.task("calibrate", len(data)) as task:
             for batch in data:
@@ -41,7 +45,8 @@ def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], co
                     observers[name].add(array)
                 task.advance()
         session.close()
-    return observers
+    known.update(observers)
+    return {name: known[name] for name in names}
 
 
 def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> list[list[str]]:

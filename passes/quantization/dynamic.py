@@ -34,6 +34,8 @@ class QuantizeDynamic(GraphPass):
 
     name: ClassVar[str] = "quantize-dynamic"
 
+    exact: ClassVar[bool] = False
+
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     smallest: int = 4096

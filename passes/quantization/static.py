@@ -46,6 +46,8 @@ class QuantizeStatic(GraphPass):
     name: ClassVar[str] = "quantize-static"
     needs_data: ClassVar[bool] = True
 
+    exact: ClassVar[bool] = False
+
     placement: str = "default"
     method: Method = "min-max"
     percentile: float = Field(default=99.99, gt=50, le=100)
@@ -82,9 +84,10 @@ class QuantizeStatic(GraphPass):
     def _limits(self, model: ir.Model, plan: Plan, placement: Placement, context: Context) -> dict[ir.Value, tuple[float, float]]:
         """The range of every grid; nodes around a value that is not finite go back to float."""
         fmt = FORMATS[placement.activation]
+        key = "min-max" if self.method == "min-max" else f"histogram {self.method} {self.percentile}"
         while True:
             origins = list(dict.fromkeys(plan.pairs.values()))
-            seen = observe(model, [str(v.name) for v in origins], lambda: observer(self.method, self.percentile), context)
+            seen = observe(model, [str(v.name) for v in origins], lambda: observer(self.method, self.percentile), context, key=key)
             bad = [v for v in origins if not seen[str(v.name)].finite]
             if not bad:
                 return {v: seen[str(v.name)].limits(fmt) for v in origins}

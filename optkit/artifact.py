@@ -1,0 +1,100 @@
+"""An artifact: a folder with the backend's files, a manifest, the resolved recipe and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from optkit.backends import BACKENDS
+from optkit.errors import ModelError, UsageError
+from optkit.graph import digest
+from optkit.report import Manifest
+from optkit.targets import target
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optkit.backends.base import Session
+
+MANIFEST, RECIPE, REPORT, PAGE = "manifest.json", "recipe.yaml", "report.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What ``compile`` wrote.
+
+    Attributes:
+        folder: Where it is.
+    """
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            UsageError: The folder is not an artifact, or of another version.
+        """
+        file = self.folder / MANIFEST
+        if not file.is_file():
+            raise UsageError(f"{self.folder}: not an artifact: it has no {MANIFEST}", hint="give the folder that optkit compile wrote")
+        try:
+            return Manifest.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"])
+            raise UsageError(f"{file}: {place}: {first['msg'].lower()}", hint="it was edited, or written by another version") from error
+
+    def verify(self) -> None:
+        """Check that every file is the one that the manifest names.
+
+        Raises:
+            ModelError: A file is missing or has other bytes.
+        """
+        for record in self.manifest.files:
+            file = self.folder / record.path
+            if not file.is_file():
+                raise ModelError(f"{self.folder}: {record.path} is missing")
+            if file.stat().st_size != record.bytes or digest(file) != record.sha256:
+                raise ModelError(f"{self.folder}: {record.path} is not the file that was written", hint="compile again")
+
+    def session(self, *, threads: int | None = None) -> Session:
+        """Load it with the options that the manifest holds.
+
+        Args:
+            threads: Instead of the number in the options; 0 leaves it to the runtime.
+        """
+        backend = BACKENDS[self.manifest.backend]()
+        options = backend.options.model_validate(self.manifest.options)
+        return backend.load(self.folder, target(self.manifest.target), options, threads=threads)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _session(self) -> Session:
+        return self.session()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name for one batch; the session is opened at the first call and kept."""
+        return self._session.run(feeds)
+
+
+def load(folder: str | Path, *, verify: bool = True) -> Artifact:
+    """Open an artifact.
+
+    Args:
+        verify: Whether to check the digests of its files first.
+
+    Raises:
+        UsageError: Not an artifact.
+        ModelError: Its files are not those that were written.
+    """
+    artifact = Artifact(Path(folder))
+    _ = artifact.manifest
+    if verify:
+        artifact.verify()
+    return artifact

@@ -1,0 +1,496 @@
+"""The road from a file to an artifact."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+import optkit
+from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
+from optkit.backends import BACKENDS
+from optkit.bench import Speedup, speedup
+from optkit.data import CalibrationData
+from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
+from optkit.evaluate import Budget, Comparison, Evaluator, Fidelity, compare, fidelity
+from optkit.formats import Precision
+from optkit.frontend import Loaded, read
+from optkit.graph import count_nodes, count_parameters, digest, graphs, weight_bytes
+from optkit.legalize import legalize
+from optkit.passes.base import Context, Pass, Progress, Silent
+from optkit.page import page
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe, shipped
+from optkit.reference import ReferenceSession
+from optkit.report import (
+    AccuracyRecord, Achieved, DataFacts, Evidence, FidelityRecord, FileRecord, Latency, Manifest, ModelFacts,
+    PassRecord, Report, Resources, Size, dump,
+)  # fmt: skip
+from optkit.search import Built, Choice, carry_out, choose
+from optkit.store import replace_folder, temporary_folder
+from optkit.targets import Target, target as find_target
+
+if TYPE_CHECKING:
+    from optkit.backends.base import Backend, Executed, Session
+
+logger = logging.getLogger(__name__)
+
+Batches = CalibrationData | Iterable[Mapping[str, np.ndarray]] | Callable[[], Iterable[Mapping[str, np.ndarray]]] | str | Path
+
+# Batches that timing and the smoke run take in turn.
+_TIMED_BATCHES = 4
+
+
+class Compilation:
+    """One model on its way to one target: what building, timing and judging candidates share.
+
+    The reference is ONNX Runtime, fp32, with its default settings, on the file as it was given.
+    """
+
+    def __init__(
+        self, loaded: Loaded, target: Target, backend: Backend, data: CalibrationData | None, evaluator: Evaluator | None, *, seed: int, folder: Path, progress: Progress
+    ) -> None:
+        self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
+        self.seed, self.folder, self.progress = seed, folder, progress
+        self.data, self.held_out = data, data
+        self.inputs = "calibration data"
+        if data is not None and evaluator is None and len(data) >= 4:
+            self.data, self.held_out = data.split()
+            self.inputs = "held-out calibration data"
+        elif data is None:
+            self.held_out = CalibrationData.random_batches(loaded.model, 4, seed=seed)
+            self.inputs = "inputs drawn from the input specification"
+        self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
+        self._built = 0
+
+    @cached_property
+    def reference(self) -> ReferenceSession:
+        """The session that everything is held against."""
+        return ReferenceSession(self.loaded.path if self.loaded.path is not None else self.loaded.model)
+
+    @cached_property
+    def reference_scores(self) -> list[Any]:
+        """The evaluator's scores of the reference, once."""
+        assert self.evaluator is not None
+        with self.progress.task("evaluate reference") as task:
+            return self.evaluator.scores(self.reference.run, progress=task.advance)
+
+    @cached_property
+    def feeds(self) -> list[dict[str, np.ndarray]]:
+        """What timing runs on: the first batches of the data at hand."""
+        source: Iterable[Mapping[str, np.ndarray]]
+        if self.data is not None:
+            source = self.data
+        elif self.evaluator is not None:
+            source = (feeds for feeds, _ in self.evaluator.samples())
+        else:
+            assert self.held_out is not None
+            source = self.held_out
+        feeds = [dict(batch) for batch, _ in zip(source, range(_TIMED_BATCHES), strict=False)]
+        if not feeds:
+            raise DataError("there is not one batch to run")
+        return feeds
+
+    def context(self, memo: dict[Any, Any]) -> Context:
+        """What passes get to know."""
+        return Context(target=self.target, data=self.data, placements=self.backend.placements, seed=self.seed, progress=self.progress, memo=memo)
+
+    def prepare(self, passes: Sequence[Pass]) -> tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]:
+        """A copy of the model after ``passes``, which are exact; carried out once for all recipes that start alike."""
+        key = repr([(p.name, p.model_dump()) for p in passes])
+        if key not in self._cleaned:
+            model = self.loaded.model.clone()
+            records, seconds = run_passes(model, passes, self.context({}))
+            self._cleaned[key] = (model, records, seconds, {})
+        model, records, seconds, memo = self._cleaned[key]
+        return model.clone(), list(records), dict(seconds), memo
+
+    def transform(self, recipe: Recipe) -> tuple[ir.Model, list[PassRecord], dict[str, float]]:
+        """The graph after the recipe's passes."""
+        exact = next((i for i, p in enumerate(recipe.passes) if not p.exact), len(recipe.passes))
+        model, records, seconds, memo = self.prepare(recipe.passes[:exact])
+        more, times = run_passes(model, recipe.passes[exact:], self.context(memo))
+        for name, value in times.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        return model, [*records, *more], seconds
+
+    def build(self, name: str, recipe: Recipe) -> Built:
+        """Carry ``recipe`` out in a fresh folder, load what was written, and run it once.
+
+        Raises:
+            ModelError: The written file does not load or run, or its outputs have other names or shapes.
+        """
+        model, records, seconds = self.transform(recipe)
+        legalize(model, self.backend, self.target, name=self.loaded.name)
+        self._built += 1
+        folder = self.folder / f"{self._built:03d}-{name}"
+        folder.mkdir()
+        options = self.backend.options.model_validate(recipe.options)
+        recipe = recipe.model_copy(update={"options": options.model_dump(mode="json"), "target": self.target.name, "backend": self.backend.name})
+        self.backend.lower(model, self.target, options, folder)
+        lossy = any(r.changes for r, p in zip(records, recipe.passes, strict=True) if not p.exact)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        built = Built(name=name, recipe=recipe, folder=folder, records=records, seconds=seconds, bytes=size, lossy=lossy, scheme=scheme(model))
+        with self.session(built) as session:
+            outputs = session.run(self.feeds[0])
+        expected = self.reference.run(self.feeds[0])
+        for key, array in expected.items():
+            if key not in outputs or outputs[key].shape != array.shape:
+                raise ModelError(f"{name}: output {key!r} came out as {outputs[key].shape if key in outputs else 'nothing'}, the reference gives {array.shape}")
+        return built
+
+    def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
+        """Open what was built, on one thread unless said otherwise."""
+        chosen = self.backend.options.model_validate(built.recipe.options) if options is None else options
+        return self.backend.load(built.folder, self.target, chosen, threads=threads)
+
+    def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup:
+        """Time ``built`` in turn with the reference."""
+        with self.session(built, options) as session:
+            return speedup(self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed)
+
+    def judge(self, built: Built, limits_: Any) -> None:
+        """Fill in accuracy where there is an evaluator, else fidelity."""
+        with self.session(built) as session:
+            if self.evaluator is not None:
+                budget = None if limits_.max_drop is None else Budget.parse(limits_.max_drop)
+                built.accuracy = self._accuracy(built, session, budget)
+            else:
+                assert self.held_out is not None
+                built.fidelity = fidelity(self.reference.run, session.run, self.held_out)
+
+    def _accuracy(self, built: Built, session: Session, budget: Budget | None) -> Comparison:
+        evaluator, before = self.evaluator, self.reference_scores
+        assert evaluator is not None
+        after: list[Any] = []
+        probe = max(32, len(before) // 5)
+        with self.progress.task(f"evaluate {built.name}", len(before)) as task:
+            for score in evaluator.stream(session.run, progress=task.advance):
+                after.append(score)
+                if len(after) == probe and budget is not None and probe < len(before):
+                    early = compare(evaluator, before[:probe], after, budget, seed=self.seed)
+                    if early.ci95[0] > 3 * budget.absolute(early.reference):
+                        return early
+        return compare(evaluator, before, after, budget, seed=self.seed)
+
+    def executed(self, built: Built) -> Sequence[Executed]:
+        """What the runtime really ran."""
+        options = self.backend.options.model_validate(built.recipe.options)
+        return self.backend.executed(built.folder, self.target, options, self.feeds[0])
+
+
+def scheme(model: ir.Model) -> str:
+    """Signedness, granularity and zero point of the quantized tensors, read from the graph."""
+    kinds: set[str] = set()
+    for graph in graphs(model):
+        for node in graph:
+            if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[1] is not None:
+                x, s = node.inputs[0], node.inputs[1]
+                stored = x.dtype.name.lower() if x.dtype else "?"
+                if stored == "int32":
+                    continue
+                role = "weights" if x.is_initializer() else "activations"
+                grain = "per channel" if s.shape is not None and len(s.shape) else "per tensor"
+                kinds.add(f"{role} {stored} {grain}, {'symmetric' if stored.startswith('int') else 'asymmetric'}")
+            elif node.op_type == "MatMulInteger":
+                kinds.add("weights int8 per channel, symmetric")
+                kinds.add("activations uint8 per tensor, asymmetric, computed in each run")
+    return "; ".join(sorted(kinds, reverse=True)) or "no integers: float throughout"
+
+
+def achieved(executed: Sequence[Executed], built: Built, model: ir.Model) -> Achieved:
+    """Summarize what ran."""
+    total = sum(e.macs for e in executed)
+    formats: dict[str, float] = {}
+    for e in executed:
+        if e.macs:
+            formats[e.format] = formats.get(e.format, 0.0) + e.macs / total
+    places: dict[str, int] = {}
+    operators: dict[str, int] = {}
+    for e in executed:
+        places[e.where] = places.get(e.where, 0) + 1
+        operators[e.op] = operators.get(e.op, 0) + 1
+    weights: dict[str, int] = {}
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                kind = value.const_value.dtype.name.lower()
+                weights[kind] = weights.get(kind, 0) + value.const_value.nbytes
+    return Achieved(
+        formats={k: round(v, 4) for k, v in sorted(formats.items())}, placement={k: round(v / len(executed), 4) for k, v in sorted(places.items())},
+        operators=dict(sorted(operators.items(), key=lambda kv: (-kv[1], kv[0]))), weights=dict(sorted(weights.items())), scheme=built.scheme,
+    )  # fmt: skip
+
+
+def compile(
+    source: str | Path | bytes | ir.Model,
+    *,
+    target: str | Target | None = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    precision: str | None = None,
+    data: Batches | None = None,
+    evaluate: Evaluator | str | Path | None = None,
+    max_drop: str | float | None = None,
+    backend: str | None = None,
+    out: str | Path = "build",
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Artifact, Report]:
+    """Compile a model, measure it against the reference, and write the artifact.
+
+    Args:
+        source: An ``.onnx`` file, its bytes, or a graph.
+        target: Hardware; the recipe's, or ``cpu``.
+        recipe: Name of a shipped recipe, a file, or plain data. Without one, ``precision`` names it, or ``auto``.
+        precision: As on the command line: ``int8``, ``int8-dyn``, ``fp32`` …
+        data: Calibration batches. Without data only exact candidates and dynamic quantization are open.
+        evaluate: Samples and a score, or the file that defines them.
+        max_drop: How much of the metric may be lost: ``1%`` relative, ``0.01`` absolute.
+        backend: Runtime; the recipe's, or the target's best.
+        out: Folder to write; an artifact that is there is replaced when the new one is complete.
+        overrides: ``key=value`` changes of the recipe.
+        seed: For random choices; the recipe's.
+        strict: Whether a gate that the samples cannot decide counts as missed.
+        progress: Where to say how far long work is.
+
+    Returns:
+        The artifact and its report. ``report.missed`` says in words which limits the request did not keep; the best
+        artifact that is feasible ships all the same.
+
+    Raises:
+        UsageError: The options, the recipe or the data do not fit.
+        ModelError: The model cannot be read or built.
+        BackendUnavailableError: A package is missing.
+    """
+    started = (time.process_time(), time.perf_counter())
+    plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed)
+    where = find_target(plan.target or "cpu")
+    engine: Backend = BACKENDS[plan.backend or where.backends[0]]()
+    if (reason := engine.available()) is not None:
+        raise BackendUnavailableError(f"backend {engine.name}: {reason}")
+    if not where.runs_here:
+        raise UsageError(f"target {where.name}: artifacts for it can't be run on this machine yet")
+    evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
+    if plan.limits.max_drop is not None:
+        Budget.parse(plan.limits.max_drop)
+        if evaluator is None:
+            raise UsageError("max-drop needs an evaluator: without labels there is no metric to lose", hint="give --eval FILE, or limits.min_cosine for fidelity")
+    destination = Path(out)
+    if destination.exists() and not (destination.is_dir() and ((destination / MANIFEST).is_file() or not any(destination.iterdir()))):
+        raise UsageError(f"{destination}: exists and is not an artifact", hint="choose another --out")
+    loaded = read(source)
+    batches = _batches(data, loaded, plan)
+    _check_data(plan, batches)
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder(destination))
+        work = Compilation(loaded, where, engine, batches, evaluator, seed=plan.seed, folder=folder, progress=progress or Silent())
+        choice = _choose(work, plan, strict=strict)
+        report = _finish(work, plan, choice, started)
+        replace_folder(choice.best.folder, destination)
+    return Artifact(destination), report
+
+
+def _plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None,
+    precision: str | None,
+    overrides: Sequence[str],
+    target: str | Target | None,
+    backend: str | None,
+    max_drop: str | float | None,
+    seed: int | None,
+) -> Recipe:
+    """The recipe with what the caller said on top of it."""
+    if recipe is not None and precision is not None:
+        raise UsageError("a recipe and a precision were given", hint="leave one out; --set changes single options of a recipe")
+    plan = Recipe.load(recipe if recipe is not None else recipe_for(precision), overrides)
+    name = target.name if isinstance(target, Target) else target
+    changes: dict[str, Any] = {k: v for k, v in (("target", name), ("backend", backend), ("seed", seed)) if v is not None}
+    if max_drop is not None:
+        changes["limits"] = plan.limits.model_copy(update={"max_drop": str(max_drop)})
+    return plan.model_copy(update=changes)
+
+
+def recipe_for(precision: str | None) -> str:
+    """The shipped recipe that a precision stands for.
+
+    Raises:
+        UsageError: No recipe makes it.
+    """
+    if precision is None or precision.strip().lower() == "auto":
+        return "auto"
+    wanted = Precision.parse(precision)
+    name = {("fp32", False): "fp32", ("int8", False): "int8", ("int8", True): "int8-dynamic", ("fp16", False): "fp16", ("bf16", False): "bf16"}.get(
+        (wanted.base, wanted.dynamic)
+    )
+    if name is None or wanted.group is not None or name not in shipped():
+        raise UsageError(f"precision {precision!r}: no backend of this version makes it", hint=f"available: fp32, int8, int8-dyn; recipes: {', '.join(shipped())}")
+    return name
+
+
+def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationData | None:
+    if data is None:
+        return None
+    if isinstance(data, str | Path):
+        found = CalibrationData.load(data, loaded.model, seed=plan.seed)
+    else:
+        found = (data if isinstance(data, CalibrationData) else CalibrationData(data)).check(loaded.model)
+    return found if plan.samples is None else found.limit(plan.samples)
+
+
+def _check_data(plan: Recipe, data: CalibrationData | None) -> None:
+    """Refuse early what needs data that is not there."""
+    needy = next((p.name for p in plan.passes if p.needs_data), None)
+    if plan.candidates and all(any(p.needs_data for p in Recipe.load(c).passes) for c in plan.candidates[1:]):
+        needy = plan.candidates[-1]
+    if needy is not None and data is None:
+        raise DataError(
+            f"{needy} needs calibration data",
+            hint="give --calib FOLDER (or data=), or use --precision int8-dyn, which needs none; --calib random is for trying things out",
+        )
+
+
+def _choose(work: Compilation, plan: Recipe, *, strict: bool) -> Choice:
+    if not plan.candidates:
+        return carry_out(work, plan, strict=strict)
+    recipes, left = [], []
+    for name in plan.candidates:
+        candidate = Recipe.load(name)
+        shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
+        if work.data is None and any(p.needs_data for p in candidate.passes):
+            left.append(name)
+        else:
+            recipes.append((name, candidate.model_copy(update=shared)))
+    choice = choose(work, plan, recipes, strict=strict)
+    if left:
+        choice.advice.append(f"with calibration data (--calib) these would be tried too: {', '.join(left)}")
+    if work.evaluator is None:
+        choice.advice.append("with an evaluator (--eval) accuracy would be measured; what is reported is fidelity to the fp32 reference")
+    return choice
+
+
+def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[float, float]) -> Report:
+    """Read back what was built and write everything but the model into its folder."""
+    best = choice.best
+    executed = work.executed(best)
+    model, _, _ = work.transform(best.recipe)
+    facts = achieved(executed, best, model)
+    choice.missed.extend(unmet(best.recipe.require, facts))
+    resolved = best.recipe.model_copy(update={"candidates": (), "repair": False})
+    (best.folder / RECIPE).write_text(resolved.yaml(), encoding="utf-8")
+    operators: dict[str, float] = {}
+    for e in executed:
+        operators[e.op] = operators.get(e.op, 0.0) + e.seconds
+    manifest = Manifest(
+        schema=1, model=_model_facts(work.loaded), target=work.target.name, backend=work.backend.name,
+        options=best.recipe.options, recipe_digest=resolved.digest, passes=tuple(best.records),
+        data=None if work.data is None else DataFacts(sha256=work.data.digest(), batches=len(work.data), random=work.data.random),
+        achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),
+        size=Size(before=_source_bytes(work.loaded), after=best.bytes),
+        evidence=Evidence(emitted=True, compiled=True, inspected=True, executed_cpu=True, ran_on_device=True, timed_on_device=best.speedup is not None),
+        notes=tuple(work.loaded.notes), versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime")} | {"optkit": optkit.__version__},
+        files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
+    )  # fmt: skip
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    report = Report(
+        schema=1, manifest=manifest, latency=_latency(best, work), candidates=tuple(choice.records), layers=tuple(best.layers),
+        pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
+        missed=tuple(choice.missed), inconclusive=tuple(choice.inconclusive), advice=tuple(choice.advice),
+        resources=Resources(cpu_seconds=time.process_time() - started[0], wall_seconds=time.perf_counter() - started[1], peak_rss_bytes=usage.ru_maxrss * 1024),
+        machine=machine(),
+    )  # fmt: skip
+    (best.folder / MANIFEST).write_text(dump(manifest), encoding="utf-8")
+    (best.folder / REPORT).write_text(dump(report), encoding="utf-8")
+    (best.folder / PAGE).write_text(page(report), encoding="utf-8")
+    return report
+
+
+def unmet(require: Mapping[str, str], facts: Achieved) -> list[str]:
+    """Which requirements the built artifact does not show.
+
+    Raises:
+        RecipeError: A requirement is not ``name: "<comparison><number>"``.
+    """
+    found = facts.model_dump()
+    reasons = []
+    for key, condition in require.items():
+        group, _, name = key.partition(".")
+        match = re.fullmatch(r"\s*(>=|<=|==|>|<)\s*([0-9.]+)\s*", condition)
+        if group not in ("formats", "placement", "operators", "weights") or not name or match is None:
+            raise RecipeError(f"require: {key}: {condition!r}", hint='write, for example, formats.int8: ">=0.9"')
+        value, wanted = float(found[group].get(name, 0)), float(match[2])
+        holds = {">=": value >= wanted, "<=": value <= wanted, "==": value == wanted, ">": value > wanted, "<": value < wanted}[match[1]]
+        if not holds:
+            reasons.append(f"require {key} {condition}: the artifact shows {value:g}")
+    return reasons
+
+
+def _model_facts(loaded: Loaded) -> ModelFacts:
+    return ModelFacts(
+        name=loaded.name, sha256=None if loaded.path is None else digest(loaded.path), nodes=count_nodes(loaded.model),
+        parameters=count_parameters(loaded.model), bytes=weight_bytes(loaded.model),
+    )  # fmt: skip
+
+
+def _source_bytes(loaded: Loaded) -> int:
+    if loaded.path is None:
+        return weight_bytes(loaded.model)
+    tensors = (v.const_value for g in graphs(loaded.model) for v in g.initializers.values())
+    outside = {Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return loaded.path.stat().st_size + sum(p.stat().st_size for p in outside)
+
+
+def _accuracy_record(a: Comparison | None) -> AccuracyRecord | None:
+    if a is None:
+        return None
+    return AccuracyRecord(
+        metric=a.metric, reference=a.reference, candidate=a.candidate, drop=a.drop, ci95=a.ci95, n=a.n, method=a.method, budget=a.budget, met=a.verdict, needed=a.needed
+    )
+
+
+def _fidelity_record(built: Built, work: Compilation) -> FidelityRecord | None:
+    f = built.fidelity
+    if f is None:
+        return None
+    return FidelityRecord(
+        cosine=f.cosine, sqnr_db=f.sqnr, top1_agreement=f.agreement, batches=f.n, inputs=work.inputs,  # type: ignore[arg-type]
+        met=f.shapes_equal and f.cosine >= built.recipe.limits.min_cosine,
+    )  # fmt: skip
+
+
+def _latency(built: Built, work: Compilation) -> Latency | None:
+    s = built.speedup
+    if s is None:
+        return None
+    shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in work.feeds[0].items())
+    return Latency(
+        reference_ms=s.reference.median * 1e3, candidate_ms=s.candidate.median * 1e3, candidate_p99_ms=s.candidate.p99 * 1e3,
+        wall_reference_ms=s.reference.wall * 1e3, wall_candidate_ms=s.candidate.wall * 1e3, speedup=s.ratio, ci95=s.ci95,
+        runs=s.candidate.runs, threads=s.threads, loaded=s.loaded, inputs=shapes,
+    )  # fmt: skip
+
+
+def machine() -> dict[str, str]:
+    """The processor that measurements were taken on; no host name."""
+    facts = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        facts["processor"] = fields.get("model name", "")
+        wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+        flags = (fields.get("flags") or fields.get("Features") or "").split()
+        facts["features"] = " ".join(f for f in wanted if f in flags)
+    return facts

@@ -1,0 +1,217 @@
+"""What a compilation found out: the manifest (the same for the same inputs) and the report (with its measurements)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelFacts(_Record):
+    """The model as it was given.
+
+    Attributes:
+        sha256: Of the file; None for a graph that never was one.
+        nodes: Without constants, bodies of control flow included.
+        bytes: Of its weights.
+    """
+
+    name: str
+    sha256: str | None
+    nodes: int
+    parameters: int
+    bytes: int
+
+
+class PassRecord(_Record):
+    """One pass that ran."""
+
+    name: str
+    nodes_before: int
+    nodes_after: int
+    changes: int
+
+
+class DataFacts(_Record):
+    """Calibration data."""
+
+    sha256: str
+    batches: int
+    random: bool
+
+
+class Achieved(_Record):
+    """Read back from what was built, by running it under the runtime's profiler.
+
+    Attributes:
+        formats: Share of the multiply-accumulates by the arithmetic that did them.
+        placement: Share of the executed nodes by where they ran.
+        operators: Executed nodes by the runtime's operator.
+        weights: Bytes of weights by stored type.
+        scheme: Signedness, granularity and zero point of what was quantized.
+    """
+
+    formats: dict[str, float]
+    placement: dict[str, float]
+    operators: dict[str, int]
+    weights: dict[str, int]
+    scheme: str
+
+
+class AccuracyRecord(_Record):
+    """The user's metric, reference against artifact on the same samples."""
+
+    metric: str
+    reference: float
+    candidate: float
+    drop: float
+    ci95: tuple[float, float]
+    n: int
+    method: str
+    budget: str | None
+    met: Literal["met", "missed", "inconclusive"] | None
+    needed: int | None
+
+
+class FidelityRecord(_Record):
+    """Closeness to the fp32 reference's outputs; not an accuracy."""
+
+    cosine: float
+    sqnr_db: float
+    top1_agreement: float | None
+    batches: int
+    inputs: Literal["held-out calibration data", "calibration data", "inputs drawn from the input specification"]
+    met: bool
+
+
+class Evidence(_Record):
+    """What was really done, each its own statement; never one for another."""
+
+    emitted: bool = False
+    compiled: bool = False
+    inspected: bool = False
+    executed_cpu: bool = False
+    proxy_compiled: bool = False
+    ran_on_device: bool = False
+    timed_on_device: bool = False
+
+
+class FileRecord(_Record):
+    """A file of the artifact."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Size(_Record):
+    """Bytes of the model file or files."""
+
+    before: int
+    after: int
+
+
+class Manifest(_Record):
+    """What an artifact is. The same model, recipe, data and versions give the same bytes."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    model: ModelFacts
+    target: str
+    backend: str
+    options: dict[str, Any]
+    recipe_digest: str
+    passes: tuple[PassRecord, ...]
+    data: DataFacts | None
+    achieved: Achieved | None
+    accuracy: AccuracyRecord | None
+    fidelity: FidelityRecord | None
+    size: Size
+    evidence: Evidence
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    files: tuple[FileRecord, ...]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Latency(_Record):
+    """Measured in turn with the reference: ONNX Runtime, fp32, default settings, the model as it was given."""
+
+    reference_ms: float
+    candidate_ms: float
+    candidate_p99_ms: float
+    wall_reference_ms: float
+    wall_candidate_ms: float
+    speedup: float
+    ci95: tuple[float, float]
+    runs: int
+    threads: int
+    loaded: bool
+    inputs: str
+
+
+class CandidateRecord(_Record):
+    """One thing that was tried.
+
+    Attributes:
+        verdict: ``shipped``, ``slower``, ``missed``, ``inconclusive``, ``not needed`` or ``failed``.
+    """
+
+    name: str
+    speedup: float | None
+    bytes: int | None
+    metric: float | None
+    drop: float | None
+    ci95: tuple[float, float] | None
+    cosine: float | None
+    verdict: str
+    reason: str
+
+
+class LayerRecord(_Record):
+    """What quantizing one layer alone does to the outputs."""
+
+    node: str
+    sqnr_db: float
+    kept_float: bool
+
+
+class Resources(_Record):
+    """What compiling cost."""
+
+    cpu_seconds: float
+    wall_seconds: float
+    peak_rss_bytes: int
+
+
+class Report(_Record):
+    """A manifest with the measurements behind it."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    manifest: Manifest
+    latency: Latency | None
+    candidates: tuple[CandidateRecord, ...]
+    layers: tuple[LayerRecord, ...]
+    pass_seconds: dict[str, float]
+    operator_seconds: dict[str, float]
+    missed: tuple[str, ...]
+    inconclusive: tuple[str, ...]
+    advice: tuple[str, ...]
+    resources: Resources
+    machine: dict[str, str]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @property
+    def exit_code(self) -> int:
+        """0, 3 where a limit was missed, 5 where only an undecided gate stands in the way (``--strict``)."""
+        return 3 if self.missed else 5 if self.inconclusive else 0
+
+
+def dump(record: Manifest | Report) -> str:
+    """Stable JSON."""
+    return record.model_dump_json(by_alias=True, indent=2) + "\n"

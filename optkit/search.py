@@ -1,0 +1,328 @@
+"""Choose among candidates by measurement: the fastest that keeps the limits, with float32 as the floor."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optkit.errors import OptkitError, PassError
+from optkit.graph import digest
+from optkit.recipe import Recipe
+from optkit.reference import ReferenceSession
+from optkit.report import CandidateRecord, LayerRecord, PassRecord
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optkit.bench import Speedup
+    from optkit.compiler import Compilation
+    from optkit.evaluate import Comparison, Fidelity
+
+logger = logging.getLogger(__name__)
+
+# Rounds of the first, ranking measurement and of the last one, and the CPU seconds that each may take.
+_RANK = (9, 3.0)
+_FINAL = (40, 8.0)
+# A variant of the options must win by this factor to be taken: below, the difference is noise.
+_CLEARLY = 1.03
+# Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
+_GROUPS = 64
+# Shares of the quantization noise that successive repairs take away.
+_REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
+
+
+@dataclass(slots=True, kw_only=True)
+class Built:
+    """A recipe carried out: files in a folder, not yet an artifact."""
+
+    name: str
+    recipe: Recipe
+    folder: Path
+    records: list[PassRecord]
+    seconds: dict[str, float]
+    bytes: int
+    lossy: bool
+    scheme: str
+    speedup: Speedup | None = None
+    accuracy: Comparison | None = None
+    fidelity: Fidelity | None = None
+    layers: list[LayerRecord] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Choice:
+    """The outcome.
+
+    Attributes:
+        best: What ships.
+        records: One line for each thing that was tried.
+        missed: Limits that the asked-for recipe did not keep, in words.
+        inconclusive: Gates that the data did not decide, in words.
+    """
+
+    best: Built
+    records: list[CandidateRecord] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+    inconclusive: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+
+def choose(work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recipe]], *, strict: bool) -> Choice:
+    """Build, time and judge ``recipes``; the first is exact and is the floor.
+
+    Candidates are judged in the order of their measured speed, so that the metric is computed for few of them. One
+    that misses a limit is repaired, where the recipe allows it: the layers that hurt most go back to float.
+    """
+    tried: dict[str, CandidateRecord] = {}
+    built: list[Built] = []
+    for name, candidate in recipes:
+        try:
+            one = work.build(name, candidate)
+        except OptkitError as error:
+            if not built:
+                raise
+            logger.warning("%s: left out: %s", name, error)
+            tried[name] = _record(name, None, "failed", str(error))
+            continue
+        if built and not one.lossy and any(p.exact is False for p in candidate.passes):
+            tried[name] = _record(name, one, "not needed", "it found nothing to quantize")
+            continue
+        if any(_same(one, other) for other in built):
+            tried[name] = _record(name, one, "not needed", "the same file as an earlier candidate")
+            continue
+        _rank(work, one)
+        built.append(one)
+    floor = built[0]
+    order = sorted(built, key=lambda b: -_ratio(b))
+    best: Built | None = None
+    while order:
+        one = order.pop(0)
+        if best is not None:
+            tried.setdefault(one.name, _record(one.name, one, "slower", "a faster candidate keeps the limits"))
+            continue
+        work.judge(one, recipe.limits)
+        reasons = shortfalls(one, recipe, strict=strict)
+        if not reasons:
+            best = one
+            continue
+        tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
+        logger.info("%s: %s", one.name, "; ".join(reasons))
+        if recipe.repair and one.lossy:
+            fixed = repair(work, recipe, one, strict=strict, faster_than=_ratio(floor))
+            if fixed is not None:
+                # It goes back into the line: what comes next may be faster than the repaired one.
+                position = next((i for i, other in enumerate(order) if _ratio(other) < _ratio(fixed)), len(order))
+                order.insert(position, fixed)
+    missed: list[str] = []
+    if best is None:
+        best, missed = floor, shortfalls(floor, recipe, strict=strict)
+    best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
+    if _too_slow(best, recipe) and best is floor and not recipe.limits.min_speedup > 1:
+        best = _as_given(work, floor, tried)
+    tried[best.name] = _record(best.name, best, "shipped", "")
+    return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
+
+
+def _as_given(work: Compilation, floor: Built, tried: dict[str, CandidateRecord]) -> Built:
+    """The graph without any pass, where even the exact passes made it slower."""
+    given = work.build("as-given", floor.recipe.model_copy(update={"passes": ()}))
+    _rank(work, given)
+    given.speedup = work.measure(given, rounds=_FINAL[0], budget=_FINAL[1])
+    if _ratio(given) <= _ratio(floor):
+        return floor
+    work.judge(given, floor.recipe.limits)
+    tried[floor.name] = _record(floor.name, floor, "slower", "slower than the graph as it was given")
+    return given
+
+
+def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
+    """Build what an explicit recipe says; where it misses its limits, ship its exact passes alone and say so.
+
+    Raises:
+        PassError: The recipe quantizes, and nothing in the model could be quantized.
+    """
+    name = "recipe"
+    asked = work.build(name, recipe)
+    if not asked.lossy and any(not p.exact for p in recipe.passes):
+        raise PassError(
+            f"{', '.join(p.name for p in recipe.passes if not p.exact)}: nothing in {work.loaded.name} was changed",
+            hint="optkit inspect shows which operators it has and why they stay in float",
+        )
+    asked.speedup = work.measure(asked, rounds=_FINAL[0], budget=_FINAL[1])
+    work.judge(asked, recipe.limits)
+    reasons = shortfalls(asked, recipe, strict=strict)
+    slow = _too_slow(asked, recipe)
+    if not reasons and not slow:
+        return _settled(asked, [_record(name, asked, "shipped", "")], [], strict)
+    records = [_record(name, asked, "missed", "; ".join(reasons + slow))]
+    if reasons and recipe.repair and asked.lossy:
+        fixed = repair(work, recipe, asked, strict=strict, faster_than=1.0)
+        if fixed is not None:
+            return _settled(fixed, [*records, _record(fixed.name, fixed, "shipped", "")], [], strict)
+    floor = asked
+    if asked.lossy:
+        floor = work.build("float", recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.exact)}))
+        floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
+        work.judge(floor, recipe.limits)
+        if not reasons and _ratio(floor) <= _ratio(asked):
+            floor = asked
+        else:
+            records.append(_record("float", floor, "shipped", "the best that keeps the limits"))
+    return _settled(floor, records, reasons + slow, strict)
+
+
+def _too_slow(built: Built, recipe: Recipe) -> list[str]:
+    s = built.speedup
+    if s is None or s.ci95[1] >= recipe.limits.min_speedup:
+        return []
+    return [f"speed-up {s.ratio:.2f}x (95% {s.ci95[0]:.2f} to {s.ci95[1]:.2f}), at least {recipe.limits.min_speedup:g}x is asked for"]
+
+
+def _settled(best: Built, records: list[CandidateRecord], missed: list[str], strict: bool) -> Choice:
+    """The choice, with undecided gates apart from missed limits."""
+    a = best.accuracy
+    undecided = []
+    if a is not None and a.verdict == "inconclusive":
+        more = f"; about {a.needed} samples would decide" if a.needed else ""
+        undecided.append(f"{a.metric}: drop {a.drop:.4f}, 95% up to {a.ci95[1]:.4f}, allowed {a.budget}: {a.n} samples do not decide it{more}")
+    if strict and missed and all(m.endswith("inconclusive") for m in missed):
+        return Choice(best=best, records=records, inconclusive=missed)
+    return Choice(best=best, records=records, missed=missed, advice=undecided)
+
+
+def _same(one: Built, other: Built) -> bool:
+    if one.bytes != other.bytes or one.recipe.options != other.recipe.options:
+        return False
+    files = sorted(f for f in one.folder.rglob("*") if f.is_file())
+    return all((twin := other.folder / f.relative_to(one.folder)).is_file() and digest(f) == digest(twin) for f in files)
+
+
+def _rank(work: Compilation, built: Built) -> None:
+    """Time ``built``, and the other options that its backend proposes; keep options that are clearly faster."""
+    built.speedup = work.measure(built, rounds=_RANK[0], budget=_RANK[1])
+    model, _, _ = work.transform(built.recipe)
+    options = work.backend.options.model_validate(built.recipe.options)
+    for other in work.backend.variants(model, work.target, options):
+        found = work.measure(built, rounds=_RANK[0], budget=_RANK[1], options=other)
+        if found.ratio > _CLEARLY * built.speedup.ratio:
+            built.speedup = found
+            built.recipe = built.recipe.model_copy(update={"options": other.model_dump(mode="json")})
+
+
+def _ratio(built: Built) -> float:
+    return built.speedup.ratio if built.speedup is not None else 0.0
+
+
+def shortfalls(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
+    """Why ``built`` may not ship under the limits of ``recipe``; empty where it may."""
+    reasons, limits = [], recipe.limits
+    if built.accuracy is not None and built.accuracy.verdict is not None:
+        a = built.accuracy
+        if a.verdict == "missed" or (strict and a.verdict == "inconclusive"):
+            reasons.append(f"{a.metric} {a.reference:.4f} -> {a.candidate:.4f}, drop {a.drop:.4f} (95% {a.ci95[0]:.4f} to {a.ci95[1]:.4f}), allowed {a.budget}: {a.verdict}")
+    if built.fidelity is not None and built.lossy:
+        if not built.fidelity.shapes_equal:
+            reasons.append("outputs of other shapes than the reference's")
+        if built.fidelity.cosine < limits.min_cosine:
+            reasons.append(f"cosine to the fp32 reference {built.fidelity.cosine:.4f}, at least {limits.min_cosine:g} is asked for")
+    if limits.max_size_mb is not None and built.bytes > limits.max_size_mb * 1e6:
+        reasons.append(f"{built.bytes / 1e6:.2f} MB, allowed {limits.max_size_mb:g}")
+    if limits.max_latency_ms is not None and built.speedup is not None and built.speedup.candidate.median * 1e3 > limits.max_latency_ms:
+        reasons.append(f"{built.speedup.candidate.median * 1e3:.3f} ms, allowed {limits.max_latency_ms:g}")
+    return reasons
+
+
+def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
+    """The noise that quantizing one layer, or one run of neighbours, alone puts on the outputs; noisiest first.
+
+    SQNR of all float outputs together against the float candidate's own, on a few batches.
+    """
+    index, quantizer = _quantizer(built.recipe)
+    before = built.recipe.model_copy(update={"passes": built.recipe.passes[:index]})
+    model, _, _ = work.transform(built.recipe)
+    names = _quantized_nodes(work, built)
+    groups = [list(g) for g in np.array_split(np.asarray(names, dtype=object), min(_GROUPS, len(names)))]
+    exact, _, _ = work.transform(before)
+    session = ReferenceSession(exact)
+    expected = [session.run(feeds) for feeds in work.feeds]
+    session.close()
+    records = []
+    with work.progress.task("measure layers", len(groups)) as task:
+        for group in groups:
+            alone = quantizer.model_copy(update={"targets": tuple(f"re:^{re.escape(n)}$" for n in group)})
+            passes = (*built.recipe.passes[:index], alone, *built.recipe.passes[index + 1 :])
+            model, _, _ = work.transform(built.recipe.model_copy(update={"passes": passes}))
+            session = ReferenceSession(model)
+            signal = noise = 0.0
+            for feeds, wanted in zip(work.feeds, expected, strict=True):
+                for key, found in session.run(feeds).items():
+                    if found.dtype.kind == "f" and found.shape == wanted[key].shape:
+                        x, y = wanted[key].astype(np.float64), found.astype(np.float64)
+                        norm = float((x * x).sum()) or 1.0
+                        signal, noise = signal + 1.0, noise + float(((x - y) ** 2).sum()) / norm
+            session.close()
+            decibels = 200.0 if noise == 0 else min(200.0, 10 * math.log10(signal / noise))
+            records += [LayerRecord(node=str(n), sqnr_db=decibels, kept_float=False) for n in group]
+            task.advance()
+    return sorted(records, key=lambda r: r.sqnr_db)
+
+
+def _quantizer(recipe: Recipe) -> tuple[int, Any]:
+    return next((i, p) for i, p in enumerate(recipe.passes) if not p.exact)
+
+
+def _quantized_nodes(work: Compilation, built: Built) -> list[str]:
+    index, quantizer = _quantizer(built.recipe)
+    model, _, _, memo = work.prepare(built.recipe.passes[:index])
+    changes = quantizer.run(model, work.context(memo))
+    return [c.node for c in changes if c.detail.split()[0] in ("Conv", "Gemm", "MatMul")]
+
+
+def repair(work: Compilation, recipe: Recipe, built: Built, *, strict: bool, faster_than: float) -> Built | None:
+    """Return the layers that hurt most to float until the limits hold; None where nothing faster than the floor does.
+
+    Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
+    """
+    layers = sensitivities(work, built)
+    noise = np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
+    if not len(layers) or noise.sum() == 0:
+        return None
+    share = np.cumsum(noise) / noise.sum()
+    index, quantizer = _quantizer(built.recipe)
+    counts = sorted({min(int(np.searchsorted(share, removed)) + 1, len(layers)) for removed in _REMOVED})
+    for count in counts:
+        kept = [r.node for r in layers[:count]]
+        ignoring = quantizer.model_copy(update={"ignore": (*quantizer.ignore, *kept)})
+        passes = (*built.recipe.passes[:index], ignoring, *built.recipe.passes[index + 1 :])
+        name = f"{built.name}-mixed-{count}"
+        fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
+        fixed.speedup = work.measure(fixed, rounds=_RANK[0], budget=_RANK[1])
+        if not fixed.lossy or _ratio(fixed) < faster_than * _CLEARLY:
+            logger.info("%s: with %d of %d layers in float nothing is gained over float", built.name, count, len(layers))
+            shutil.rmtree(fixed.folder)
+            return None
+        work.judge(fixed, recipe.limits)
+        reasons = shortfalls(fixed, recipe, strict=strict)
+        if not reasons:
+            fixed.layers = [r.model_copy(update={"kept_float": i < count}) for i, r in enumerate(layers)]
+            return fixed
+        logger.info("%s: %s", name, "; ".join(reasons))
+        shutil.rmtree(fixed.folder)
+    return None
+
+
+def _record(name: str, built: Built | None, verdict: str, reason: str) -> CandidateRecord:
+    a = built.accuracy if built is not None else None
+    f = built.fidelity if built is not None else None
+    return CandidateRecord(
+        name=name, speedup=None if built is None or built.speedup is None else built.speedup.ratio, bytes=None if built is None else built.bytes,
+        metric=None if a is None else a.candidate, drop=None if a is None else a.drop, ci95=None if a is None else a.ci95,
+        cosine=None if f is None else f.cosine, verdict=verdict, reason=reason,
+    )  # fmt: skip
