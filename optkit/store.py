@@ -6,10 +6,11 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import shutil
-import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def _field(field: int, header: bytes, raw: int | None) -> bytes:
 
 def _write(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
     """Write the bytes of ``tensor``, evaluating it if it is lazy and keeping nothing."""
-    whole = tensor.raw if isinstance(tensor, ir.LazyTensor) else tensor
+    whole: ir.TensorProtocol = tensor.raw if isinstance(tensor, ir.LazyTensor) else tensor  # type: ignore[assignment]
     bits = tensor.dtype.bitwidth
     little = np.dtype(np.uint16).newbyteorder("=") == np.dtype("<u2")
     if isinstance(whole, ir.Tensor) and isinstance(whole.raw, np.ndarray) and bits >= 8 and little:
@@ -217,21 +218,17 @@ def _free_data_name(path: Path) -> str:
 
 def _replace_file(path: Path, write: Callable[[IO[bytes]], None], need: int) -> Path:
     with _explained(path, need):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        name = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with name.open("wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes files private; others get what an ordinary open would give.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
             os.replace(name, path)
             _sync(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                name.unlink()
             raise
     return path
 
@@ -362,12 +359,12 @@ def _escape(name: str) -> str:
 
 
 def _locked_folder(final: Path) -> tuple[Path, int]:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
-        # Private until now; becomes the artifact.
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)
+    for number in itertools.count():
+        folder = final.with_name(f".{final.name}.tmp-{os.getpid()}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -375,6 +372,7 @@ def _locked_folder(final: Path) -> tuple[Path, int]:
             if folder.stat().st_ino == os.fstat(handle).st_ino:
                 return folder, handle
         os.close(handle)
+    raise AssertionError
 
 
 def _exchange(a: Path, b: Path) -> bool:
