@@ -190,7 +190,7 @@ def _field(field: int, header: bytes, raw: int | None) -> bytes:
 
 def _write(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
     """Write the bytes of ``tensor``, evaluating it if it is lazy and keeping nothing."""
-    whole: ir.TensorProtocol = tensor.raw if isinstance(tensor, ir.LazyTensor) else tensor  # type: ignore[assignment]
+    whole: ir.TensorProtocol = tensor.raw() if isinstance(tensor, ir.LazyTensor) else tensor
     bits = tensor.dtype.bitwidth
     little = np.dtype(np.uint16).newbyteorder("=") == np.dtype("<u2")
     if isinstance(whole, ir.Tensor) and isinstance(whole.raw, np.ndarray) and bits >= 8 and little:

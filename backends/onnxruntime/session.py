@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from optkit.backends.onnxruntime.lower import OnnxRuntimeOptions
 
 _TYPES = {
-    "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64", "int32": "int32",
+    "float": "float32", "double": "float64", "float16": "float16", "int64": "int64", "int32": "int32",
     "int16": "int16", "int8": "int8", "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64", "bool": "bool",
 }  # fmt: skip
 
 
 def _spec(value: ort.NodeArg) -> TensorSpec:
     kind = value.type.removeprefix("tensor(").removesuffix(")")
-    return TensorSpec(name=value.name, dtype=_TYPES.get(kind, kind), shape=tuple(value.shape))
+    return TensorSpec(name=value.name, dtype=np.dtype(_TYPES.get(kind, "object")), shape=tuple(value.shape))
 
 
 class OnnxRuntimeSession(Session):
