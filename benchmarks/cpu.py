@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 import optkit
 from optkit.bench import interleave
@@ -228,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(name: str) -> ModelResult:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("optkit.benchmarks").setLevel(logging.INFO)
+    ort.set_default_logger_severity(4)
     return measure(name)
 
 
