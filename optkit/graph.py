@@ -102,6 +102,14 @@ def rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def drop_unused_initializers(model: ir.Model) -> None:
+    """Forget weights that nothing reads any more: what a pass leaves behind when it replaces them."""
+    for graph in graphs(model):
+        for name, value in tuple(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                del graph.initializers[name]
+
+
 def describe(node: ir.Node) -> str:
     """How messages name a node: its name, operator and, where known, the source line it came from."""
     source = node.metadata_props.get("optkit.source")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Rounds of the first, ranking measurement and of the last one, and the CPU seconds that each may take.
-_RANK = (9, 3.0)
-_FINAL = (40, 8.0)
+_RANK = (9, 1.5)
+_FINAL = (40, 4.0)
 # A variant of the options must win by this factor to be taken: below, the difference is noise.
 _CLEARLY = 1.03
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.

@@ -244,12 +244,9 @@ def _explained(path: Path, need: int = 0) -> Iterator[None]:
                 free = shutil.disk_usage(path.parent).free
                 hint = f"about {need / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; make room or write elsewhere"
                 raise OptkitError(f"cannot write {path}: {error.strerror}", hint=hint) from error
-        hint = (
-            "choose a place that can be written"
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            else None
-        )
-        raise OptkitError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        advice = "choose a place that can be written" if refused else None
+        raise OptkitError(f"cannot write {path}: {error.strerror or error}", hint=advice) from error
 
 
 def _sync(folder: Path) -> None:

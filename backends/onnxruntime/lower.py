@@ -72,7 +72,8 @@ class OnnxRuntime(Backend):
     def executed(self, path: Path, target: Target, options: OnnxRuntimeOptions, feeds: Mapping[str, np.ndarray]) -> Sequence[Executed]:
         """One run under ONNX Runtime's profiler."""
         with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
-            session = OnnxRuntimeSession(path / MODEL, options, threads=1, profile=Path(folder) / "profile")
+            shown = options.model_copy(update={"prepacking": False})
+            session = OnnxRuntimeSession(path / MODEL, shown, threads=1, profile=Path(folder) / "profile")
             session.run(feeds)
             file = session.end_profiling()
             session.close()

@@ -23,8 +23,8 @@ _MATMUL = frozenset(
         "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "GemmFloat8",
     }
 )  # fmt: skip
-# Where the weights are among the inputs.
-_WEIGHT = {"QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3}
+# Where the weights of a convolution are among the inputs.
+_WEIGHT = {"QLinearConv": 3}
 
 
 def _shape(entry: Mapping[str, Sequence[int]]) -> tuple[str, tuple[int, ...]]:
@@ -38,12 +38,8 @@ def _macs(op: str, inputs: Sequence[Mapping[str, Sequence[int]]], outputs: Seque
     out = math.prod(_shape(outputs[0])[1])
     if op in _CONV:
         return out * math.prod(_shape(inputs[_WEIGHT.get(op, 1)])[1][1:])
-    a = _shape(inputs[0])[1]
-    weight = _shape(inputs[_WEIGHT.get(op, 1)])[1]
-    # The contracted axis is the one that both operands have and the output has not.
-    columns = _shape(outputs[0])[1][-1]
-    inner = weight[-2] if len(weight) > 1 and weight[-1] == columns else weight[-1]
-    return out * (inner if inner in a else a[-1])
+    # Activations come first and are contracted along their last axis.
+    return out * _shape(inputs[0])[1][-1]
 
 
 def read_profile(events: Sequence[Mapping[str, Any]]) -> list[Executed]:
@@ -51,6 +47,7 @@ def read_profile(events: Sequence[Mapping[str, Any]]) -> list[Executed]:
 
     Args:
         events: The JSON that ``end_profiling`` wrote; kernels are the events of category ``Node`` ending ``_kernel_time``.
+            Of a session without prepacking: packed weights are missing from the lists of inputs.
     """
     executed = []
     for event in events:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from optkit.formats import FORMATS
-from optkit.graph import constant, graphs, initializer, rank, users
+from optkit.graph import constant, drop_unused_initializers, graphs, initializer, rank, users
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.plan import selects
 from optkit.qdq import quantized_tensor, scale_zero, weight_range
 from optkit.rewrite import Change, substitute
-
-if TYPE_CHECKING:
-    pass
 
 
 class QuantizeDynamic(GraphPass):
@@ -49,6 +46,7 @@ class QuantizeDynamic(GraphPass):
                 if node.op_type in ("MatMul", "Gemm") and node.domain == "" and self._suits(node):
                     _replace(node, quantized)
                     changes.append(Change(rule=self.name, node=str(node.name), detail=f"{node.op_type} to s8 x dynamic u8"))
+        drop_unused_initializers(model)
         return changes
 
     def _suits(self, node: ir.Node) -> bool:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from optkit.errors import PassError, UnknownNameError
 from optkit.formats import FORMATS, Format
-from optkit.graph import constant, describe
+from optkit.graph import constant, describe, drop_unused_initializers
 from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
@@ -79,6 +79,7 @@ class QuantizeStatic(GraphPass):
             owned = value in plan.owners
             readers = [(u.node, u.idx) for u in value.uses() if owned or u.node in taken]
             insert_pair(value, readers, *scales[origin], fmt, outputs=owned)
+        drop_unused_initializers(model)
         return changes
 
     def _limits(self, model: ir.Model, plan: Plan, placement: Placement, context: Context) -> dict[ir.Value, tuple[float, float]]:
