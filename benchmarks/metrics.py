@@ -47,3 +47,13 @@ def area_under_roc(scores: np.ndarray, truth: np.ndarray) -> float:
     if total == 0:
         raise ValueError("one of the two classes is missing")
     return float((positives * (below + negatives / 2)).sum() / total)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of the ranks, equal values sharing the mean of theirs (Spearman, 1904)."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, where, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[where]

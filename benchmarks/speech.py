@@ -6,7 +6,8 @@ The prompts are Debian's asterisk-core-sounds-en-wav (one speaker, 8 kHz), broug
 from __future__ import annotations
 
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,27 @@ from optkit.benchmarks import datasets
 
 RATE, FRAME, CONTEXT = 16000, 512, 64
 _SILENT_DB = -45.0
-_NOISE_DB = (20, 10, 5, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """Speech under noise.
+
+    Attributes:
+        frames: Samples at 16 kHz, ``[frames, 512]``.
+        speech: Whether each frame is speech, ``[frames]``.
+        decibels: Power of the speech over that of the noise.
+    """
+
+    frames: np.ndarray
+    speech: np.ndarray
+    decibels: float
 
 
 def recordings(
-    n: int, *, seed: int, held_out: bool, seconds: float = 10.0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``n`` times the samples ``[frames, 512]`` and whether each frame is speech ``[frames]``.
+    n: int, *, seed: int, held_out: bool, seconds: float = 10.0, decibels: Sequence[float] = (20, 10, 5, 0)
+) -> Iterator[Recording]:
+    """``n`` recordings, at the levels of ``decibels`` in turn, under white noise and brown.
 
     A frame is speech where the clean prompt is louder than -45 dB of full scale. A quarter of the prompts is held
     out from evaluations.
@@ -38,9 +53,11 @@ def recordings(
             at += len(prompt) + int(RATE * rng.uniform(0.4, 1.6))
         power = (clean.reshape(-1, FRAME).astype(np.float64) ** 2).mean(1)
         speech = 10 * np.log10(power + 1e-12) > _SILENT_DB
-        level = power[speech].mean() / 10 ** (_NOISE_DB[i % len(_NOISE_DB)] / 10)
-        noise = _noise(rng, length, brown=bool(i // len(_NOISE_DB) % 2)) * np.sqrt(level)
-        yield (clean + noise).astype(np.float32).reshape(-1, FRAME), speech
+        ratio = decibels[i % len(decibels)]
+        level = power[speech].mean() / 10 ** (ratio / 10)
+        noise = _noise(rng, length, brown=bool(i // len(decibels) % 2)) * np.sqrt(level)
+        frames = (clean + noise).astype(np.float32).reshape(-1, FRAME)
+        yield Recording(frames=frames, speech=speech, decibels=ratio)
 
 
 def with_context(frames: np.ndarray) -> np.ndarray:

@@ -188,6 +188,33 @@ SUITE = {
             note="exported with torch.onnx (TorchScript); 17 chains that compute the padding, depthwise convolutions",
         ),
         Entry(
+            name="dnsmos",
+            kind="speech quality",
+            licence="MIT",
+            requirement="speechmos==0.0.1.1",
+            files={
+                "speechmos/dnsmos_models/sig_bak_ovr.onnx": (
+                    "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd"
+                )
+            },
+            evaluator="dnsmos.py",
+            data=("prompts",),
+            note="regression; spectrogram inside the graph, 19 GMACs of convolutions",
+        ),
+        Entry(
+            name="basic_pitch",
+            kind="music transcription",
+            licence="Apache-2.0",
+            requirement="basic-pitch==0.4.0",
+            files={
+                "basic_pitch/saved_models/icassp_2022/nmp.onnx": (
+                    "2c3c1d144bfa61ad236e92e169c13535c880469a12a047d4e73451f2c059a0ec"
+                )
+            },
+            evaluator="basic_pitch.py",
+            note="converted by tf2onnx: 67 Reshapes; constant-Q transform inside the graph, small weights",
+        ),
+        Entry(
             name="resnet50_shaped",
             kind="image classification",
             licence="Apache-2.0",

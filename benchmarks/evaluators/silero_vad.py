@@ -47,9 +47,9 @@ def _stream(n: int, *, seed: int, held_out: bool) -> Iterator[tuple[dict[str, np
     options.log_severity_level = 3
     session = ort.InferenceSession(suite.find("silero_vad"), options, providers=["CPUExecutionProvider"])
     rate = np.array(RATE, np.int64)
-    for frames, speech in recordings(n, seed=seed, held_out=held_out):
+    for recording in recordings(n, seed=seed, held_out=held_out):
         state = np.zeros((2, 1, 128), np.float32)
-        for frame, truth in zip(with_context(frames), speech, strict=True):
+        for frame, truth in zip(with_context(recording.frames), recording.speech, strict=True):
             feeds = {"input": frame[None], "state": state, "sr": rate}
             yield feeds, bool(truth)
             state = session.run(["stateN"], feeds)[0]

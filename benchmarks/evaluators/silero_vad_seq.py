@@ -18,8 +18,8 @@ METRIC = "ROC AUC"
 
 def samples(n: int = 48) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """A recording of ten seconds, and which frames are speech."""
-    for frames, speech in recordings(n, seed=0, held_out=False):
-        yield _feeds(frames), speech
+    for recording in recordings(n, seed=0, held_out=False):
+        yield _feeds(recording.frames), recording.speech
 
 
 def score(outputs: dict[str, np.ndarray], label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,8 +35,8 @@ def aggregate(scores: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 def calibration(n: int = 16) -> Iterator[dict[str, np.ndarray]]:
     """Recordings of prompts that no sample plays."""
-    for frames, _ in recordings(n, seed=1, held_out=True):
-        yield _feeds(frames)
+    for recording in recordings(n, seed=1, held_out=True):
+        yield _feeds(recording.frames)
 
 
 def _feeds(frames: np.ndarray) -> dict[str, np.ndarray]:

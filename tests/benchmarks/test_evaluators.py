@@ -113,3 +113,23 @@ def test_voice_scores_are_pooled_over_recordings() -> None:
     first = evaluator.score({"p": np.array([[0.1], [0.4]])}, np.array([False, False]))
     second = evaluator.score({"p": np.array([[0.35], [0.8]])}, np.array([True, True]))
     assert evaluator.aggregate([first, second]) == pytest.approx(0.75)
+
+
+def test_notes_are_counted_over_all_windows() -> None:
+    evaluator = load_python(EVALUATORS / "basic_pitch.py", "evaluator")
+    truth = np.zeros((172, 88), bool)
+    truth[:2, 5] = True
+    found = np.zeros((1, 172, 88), np.float32)
+    found[0, 1:4, 5] = 0.9  # one of two right, two strays
+    counts = evaluator.score({"StatefulPartitionedCall:1": found}, truth)
+    assert counts == (1, 3, 2)
+    assert evaluator.aggregate([counts, (3, 3, 4)]) == pytest.approx(2 * 4 / (6 + 6))
+
+
+def test_quality_is_ranked_against_the_noise() -> None:
+    evaluator = load_python(EVALUATORS / "dnsmos.py", "evaluator")
+    scores = [
+        evaluator.score({"q": np.array([[0, 0, q]])}, level)
+        for q, level in [(1.5, -5.0), (3.0, 35.0), (2.0, 10.0)]
+    ]
+    assert evaluator.aggregate(scores) == pytest.approx(1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optkit.benchmarks.metrics import area_under_roc, edits, greedy_ctc, reciprocal_ranks
+from optkit.benchmarks.metrics import area_under_roc, edits, greedy_ctc, rank_correlation, reciprocal_ranks
 
 TEXT = st.text("abc", max_size=8)
 
@@ -78,3 +78,18 @@ def test_area_under_the_curve(scores: list[float], truth: list[int], area: float
 def test_one_class_has_no_curve() -> None:
     with pytest.raises(ValueError, match="missing"):
         area_under_roc(np.array([1.0]), np.array([True]))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "correlation"),
+    [
+        ([1, 2, 3], [10, 20, 900], 1.0),
+        ([1, 2, 3], [3, 2, 1], -1.0),
+        # ranks 1 2 3 4 against 1 3 2 4: 1 - 6 * (1 + 1) / (4 * 15)
+        ([1, 2, 3, 4], [1, 3, 2, 4], 0.8),
+        # a tie shares rank 1.5: covariance 1.5 over sqrt(2 * 1.5)
+        ([1, 2, 3], [5, 5, 6], 1.5 / 3**0.5),
+    ],
+)
+def test_rank_correlation(a: list[float], b: list[float], correlation: float) -> None:
+    assert rank_correlation(np.array(a), np.array(b)) == pytest.approx(correlation)
