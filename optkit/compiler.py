@@ -8,7 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -276,6 +276,67 @@ def compile(
         BackendUnavailableError: A package is missing.
     """
     started = (time.process_time(), time.perf_counter())
+    destination = Path(out)
+    asked = request(
+        source, target=target, recipe=recipe, precision=precision, data=data, evaluate=evaluate, max_drop=max_drop,
+        backend=backend, out=destination, overrides=overrides, seed=seed,
+    )  # fmt: skip
+    with temporary_folder(destination) as folder:
+        work = asked.work(folder, progress or Silent())
+        choice = _choose(work, asked, strict=strict)
+        report = _finish(work, asked.recipe, choice, started)
+        replace_folder(choice.best.folder, destination)
+    return Artifact(destination), report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for: resolved, and checked as far as that is possible before work begins.
+
+    Attributes:
+        recipe: With the caller's options on top.
+        data: Checked as it is read.
+        candidates: Recipes to try, by name; empty where ``recipe`` itself says what to do.
+        closed: Candidates that need calibration data, which is not there.
+    """
+
+    recipe: Recipe
+    target: Target
+    backend: Backend
+    loaded: Loaded
+    data: CalibrationData | None
+    evaluator: Evaluator | None
+    candidates: tuple[tuple[str, Recipe], ...]
+    closed: tuple[str, ...]
+
+    def work(self, folder: Path, progress: Progress) -> Compilation:
+        """The compilation that carries this out in ``folder``."""
+        return Compilation(
+            self.loaded, self.target, self.backend, self.data, self.evaluator, seed=self.recipe.seed, folder=folder, progress=progress
+        )  # fmt: skip
+
+
+def request(
+    source: str | Path | bytes | ir.Model,
+    *,
+    target: str | Target | None = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    precision: str | None = None,
+    data: Batches | None = None,
+    evaluate: Evaluator | str | Path | None = None,
+    max_drop: str | float | None = None,
+    backend: str | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+) -> Request:
+    """Resolve and check the arguments of ``compile``; nothing is built.
+
+    Raises:
+        UsageError: The options, the recipe or the data do not fit.
+        ModelError: The model cannot be read.
+        BackendUnavailableError: A package is missing.
+    """
     plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed)
     where = find_target(plan.target or "cpu")
     engine: Backend = BACKENDS[plan.backend or where.backends[0]]()
@@ -283,24 +344,24 @@ def compile(
         raise BackendUnavailableError(f"backend {engine.name}: {reason}")
     if not where.runs_here:
         raise UsageError(f"target {where.name}: artifacts for it can't be run on this machine yet")
+    if out is not None and out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        raise UsageError(f"{out}: exists and is not an artifact", hint="choose another --out")
+    candidates = _candidates(plan)
+    needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
+    if data is None and needy and len(needy) >= len(candidates) - 1:
+        _refuse(plan, needy)
     evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
     if plan.limits.max_drop is not None:
         Budget.parse(plan.limits.max_drop)
         if evaluator is None:
             raise UsageError("max-drop needs an evaluator: without labels there is no metric to lose", hint="give --eval FILE, or limits.min_cosine for fidelity")
-    destination = Path(out)
-    if destination.exists() and not (destination.is_dir() and ((destination / MANIFEST).is_file() or not any(destination.iterdir()))):
-        raise UsageError(f"{destination}: exists and is not an artifact", hint="choose another --out")
     loaded = read(source)
     batches = _batches(data, loaded, plan)
-    _check_data(plan, batches)
-    with ExitStack() as stack:
-        folder = stack.enter_context(temporary_folder(destination))
-        work = Compilation(loaded, where, engine, batches, evaluator, seed=plan.seed, folder=folder, progress=progress or Silent())
-        choice = _choose(work, plan, strict=strict)
-        report = _finish(work, plan, choice, started)
-        replace_folder(choice.best.folder, destination)
-    return Artifact(destination), report
+    return Request(
+        recipe=plan, target=where, backend=engine, loaded=loaded, data=batches, evaluator=evaluator,
+        candidates=tuple((name, r) for name, r in candidates if data is not None or name not in needy),
+        closed=tuple(needy) if data is None else (),
+    )  # fmt: skip
 
 
 def _plan(
@@ -350,33 +411,27 @@ def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationD
     return found if plan.samples is None else found.limit(plan.samples)
 
 
-def _check_data(plan: Recipe, data: CalibrationData | None) -> None:
-    """Refuse early what needs data that is not there."""
-    needy = next((p.name for p in plan.passes if p.needs_data), None)
-    if plan.candidates and all(any(p.needs_data for p in Recipe.load(c).passes) for c in plan.candidates[1:]):
-        needy = plan.candidates[-1]
-    if needy is not None and data is None:
-        raise DataError(
-            f"{needy} needs calibration data",
-            hint="give --calib FOLDER (or data=), or use --precision int8-dyn, which needs none; --calib random is for trying things out",
-        )
+def _candidates(plan: Recipe) -> list[tuple[str, Recipe]]:
+    """The recipes that ``plan`` tries, with its own limits."""
+    shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
+    return [(name, Recipe.load(name).model_copy(update=shared)) for name in plan.candidates]
 
 
-def _choose(work: Compilation, plan: Recipe, *, strict: bool) -> Choice:
-    if not plan.candidates:
-        return carry_out(work, plan, strict=strict)
-    recipes, left = [], []
-    for name in plan.candidates:
-        candidate = Recipe.load(name)
-        shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
-        if work.data is None and any(p.needs_data for p in candidate.passes):
-            left.append(name)
-        else:
-            recipes.append((name, candidate.model_copy(update=shared)))
-    choice = choose(work, plan, recipes, strict=strict)
-    if left:
-        choice.advice.append(f"with calibration data (--calib) these would be tried too: {', '.join(left)}")
-    if work.evaluator is None:
+def _refuse(plan: Recipe, needy: Sequence[str]) -> None:
+    name = next((p.name for p in plan.passes if p.needs_data), needy[-1])
+    raise DataError(
+        f"{name} needs calibration data",
+        hint="give --calib FOLDER (or data=), or use --precision int8-dyn, which needs none; --calib random is for trying things out",
+    )
+
+
+def _choose(work: Compilation, asked: Request, *, strict: bool) -> Choice:
+    if not asked.candidates:
+        return carry_out(work, asked.recipe, strict=strict)
+    choice = choose(work, asked.recipe, asked.candidates, strict=strict)
+    if asked.closed:
+        choice.advice.append(f"with calibration data (--calib) these would be tried too: {', '.join(asked.closed)}")
+    if asked.evaluator is None:
         choice.advice.append("with an evaluator (--eval) accuracy would be measured; what is reported is fidelity to the fp32 reference")
     return choice
 
