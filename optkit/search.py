@@ -32,6 +32,8 @@ _RANK = (9, 1.5)
 _FINAL = (40, 4.0)
 # A variant of the options must win by this factor to be taken: below, the difference is noise.
 _CLEARLY = 1.03
+# Candidates whose speeds differ by less are alike: the more accurate one is taken.
+_ALIKE = 1.05
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
 _GROUPS = 64
 # Shares of the quantization noise that successive repairs take away.
@@ -104,13 +106,17 @@ def choose(work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recip
     best: Built | None = None
     while order:
         one = order.pop(0)
-        if best is not None:
-            tried.setdefault(one.name, _record(one.name, one, "slower", "a faster candidate keeps the limits"))
+        if best is not None and _ratio(one) * _ALIKE < _ratio(best):
+            tried.setdefault(one.name, _record(one.name, one, "slower", f"{best.name} is faster and keeps the limits"))
             continue
         work.judge(one, recipe.limits)
         reasons = shortfalls(one, recipe, strict=strict)
         if not reasons:
-            best = one
+            if best is None or _loss(one) < _loss(best):
+                one, best = best, one
+            if one is not None:
+                assert best is not None
+                tried[one.name] = _record(one.name, one, "less accurate", f"{best.name} is as fast and loses less")
             continue
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))
@@ -214,6 +220,13 @@ def _rank(work: Compilation, built: Built) -> None:
         if found.ratio > _CLEARLY * built.speedup.ratio:
             built.speedup = found
             built.recipe = built.recipe.model_copy(update={"options": other.model_dump(mode="json")})
+
+
+def _loss(built: Built) -> float:
+    """What is lost, to compare candidates with: the drop of the metric, or of the cosine."""
+    if built.accuracy is not None:
+        return built.accuracy.drop
+    return 1 - built.fidelity.cosine if built.fidelity is not None else 0.0
 
 
 def _ratio(built: Built) -> float:

@@ -16,6 +16,7 @@ PASSES = Registry(
         "cancel-layout": "optkit.passes.cleanup.layout:CancelLayout",
         "clean-casts": "optkit.passes.cleanup.casts:CleanCasts",
         "fold-batch-norm": "optkit.passes.fusion.batch_norm:FoldBatchNorm",
+        "fold-pad": "optkit.passes.fusion.pad:FoldPad",
         "fold-affine": "optkit.passes.fusion.affine:FoldAffine",
         "fuse-hard-swish": "optkit.passes.fusion.hard_swish:FuseHardSwish",
         "fuse-gelu": "optkit.passes.fusion.gelu:FuseGelu",
