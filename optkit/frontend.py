@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
-import onnx.version_converter
 import onnx_ir as ir
+from onnx_ir.passes import PassError, PreconditionError
+from onnx_ir.passes.common import InlinePass
 
-from optkit.graph import IR_VERSION, OPSET
+from optkit import equivalence, onnxfile, opset
+from optkit.data import TensorSpec
+from optkit.errors import DataError, ModelError, UnsupportedOpError, UsageError
+from optkit.graph import IR_VERSION, OPSET, describe, graphs, verify, walk
+from optkit.inference import infer
+
+logger = logging.getLogger(__name__)
+
+# Functions of this domain are kernels with a fallback, and stay calls.
+_KERNELS = "optkit"
+# A model that grows to more nodes than this when its functions are written out is a trap, not a network.
+_MOST_NODES = 2_000_000
+
+_TORCH = {".pt2": "an exported program"}
+_PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,46 +38,379 @@ class Loaded:
 
     Attributes:
         model: At opset ``OPSET``, verified.
-        name: How messages name the source: the file's name, or what the caller gave.
+        name: How messages name the source: the file's name, or "model".
         opset: Of the source, default domain.
-        notes: What was changed or could not be checked, for the report.
+        notes: What was changed or could not be checked, as sentences for the report.
         path: The file, where there is one.
     """
 
     model: ir.Model
     name: str
     opset: int
-    notes: Sequence[str]
+    notes: tuple[str, ...]
     path: Path | None = None
 
 
-def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: bool = True) -> Loaded:
-    """Load ``source`` and say what was done; see ``load``."""
-    path = Path(source) if isinstance(source, str | Path) else None
-    if isinstance(source, ir.Model):
-        model = source.clone()
-    elif isinstance(source, bytes):
-        model = ir.serde.deserialize_model(onnx.load_model_from_string(source))
-    else:
-        model = ir.load(source)
-    opset = model.opset_imports.get("", OPSET)
-    if opset != OPSET:
-        proto = onnx.version_converter.convert_version(ir.serde.serialize_model(model), OPSET)
-        model = ir.serde.deserialize_model(proto)
-    model.ir_version = IR_VERSION
-    ir.passes.common.ShapeInferencePass()(model)
-    return Loaded(model=model, name=path.name if path else "model", opset=opset, notes=(), path=path)
-
-
 def load(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: bool = True) -> ir.Model:
-    """Load a model at the working opset.
+    """Load a model at the working opset; ``read`` also tells what was done."""
+    return read(source, unsafe=unsafe, check=check).model
+
+
+def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: bool = True) -> Loaded:
+    """Load a model and bring it to the form that passes rely on.
+
+    * The default domain is at opset ``OPSET``; nodes of other domains stay as they are. Older operators are converted
+      (``optkit.opset``), newer ones too where they can be expressed.
+    * Model-local functions are written out, but for those of the domain ``optkit``.
+    * Nodes are in an order in which they can run. Every node and value has a name of its own, across bodies.
+    * Inputs are the caller's alone: weights that old files list as inputs are not.
+    * Every axis of an input is a number or has a symbol.
+    * Weights are mapped from the file, never copied.
 
     Args:
         source: An ``.onnx`` file, its bytes, or a graph (which is copied, not changed).
         unsafe: Also follow external data out of the model's folder.
-        check: Where the opset was converted, compare the numbers before and after.
+        check: Where nodes were rewritten for the opset, compare the numbers before and after on random inputs.
 
     Raises:
-        ModelError: The model cannot be read or is not valid.
+        UsageError: There is no such file, or it is not for this function.
+        ModelError: The model cannot be read, is not valid, or would compute something else.
+        UnsupportedOpError: Lists all operators that nobody knows or that cannot be converted.
     """
-    return read(source, unsafe=unsafe, check=check).model
+    path = _path(source) if isinstance(source, str | Path) else None
+    name = path.name if path is not None else "model"
+    if isinstance(source, ir.Model):
+        model = source.clone()
+    elif isinstance(source, bytes):
+        model = onnxfile.read(source, name=name, unsafe=unsafe)
+    elif path is not None:
+        model = onnxfile.read(path, name=name, unsafe=unsafe)
+    else:
+        raise UsageError(
+            f"cannot load a {type(source).__name__}",
+            hint="PyTorch modules come with optkit[torch]; until then export to ONNX with torch.onnx.export(dynamo=True)",
+        )
+    notes: list[str] = []
+    written = _prepare(model, name, notes)
+    nodes = [n for scope in (model.graph, *(f.graph for f in model.functions.values())) for n in walk(scope)]
+    versions = {n.version for n in nodes if n.domain == ""}
+    if convert := versions - {OPSET}:
+        # Rules ask for the rank and type of what they rewrite.
+        infer(model)
+        opset.convert(model, name=name)
+        notes.append(
+            f"converted from opset {', '.join(map(str, sorted(v for v in convert if v)))} to {OPSET}"
+        )
+    model.opset_imports[""] = OPSET
+    _finish(model, name)
+    if check and convert:
+        notes.append(equivalence.check(path or source, model, name=name, unsafe=unsafe))  # type: ignore[arg-type]
+    for note in notes:
+        logger.info("%s: %s", name, note)
+    model.meta["optkit.notes"] = tuple(notes)
+    return Loaded(model=model, name=name, opset=written, notes=tuple(notes), path=path)
+
+
+def _path(source: str | Path) -> Path:
+    path = Path(source)
+    kind = path.suffix.lower()
+    export = "export to ONNX with torch.onnx.export(model, args, 'model.onnx', dynamo=True)"
+    if kind in _TORCH or (
+        isinstance(source, str) and re.fullmatch(r"[\w.]+:[\w.]+", source) and not path.exists()
+    ):
+        raise UsageError(
+            f"{source}: {_TORCH.get(kind, 'a PyTorch module')} cannot be loaded yet",
+            hint=f"loading PyTorch comes with optkit[torch]; until then {export}",
+        )
+    if kind in _PICKLES:
+        raise UsageError(f"{source}: pickles can run any code when loaded, and are refused", hint=export)
+    return path
+
+
+def _prepare(model: ir.Model, name: str, notes: list[str]) -> int:
+    """Everything that comes before the conversion; returns the opset that the model was written for."""
+    if "ai.onnx" in model.opset_imports:
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    written = model.opset_imports.get("", OPSET)
+    newest = onnx.defs.onnx_opset_version()
+    if not 0 < written <= newest:
+        raise ModelError(
+            f"{name}: written for opset {written}, onnx {onnx.__version__} knows 1 to {newest}",
+            hint="install a newer onnx, or export with an older opset",
+        )
+    _drop_weight_inputs(model, notes)
+    _check_interface(model, name)
+    _set_versions(model)
+    _write_out_functions(model, name, notes)
+    _check_operators(model, name)
+    for scope in (model.graph, *(f.graph for f in model.functions.values())):
+        try:
+            scope.sort()
+        except ValueError as error:
+            raise ModelError(f"{name}: the graph has a cycle: some nodes need their own results") from error
+    for body in graphs(model):
+        _name_axes(body, main=body is model.graph)
+    return written
+
+
+def _finish(model: ir.Model, name: str) -> None:
+    model.ir_version = IR_VERSION
+    used = {
+        "",
+        *(n.domain for n in walk(model)),
+        *(n.domain for f in model.functions.values() for n in walk(f.graph)),
+    }
+    model.opset_imports.setdefault("", OPSET)
+    for domain in sorted(used):
+        model.opset_imports.setdefault(domain, 1)
+    for domain in sorted(set(model.opset_imports) - used):
+        del model.opset_imports[domain]
+    for node in walk(model):
+        node.version = None
+    fix_names(model)
+    infer(model)
+    try:
+        verify(model)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}", hint=error.hint) from error
+
+
+def _drop_weight_inputs(model: ir.Model, notes: list[str]) -> None:
+    """Before IR version 4 every initializer had to be an input as well; later it meant a default."""
+    inputs = model.graph.inputs
+    both = [v for v in inputs if v.is_initializer()]
+    if not both:
+        return
+    inputs[:] = [v for v in inputs if not v.is_initializer()]
+    if model.ir_version < 4:
+        notes.append(f"{len(both)} weights were listed as inputs, as old files do")
+    else:
+        names = ", ".join(repr(v.name) for v in both[:5]) + (" and others" if len(both) > 5 else "")
+        notes.append(f"inputs with a default value are now constants: {names}")
+
+
+def _check_interface(model: ir.Model, name: str) -> None:
+    graph = model.graph
+    if not graph.outputs:
+        raise ModelError(f"{name}: the graph has no outputs")
+    for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
+        for value in values:
+            if value.type is not None and not isinstance(value.type, ir.TensorType):
+                raise ModelError(
+                    f"{name}: {kind} {value.name!r} is a {type(value.type).__name__.removesuffix('Type').lower()}, not a tensor",
+                    hint="cut that part off: optkit compiles from tensors to tensors",
+                )
+            if value.dtype == ir.DataType.STRING:
+                raise ModelError(
+                    f"{name}: {kind} {value.name!r} holds strings",
+                    hint="keep text processing outside the model",
+                )
+            if kind == "input":
+                try:
+                    TensorSpec.of(value)
+                except DataError as error:
+                    raise ModelError(f"{name}: input {error}") from error
+
+
+def _set_versions(model: ir.Model) -> None:
+    """Note on each node the opset that it was written for: functions may differ from the graph that calls them."""
+    for node in walk(model):
+        node.version = model.opset_imports.get(node.domain)
+    for function in model.functions.values():
+        for node in walk(function.graph):
+            node.version = function.opset_imports.get(node.domain, model.opset_imports.get(node.domain))
+
+
+def _calls(model: ir.Model, scope: ir.Graph) -> Iterator[ir.Function]:
+    for node in walk(scope):
+        if (found := model.functions.get(node.op_identifier())) is not None:
+            yield found
+
+
+def _write_out_functions(model: ir.Model, name: str, notes: list[str]) -> None:
+    if not model.functions:
+        return
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+
+    def size(scope: ir.Graph, stack: tuple[ir.OperatorIdentifier, ...]) -> int:
+        total = sum(1 for _ in walk(scope))
+        for callee in _calls(model, scope):
+            key = callee.identifier()
+            if key in stack:
+                raise ModelError(f"{name}: function {key[0]}.{key[1]} calls itself")
+            if key not in sizes:
+                sizes[key] = size(callee.graph, (*stack, key))
+            total += sizes[key]
+        return total
+
+    # A function may call itself without being called from the graph.
+    for function in model.functions.values():
+        size(function.graph, (function.identifier(),))
+    if (total := size(model.graph, ())) > _MOST_NODES:
+        raise ModelError(f"{name}: its functions written out would be {total} nodes")
+    inline = [f for f in model.functions.values() if f.domain != _KERNELS]
+    for function in inline:
+        for domain, version in function.opset_imports.items():
+            if domain and model.opset_imports.get(domain, version) != version:
+                raise ModelError(
+                    f"{name}: function {function.domain}.{function.name} needs version {version} of domain {domain!r}, "
+                    f"the model {model.opset_imports[domain]}"
+                )
+        # The nodes know their own versions.
+        function.opset_imports[""] = model.opset_imports.setdefault("", OPSET)
+    try:
+        InlinePass(lambda f: f.domain != _KERNELS)(model)
+    except (ValueError, RuntimeError, PassError, PreconditionError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"{name}: its functions cannot be written out: {cause}") from error
+    for function in inline:
+        model.functions.pop(function.identifier(), None)
+    if inline:
+        notes.append(f"{len(inline)} model-local functions were written out")
+
+
+@functools.cache
+def _runtime_operators() -> frozenset[tuple[str, str]]:
+    """What ONNX Runtime adds to ONNX; its own list, where this build has one."""
+    import onnxruntime.capi.onnxruntime_pybind11_state as state
+
+    listed: Callable[[], Any] | None = getattr(state, "get_all_operator_schema", None)
+    return frozenset((s.domain, s.name) for s in listed()) if listed is not None else frozenset()
+
+
+def _check_operators(model: ir.Model, name: str) -> None:
+    """Every operator is known, and every node has what its schema asks for: passes index inputs without looking."""
+    problems: list[tuple[str, str]] = []
+    scopes = (model.graph, *(f.graph for f in model.functions.values()))
+    for node in (n for scope in scopes for n in walk(scope)):
+        if model.functions.get(node.op_identifier()) is not None:
+            continue
+        reason = _problem(node)
+        if reason is not None:
+            problems.append((_label(node), reason))
+    if problems:
+        raise UnsupportedOpError(name, problems, hint="export the model again with standard ONNX operators")
+
+
+def _label(node: ir.Node) -> str:
+    if node.name:
+        return describe(node)
+    return f"the node that makes {next((o.name for o in node.outputs if o.name), '?')!r} ({node.op_type})"
+
+
+def _problem(node: ir.Node) -> str | None:
+    domain = f"{node.domain}.{node.op_type}"
+    if node.domain == "" or node.domain.startswith("ai.onnx"):
+        version = node.version
+        if version is None:
+            return f"the model does not say which version of domain {node.domain!r} it uses"
+        try:
+            return _misfit(node, onnx.defs.get_schema(node.op_type, version, node.domain))
+        except onnx.defs.SchemaError:
+            if node.domain == "":
+                return f"no operator {node.op_type} in opset {version}"
+            return f"no operator {domain} in version {version}"
+    known = _runtime_operators()
+    if node.domain.startswith("com.m"):
+        return (
+            None
+            if not known or (node.domain, node.op_type) in known
+            else f"no operator {domain} in ONNX Runtime"
+        )
+    return f"unknown operator {domain}, and the model has no function of that name"
+
+
+def _misfit(node: ir.Node, schema: onnx.defs.OpSchema) -> str | None:
+    given = len(node.inputs)
+    while given and node.inputs[given - 1] is None:
+        given -= 1
+    if not schema.min_input <= given <= schema.max_input:
+        most = "or more" if schema.max_input > 1000 else f"to {schema.max_input}"
+        return f"{given} inputs instead of {schema.min_input} {most}"
+    required = onnx.defs.OpSchema.FormalParameterOption.Single
+    for index, formal in enumerate(schema.inputs):
+        if formal.option == required and node.inputs[index] is None:
+            return f"its input {index} ({formal.name}) is missing"
+    outputs = len([o for o in node.outputs if o.name])
+    if not schema.min_output <= len(node.outputs) or outputs > schema.max_output:
+        return f"{len(node.outputs)} outputs instead of {schema.min_output} to {schema.max_output}"
+    for key, attribute in node.attributes.items():
+        formal_attribute = schema.attributes.get(key)
+        if formal_attribute is None:
+            return f"unknown attribute {key!r}"
+        # An enumeration of onnx's C++ side, with the numbers of AttributeProto.
+        expected = ir.AttributeType(int(formal_attribute.type.value))  # type: ignore[attr-defined]
+        if expected != attribute.type:
+            return f"its attribute {key!r} is of type {attribute.type.name}, not {expected.name}"
+    for key, formal_attribute in schema.attributes.items():
+        if formal_attribute.required and key not in node.attributes:
+            return f"its attribute {key!r} is missing"
+    return None
+
+
+def _name_axes(graph: ir.Graph, *, main: bool) -> None:
+    """Give every unnamed axis of a model's input a symbol of its own; elsewhere such an axis is simply not known."""
+    inputs = set(graph.inputs)
+    taken = {d.value for v in inputs if v.shape is not None for d in v.shape if isinstance(d, ir.SymbolicDim)}
+
+    def clean(value: ir.Value, *, named: bool) -> None:
+        if value.shape is None:
+            return
+        dims: list[int | str | None] = [d if isinstance(d, int) else d.value for d in value.shape]
+        for axis, d in enumerate(dims):
+            unknown = (
+                d < 0 if isinstance(d, int) else d is None or not re.search(r"\w", d) or d in ("-1", "None")
+            )
+            if not unknown:
+                continue
+            dims[axis] = None
+            if named:
+                symbol = f"{re.sub(r'[^0-9A-Za-z_]+', '_', value.name or 'input')}_{axis}"
+                while symbol in taken:
+                    symbol += "_"
+                taken.add(symbol)
+                dims[axis] = symbol
+        value.shape = ir.Shape(dims)
+
+    for value in graph.inputs:
+        clean(value, named=main)
+    for value in (*graph.outputs, *(o for node in graph for o in node.outputs)):
+        if value not in inputs and value.shape is not None:
+            clean(value, named=False)
+
+
+def fix_names(model: ir.Model) -> None:
+    """Give every node a name and every name to one node, and the same for values, bodies included.
+
+    Names that are there and free stay. A node without one is named after its first output; the second of a name gets a
+    number. Names of the main graph's values never change: they are what the caller knows.
+    """
+    main = model.graph
+    values = {v.name for v in (*main.inputs, *main.outputs, *main.initializers.values()) if v.name}
+    values |= {o.name for node in main for o in node.outputs if o.name}
+    seen: set[ir.Value] = {*main.inputs, *main.initializers.values()}
+    seen |= {o for node in main for o in node.outputs if o.name}
+    for node in main:
+        for index, output in enumerate(node.outputs):
+            if not output.name and output.uses():
+                output.name = _free(f"{node.name or node.op_type}_{index}", values)
+    for body in (g for g in graphs(model) if g is not main):
+        own = (*body.inputs, *body.initializers.values(), *(o for node in body for o in node.outputs))
+        for value in dict.fromkeys(own):
+            if value in seen or (not value.name and not value.uses() and value.producer() is not None):
+                continue
+            seen.add(value)
+            value.name = _free(value.name or "value", values)
+    names: set[str] = set()
+    for node in walk(model):
+        node.name = _free(node.name or next((o.name for o in node.outputs if o.name), node.op_type), names)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    unique, n = name, 1
+    while unique in taken:
+        unique, n = f"{name}_{n}", n + 1
+    taken.add(unique)
+    return unique

@@ -7,7 +7,7 @@ the differences between the operators' schemas that are more than a wider choice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from optkit.graph import OPSET, constant, describe, rank, subgraphs
 OLDEST = 7
 
 
-class _NotConvertible(Exception):  # noqa: N818
+class _NotConvertible(Exception):
     """Why one node has no equivalent at the working opset; collected, never seen outside."""
 
 
@@ -76,7 +76,8 @@ class _At:
         new = self._new(op_type, inputs, what, attributes)
         self.node.append(new)
         value = new.outputs[0]
-        value.type, value.shape, value.metadata_props = old.type, old.shape, dict(old.metadata_props)
+        value.type, value.shape = old.type, old.shape
+        value.metadata_props.update(old.metadata_props)
         for user, index in uses:
             user.replace_input_with(index, value)
         graph = self.node.graph
@@ -174,7 +175,7 @@ def _resize(at: _At) -> None:
     """
     if len(at.node.inputs) != 2:
         raise _NotConvertible("it has no scales")
-    x, scales = at.node.inputs
+    scales = at.node.inputs[1]
     known = constant(scales)
     shrinks = known is not None and bool((known < 1).any())
     if known is not None and shrinks and bool((known > 1).any()):
@@ -379,7 +380,7 @@ def _lower(at: _At, version: int, problems: list[tuple[str, str]], name: str) ->
 
 def _type_name(dtype: ir.DataType) -> str:
     """As in schemas: ``float16``, ``float8e4m3fn``; but float32 is ``float`` and float64 is ``double``."""
-    return onnx.TensorProto.DataType.Name(int(dtype)).lower()
+    return str(onnx.TensorProto.DataType.Name(int(dtype))).lower()
 
 
 def _expand(
@@ -387,9 +388,8 @@ def _expand(
 ) -> None:
     """Put the function that defines a newer operator in its place."""
     node = at.node
-    if not (schema.has_function or schema.has_context_dependent_function) or any(
-        True for _ in subgraphs(node)
-    ):
+    defined = schema.has_function or schema.has_context_dependent_function  # type: ignore[attr-defined]
+    if not defined or any(True for _ in subgraphs(node)):
         raise _NotConvertible(
             f"it exists from opset {schema.since_version} on and has no definition in older operators"
         )
@@ -443,7 +443,7 @@ def _expand(
 
 
 def _alone(node: ir.Node, version: int) -> onnx.ModelProto:
-    """A model of this node: inputs ``i0``, ``i1``, … and outputs ``o0``, …"""
+    """A model of this node alone, with inputs ``i0``, ``i1`` and outputs ``o0``, ``o1`` and so on."""
     proto = ir.serde.serialize_node(node)
     del proto.input[:], proto.output[:], proto.metadata_props[:]
     proto.input.extend("" if v is None else f"i{i}" for i, v in enumerate(node.inputs))
@@ -458,8 +458,3 @@ def _alone(node: ir.Node, version: int) -> onnx.ModelProto:
     return onnx.ModelProto(
         ir_version=10, graph=graph, opset_import=[onnx.OperatorSetIdProto(version=version)]
     )
-
-
-def changed_since(op_types: Iterable[str], version: int) -> tuple[str, ...]:
-    """Which operators have a rule that applies to nodes of ``version``."""
-    return tuple(sorted({o for o in op_types if any(version < before for before, _ in _RULES.get(o, ()))}))

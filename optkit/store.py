@@ -88,6 +88,29 @@ def save(model: ir.Model, path: str | Path) -> tuple[Path, ...]:
     return tuple(written)
 
 
+def detached(model: ir.Model) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
+    """The model serialized without its large weights, and these by name.
+
+    ONNX Runtime takes the two together (``SessionOptions.add_external_initializers``), so that a session can be made
+    without a second copy of the weights. Types that NumPy does not have stay in the bytes.
+    """
+    shell, weights = _shell(model), tuple(model.graph.initializers.values())
+    apart = {}
+    for value in weights:
+        tensor = _tensor(value)
+        if tensor.nbytes > _SMALL and tensor.dtype.numpy().kind in "fiub" and tensor.dtype.bitwidth >= 8:
+            proto = shell.graph.initializer.add(
+                name=value.name or "", data_type=int(tensor.dtype), dims=tensor.shape.numpy()
+            )
+            proto.data_location = onnx.TensorProto.EXTERNAL
+            proto.external_data.add(key="location", value="detached")
+            apart[value.name or ""] = tensor
+        else:
+            ir.serde.serialize_tensor_into(shell.graph.initializer.add(), tensor)
+            shell.graph.initializer[-1].name = value.name or ""
+    return shell.SerializeToString(deterministic=True), apart
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Blob:
     """One weight on disk: the protobuf fields before its bytes, and where these go.
