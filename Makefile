@@ -1,0 +1,46 @@
+# make demo   set up, then compile a real trained model for this CPU and print the report
+# make test   set up, then run the tests
+# make lint   types and style
+# make bench  the tables of the README, with torch: about half an hour
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+EVAL   := benchmarks/evaluators/ppocr4_rec.py
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optkit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmarks]'
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/optkit compile "$$($(BIN)/python -m optkit.benchmarks.suite fetch ppocr4_rec)" --target cpu \
+	    --calib $(EVAL):calibration --eval $(EVAL) --max-drop 1% --out build/ppocr4_rec
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m optkit.benchmarks.suite fetch
+	$(BIN)/python -m optkit.benchmarks.cpu
+
+clean:
+	rm -rf $(VENV) build
