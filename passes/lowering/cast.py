@@ -1,0 +1,151 @@
+"""Half-precision floats, with what would lose its meaning kept in float32."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.data import CalibrationData
+from optkit.graph import constant, drop_unused_initializers, graphs, initializer
+from optkit.ops import spec
+from optkit.passes.base import Context, GraphPass
+from optkit.passes.quantization.calibrate import observe
+from optkit.passes.quantization.observers import Range
+from optkit.passes.quantization.plan import selects
+from optkit.rewrite import Change
+
+logger = logging.getLogger(__name__)
+
+# Largest finite float16 (IEEE 754-2019, binary16); bfloat16 has the range of float32.
+_FP16_MAX = 65504.0
+
+# Operators that PyTorch's autocast runs in float32 ("CUDA Ops that can autocast to float32"), by their ONNX names.
+SENSITIVE = (
+    "CumSum", "Exp", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "Log", "LogSoftmax", "LpNormalization",
+    "MeanVarianceNormalization", "Pow", "RMSNormalization", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMean",
+    "ReduceProd", "ReduceSum", "ReduceSumSquare", "Softmax", "Softplus",
+)  # fmt: skip
+
+# Inputs that the standard fixes at float32 whatever the data's type is.
+_FIXED = {"Resize": frozenset({1, 2})}
+# Their type is an attribute or follows from nothing that is cast.
+_APART = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN"})
+
+
+class CastFloats(GraphPass):
+    """Compute in float16 or bfloat16 where that is safe; inputs and outputs of the model stay float32.
+
+    A node stays in float32 when its operator is in ``keep``, or when one of its constants or, on the calibration data,
+    one of its values exceeds the largest float16 divided by ``margin``. Without data the values are those on inputs
+    drawn from the input specification.
+
+    Attributes:
+        to: The format.
+        keep: Globs, or ``re:`` expressions, of node names, operators or module paths that stay in float32.
+        margin: How far below the largest float16 the observed values must stay.
+    """
+
+    name: ClassVar[str] = "cast"
+    exact: ClassVar[bool] = False
+
+    to: Literal["fp16", "bf16"] = "fp16"
+    keep: tuple[str, ...] = SENSITIVE
+    margin: float = 2.0
+
+    def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
+        """Cast every node that may be."""
+        dtype = ir.DataType.FLOAT16 if self.to == "fp16" else ir.DataType.BFLOAT16
+        chosen = [n for g in graphs(model) for n in g if self._suits(n)]
+        if self.to == "fp16" and chosen:
+            chosen = self._in_range(model, chosen, context)
+        taken = dict.fromkeys(chosen)
+        changes = []
+        lowered: dict[ir.Value, ir.Value] = {}
+        for node in chosen:
+            for index, value in enumerate(node.inputs):
+                if value is None or value.dtype != ir.DataType.FLOAT or index in _FIXED.get(node.op_type, ()):
+                    continue
+                producer = value.producer()
+                if producer is None or producer not in taken:
+                    node.replace_input_with(index, lowered[value] if value in lowered else _lower(value, node, dtype, lowered))
+            changes.append(Change(rule=self.name, node=str(node.name), detail=self.to))
+        for node in chosen:
+            for output in node.outputs:
+                if output.dtype == ir.DataType.FLOAT:
+                    _raise_output(output, taken, dtype)
+        drop_unused_initializers(model)
+        return changes
+
+    def _suits(self, node: ir.Node) -> bool:
+        if spec(node) is None or node.op_type in _APART or selects(self.keep, node):
+            return False
+        floats = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is not None and v.dtype.is_floating_point()]
+        return bool(floats) and all(v.dtype == ir.DataType.FLOAT for v in floats) and any(v.dtype == ir.DataType.FLOAT for v in node.outputs)
+
+    def _in_range(self, model: ir.Model, chosen: list[ir.Node], context: Context) -> list[ir.Node]:
+        limit = _FP16_MAX / self.margin
+        here = [n for n in chosen if n.graph is model.graph]
+        values = list(dict.fromkeys(v for n in here for v in (*n.inputs, *n.outputs) if v is not None and v.dtype == ir.DataType.FLOAT))
+        wild = {v for n in chosen for v in n.inputs if (c := constant(v)) is not None and c.dtype == np.float32 and c.size and not np.abs(c).max() <= limit}
+        live = [v for v in values if constant(v) is None and not v.is_initializer() and v.name]
+        if live:
+            data = context.data if context.data is not None else CalibrationData.random_batches(model, 4, seed=context.seed)
+            seen = observe(model, [str(v.name) for v in live], Range, replace(context, data=data), key="min-max")
+            wild |= {v for v in live if not max(-seen[str(v.name)].low, seen[str(v.name)].high) <= limit}
+        kept = [n for n in chosen if any(v in wild for v in (*n.inputs, *n.outputs))]
+        for node in kept:
+            logger.info("%s stays in float32: a value beyond %.0f", node.name, limit)
+        return [n for n in chosen if n not in set(kept)]
+
+
+def _lower(value: ir.Value, reader: ir.Node, dtype: ir.DataType, lowered: dict[ir.Value, ir.Value]) -> ir.Value:
+    """``value`` in ``dtype``: constants are converted, others cast once, right behind where they are made."""
+    kind = dtype.name.lower()
+    if value.is_initializer() and not value.is_graph_input() and value.const_value is not None and value.graph is not None:
+        source = value.const_value
+        tensor = ir.LazyTensor(
+            lambda: ir.Tensor(source.numpy().astype(dtype.numpy()), dtype=dtype), dtype=dtype, shape=ir.Shape(source.shape), name=value.name
+        )
+        assert isinstance(value.graph, ir.Graph)
+        lowered[value] = initializer(value.graph, f"{value.name}/{kind}", tensor)
+        return lowered[value]
+    cast = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=f"{value.name}/to_{kind}")
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{value.name}/{kind}", ir.TensorType(dtype), value.shape
+    producer = value.producer()
+    if producer is not None:
+        producer.append(cast)
+    else:
+        graph = value.graph if value.graph is not None else reader.graph
+        assert isinstance(graph, ir.Graph)
+        graph.insert_before(graph[0], cast)
+    lowered[value] = cast.outputs[0]
+    return cast.outputs[0]
+
+
+def _raise_output(value: ir.Value, taken: dict[ir.Node, None], dtype: ir.DataType) -> None:
+    """Type ``value`` as ``dtype``, and let float32 readers and outputs of the graph read it through a cast."""
+    readers = [(u.node, u.idx) for u in value.uses() if u.node not in taken or u.idx in _FIXED.get(u.node.op_type, ())]
+    value.type = ir.TensorType(dtype)
+    producer = value.producer()
+    if not readers and not value.is_graph_output():
+        return
+    assert producer is not None
+    name, is_output = str(value.name), value.is_graph_output()
+    graph = producer.graph
+    assert isinstance(graph, ir.Graph)
+    if is_output:
+        value.name = f"{name}/{dtype.name.lower()}"
+    cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}/to_float")
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name if is_output else f"{name}/float", ir.TensorType(ir.DataType.FLOAT), value.shape
+    producer.append(cast)
+    for node, index in readers:
+        node.replace_input_with(index, cast.outputs[0])
+    if is_output:
+        for index, output in enumerate(graph.outputs):
+            if output is value:
+                graph.outputs[index] = cast.outputs[0]
