@@ -28,6 +28,9 @@ _KERNELS = "optkit"
 # A model that grows to more nodes than this when its functions are written out is a trap, not a network.
 _MOST_NODES = 2_000_000
 
+# Constants above this are weights.
+_LARGE = 1024
+
 _TORCH = {".pt2": "an exported program"}
 _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 
@@ -95,8 +98,6 @@ def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: 
     nodes = [n for scope in (model.graph, *(f.graph for f in model.functions.values())) for n in walk(scope)]
     versions = {n.version for n in nodes if n.domain == ""}
     if convert := versions - {OPSET}:
-        # Rules ask for the rank and type of what they rewrite.
-        infer(model)
         opset.convert(model, name=name)
         notes.append(
             f"converted from opset {', '.join(map(str, sorted(v for v in convert if v)))} to {OPSET}"
@@ -143,6 +144,7 @@ def _prepare(model: ir.Model, name: str, notes: list[str]) -> int:
     _set_versions(model)
     _write_out_functions(model, name, notes)
     _check_operators(model, name)
+    _lift_large_constants(model)
     for scope in (model.graph, *(f.graph for f in model.functions.values())):
         try:
             scope.sort()
@@ -348,6 +350,34 @@ def _misfit(node: ir.Node, schema: onnx.defs.OpSchema) -> str | None:
         if formal_attribute.required and key not in node.attributes:
             return f"its attribute {key!r} is missing"
     return None
+
+
+def _lift_large_constants(model: ir.Model) -> None:
+    """Weights in Constant nodes become initializers: these are never copied, nodes are whenever a graph is written."""
+    for graph in graphs(model):
+        for node in tuple(graph):
+            tensor = (
+                node.attributes["value"].value
+                if node.op_type == "Constant" and "value" in node.attributes
+                else None
+            )
+            if (
+                node.domain
+                or tensor is None
+                or tensor.nbytes <= _LARGE
+                or node.outputs[0].name in graph.initializers
+            ):
+                continue
+            old = node.outputs[0]
+            value = ir.Value(
+                name=old.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            )
+            value.metadata_props.update(old.metadata_props)
+            for user, index in tuple(old.uses()):
+                user.replace_input_with(index, value)
+            graph.outputs[:] = [value if output is old else output for output in graph.outputs]
+            graph.remove(node)
+            graph.register_initializer(value)
 
 
 def _name_axes(graph: ir.Graph, *, main: bool) -> None:

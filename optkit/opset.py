@@ -7,8 +7,9 @@ the differences between the operators' schemas that are more than a wider choice
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ import onnx.inliner
 import onnx_ir as ir
 
 from optkit.errors import ModelError, UnsupportedOpError
-from optkit.graph import OPSET, constant, describe, rank, subgraphs
+from optkit.graph import OPSET, constant, describe, subgraphs, walk
+from optkit.store import outline
+
+logger = logging.getLogger(__name__)
 
 # The oldest operator set whose broadcasting is today's.
 OLDEST = 7
@@ -27,6 +31,10 @@ class _NotConvertible(Exception):
     """Why one node has no equivalent at the working opset; collected, never seen outside."""
 
 
+# What ONNX infers about values in their own operator set. Not noted in the graph: rules still change it.
+_Types = dict[ir.Value | None, tuple[ir.DataType | None, ir.Shape | None]]
+
+
 @dataclass(slots=True)
 class _At:
     """Edits at one node; new nodes and constants are named after it and get its metadata."""
@@ -34,7 +42,13 @@ class _At:
     node: ir.Node
     # Functions have no initializers: their constants are nodes.
     function: bool
-    made: int = field(default=0)
+    types: _Types
+
+    def shape(self, value: ir.Value | None) -> ir.Shape | None:
+        return self.types[value][1] if value in self.types else None if value is None else value.shape
+
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        return self.types[value][0] if value in self.types else None if value is None else value.dtype
 
     def attribute(self, name: str) -> ir.Attr | None:
         """Take an attribute off the node."""
@@ -52,8 +66,7 @@ class _At:
         graph = self.node.graph
         assert graph is not None
         if self.function:
-            made = self.before("Constant", [], what, value=ir.tensor(array, name=name))
-            return made
+            return self.before("Constant", [], what, value=ir.tensor(array, name=name))
         while value.name in graph.initializers:
             value.name = f"{value.name}_"
         value.const_value = ir.tensor(array, name=value.name)
@@ -133,8 +146,7 @@ def _set_default(name: str, value: str) -> Callable[[_At], None]:
 
 
 def _element_type(at: _At) -> Any:
-    dtype = at.node.inputs[0].dtype if at.node.inputs[0] is not None else None
-    return ir.DataType.FLOAT.numpy() if dtype is None else dtype.numpy()
+    return (at.dtype(at.node.inputs[0]) or ir.DataType.FLOAT).numpy()
 
 
 def _clip(at: _At) -> None:
@@ -202,17 +214,15 @@ def _flat_softmax(at: _At) -> None:
     """Softmax, LogSoftmax and Hardmax worked on ``axis`` and all axes behind it as one."""
     found = at.attribute("axis")
     axis, x = found.as_int() if found is not None else 1, at.node.inputs[0]
-    n = rank(x)
-    if x is not None and x.shape is not None and n:
-        behind = [d for i, d in enumerate(x.shape) if i > axis % n]
-        if all(d == 1 for d in behind):
-            at.node.attributes["axis"] = ir.AttrInt64("axis", axis % n)
-            return
+    shape = at.shape(x)
+    if shape is not None and len(shape) and all(d == 1 for d in shape[axis % len(shape) + 1 :]):
+        at.node.attributes["axis"] = ir.AttrInt64("axis", axis % len(shape))
+        return
     flat = at.before("Flatten", [x], "flat", axis=axis)
-    shape = at.before("Shape", [x], "shape")
+    sizes = at.before("Shape", [x], "shape")
     at.set_input(0, flat)
     at.node.attributes["axis"] = ir.AttrInt64("axis", -1)
-    at.after("Reshape", [at.node.outputs[0], shape], "Reshape")
+    at.after("Reshape", [at.node.outputs[0], sizes], "Reshape")
 
 
 def _split(at: _At) -> None:
@@ -222,7 +232,8 @@ def _split(at: _At) -> None:
 
 def _spatial(at: _At) -> None:
     found = at.attribute("spatial")
-    if found is not None and found.as_int() != 1 and rank(at.node.inputs[0]) != 2:
+    shape = at.shape(at.node.inputs[0])
+    if found is not None and found.as_int() != 1 and (shape is None or len(shape) != 2):
         raise _NotConvertible("it normalises each position by itself (spatial=0)")
 
 
@@ -248,8 +259,8 @@ def _dft(at: _At) -> None:
 
 def _group_normalization(at: _At) -> None:
     """Scale and bias were given for each group, now for each channel."""
-    x = at.node.inputs[0]
-    channels = x.shape[1] if x is not None and x.shape is not None and len(x.shape) > 1 else None
+    shape = at.shape(at.node.inputs[0])
+    channels = shape[1] if shape is not None and len(shape) > 1 else None
     groups = at.node.attributes.get_int("num_groups", 0)
     if not isinstance(channels, int) or not groups or channels % groups:
         raise _NotConvertible("the number of channels of its input is not known")
@@ -301,11 +312,14 @@ _RULES: dict[str, tuple[tuple[int, Callable[[_At], None]], ...]] = {
     "Upsample": ((9, _upsample_scales), (10, _resize)),
 }
 
+# Rules that look at types or shapes.
+_TYPED = frozenset({_clip, _flat_softmax, _group_normalization, _pad, _spatial})
+
 
 def convert(model: ir.Model, *, name: str) -> None:
     """Rewrite every node whose ``version`` is not ``OPSET`` to mean the same there, in place.
 
-    Nodes must carry their version, and types and shapes must be known as far as they can be. Newer operators are
+    Every node must carry the version it was written for, and the model import one that fits most. Newer operators are
     written out with the function that their schema defines.
 
     Raises:
@@ -313,11 +327,12 @@ def convert(model: ir.Model, *, name: str) -> None:
         UnsupportedOpError: Lists every node without an equivalent.
     """
     problems: list[tuple[str, str]] = []
+    types = _infer(model)
     for graph, function in ((model.graph, False), *((f.graph, True) for f in model.functions.values())):
         for scope in (graph, *graph.subgraphs()):
             for node in tuple(scope):
                 if node.domain == "" and node.version != OPSET:
-                    _convert_node(_At(node, function), problems, name)
+                    _convert_node(_At(node, function, types), problems, name)
     if problems:
         raise UnsupportedOpError(
             f"{name}: conversion to opset {OPSET}", problems, hint=f"export the model with opset {OPSET}"
@@ -325,6 +340,45 @@ def convert(model: ir.Model, *, name: str) -> None:
     model.opset_imports[""] = OPSET
     for f in model.functions.values():
         f.opset_imports[""] = OPSET
+
+
+def _infer(model: ir.Model) -> _Types:
+    """Types and shapes as ONNX's inference finds them, without weights; empty where no rule will ask."""
+    scopes = (model.graph, *(f.graph for f in model.functions.values()))
+    nodes = (n for scope in scopes for n in walk(scope) if n.domain == "" and n.version)
+    if not any(_asks(node.op_type, node.version or OPSET) for node in nodes):
+        return {}
+    try:
+        # Without data propagation: that would make constants as large as the model says.
+        proto = onnx.shape_inference.infer_shapes(outline(model), data_prop=False)
+    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        logger.debug("shape inference stopped: %s", error)
+        return {}
+    types: _Types = {}
+    _collect(model.graph, proto.graph, types)
+    return types
+
+
+def _asks(op_type: str, version: int) -> bool:
+    return version > OPSET or any(version < v and rule in _TYPED for v, rule in _RULES.get(op_type, ()))
+
+
+def _collect(graph: ir.Graph, proto: onnx.GraphProto, types: _Types) -> None:
+    infos = {info.name: info.type for info in (*proto.input, *proto.output, *proto.value_info)}
+    for value in (*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs)):
+        kind = infos.get(value.name or "")
+        if kind is not None and kind.HasField("tensor_type"):
+            dtype = ir.DataType(kind.tensor_type.elem_type)
+            types[value] = (
+                dtype if dtype != ir.DataType.UNDEFINED else value.dtype,
+                ir.serde.deserialize_type_proto_for_shape(kind),
+            )
+    for node, twin in zip(graph, proto.node, strict=True):
+        bodies = [
+            b for a in twin.attribute for b in ((a.g,) if a.type == onnx.AttributeProto.GRAPH else a.graphs)
+        ]
+        for body, inner in zip(subgraphs(node), bodies, strict=True):
+            _collect(body, inner, types)
 
 
 def _convert_node(at: _At, problems: list[tuple[str, str]], name: str) -> None:
@@ -370,10 +424,11 @@ def _lower(at: _At, version: int, problems: list[tuple[str, str]], name: str) ->
         raise _NotConvertible(f"opset {OPSET} has only {schema.max_input} inputs for it")
     allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
     for index, value in enumerate(node.inputs):
-        if value is None or value.dtype is None or not isinstance(value.type, ir.TensorType):
+        dtype = at.dtype(value)
+        if dtype is None:
             continue
         formal = schema.inputs[min(index, len(schema.inputs) - 1)].type_str
-        kind = f"tensor({_type_name(value.dtype)})"
+        kind = f"tensor({_type_name(dtype)})"
         if formal in allowed and kind not in allowed[formal]:
             raise _NotConvertible(f"opset {OPSET} does not have it for {kind}")
 
@@ -393,7 +448,7 @@ def _expand(
         raise _NotConvertible(
             f"it exists from opset {schema.since_version} on and has no definition in older operators"
         )
-    small = _alone(node, version)
+    small = _alone(at, version)
     try:
         expanded = onnx.inliner.inline_selected_functions(
             small, [("", node.op_type)], inline_schema_functions=True
@@ -439,22 +494,26 @@ def _expand(
         value.name, old.name = old.name, None
     owner.remove(node, safe=True)
     for new in made:
-        _convert_node(_At(new, at.function), problems, name)
+        _convert_node(_At(new, at.function, at.types), problems, name)
 
 
-def _alone(node: ir.Node, version: int) -> onnx.ModelProto:
+def _alone(at: _At, version: int) -> onnx.ModelProto:
     """A model of this node alone, with inputs ``i0``, ``i1`` and outputs ``o0``, ``o1`` and so on."""
+    node = at.node
     proto = ir.serde.serialize_node(node)
     del proto.input[:], proto.output[:], proto.metadata_props[:]
     proto.input.extend("" if v is None else f"i{i}" for i, v in enumerate(node.inputs))
     proto.output.extend(f"o{i}" if v.name else "" for i, v in enumerate(node.outputs))
     graph = onnx.GraphProto(name="g", node=[proto])
-    for index, value in enumerate(node.inputs):
-        if value is not None:
-            ir.serde.serialize_value_into(graph.input.add(), value, name=f"i{index}")
-    for index, value in enumerate(node.outputs):
-        if value.name:
-            ir.serde.serialize_value_into(graph.output.add(), value, name=f"o{index}")
+    for infos, letter, values in ((graph.input, "i", node.inputs), (graph.output, "o", node.outputs)):
+        for index, value in enumerate(values):
+            if value is None or not value.name:
+                continue
+            info, dtype, shape = infos.add(name=f"{letter}{index}"), at.dtype(value), at.shape(value)
+            if dtype is not None:
+                info.type.tensor_type.elem_type = int(dtype)
+                if shape is not None:
+                    ir.serde.serialize_shape_into(info.type, shape)
     return onnx.ModelProto(
         ir_version=10, graph=graph, opset_import=[onnx.OperatorSetIdProto(version=version)]
     )

@@ -98,6 +98,9 @@ def detached(model: ir.Model) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
     apart = {}
     for value in weights:
         tensor = _tensor(value)
+        if not value.uses() and not value.is_graph_output():
+            # ONNX Runtime drops such a weight first, and then misses it when it is handed over.
+            continue
         if tensor.nbytes > _SMALL and tensor.dtype.numpy().kind in "fiub" and tensor.dtype.bitwidth >= 8:
             proto = shell.graph.initializer.add(
                 name=value.name or "", data_type=int(tensor.dtype), dims=tensor.shape.numpy()
@@ -109,6 +112,20 @@ def detached(model: ir.Model) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
             ir.serde.serialize_tensor_into(shell.graph.initializer.add(), tensor)
             shell.graph.initializer[-1].name = value.name or ""
     return shell.SerializeToString(deterministic=True), apart
+
+
+def outline(model: ir.Model) -> onnx.ModelProto:
+    """The model without its large weights, of which only type and shape are left: what shape inference needs."""
+    proto = _shell(model)
+    for value in model.graph.initializers.values():
+        tensor = _tensor(value)
+        if tensor.nbytes <= _SMALL:
+            ir.serde.serialize_tensor_into(proto.graph.initializer.add(), tensor)
+            proto.graph.initializer[-1].name = value.name or ""
+        elif not value.is_graph_input():
+            kind = onnx.helper.make_tensor_type_proto(int(tensor.dtype), tensor.shape.numpy())
+            proto.graph.value_info.add(name=value.name or "", type=kind)
+    return proto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
