@@ -1,29 +1,61 @@
-"""Types and shapes of the values in a graph, by ONNX's own shape inference, without copying weights."""
+"""Types and shapes of the values in a graph, and what is known about the integers that shapes are made from.
+
+ONNX's own inference does the operators one by one; what it cannot do without allocating tensors as large as the model
+says (its data propagation does) is done here on short lists of integers and names.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
 
-from optkit.graph import OPSET, graphs
+from optkit.dims import Dim, shape_of
+from optkit.graph import OPSET, constant, graphs, subgraphs
+from optkit.propagation import Known, evaluate, shape
 
 logger = logging.getLogger(__name__)
 
 # Targets of Reshape, pads, axes and the like are this small; weights are not, and inference never reads them.
 _SMALL = 1024
+_SAME_SHAPE = frozenset(
+    {
+        "Abs", "Cast", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
+        "Identity", "InstanceNormalization", "BatchNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not",
+        "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Tanh",
+        "LayerNormalization", "QuantizeLinear", "DequantizeLinear", "CumSum",
+    }
+)  # fmt: skip
 
 
-def infer(model: ir.Model) -> bool:
-    """Fill in types and shapes of all values, as far as ONNX can tell; what is known already stays.
+def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
+    """Fill in types and shapes of all values; inputs and outputs of graphs keep what they were declared with.
 
-    Inputs and outputs of the model keep their declared shapes. Weights are left out of what ONNX sees, so the memory
-    that it takes grows with the number of nodes alone.
+    Axes that nothing is known about get names of their own, ``<value>.<axis>``, so that equal names mean equal sizes.
+    No weight is read or copied.
 
     Returns:
-        Whether anything became known that was not.
+        For short integer vectors and scalars their elements, as far as they are known.
     """
+    _infer_with_onnx(model)
+    walk = _Walk()
+    walk.graph(model.graph)
+    return walk.known
+
+
+def infer_node(node: ir.Node, *, opset: int = OPSET) -> None:
+    """Give the outputs of one new node the types and shapes that follow from its inputs; needs no graph.
+
+    Leaves them alone where ONNX has no rule or the inputs' types are unknown.
+    """
+    for output, found in zip(node.outputs, _outputs(node, opset), strict=False):
+        _take(output, found)
+
+
+def _infer_with_onnx(model: ir.Model) -> None:
+    """One call for the whole graph: most shapes need no more."""
     hidden = [
         (graph, value, value.const_value)
         for graph in graphs(model)
@@ -38,80 +70,48 @@ def infer(model: ir.Model) -> bool:
         for graph, value, tensor in hidden:
             assert value.name is not None
             assert tensor is not None
-            value.shape, value.type = (
-                value.shape or ir.Shape(tensor.shape.numpy()),
-                value.type or ir.TensorType(tensor.dtype),
-            )
+            value.shape = value.shape or ir.Shape(tensor.shape.numpy())
+            value.type = value.type or ir.TensorType(tensor.dtype)
             value.const_value = None
             graph.initializers.pop(value.name)
         model.graph.inputs.extend(extra)
         proto = ir.to_proto(model)
     finally:
-        del model.graph.inputs[count:]
+        # `del` would leave the values marked as inputs.
+        while len(model.graph.inputs) > count:
+            model.graph.inputs.pop()
         for graph, value, tensor in hidden:
             value.const_value = tensor
             graph.register_initializer(value)
-    for function in tuple(proto.functions):
-        # Types of functions in foreign domains are found through their bodies; nothing else of them is needed.
-        if not function.node:
-            proto.functions.remove(function)
     try:
         inferred = onnx.shape_inference.infer_shapes(
-            proto, check_type=False, strict_mode=False, data_prop=True
+            proto, check_type=False, strict_mode=False, data_prop=False
         )
     except (onnx.shape_inference.InferenceError, RuntimeError) as error:
         logger.debug("shape inference stopped: %s", error)
-        return False
+        return
+    declared = {
+        d.value
+        for graph in graphs(model)
+        for v in (*graph.inputs, *(o for node in graph for o in node.outputs))
+        if v.shape is not None
+        for d in v.shape
+        if isinstance(d, ir.SymbolicDim)
+    }
     known: dict[str, onnx.TypeProto | None] = {}
     _collect(inferred.graph, known)
-    changed = False
     for graph in graphs(model):
-        for node in graph:
-            for value in node.outputs:
-                found = known.get(value.name or "")
-                declared = value.is_graph_output() and value.type is not None and value.shape is not None
-                if found is not None and not declared:
-                    changed |= _take(value, found)
-    return changed
+        for value in (output for node in graph for output in node.outputs):
+            if (found := known.get(value.name or "")) is not None:
+                _forget_new_names(found, declared)
+                _take(value, found)
 
 
-def infer_node(node: ir.Node, *, opset: int = OPSET) -> None:
-    """Give the outputs of one new node the types and shapes that follow from its inputs; needs no graph.
-
-    Leaves them alone where ONNX has no rule or the inputs' types are unknown.
-    """
-    if not onnx.defs.has(node.op_type, opset, node.domain):
-        return
-    types: dict[str, onnx.TypeProto] = {}
-    data: dict[str, onnx.TensorProto] = {}
-    names = {
-        id(value): f"v{i}" for i, value in enumerate(dict.fromkeys(v for v in node.inputs if v is not None))
-    }
-    for value in node.inputs:
-        if value is None:
-            continue
-        if value.type is None or not isinstance(value.type, ir.TensorType):
-            return
-        types[names[id(value)]] = _type_proto(value)
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes <= _SMALL:
-            data[names[id(value)]] = onnx.helper.make_tensor(
-                names[id(value)], int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True
-            ) if tensor.dtype != ir.DataType.STRING else onnx.TensorProto()  # fmt: skip
-    proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
-    proto.input.extend("" if v is None else names[id(v)] for v in node.inputs)
-    proto.output.extend(f"o{i}" for i in range(len(node.outputs)))
-    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
-    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
-    imports = [onnx.helper.make_opsetid("", opset)]
-    try:
-        found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        logger.debug("no shapes for %s: %s", node.op_type, error)
-        return
-    for index, output in enumerate(node.outputs):
-        if (proto_type := found.get(f"o{index}")) is not None:
-            _take(output, proto_type)
+def _forget_new_names(found: onnx.TypeProto, declared: set[str | None]) -> None:
+    # ONNX numbers unknown axes; the walk may find out what they are.
+    for dim in found.tensor_type.shape.dim:
+        if dim.dim_param and dim.dim_param not in declared:
+            dim.Clear()
 
 
 def _collect(graph: onnx.GraphProto, known: dict[str, onnx.TypeProto | None]) -> None:
@@ -121,50 +121,176 @@ def _collect(graph: onnx.GraphProto, known: dict[str, onnx.TypeProto | None]) ->
         known[info.name] = info.type if same else None
     for node in graph.node:
         for attribute in node.attribute:
-            for body in (
-                (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ()
-            ):
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _collect(attribute.g, known)
+            for body in attribute.graphs:
                 _collect(body, known)
+
+
+class _Walk:
+    """One walk in the order of the graph, each node after what it reads."""
+
+    def __init__(self) -> None:
+        self.known: dict[ir.Value, Known] = {}
+        # Values whose shape this walk changed; what reads them is looked at again.
+        self._changed: set[ir.Value] = set()
+
+    def graph(self, graph: ir.Graph) -> None:
+        for node in graph:
+            for body in subgraphs(node):
+                self.graph(body)
+            self._node(node)
+
+    def of(self, value: ir.Value | None) -> Known | None:
+        """What is known about the elements of a short integer vector or scalar."""
+        if value is None:
+            return None
+        if value not in self.known and value.const_value is not None and value.const_value.size <= _SMALL:
+            array = constant(value)
+            if array is not None and array.dtype.kind in "iub" and array.ndim <= 1:
+                self.known[value] = array.astype(object)
+        return self.known.get(value)
+
+    def _node(self, node: ir.Node) -> None:
+        if any(v in self._changed for v in node.inputs) or any(not _complete(o) for o in node.outputs):
+            self._shapes(node)
+        if node.domain == "" and len(node.outputs) == 1 and (found := evaluate(node, self.of)) is not None:
+            self.known[node.outputs[0]] = found
+
+    def _shapes(self, node: ir.Node) -> None:
+        first = node.inputs[0] if node.inputs else None
+        dims: Sequence[Dim | None] | None = None
+        if node.domain == "":
+            if node.op_type == "If":
+                self._branches(node)
+                return
+            if node.op_type in _SAME_SHAPE and first is not None and first.shape is not None:
+                dims = shape_of(first)
+            else:
+                dims = shape(node, self.of)
+        for index, (output, found) in enumerate(zip(node.outputs, _outputs(node, OPSET), strict=False)):
+            if index or dims is None:
+                self._set(output, found, None)
+        if dims is not None:
+            output = node.outputs[0]
+            if output.type is None:
+                infer_node(node)
+            self._set(output, None, dims)
+        for output in node.outputs:
+            if not _complete(output) and output.shape is not None and not output.is_graph_output():
+                output.shape = ir.Shape(
+                    [
+                        d if isinstance(d, int) or d.value is not None else f"{output.name}.{i}"
+                        for i, d in enumerate(output.shape)
+                    ]
+                )
+
+    def _branches(self, node: ir.Node) -> None:
+        bodies = list(subgraphs(node))
+        for index, output in enumerate(node.outputs):
+            a, b = (body.outputs[index] for body in bodies)
+            output.type = output.type or a.type
+            if a.shape is not None and b.shape is not None and len(a.shape) == len(b.shape):
+                dims = [
+                    x if x == y else None for x, y in zip(shape_of(a) or (), shape_of(b) or (), strict=True)
+                ]
+                self._set(output, None, dims)
+
+    def _set(self, value: ir.Value, found: onnx.TypeProto | None, dims: Sequence[Dim | None] | None) -> None:
+        """Take over the better of what was known and what follows from the inputs."""
+        if found is not None:
+            if value.type is None:
+                _take(value, found)
+            if not found.tensor_type.HasField("shape"):
+                return
+            dims = _dims(found)
+        assert dims is not None
+        if value.is_graph_output() and value.shape is not None:
+            return
+        if value.shape is not None and len(value.shape) != len(dims):
+            logger.debug("%s: declared rank %d, inferred %d", value.name, len(value.shape), len(dims))
+            return
+        old = shape_of(value) or (None,) * len(dims)
+        new = [o if isinstance(o, int) or d is None else d for o, d in zip(old, dims, strict=True)]
+        if value.shape is None or new != list(old):
+            value.shape = ir.Shape(new)
+            self._changed.add(value)
+
+
+def _complete(value: ir.Value) -> bool:
+    if not value.name:
+        return True
+    shape = value.shape
+    return value.type is not None and shape is not None and not any(
+        isinstance(d, ir.SymbolicDim) and d.value is None for d in shape
+    )  # fmt: skip
+
+
+def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:
+    """Types and shapes by ONNX's rule for the operator; empty where there is none."""
+    if not onnx.defs.has(node.op_type, opset, node.domain) or any(True for _ in subgraphs(node)):
+        return []
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    names: dict[ir.Value, str] = {}
+    for value in node.inputs:
+        if value is None or value in names:
+            continue
+        if value.dtype is None or not isinstance(value.type, ir.TensorType):
+            return []
+        name = names[value] = f"v{len(names)}"
+        types[name] = _type_proto(value)
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes <= _SMALL and tensor.dtype != ir.DataType.STRING:
+            data[name] = onnx.helper.make_tensor(
+                name, int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True
+            )
+    proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
+    proto.input.extend("" if v is None else names[v] for v in node.inputs)
+    proto.output.extend(f"o{i}" for i in range(len(node.outputs)))
+    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+    schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+    imports = [onnx.helper.make_opsetid("", opset)]
+    try:
+        found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
+    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        logger.debug("no shapes for %s: %s", node.op_type, error)
+        return []
+    return [found.get(f"o{i}", onnx.TypeProto()) for i in range(len(node.outputs))]
 
 
 def _type_proto(value: ir.Value) -> onnx.TypeProto:
     assert value.dtype is not None
-    if value.shape is None:
+    dims = shape_of(value)
+    if dims is None:
         return onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor(elem_type=int(value.dtype)))
-    dims = [d if isinstance(d, int) else d.value for d in value.shape]
     return onnx.helper.make_tensor_type_proto(int(value.dtype), dims)
 
 
-def _take(value: ir.Value, found: onnx.TypeProto) -> bool:
+def _dims(found: onnx.TypeProto) -> list[Dim | None]:
+    return [
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in found.tensor_type.shape.dim
+    ]
+
+
+def _take(value: ir.Value, found: onnx.TypeProto) -> None:
     """Add what ``found`` knows and ``value`` does not."""
     if not found.HasField("tensor_type"):
-        return False
-    tensor, changed = found.tensor_type, False
-    if value.type is None and tensor.elem_type:
-        value.type, changed = ir.TensorType(ir.DataType(tensor.elem_type)), True
-    if not tensor.HasField("shape"):
-        return changed
-    dims: list[int | str | None] = [
-        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
-    ]
+        return
+    if value.type is None and found.tensor_type.elem_type:
+        value.type = ir.TensorType(ir.DataType(found.tensor_type.elem_type))
+    if not found.tensor_type.HasField("shape"):
+        return
+    dims = _dims(found)
     if value.shape is None:
         value.shape = ir.Shape(dims)
-        return True
-    if len(value.shape) != len(dims):
-        logger.debug("%s: declared rank %d, inferred %d", value.name, len(value.shape), len(dims))
-        return changed
-    merged = [_better(old, new) for old, new in zip(value.shape, dims, strict=True)]
-    if any(m is not None and m != _plain(old) for m, old in zip(merged, value.shape, strict=True)):
-        value.shape, changed = ir.Shape(merged), True
-    return changed
-
-
-def _plain(dim: int | ir.SymbolicDim) -> int | str | None:
-    return dim if isinstance(dim, int) else dim.value
-
-
-def _better(old: int | ir.SymbolicDim, new: int | str | None) -> int | str | None:
-    plain = _plain(old)
-    if isinstance(plain, int):
-        return plain
-    return new if isinstance(new, int) or plain is None else plain
+        return
+    if len(value.shape) != len(dims) or value.is_graph_output():
+        return
+    old = shape_of(value) or ()
+    merged = [
+        o if isinstance(o, int) or not (isinstance(d, int) or o is None) else d
+        for o, d in zip(old, dims, strict=True)
+    ]
+    if merged != list(old):
+        value.shape = ir.Shape(merged)

@@ -11,16 +11,23 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from optkit.graph import text, verify, walk
+from optkit.graph import graphs, text, verify, walk
 from optkit.inference import infer
 from optkit.passes.base import Context, GraphPass
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 
 
-def parse(source: str) -> ir.Model:
-    """A model from ONNX's text form, with types and shapes inferred."""
-    model = ir.from_proto(onnx.parser.parse_model(source))
+def parse(source: str, **weights: np.ndarray) -> ir.Model:
+    """A model from ONNX's text form, with types and shapes inferred.
+
+    Args:
+        source: The text.
+        weights: Initializers of the main graph that are too large for text, by name.
+    """
+    proto = onnx.parser.parse_model(source)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in weights.items())
+    model = ir.from_proto(proto)
     infer(model)
     return model
 
@@ -77,19 +84,18 @@ def check_pass(
     """
     source = parse(model) if isinstance(model, str) else model
     after, context = source.clone(), context or Context(target=target("cpu"))
-    # Bodies clone with their types; the main graph's inputs are what the interface is compared on.
-    before_interface, before_text = _interface(source), text(after)
+    interface, before = _interface(source), _content(after)
     changes = pass_.run(after, context)
     verify(after)
-    assert _interface(after) == before_interface, "the pass changed the interface"
-    assert bool(changes) == (text(after) != before_text), f"reported {len(changes)} changes:\n{text(after)}"
+    assert _interface(after) == interface, "the pass changed the interface"
+    assert bool(changes) == (_content(after) != before), f"reported {len(changes)} changes:\n{text(after)}"
     found = [node.op_type for node in walk(after) if node.op_type != "Constant"]
     if ops is not None:
         assert found == list(ops), f"found {found}, expected {list(ops)}:\n{text(after)}"
-    once = text(after)
+    once = _content(after)
     again = pass_.run(after, context)
     assert not again, f"the second run changed the graph again: {list(again)}"
-    assert text(after) == once, "the second run changed the graph and did not say so"
+    assert _content(after) == once, "the second run changed the graph and did not say so"
     for size in (3,) if inputs else (3, 5):
         feeds = {**random_feeds(source, size=size), **inputs}
         same_numbers(source, after, feeds, atol=atol, rtol=rtol)
@@ -119,4 +125,14 @@ def _interface(model: ir.Model) -> list[tuple[str, str | None, object, str]]:
         (side, v.name, v.type, str(v.shape))
         for side, values in (("input", model.graph.inputs), ("output", model.graph.outputs))
         for v in values
+    ]
+
+
+def _content(model: ir.Model) -> list[object]:
+    """What a pass can change: the text, and what the initializers hold."""
+    tensors = [(name, v.const_value) for g in graphs(model) for name, v in g.initializers.items()]
+    return [
+        text(model),
+        list(model.functions),
+        *((name, t.dtype, t.shape.numpy(), t.tobytes()) for name, t in tensors if t is not None),
     ]

@@ -1,0 +1,117 @@
+"""Arithmetic on the sizes of axes, which may be names."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+
+Dim = int | str
+"""A size: a number, or a name that stands for the same number everywhere in the model."""
+
+
+def shape_of(value: ir.Value | None) -> tuple[Dim | None, ...] | None:
+    """The shape of a value as plain numbers and names; None where the rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+
+
+def _factors(dim: Dim) -> tuple[int, Counter[str]]:
+    """A product as its number and its names. A name with any other operation in it is one factor."""
+    if isinstance(dim, int):
+        return dim, Counter()
+    if any(c in dim for c in "+-/ ()"):
+        # Only this module writes products of sums, and those in parentheses.
+        depth, parts, start = 0, [], 0
+        for position, c in enumerate(dim):
+            depth += (c == "(") - (c == ")")
+            if c == "*" and depth == 0:
+                parts.append(dim[start:position])
+                start = position + 1
+        parts.append(dim[start:])
+        if not all(p.isdigit() or p.isidentifier() or (p.startswith("(") and p.endswith(")")) for p in parts):
+            return 1, Counter([dim])
+    else:
+        parts = dim.split("*")
+    number, names = 1, Counter[str]()
+    for part in parts:
+        if part.isdigit():
+            number *= int(part)
+        else:
+            names[part] += 1
+    return number, names
+
+
+def _product(number: int, names: Counter[str]) -> Dim:
+    if number == 0 or not +names:
+        return number
+    parts = ([str(number)] if number != 1 else []) + sorted((+names).elements())
+    return "*".join(parts)
+
+
+def times(a: Dim | None, b: Dim | None) -> Dim | None:
+    """``a * b``."""
+    if a is None or b is None:
+        return None
+    (m, x), (n, y) = _factors(a), _factors(b)
+    return _product(m * n, x + y)
+
+
+def quotient(a: Dim | None, b: Dim | None) -> Dim | None:
+    """``a / b`` where it is known to leave no rest, else None."""
+    if a is None or b is None:
+        return None
+    (m, x), (n, y) = _factors(a), _factors(b)
+    if n == 0 or m % n or y - x:
+        return None
+    return _product(m // n, x - y)
+
+
+def plus(a: Dim | None, b: Dim | None) -> Dim | None:
+    """``a + b``."""
+    if a is None or b is None:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a + b
+    if 0 in (a, b):
+        return b if a == 0 else a
+    number, names = 0, Counter[str]()
+    for dim in (a, b):
+        if isinstance(dim, int):
+            number += dim
+            continue
+        for part in dim[1:-1].split(" + ") if _is_sum(dim) else [dim]:
+            if part.removeprefix("-").isdigit():
+                number += int(part)
+            else:
+                names[part] += 1
+    terms = sorted(names.elements()) + ([str(number)] if number else [])
+    return terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
+
+
+def _is_sum(dim: str) -> bool:
+    return dim.startswith("(") and dim.endswith(")") and " + " in dim and "(" not in dim[1:]
+
+
+def minus(a: Dim | None, b: Dim | None) -> Dim | None:
+    """``a - b``."""
+    if a is None or b is None:
+        return None
+    if a == b:
+        return 0
+    return plus(a, -b) if isinstance(b, int) else None
+
+
+def divide(a: Dim | None, b: Dim | None) -> Dim | None:
+    """``a / b``, rounded towards zero as ONNX does."""
+    if isinstance(a, int) and isinstance(b, int):
+        return None if b == 0 else (a // b if (a < 0) == (b < 0) else -(-a // b))
+    return quotient(a, b)
+
+
+def remainder(a: Dim | None, b: Dim | None) -> Dim | None:
+    """``a`` modulo ``b``, neither of them negative."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a % b if a >= 0 and b > 0 else None
+    return 0 if quotient(a, b) is not None else None
