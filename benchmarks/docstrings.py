@@ -70,4 +70,4 @@ def _read(path: Path) -> Iterator[tuple[str, str]]:
             query, _, document = (ast.get_docstring(node) or "").partition("\n\n")
             query, document = (re.sub(r"\s+", " ", text).strip() for text in (query, document))
             if 30 <= len(query) <= 160 and len(document) >= 200 and query.lower() not in document.lower():
-                yield query, document[:320]
+                yield query, document

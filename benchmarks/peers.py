@@ -54,14 +54,23 @@ def _static_u8s8(model: Path, batches: Batches, folder: Path) -> Path:
     path, prepared = folder / "static-u8s8.onnx", folder / "prepared.onnx"
     with _quiet():
         prepare(model, prepared)
-        quantize_static(
-            str(prepared),
-            str(path),
-            _Reader(batches),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+
+        def quantize(**extra: bool) -> None:
+            quantize_static(
+                str(prepared),
+                str(path),
+                _Reader(batches),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options=extra,
+            )
+
+        try:
+            quantize()
+        except ValueError:
+            # ONNX Runtime 1.32 stumbles where it widens weight scales for the sake of a bias.
+            quantize(QDQDisableWeightAdjustForInt32Bias=True)
     return path
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +115,7 @@ def scene(
     stamp: Stamp, view: int, rng: np.random.Generator, *, backgrounds: Sequence[Path], size: int
 ) -> Image.Image:
     """A stamp in a picture of ``size``: view 0 fills it before grey, others are smaller before a blurred photograph."""
-    with Image.open(stamp.path) as file:
-        thing = file.convert("RGBA")
+    thing = _cut_out(stamp.path, size)
     if view % 2:
         thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     edge = size * (0.95 if view == 0 else rng.uniform(0.65, 0.95))
@@ -124,11 +124,25 @@ def scene(
     if view == 0:
         picture = Image.new("RGBA", (size, size), (200, 200, 200, 255))
     else:
-        with Image.open(backgrounds[int(rng.integers(len(backgrounds)))]) as file:
-            picture = file.convert("RGB").resize((size, size)).filter(ImageFilter.GaussianBlur(size / 40))
-        picture = picture.convert("RGBA")
+        picture = _blurred(backgrounds[int(rng.integers(len(backgrounds)))], size).copy()
     picture.alpha_composite(thing, ((size - width) // 2, (size - height) // 2))
     return picture.convert("RGB")
+
+
+@cache
+def _cut_out(path: Path, size: int) -> Image.Image:
+    """The picture, not larger than it is ever shown: reading a stamp takes longer than classifying it."""
+    with Image.open(path) as file:
+        picture = file.convert("RGBA")
+    picture.thumbnail((size, size), Image.Resampling.BICUBIC)
+    return picture
+
+
+@cache
+def _blurred(path: Path, size: int) -> Image.Image:
+    with Image.open(path) as file:
+        picture = file.convert("RGB").resize((size, size)).filter(ImageFilter.GaussianBlur(size / 40))
+    return picture.convert("RGBA")
 
 
 def split_photos() -> tuple[list[Path], list[Path]]:

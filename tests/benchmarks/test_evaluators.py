@@ -93,12 +93,23 @@ def test_text_f1_weighs_columns_found_against_strays() -> None:
     assert evaluator.score({"map": np.zeros_like(found)}, [(1, 1, 7, 4)]) == 0
 
 
-def test_retrieval_ranks_over_all_batches() -> None:
+def test_retrieval_ranks_in_both_directions() -> None:
     evaluator = load_python(EVALUATORS / "minilm_l6.py", "evaluator")
-    # Two batches of one pair: the second query prefers the first document.
+    # Two batches of one pair; by dot product, queries over documents:  1 0 / 1 0.1
     first = evaluator.score({"v": np.array([[1.0, 0.0], [1.0, 0.0]])}, None)
     second = evaluator.score({"v": np.array([[1.0, 0.1], [0.0, 1.0]])}, None)
-    assert evaluator.aggregate([first, second]) == pytest.approx((1 + 1 / 2) / 2)
+    # Queries: 1, 1/2 (the first document is ahead). Documents: 1 (equal does not count), 1.
+    assert evaluator.aggregate([first, second]) == pytest.approx((1 + 1 / 2 + 1 + 1) / 4)
+
+
+def test_retrieval_is_within_pools_of_one_size() -> None:
+    evaluator = load_python(EVALUATORS / "minilm_l6.py", "evaluator")
+    # 33 pairs: the last one is alone in its pool, and first.
+    vectors = np.stack([np.zeros((33, 2)), np.ones((33, 2))])
+    vectors[0, :32] = 1
+    vectors[1, :32, 0] = np.arange(32, 0, -1)  # documents by length: query i finds i others ahead
+    ranks = [1 / (i + 1) if i < 10 else 0 for i in range(32)]
+    assert evaluator.aggregate([vectors]) == pytest.approx((sum(ranks) + 32 + 1 + 1) / 66)
 
 
 def test_any_class_that_the_caption_names_is_right() -> None:

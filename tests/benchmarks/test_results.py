@@ -1,0 +1,118 @@
+"""What the harnesses write down."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optkit.benchmarks.machine import processor, versions
+from optkit.benchmarks.results import CpuResult, Machine, ModelResult, Row, markdown, read, write
+
+
+def _result(speedup: float, *, models: tuple[str, ...] = ("a",), version: str = "1") -> CpuResult:
+    machine = Machine(
+        processor={"name": "chip", "flags": ["avx2"], "architecture": "x"}, versions={"optkit": version}
+    )
+    reference = Row(
+        name="ORT fp32", bytes=2_000_000, note="", make_seconds=0, error=None, cpu_ms=3, metric=0.5, n=9
+    )
+    row = Row(
+        name="optkit",
+        bytes=1_000_000,
+        note="",
+        make_seconds=1,
+        error=None,
+        cpu_ms=1.5,
+        p99_ms=2,
+        speedup=speedup,
+        speedup_ci95=(1.9, 2.1),
+        metric=0.49,
+        drop=0.01,
+        drop_ci95=(-0.01, 0.02),
+        n=9,
+        verdict="inconclusive",
+    )
+    failed = Row(name="peer", bytes=None, note="", make_seconds=0.1, error="ValueError: no | shape")
+    kept = {
+        "kind": "test",
+        "requirement": "x==1",
+        "accurate": True,
+        "metric": "accuracy",
+        "calibration": 4,
+        "rounds": 9,
+    }
+    return CpuResult(
+        machine=machine,
+        models=tuple(ModelResult(name=name, rows=(reference, row, failed), **kept) for name in models),
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    result = _result(2.0)
+    write(result, tmp_path)
+    assert read(tmp_path / "cpu.json") == result
+
+
+def test_the_page_shows_speed_metric_and_failure() -> None:
+    page = markdown(_result(2.0))
+    assert "| ORT fp32 | 3.00 | 1 | 0.5000 | - | - | 2.00 |  |" in page
+    assert (
+        "| optkit | 1.50 | 2.00 [1.90, 2.10] | 0.4900 | +0.0100 [-0.0100, +0.0200] | inconclusive | 1.00 |  |"
+        in page
+    )
+    assert "| peer | - | - | - | - | - | - | failed: ValueError: no / shape |" in page
+
+
+def test_a_new_run_replaces_its_models_and_keeps_the_rest() -> None:
+    older, newer = _result(2.0, models=("a", "b")), _result(3.0, models=("b", "c"))
+    merged = newer.merged_into(older)
+    assert [(m.name, m.rows[1].speedup) for m in merged.models] == [("a", 2.0), ("b", 3.0), ("c", 3.0)]
+
+
+def test_results_of_other_versions_are_not_mixed() -> None:
+    older, newer = _result(2.0, models=("a",)), _result(3.0, models=("b",), version="2")
+    assert newer.merged_into(older) == newer
+
+
+def test_a_machine_is_described_without_naming_it() -> None:
+    import socket
+
+    shown = f"{processor()} {versions()}"
+    assert processor()["name"]
+    assert "onnxruntime" in versions()
+    assert socket.gethostname() not in shown
+    assert "/" not in versions()["python"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_an_array_that_came_and_went() -> None:
+    from optkit.benchmarks.memory import Peak
+
+    size = 64 << 20
+    with Peak(interval=0.001) as peak:
+        before = peak.anonymous
+        x = np.ones(size // 8)
+        for _ in range(20):
+            x += 1
+        del x
+    assert peak.anonymous - before > 0.9 * size
+
+
+def test_a_large_model_is_made_in_pieces_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as ort
+
+    from optkit.benchmarks import large
+
+    monkeypatch.setattr(large, "_WIDTH", 32)
+    monkeypatch.setattr(large, "_INNER", 64)
+    monkeypatch.setattr(large, "_PIECE", 1000)  # not a divisor: the last piece is shorter
+    path = large.make(tmp_path, size=2 * 2 * 32 * 64 * 4 / 1e9)
+    assert (tmp_path / "model.onnx.data").stat().st_size == 2 * 2 * 32 * 64 * 4
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.ones((3, 32), np.float32)})
+    assert y.shape == (3, 32)
+    assert np.isfinite(y).all()
+    assert y.std() == pytest.approx(1, abs=0.2)  # the last layer normalisation
