@@ -143,6 +143,8 @@ def _prepare(model: ir.Model, name: str, notes: list[str]) -> int:
     _check_interface(model, name)
     _set_versions(model)
     _write_out_functions(model, name, notes)
+    # Messages about nodes need names; those that conversion adds get theirs in the end.
+    fix_names(model)
     _check_operators(model, name)
     _lift_large_constants(model)
     for scope in (model.graph, *(f.graph for f in model.functions.values())):
@@ -291,15 +293,9 @@ def _check_operators(model: ir.Model, name: str) -> None:
             continue
         reason = _problem(node)
         if reason is not None:
-            problems.append((_label(node), reason))
+            problems.append((describe(node), reason))
     if problems:
         raise UnsupportedOpError(name, problems, hint="export the model again with standard ONNX operators")
-
-
-def _label(node: ir.Node) -> str:
-    if node.name:
-        return describe(node)
-    return f"the node that makes {next((o.name for o in node.outputs if o.name), '?')!r} ({node.op_type})"
 
 
 def _problem(node: ir.Node) -> str | None:

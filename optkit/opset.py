@@ -448,7 +448,7 @@ def _expand(
         raise _NotConvertible(
             f"it exists from opset {schema.since_version} on and has no definition in older operators"
         )
-    small = _alone(at, version)
+    small = _alone(at, schema, version)
     try:
         expanded = onnx.inliner.inline_selected_functions(
             small, [("", node.op_type)], inline_schema_functions=True
@@ -476,6 +476,8 @@ def _expand(
                 renamed.append((outer[output.name], output))
             elif output.name:
                 output.name = f"{base}/{output.name}"
+    # Values belong to one graph at a time.
+    graph.outputs.clear()
     graph.remove(made)
     owner = node.graph
     assert owner is not None
@@ -497,11 +499,15 @@ def _expand(
         _convert_node(_At(new, at.function, at.types), problems, name)
 
 
-def _alone(at: _At, version: int) -> onnx.ModelProto:
+def _alone(at: _At, schema: onnx.defs.OpSchema, version: int) -> onnx.ModelProto:
     """A model of this node alone, with inputs ``i0``, ``i1`` and outputs ``o0``, ``o1`` and so on."""
     node = at.node
     proto = ir.serde.serialize_node(node)
     del proto.input[:], proto.output[:], proto.metadata_props[:]
+    # Bodies read attributes by name, and the defaults that the schema gives are not filled in.
+    for key, attribute in sorted(schema.attributes.items()):
+        if key not in node.attributes and attribute.default_value.type != onnx.AttributeProto.UNDEFINED:
+            proto.attribute.append(attribute.default_value)
     proto.input.extend("" if v is None else f"i{i}" for i, v in enumerate(node.inputs))
     proto.output.extend(f"o{i}" if v.name else "" for i, v in enumerate(node.outputs))
     graph = onnx.GraphProto(name="g", node=[proto])
