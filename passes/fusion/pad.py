@@ -82,7 +82,11 @@ class FoldPad(GraphPass):
             x = pad.inputs[0]
             if verdict := _check(x, node, pad):
                 _fold(node, pad, x)
-                if not pad.outputs[0].uses() and not pad.outputs[0].is_graph_output() and pad.graph is not None:
+                if (
+                    not pad.outputs[0].uses()
+                    and not pad.outputs[0].is_graph_output()
+                    and pad.graph is not None
+                ):
                     pad.graph.remove(pad, safe=True)
                 changes.append(Change(rule=self.name, node=str(node.name)))
             else:

@@ -34,7 +34,19 @@ SENSITIVE = (
 # Inputs that the standard fixes at float32 whatever the data's type is.
 _FIXED = {"Resize": frozenset({1, 2})}
 # Their type is an attribute or follows from nothing that is cast.
-_APART = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "LSTM", "GRU", "RNN"})
+_APART = frozenset(
+    {
+        "Cast",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
+        "ConvInteger",
+        "LSTM",
+        "GRU",
+        "RNN",
+    }
+)
 
 
 class CastFloats(GraphPass):
@@ -72,7 +84,9 @@ class CastFloats(GraphPass):
                     continue
                 producer = value.producer()
                 if producer is None or producer not in taken:
-                    node.replace_input_with(index, lowered[value] if value in lowered else _lower(value, node, dtype, lowered))
+                    node.replace_input_with(
+                        index, lowered[value] if value in lowered else _lower(value, node, dtype, lowered)
+                    )
             changes.append(Change(rule=self.name, node=str(node.name), detail=self.to))
         for node in chosen:
             for output in node.outputs:
@@ -84,18 +98,47 @@ class CastFloats(GraphPass):
     def _suits(self, node: ir.Node) -> bool:
         if spec(node) is None or node.op_type in _APART or selects(self.keep, node):
             return False
-        floats = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is not None and v.dtype.is_floating_point()]
-        return bool(floats) and all(v.dtype == ir.DataType.FLOAT for v in floats) and any(v.dtype == ir.DataType.FLOAT for v in node.outputs)
+        floats = [
+            v
+            for v in (*node.inputs, *node.outputs)
+            if v is not None and v.dtype is not None and v.dtype.is_floating_point()
+        ]
+        return (
+            bool(floats)
+            and all(v.dtype == ir.DataType.FLOAT for v in floats)
+            and any(v.dtype == ir.DataType.FLOAT for v in node.outputs)
+        )
 
     def _in_range(self, model: ir.Model, chosen: list[ir.Node], context: Context) -> list[ir.Node]:
         limit = _FP16_MAX / self.margin
         here = [n for n in chosen if n.graph is model.graph]
-        values = list(dict.fromkeys(v for n in here for v in (*n.inputs, *n.outputs) if v is not None and v.dtype == ir.DataType.FLOAT))
-        wild = {v for n in chosen for v in n.inputs if (c := constant(v)) is not None and c.dtype == np.float32 and c.size and not np.abs(c).max() <= limit}
+        values = list(
+            dict.fromkeys(
+                v
+                for n in here
+                for v in (*n.inputs, *n.outputs)
+                if v is not None and v.dtype == ir.DataType.FLOAT
+            )
+        )
+        wild = {
+            v
+            for n in chosen
+            for v in n.inputs
+            if (c := constant(v)) is not None
+            and c.dtype == np.float32
+            and c.size
+            and not np.abs(c).max() <= limit
+        }
         live = [v for v in values if constant(v) is None and not v.is_initializer() and v.name]
         if live:
-            data = context.data if context.data is not None else CalibrationData.random_batches(model, 4, seed=context.seed)
-            seen = observe(model, [str(v.name) for v in live], Range, replace(context, data=data), key="min-max")
+            data = (
+                context.data
+                if context.data is not None
+                else CalibrationData.random_batches(model, 4, seed=context.seed)
+            )
+            seen = observe(
+                model, [str(v.name) for v in live], Range, replace(context, data=data), key="min-max"
+            )
             wild |= {v for v in live if not max(-seen[str(v.name)].low, seen[str(v.name)].high) <= limit}
         kept = [n for n in chosen if any(v in wild for v in (*n.inputs, *n.outputs))]
         for node in kept:
@@ -103,19 +146,33 @@ class CastFloats(GraphPass):
         return [n for n in chosen if n not in set(kept)]
 
 
-def _lower(value: ir.Value, reader: ir.Node, dtype: ir.DataType, lowered: dict[ir.Value, ir.Value]) -> ir.Value:
+def _lower(
+    value: ir.Value, reader: ir.Node, dtype: ir.DataType, lowered: dict[ir.Value, ir.Value]
+) -> ir.Value:
     """``value`` in ``dtype``: constants are converted, others cast once, right behind where they are made."""
     kind = dtype.name.lower()
-    if value.is_initializer() and not value.is_graph_input() and value.const_value is not None and value.graph is not None:
+    if (
+        value.is_initializer()
+        and not value.is_graph_input()
+        and value.const_value is not None
+        and value.graph is not None
+    ):
         source = value.const_value
         tensor = ir.LazyTensor(
-            lambda: ir.Tensor(source.numpy().astype(dtype.numpy()), dtype=dtype), dtype=dtype, shape=ir.Shape(source.shape), name=value.name
+            lambda: ir.Tensor(source.numpy().astype(dtype.numpy()), dtype=dtype),
+            dtype=dtype,
+            shape=ir.Shape(source.shape),
+            name=value.name,
         )
         assert isinstance(value.graph, ir.Graph)
         lowered[value] = initializer(value.graph, f"{value.name}/{kind}", tensor)
         return lowered[value]
     cast = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=f"{value.name}/to_{kind}")
-    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{value.name}/{kind}", ir.TensorType(dtype), value.shape
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
+        f"{value.name}/{kind}",
+        ir.TensorType(dtype),
+        value.shape,
+    )
     producer = value.producer()
     if producer is not None:
         producer.append(cast)
@@ -129,7 +186,11 @@ def _lower(value: ir.Value, reader: ir.Node, dtype: ir.DataType, lowered: dict[i
 
 def _raise_output(value: ir.Value, taken: dict[ir.Node, None], dtype: ir.DataType) -> None:
     """Type ``value`` as ``dtype``, and let float32 readers and outputs of the graph read it through a cast."""
-    readers = [(u.node, u.idx) for u in value.uses() if u.node not in taken or u.idx in _FIXED.get(u.node.op_type, ())]
+    readers = [
+        (u.node, u.idx)
+        for u in value.uses()
+        if u.node not in taken or u.idx in _FIXED.get(u.node.op_type, ())
+    ]
     value.type = ir.TensorType(dtype)
     producer = value.producer()
     if not readers and not value.is_graph_output():
@@ -141,7 +202,11 @@ def _raise_output(value: ir.Value, taken: dict[ir.Node, None], dtype: ir.DataTyp
     if is_output:
         value.name = f"{name}/{dtype.name.lower()}"
     cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}/to_float")
-    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name if is_output else f"{name}/float", ir.TensorType(ir.DataType.FLOAT), value.shape
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
+        name if is_output else f"{name}/float",
+        ir.TensorType(ir.DataType.FLOAT),
+        value.shape,
+    )
     producer.append(cast)
     for node, index in readers:
         node.replace_input_with(index, cast.outputs[0])

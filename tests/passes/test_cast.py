@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.data import CalibrationData
+from optkit.passes.base import Context
+from optkit.passes.lowering.cast import CastFloats
+from optkit.targets import target
+from optkit.testing import check_pass, parse
+
+MODEL = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 4] x) => (float[N, 3] y) <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[3] b = {0.5, -1, 2}> {
+  m = MatMul(x, w)
+  s = %s
+  y = Add(s, b)
+}
+"""
+
+# Eleven bits of significand: a product of four terms is off by a few units of 2^-11.
+HALF = {"atol": 4e-2, "rtol": 4 * 2.0**-11}
+
+
+def test_products_are_cast_and_softmax_stays_in_float32():
+    after = check_pass(
+        CastFloats(),
+        MODEL % "Softmax(m)",
+        ops=["Cast", "MatMul", "Cast", "Softmax", "Cast", "Add", "Cast"],
+        **HALF,
+    )
+    assert [v.dtype for v in (*after.graph.inputs, *after.graph.outputs)] == [ir.DataType.FLOAT] * 2
+    assert {str(v.const_value.dtype) for v in after.graph.initializers.values()} == {"FLOAT16"}
+
+
+def test_neighbours_in_half_precision_share_no_casts():
+    check_pass(CastFloats(), MODEL % "Relu(m)", ops=["Cast", "MatMul", "Relu", "Add", "Cast"], **HALF)
+
+
+def test_what_the_recipe_keeps_is_kept():
+    check_pass(
+        CastFloats(keep=("MatMul", "Relu")),
+        MODEL % "Relu(m)",
+        ops=["MatMul", "Relu", "Cast", "Add", "Cast"],
+        **HALF,
+    )
+
+
+def test_values_beyond_half_precision_keep_their_nodes_in_float32():
+    context = Context(target=target("cpu"), data=CalibrationData([{"x": np.full((1, 4), 4000, np.float32)}]))
+    # 4000 * (1 + 4 + 7 + 10) = 88,000 is beyond 65,504; 4000 is not, but nothing is left to cast.
+    check_pass(CastFloats(), MODEL % "Relu(m)", ops=["MatMul", "Relu", "Add"], context=context)
+
+
+def test_a_constant_beyond_half_precision_keeps_its_node_in_float32():
+    text = (MODEL % "Relu(m)").replace("float[3] b = {0.5, -1, 2}", "float[3] b = {0.5, -1, -3.4e38}")
+    check_pass(CastFloats(), text, ops=["Cast", "MatMul", "Relu", "Cast", "Add"], **HALF)
+
+
+def test_scales_of_resize_stay_in_float32():
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[1, 1, 2, 2] x) => (float[1, 1, 4, 4] y) <float[4] s = {1, 1, 2, 2}> { y = Resize<mode = "nearest">(x, , s) }
+    """
+    check_pass(CastFloats(), text, ops=["Cast", "Resize", "Cast"], **HALF)
+
+
+def test_bfloat16_needs_no_range():
+    model = parse((MODEL % "Relu(m)").replace("float[3] b = {0.5, -1, 2}", "float[3] b = {0.5, -1, 1e30}"))
+    CastFloats(to="bf16").run(model, Context(target=target("cpu")))
+    assert [n.op_type for n in model.graph] == ["Cast", "MatMul", "Relu", "Add", "Cast"]
+    assert model.graph[1].outputs[0].dtype == ir.DataType.BFLOAT16
+
+
+@pytest.mark.parametrize("to", ["fp8", "fp32"])
+def test_other_formats_are_refused(to):
+    with pytest.raises(ValueError, match="fp16"):
+        CastFloats(to=to)
