@@ -29,17 +29,18 @@ from optkit.data import CalibrationData
 from optkit.evaluate import load_python
 from optkit.frontend import load
 from optkit.passes.base import Context
+from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.static import QuantizeStatic
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 
-METHODS = ("min-max", "percentile", "entropy", "mse")
+METHODS: tuple[Method, ...] = ("min-max", "percentile", "entropy", "mse")
 _SAMPLES, _FEW, _MANY = 32, 16, 256
 
 
-def measure(name: str, method: str, samples: int, *, streamed: bool) -> dict[str, Any]:
+def measure(name: str, method: Method, samples: int, *, streamed: bool) -> dict[str, Any]:
     """CPU seconds and peak memory of calibrating one model.
 
     With ``streamed``, each batch is made when it is read, as users' functions do: that costs little memory, and time

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ import optkit
 from optkit.bench import interleave
 from optkit.benchmarks import suite
 from optkit.benchmarks.machine import processor, versions
-from optkit.benchmarks.peers import PEERS
+from optkit.benchmarks.peers import PEERS, Batches, Peer
 from optkit.benchmarks.results import CpuResult, Machine, ModelResult, Row, read, render, write
 from optkit.benchmarks.suite import EVALUATORS, SUITE
 from optkit.errors import OptkitError, UnknownNameError
@@ -48,24 +51,31 @@ _REFERENCE = "ORT fp32"
 _FEEDS, _ROUNDS, _WARMUP, _CPU_SECONDS = 16, 60, 3, 60.0
 
 
+@dataclass(slots=True)
 class _Variant:
     """A way to run the model, or why there is none."""
 
-    def __init__(self, name: str, make: Callable[[], tuple[Run, int, str]]) -> None:
-        self.name, self.run, self.bytes, self.note, self.error = name, None, None, "", None
-        self.run: Run | None
-        self.bytes: int | None
-        self.error: str | None
-        start = time.process_time()
-        try:
-            self.run, self.bytes, self.note = make()
-        except Exception as error:  # noqa: BLE001  (the quantizers raise anything; the row says what)
-            self.error = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[
-                    :300
-                ]
-            )
-        self.seconds = time.process_time() - start
+    name: str
+    run: Run | None = None
+    bytes: int | None = None
+    note: str = ""
+    error: str | None = None
+    seconds: float = 0.0
+
+
+def _variant(name: str, make: Callable[[], tuple[Run, int, str]]) -> _Variant:
+    variant, start = _Variant(name), time.process_time()
+    try:
+        variant.run, variant.bytes, variant.note = make()
+    except Exception as error:  # noqa: BLE001  (the quantizers raise anything; the row says what)
+        variant.error = _brief(f"{type(error).__name__}: {error}")
+    variant.seconds = time.process_time() - start
+    return variant
+
+
+def _brief(message: str) -> str:
+    """One line without folders, which differ from machine to machine."""
+    return re.sub(r"(?:/[\w.@+~-]+)+/", "", " ".join(message.split()))[:300]
 
 
 def measure(name: str) -> ModelResult:
@@ -77,18 +87,16 @@ def measure(name: str) -> ModelResult:
     folder = Path(tempfile.mkdtemp(prefix=f"optkit-{name}-"))
     try:
         reference = ReferenceSession(path)
-        variants = [_Variant(_REFERENCE, lambda: (reference.run, path.stat().st_size, ""))]
+        variants = [_variant(_REFERENCE, lambda: (reference.run, path.stat().st_size, ""))]
         gate = {"evaluate": file, "max_drop": BUDGET} if evaluator else {}
         variants.append(
-            _Variant("optkit", lambda: _compile(path, folder / "auto", data=f"{file}:calibration", **gate))
+            _variant("optkit", lambda: _compile(path, folder / "auto", data=f"{file}:calibration", **gate))
         )
         variants.append(
-            _Variant("optkit, exact only", lambda: _compile(path, folder / "exact", recipe="fp32"))
+            _variant("optkit, exact only", lambda: _compile(path, folder / "exact", recipe="fp32"))
         )
         for peer in PEERS:
-            variants.append(
-                _Variant(peer.name, lambda peer=peer: _peer(peer.make(path, calibration, folder)))
-            )  # type: ignore[misc]
+            variants.append(_variant(peer.name, partial(_peer, peer, path, calibration, folder)))
         feeds = [f for f, _ in islice(evaluator.samples(), _FEEDS)] if evaluator else calibration[:_FEEDS]
         _check(variants, feeds[0])
         times = interleave(
@@ -122,7 +130,8 @@ def _compile(path: Path, out: Path, **options: Any) -> tuple[Run, int, str]:
     return artifact.session(threads=1).run, size, note
 
 
-def _peer(path: Path) -> tuple[Run, int, str]:
+def _peer(peer: Peer, model: Path, batches: Batches, folder: Path) -> tuple[Run, int, str]:
+    path = peer.make(model, batches, folder)
     return ReferenceSession(path).run, path.stat().st_size, ""
 
 
@@ -133,7 +142,7 @@ def _check(variants: Sequence[_Variant], feeds: Mapping[str, np.ndarray]) -> Non
             try:
                 variant.run(feeds)
             except OptkitError as error:
-                variant.run, variant.error = None, str(error)[:300]
+                variant.run, variant.error = None, _brief(str(error))
 
 
 def _rows(
@@ -153,7 +162,7 @@ def _rows(
             try:
                 scores = evaluator.scores(v.run)
             except OptkitError as error:
-                v.error = str(error)[:300]
+                v.error = _brief(str(error))
             else:
                 facts |= _judged(evaluator, before, scores)
                 before = scores if before is None else before

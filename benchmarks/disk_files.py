@@ -107,9 +107,9 @@ def _found() -> dict[str, list[Path]]:
             for name in names:
                 kind = _TYPES.get(name.rpartition(".")[2].lower())
                 if kind:
-                    path = os.path.join(folder, name)
-                    ordered[kind].append((hashlib.sha256(path.encode(errors="replace")).digest(), path))
-    found = {}
+                    whole = os.path.join(folder, name)
+                    ordered[kind].append((hashlib.sha256(whole.encode(errors="replace")).digest(), whole))
+    found: dict[str, list[Path]] = {}
     for kind, paths in ordered.items():
         seen: set[bytes] = set()
         found[kind] = []

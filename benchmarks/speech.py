@@ -82,7 +82,7 @@ def _read(path: Path) -> np.ndarray:
         factor = RATE // file.getframerate()
     # Band-limited interpolation: the spectrum stays, the new upper half is empty.
     x = np.fft.irfft(np.fft.rfft(x), factor * len(x))
-    return (x / np.abs(x).max()).astype(np.float32)
+    return np.asarray(x / np.abs(x).max(), np.float32)
 
 
 def _noise(rng: np.random.Generator, length: int, *, brown: bool) -> np.ndarray:
@@ -92,4 +92,4 @@ def _noise(rng: np.random.Generator, length: int, *, brown: bool) -> np.ndarray:
         frequencies = np.fft.rfftfreq(length, 1 / RATE)
         spectrum = np.fft.rfft(x)
         x = np.fft.irfft(np.where(frequencies > 40, spectrum / np.maximum(frequencies, 1), 0), length)
-    return x / np.sqrt((x**2).mean())
+    return np.asarray(x / np.sqrt((x**2).mean()))

@@ -24,7 +24,8 @@ class _SelfAttention(nn.Module):
         shape = (x.shape[0], x.shape[1], _HEADS, _WIDTH // _HEADS)
         q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
         weights = (q @ k.transpose(-1, -2) / math.sqrt(_WIDTH // _HEADS) + mask).softmax(-1)
-        return (weights @ v).transpose(1, 2).reshape(x.shape)
+        mixed: Tensor = weights @ v
+        return mixed.transpose(1, 2).reshape(x.shape)
 
 
 class _Output(nn.Module):
@@ -33,7 +34,8 @@ class _Output(nn.Module):
         self.dense, self.LayerNorm = nn.Linear(inner, _WIDTH), nn.LayerNorm(_WIDTH, _EPSILON)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x) + residual)
+        y: Tensor = self.LayerNorm(self.dense(x) + residual)
+        return y
 
 
 class _Layer(nn.Module):
@@ -46,7 +48,8 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, mask), x)
-        return self.output(nn.functional.gelu(self.intermediate["dense"](x)), x)
+        y: Tensor = self.output(nn.functional.gelu(self.intermediate["dense"](x)), x)
+        return y
 
 
 class _Embeddings(nn.Module):
@@ -60,12 +63,20 @@ class _Embeddings(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)[None]
         kinds = torch.zeros_like(tokens)
-        x = (
-            self.word_embeddings(tokens)
-            + self.token_type_embeddings(kinds)
-            + self.position_embeddings(places)
-        )
-        return self.LayerNorm(x)
+        words, kind, place = self.word_embeddings, self.token_type_embeddings, self.position_embeddings
+        x: Tensor = self.LayerNorm(words(tokens) + kind(kinds) + place(places))
+        return x
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Layer() for _ in range(_LAYERS))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layer:
+            x = layer(x, mask)
+        return x
 
 
 class SentenceEncoder(nn.Module):
@@ -73,17 +84,14 @@ class SentenceEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embeddings = _Embeddings()
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_Layer() for _ in range(_LAYERS))})
+        self.embeddings, self.encoder = _Embeddings(), _Encoder()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """``[batch, tokens]`` twice -> ``[batch, 384]``."""
         kept = attention_mask.to(torch.float32)
         # As in Hugging Face's eager attention: the largest negative number hides a token.
         mask = (1.0 - kept[:, None, None, :]) * torch.finfo(torch.float32).min
-        x = self.embeddings(input_ids)
-        for layer in self.encoder["layer"]:
-            x = layer(x, mask)
+        x = self.encoder(self.embeddings(input_ids), mask)
         mean = (x * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1e-9)
         return nn.functional.normalize(mean, dim=-1)
 

@@ -8,6 +8,7 @@ no layer saturates or dies. Nothing is learnt: it is there to be timed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,7 +31,7 @@ class _Network:
         self.weights: dict[str, np.ndarray] = {}
         self.moments: list[str] = []
 
-    def node(self, op: str, inputs: list[str], name: str, **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 
