@@ -1,0 +1,232 @@
+"""``optkit inspect``: what is in a model or an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from optkit.cli import options
+from optkit.cli.terminal import Terminal, command
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from optkit.report import Manifest
+
+_INTEGER_PRODUCTS = frozenset({"MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul"})
+
+
+@command
+def inspect(
+    terminal: Terminal,
+    model: options.ModelOrArtifact,
+    shape: options.Shape = None,
+    nodes: Annotated[bool, typer.Option("--nodes", help="List every node.", show_default=False)] = False,
+    why: Annotated[
+        bool,
+        typer.Option("--why", help="List what quantization leaves in float and which rules nearly matched.", show_default=False),
+    ] = False,
+    target: options.Target = None,
+    backend: options.Backend = None,
+    json: options.Json = False,
+) -> int:
+    """Show inputs, outputs, operators, parameters, multiply-accumulates and bytes of MODEL."""
+    from optkit.cli.render import facts, table
+    from optkit.cli.running import graph, shaped
+
+    loaded = graph(model)
+    free = shaped(loaded, shape or ())
+    found = _facts(loaded.model)
+    found = {"name": model, "opset": loaded.opset, "notes": list(loaded.notes), **found}
+    manifest = _manifest(model)
+    if manifest is not None:
+        found["artifact"] = options.plain(manifest)
+    if nodes:
+        found["nodes_listed"] = _nodes(loaded.model)
+    if why:
+        found["why"] = _why(loaded.model, target, backend)
+    if json:
+        terminal.json(found)
+        return 0
+    terminal.result(facts(_lines(found, free, manifest)))
+    terminal.result("")
+    rows = [
+        (op, str(f["count"]), _n(f["parameters"]), _macs(f["macs"]), _share(f["macs"], found["macs"]))
+        for op, f in found["operators"].items()
+    ]
+    terminal.result(table(("Operator", ">Nodes", ">Parameters", ">MACs", ">Share"), rows))
+    if nodes:
+        terminal.result("")
+        listed = [(n["name"], n["op"], n["inputs"], n["outputs"], _macs(n["macs"])) for n in found["nodes_listed"]]
+        terminal.result(table(("Node", "Operator", "Inputs", "Outputs", ">MACs"), listed))
+    if why:
+        terminal.result("")
+        reasons = [(w["node"], w["rule"], w["reason"]) for w in found["why"]]
+        terminal.result(table(("Node", "Rule", "Why it does not apply"), reasons))
+        if not reasons:
+            terminal.say("every rule that came near applies, and nothing that could be quantized stays in float")
+    return 0
+
+
+def _facts(model: ir.Model) -> dict[str, Any]:
+    from optkit.data import specs
+    from optkit.graph import count_nodes, count_parameters, graphs, walk, weight_bytes
+    from optkit.ops import spec
+
+    operators: dict[str, dict[str, Any]] = {}
+    products = integer = 0
+    for node in walk(model):
+        if node.op_type == "Constant":
+            continue
+        name = node.op_type if node.domain == "" else f"{node.domain}.{node.op_type}"
+        row = operators.setdefault(name, {"count": 0, "parameters": 0, "macs": 0})
+        row["count"] += 1
+        row["parameters"] += sum(
+            v.const_value.size for v in dict.fromkeys(node.inputs) if v is not None and v.const_value is not None
+        )
+        known = spec(node)
+        macs = _products(node) if known is None or known.macs is None else known.macs(node)
+        if macs is None:
+            row["macs"] = None
+        elif row["macs"] is not None:
+            row["macs"] += macs
+            products += macs
+            integer += macs if _is_integer(node) else 0
+    complete = all(row["macs"] is not None for row in operators.values())
+    weights: dict[str, int] = {}
+    for part in graphs(model):
+        for value in part.initializers.values():
+            if value.const_value is not None:
+                kind = value.const_value.dtype.name.lower()
+                weights[kind] = weights.get(kind, 0) + value.const_value.nbytes
+    inputs, outputs = specs(model)
+    return {
+        "inputs": [str(s) for s in inputs],
+        "outputs": [str(s) for s in outputs],
+        "nodes": count_nodes(model),
+        "graphs": sum(1 for _ in graphs(model)),
+        "parameters": count_parameters(model),
+        "bytes": weight_bytes(model),
+        "weights": dict(sorted(weights.items(), key=lambda kv: -kv[1])),
+        "macs": products if complete else None,
+        "int8_share": integer / products if complete and products else None,
+        "operators": dict(sorted(operators.items(), key=lambda kv: (-kv[1]["count"], kv[0]))),
+    }
+
+
+def _products(node: ir.Node) -> int | None:
+    """Multiply-accumulates of the operators on integers that the table of operators leaves out."""
+    from optkit.ops.spec import conv_macs, matmul_macs
+
+    if node.op_type == "MatMulInteger":
+        return matmul_macs(node)
+    return conv_macs(node) if node.op_type == "ConvInteger" else 0
+
+
+def _is_integer(node: ir.Node) -> bool:
+    if node.op_type in _INTEGER_PRODUCTS:
+        return True
+    read = [v.producer() for v in node.inputs[:2] if v is not None]
+    return len(read) == 2 and all(n is not None and n.op_type == "DequantizeLinear" for n in read)
+
+
+def _nodes(model: ir.Model) -> list[dict[str, Any]]:
+    from optkit.graph import walk
+    from optkit.ops import spec
+
+    def shown(values: Iterable[ir.Value | None]) -> str:
+        return ", ".join("-" if v is None else _value(v) for v in values)
+
+    rows = []
+    for node in walk(model):
+        known = spec(node)
+        macs = _products(node) if known is None or known.macs is None else known.macs(node)
+        op = node.op_type if node.domain == "" else f"{node.domain}.{node.op_type}"
+        rows.append({"name": node.name, "op": op, "inputs": shown(node.inputs), "outputs": shown(node.outputs), "macs": macs})
+    return rows
+
+
+def _value(value: ir.Value) -> str:
+    kind = "?" if value.dtype is None else value.dtype.name.lower()
+    axes = "?" if value.shape is None else ",".join(str(d) for d in value.shape)
+    return f"{'' if value.const_value is not None else f'{value.name}: '}{kind}[{axes}]"
+
+
+def _why(model: ir.Model, target: str | None, backend: str | None) -> list[dict[str, str]]:
+    """What stays in float, and rules that matched part of their pattern."""
+    from optkit.backends import BACKENDS
+    from optkit.passes import PASSES
+    from optkit.passes.quantization.plan import make_plan
+    from optkit.rewrite import explain
+    from optkit.targets import target as find_target
+
+    where = find_target(target or "cpu")
+    placements = BACKENDS[backend or where.backends[0]]().placements
+    reasons = []
+    if "default" in placements:
+        plan = make_plan(model.graph, placements["default"], ("*",), ())
+        reasons = [{"node": node, "rule": "quantize-static", "reason": reason} for node, reason in plan.left]
+    for name in PASSES:
+        rules = getattr(PASSES[name], "rules", None)
+        if callable(rules):
+            reasons += [{"node": m.node, "rule": m.rule, "reason": m.reason} for m in explain(rules(), model)]
+    return reasons
+
+
+def _manifest(model: str) -> Manifest | None:
+    from optkit.artifact import load
+
+    return load(model, verify=False).manifest if Path(model).is_dir() else None
+
+
+def _lines(found: dict[str, Any], free: Sequence[str], manifest: Manifest | None) -> list[tuple[str, Sequence[str]]]:
+    from optkit import sentences
+
+    weights = ", ".join(f"{kind} {sentences.megabytes(n)}" for kind, n in found["weights"].items()) or "none"
+    bodies = "" if found["graphs"] == 1 else f" in {found['graphs']} graphs (bodies of control flow)"
+    rows: list[tuple[str, Sequence[str]]] = [
+        ("Model", (f"{found['name']}, opset {found['opset']}",)),
+        ("Inputs", found["inputs"]),
+        ("Outputs", found["outputs"]),
+        ("Nodes", (f"{found['nodes']:,}{bodies}",)),
+        ("Parameters", (f"{found['parameters']:,}",)),
+        ("Weights", (f"{sentences.megabytes(found['bytes'])}: {weights}",)),
+    ]
+    if found["macs"] is None:
+        axes = f": {', '.join(free)}" if free else ""
+        rows.append(("MACs", (f"depend on free axes{axes} (--shape INPUT=SIZES fixes them)",)))
+    else:
+        share = "" if found["int8_share"] is None else f", {sentences.percent(found['int8_share'])} of them between int8 tensors"
+        rows.append(("MACs", (f"{_macs(found['macs'])} a run{share}",)))
+    if found["notes"]:
+        rows.append(("Loading", found["notes"]))
+    if manifest is not None:
+        rows.append(("Artifact", (f"for {manifest.target} with {manifest.backend}, from {manifest.model.name}",)))
+        if manifest.achieved is not None:
+            shares = ", ".join(f"{k} {sentences.percent(v)}" for k, v in manifest.achieved.formats.items())
+            rows.append(("Ran in", (f"{shares} of the multiply-accumulates, as measured when it was compiled", manifest.achieved.scheme)))
+        if manifest.accuracy is not None:
+            rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
+        if manifest.fidelity is not None:
+            rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
+    return rows
+
+
+def _n(n: int) -> str:
+    return f"{n:,}" if n else ""
+
+
+def _macs(n: int | None) -> str:
+    if n is None:
+        return "?"
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n) if n else ""
+
+
+def _share(n: int | None, total: int | None) -> str:
+    return f"{n / total * 100:.1f}%" if n and total else ""

@@ -1,0 +1,166 @@
+"""``optkit quantize``: the passes of one recipe, written as ONNX; no timing, no reference."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optkit.cli import options
+from optkit.cli.terminal import Terminal, command
+from optkit.errors import ModelError, PassError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import onnx_ir as ir
+
+    from optkit.compiler import Request
+    from optkit.report import PassRecord
+
+# Weights are mapped, and quantized one at a time while they are written (measured on 2.1 GB of weights).
+_COPIES = 0.3
+
+
+@command
+def quantize(
+    terminal: Terminal,
+    model: options.Model,
+    target: options.Target = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="PATH", help="An .onnx file, or a folder for model.onnx.", show_default="MODEL-RECIPE.onnx"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", metavar="RECIPE", help="Name of a shipped recipe, or a .yaml file.", show_default=False),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", "-p", metavar="NAME", help="int8 or int8-dyn.", show_default="int8")
+    ] = None,
+    calib: options.Calib = None,
+    backend: options.Backend = None,
+    sets: options.Set = None,
+    seed: options.Seed = None,
+    memory: options.Memory = None,
+    json: options.Json = False,
+) -> int:
+    """Quantize MODEL and write it as ONNX, with QuantizeLinear and DequantizeLinear or dynamic integer products.
+
+    The graph is the one that `optkit compile` builds from the same recipe and data, to the byte. Nothing is timed or
+    judged: use compile for that. Prints the file.
+    """  # fmt: skip
+    from optkit import sentences
+    from optkit.cli.memory import limited, needed, parse_size
+    from optkit.cli.render import facts, show, table
+    from optkit.compiler import request, scheme
+    from optkit.graph import count_nodes, weight_bytes
+    from optkit.legalize import legalize
+    from optkit.recipe import Recipe
+    from optkit.store import save, temporary_folder
+
+    path = options.source(model)
+    budget = None if memory is None else parse_size(memory)
+    named = recipe if recipe is not None else None if precision not in (None, "int8", "INT8") else "int8-static"
+    if recipe is not None and precision is not None:
+        raise UsageError("a recipe and a precision were given", hint="leave one out")
+    if named is not None and (several := Recipe.load(named).candidates):
+        raise UsageError(
+            f"recipe {named} chooses among {', '.join(several)} by measuring, and quantize measures nothing",
+            hint="name one of these, or use optkit compile",
+        )
+    with limited(budget, 0 if budget is None else needed(path, copies=_COPIES)):
+        asked = request(
+            path, target=target, recipe=named, precision=None if named else precision, data=calib, backend=backend,
+            overrides=sets or (), seed=seed,
+        )  # fmt: skip
+        place = _place(out, path, Path(named or str(precision)).stem.lower())
+        with temporary_folder(place.with_name(f"{place.name}.parts")) as folder:
+            work = asked.work(folder, terminal.progress)
+            graph, records, _ = work.transform(asked.recipe)
+            _check_changed(asked, records)
+            legalize(graph, asked.backend, asked.target, name=asked.loaded.name)
+            written = save(graph, folder / place.name)
+            _check_runs(written[0], graph, work.feeds[0])
+            nodes, kinds = count_nodes(graph), scheme(graph)
+            files = _move(written, place)
+    size = sum(f.stat().st_size for f in files)
+    if json:
+        terminal.json(
+            {
+                "model": str(place),
+                "files": [str(f) for f in files],
+                "bytes": size,
+                "nodes": {"before": count_nodes(asked.loaded.model), "after": nodes},
+                "scheme": kinds,
+                "passes": [options.plain(r) for r in records],
+                "recipe": asked.recipe.dump(),
+            }
+        )
+        return 0
+    before = count_nodes(asked.loaded.model)
+    rows = [(r.name, str(r.changes), f"{r.nodes_before:,} -> {r.nodes_after:,}") for r in records if r.changes]
+    given = sentences.megabytes(weight_bytes(asked.loaded.model))
+    show(
+        terminal,
+        [
+            table(("Pass", ">Changes", ">Nodes"), rows),
+            "",
+            facts(
+                [
+                    ("Model", (f"{before:,} -> {nodes:,} nodes, {given} -> {sentences.megabytes(size)} of weights",)),
+                    ("Formats", (kinds,)),
+                    ("Not done", ("nothing was timed, and no accuracy was measured: optkit bench, optkit eval, or optkit compile",)),
+                ]
+            ),
+        ],
+    )
+    terminal.result(str(place))
+    return 0
+
+
+def _place(out: Path | None, source: Path, label: str) -> Path:
+    if out is None:
+        return Path(f"{source.stem}-{label}.onnx")
+    place = out if out.suffix == ".onnx" else out / "model.onnx"
+    if place.is_dir():
+        raise UsageError(f"{place}: a folder", hint="choose another --out")
+    if place.exists() and place.resolve() == source.resolve():
+        raise UsageError(f"{place}: is the model itself", hint="choose another --out")
+    return place
+
+
+def _check_changed(asked: Request, records: Sequence[PassRecord]) -> None:
+    lossy = {p.name for p in asked.recipe.passes if not p.exact}
+    if lossy and not any(r.changes for r in records if r.name in lossy):
+        raise PassError(
+            f"{', '.join(sorted(lossy))}: nothing in {asked.loaded.name} was changed",
+            hint=f"optkit inspect {asked.loaded.path} --why says why its layers stay in float",
+        )
+
+
+def _check_runs(file: Path, graph: ir.Model, feeds: Mapping[str, np.ndarray]) -> None:
+    """Load what was written and run it once."""
+    from optkit.reference import ReferenceSession
+
+    session = ReferenceSession(file)
+    try:
+        outputs = session.run(feeds)
+    finally:
+        session.close()
+    for value in graph.graph.outputs:
+        found = outputs.get(str(value.name))
+        if found is None or (value.shape is not None and len(value.shape) != found.ndim):
+            raise ModelError(f"output {value.name!r} came out as {'nothing' if found is None else list(found.shape)}")
+
+
+def _move(written: Sequence[Path], place: Path) -> list[Path]:
+    """Put the files where they belong: weights first, so that the graph never names a file that is not there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    moved = [place.with_name(f.name) for f in written]
+    for source, final in reversed(list(zip(written, moved, strict=True))):
+        os.replace(source, final)
+    return moved

@@ -1,0 +1,104 @@
+"""Tables, and the summary of a compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optkit import sentences
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from optkit.cli.terminal import Terminal
+    from optkit.report import Report
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> Table:
+    """A table; columns whose heading starts with ``>`` are numbers and aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def facts(rows: Iterable[tuple[str, Sequence[str]]]) -> Table:
+    """Names on the left, and a line or more for each on the right."""
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 2), pad_edge=False)
+    made.add_column(no_wrap=True, style="bold")
+    made.add_column(overflow="fold")
+    for name, lines in rows:
+        for index, line in enumerate(lines):
+            made.add_row(name if index == 0 else "", line)
+    return made
+
+
+def summary(report: Report, folder: Path) -> list[str | Table]:
+    """What a stranger has to know after a compilation."""
+    manifest, one = report.manifest, sentences.shipped(report)
+    rows: list[tuple[str, Sequence[str]]] = []
+    if one is not None:
+        rows.append(("Shipped", (one.name + (f": {one.reason}" if one.reason else ""),)))
+    rows.append(("Model", (sentences.size(report),)))
+    if report.latency is not None:
+        rows.append(("Latency", sentences.latency(report.latency)))
+    else:
+        rows.append(("Latency", ("not measured",)))
+    if manifest.accuracy is not None:
+        rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
+    if manifest.fidelity is not None:
+        rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
+    rows.append(("Formats", sentences.formats(report)))
+    if kept := sentences.kept_float(report):
+        rows.append(("In float", (f"{len(kept)} of {len(report.layers)} layers, because quantizing them hurts most: {_some(kept)}",)))
+    if manifest.data is not None:
+        drawn = "; drawn at random: nothing that was measured on them says how good the model is" if manifest.data.random else ""
+        rows.append(("Data", (f"{sentences.count(manifest.data.batches, 'calibration batch')}{drawn}".replace("batchs", "batches"),)))
+    spent = report.resources
+    rows.append(("Cost", (f"{spent.cpu_seconds:.1f} CPU-seconds, {spent.wall_seconds:.1f} s, peak memory {sentences.megabytes(spent.peak_rss_bytes)}",)))
+    for name, lines in (("Notes", manifest.notes), ("Missed", report.missed), ("Undecided", report.inconclusive), ("Advice", report.advice)):
+        if lines:
+            rows.append((name, lines))
+    parts: list[str | Table] = [sentences.headline(report), ""]
+    if len(report.candidates) > 1:
+        parts += [candidates(report), ""]
+    return [*parts, facts(rows), "", sentences.outcome(report), f"Report: {folder / 'report.html'}"]
+
+
+def candidates(report: Report) -> Table:
+    """Everything that was tried, the artifact first."""
+    order = sorted(report.candidates, key=lambda c: (c.verdict != sentences.SHIPPED, -(c.speedup or 0)))
+    judged = next((c for c in order if c.metric is not None), None)
+    name = report.manifest.accuracy.metric if report.manifest.accuracy and judged else "to reference"
+    rows = [
+        (
+            c.name,
+            "" if c.speedup is None else f"{c.speedup:.2f}x",
+            "" if c.bytes is None else sentences.megabytes(c.bytes),
+            sentences.metric(c),
+            c.verdict,
+            c.reason,
+        )
+        for c in order
+    ]
+    return table(("Candidate", ">Speed-up", ">Size", name, "Verdict", "Why"), rows)
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def show(terminal: Terminal, parts: Iterable[str | Table]) -> None:
+    """Print to stderr."""
+    for part in parts:
+        terminal.say(part)

@@ -1,0 +1,144 @@
+"""Models and artifacts alike, opened to be run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optkit.cli import options
+from optkit.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optkit.evaluate import Run
+    from optkit.frontend import Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """Something that runs.
+
+    Attributes:
+        name: As the user wrote it.
+        what: What it is, in words.
+        run: Takes a batch, gives all outputs.
+    """
+
+    name: str
+    what: str
+    run: Run
+
+
+@contextlib.contextmanager
+def opened(model: str, *, threads: int = 1) -> Iterator[Opened]:
+    """Open an artifact with its own options, or an .onnx file in ONNX Runtime with default ones.
+
+    Raises:
+        UsageError: There is no such file, or the folder is not an artifact.
+        ModelError: It does not load.
+    """
+    if Path(model).is_dir():
+        from optkit.artifact import load
+
+        artifact = load(model)
+        with artifact.session(threads=threads) as session:
+            yield Opened(name=model, what=f"artifact for {artifact.manifest.target}", run=session.run)
+        return
+    from optkit.reference import ReferenceSession
+
+    reference = ReferenceSession(options.source(model), threads=threads)
+    try:
+        yield Opened(name=model, what="in ONNX Runtime, default options", run=reference.run)
+    finally:
+        reference.close()
+
+
+def graph(model: str) -> Loaded:
+    """The graph of a model, or of an artifact that is an ONNX file.
+
+    Raises:
+        UsageError: As ``opened``; or the artifact holds no graph.
+    """
+    from optkit.frontend import read
+
+    path = Path(model)
+    if not path.is_dir():
+        return read(options.source(model))
+    from optkit.artifact import load
+
+    load(path, verify=False)
+    if not (path / "model.onnx").is_file():
+        raise UsageError(f"{path}: holds no ONNX graph", hint="give the .onnx file that it was compiled from")
+    return read(path / "model.onnx")
+
+
+def shaped(loaded: Loaded, shapes: Sequence[str]) -> tuple[str, ...]:
+    """Fix inputs of the graph to the shapes that ``--shape`` gave, in place; the axes that are still free.
+
+    Raises:
+        UsageError: An input is not known, or the shape does not fit it.
+    """
+    import onnx_ir as ir
+
+    from optkit.errors import UnknownNameError
+    from optkit.inference import infer
+
+    inputs = {str(v.name): v for v in loaded.model.graph.inputs}
+    sizes: dict[str, int] = {}
+    for text in shapes:
+        name, shape = options.size_of(text)
+        if name not in inputs:
+            raise UnknownNameError("input", name, inputs, where="--shape")
+        old = inputs[name].shape
+        if old is not None and (
+            len(old) != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(old, shape, strict=True))
+        ):
+            raise UsageError(f"--shape {text!r}: the model takes {name}{list(map(str, old))}")
+        for d, n in zip(old or (), shape, strict=False):
+            if not isinstance(d, int) and d.value is not None and sizes.setdefault(d.value, n) != n:
+                raise UsageError(f"--shape {text!r}: {d.value} is {sizes[d.value]} in another input")
+        inputs[name].shape = ir.Shape(shape)
+    if shapes:
+        for value in inputs.values():
+            if value.shape is not None:
+                value.shape = ir.Shape(d if isinstance(d, int) else sizes.get(d.value or "", d) for d in value.shape)
+        for value in (*(o for node in loaded.model.graph for o in node.outputs), *loaded.model.graph.outputs):
+            if value.shape is not None and not value.shape.is_static():
+                value.shape = None
+        infer(loaded.model)
+    free = [d for v in inputs.values() for d in v.shape or () if not isinstance(d, int)]
+    return tuple(dict.fromkeys(str(d.value) for d in free))
+
+
+def feeds(
+    model: str, calib: str | None, shapes: Sequence[str], batch: int, most: int
+) -> tuple[list[dict[str, np.ndarray]], str]:
+    """The first ``most`` batches of the data; without data, drawn ones. Also what they are, in words.
+
+    Raises:
+        UsageError: The data does not fit the model.
+    """
+    from optkit.data import CalibrationData, specs
+
+    loaded = graph(model)
+    if calib is not None:
+        data = CalibrationData.load(calib, loaded.model)
+        batches = list(itertools.islice(data, most))
+        return batches, f"{len(batches)} batches of {data.name}"
+    first = {v.shape[0].value for v in loaded.model.graph.inputs if v.shape and not isinstance(v.shape[0], int)}
+    free = shaped(loaded, shapes)
+    sizes: Mapping[str, int] = {axis: batch if axis in first else 1 for axis in free}
+    data = CalibrationData.random_batches(loaded.model, most, sizes=sizes)
+    note = f"; free axes set to {', '.join(f'{a} = {n}' for a, n in sizes.items())}" if sizes else ""
+    names = ", ".join(str(s) for s in specs(loaded.model)[0])
+    return list(data), f"drawn at random for {names}{note}"
+
+
+def spelled(batch: Mapping[str, np.ndarray]) -> str:
+    """``x [1, 3, 224, 224]``."""
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())

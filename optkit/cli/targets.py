@@ -1,0 +1,39 @@
+"""``optkit targets``: the hardware that optkit knows."""
+
+from __future__ import annotations
+
+from optkit.cli import options
+from optkit.cli.terminal import Terminal, command
+
+
+@command
+def targets(terminal: Terminal, json: options.Json = False) -> int:
+    """List the hardware that can be compiled for."""
+    from optkit.cli.render import table
+    from optkit.targets import TARGETS
+
+    if json:
+        terminal.json(
+            [
+                {
+                    "name": t.name,
+                    "vendor": t.vendor,
+                    "arch": t.arch,
+                    "backends": list(t.backends),
+                    "formats": sorted(t.formats),
+                    "runs_here": t.runs_here,
+                    "memory": t.memory,
+                    "bandwidth": t.bandwidth,
+                    "peak": dict(t.peak),
+                    "source": t.source,
+                }
+                for t in TARGETS.values()
+            ]
+        )
+        return 0
+    rows = [
+        (t.name, t.vendor, t.arch, ", ".join(t.backends), ", ".join(sorted(t.formats)), "yes" if t.runs_here else "no", t.source)
+        for t in TARGETS.values()
+    ]  # fmt: skip
+    terminal.result(table(("Target", "Vendor", "Architecture", "Backends", "Formats", "Runs here", "Figures"), rows))
+    return 0

@@ -1,0 +1,200 @@
+"""A report in words, the same on the command line and on the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from optkit.report import AccuracyRecord, CandidateRecord, Evidence, FidelityRecord, Latency, Report
+
+# Of the candidate: what ``CandidateRecord.verdict`` says.
+SHIPPED = "shipped"
+
+EVIDENCE: Mapping[str, str] = {
+    "emitted": "its files were written",
+    "compiled": "the runtime that will run it accepted them",
+    "inspected": "what it consists of was read back from the running artifact",
+    "executed_cpu": "its numbers were compared with the fp32 reference on a CPU",
+    "proxy_compiled": "a vendor's compiler built it for another, similar target",
+    "ran_on_device": "it ran on the target",
+    "timed_on_device": "it was timed on the target",
+}
+
+
+def megabytes(size: float) -> str:
+    """``0.34 MB``, ``91 MB``: three digits, 10^6 bytes."""
+    if size < 1e5:
+        return f"{size / 1e3:.3g} kB"
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
+
+
+def milliseconds(ms: float) -> str:
+    """``12.3 ms``, ``17.3 us``: three digits."""
+    if ms < 1:
+        return f"{ms * 1e3:.3g} us"
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1e3:.3g} s"
+
+
+def count(n: int, what: str) -> str:
+    """``1 node``, ``12 nodes``."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def number(x: float) -> str:
+    """A metric, with as many digits as tell it from its neighbours."""
+    if not math.isfinite(x):
+        return "unbounded" if not math.isnan(x) else "unknown"
+    return f"{x:.4f}" if abs(x) < 1000 else f"{x:.6g}"
+
+
+def interval(ci95: tuple[float, float], digits: int = 2) -> str:
+    """``95% 1.20 to 1.31``."""
+    return f"95% {ci95[0]:.{digits}f} to {ci95[1]:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """``97.3%``, and ``<0.1%`` rather than nothing."""
+    return "<0.1%" if 0 < share < 0.001 else f"{share * 100:.3g}%"
+
+
+def shipped(report: Report) -> CandidateRecord | None:
+    """The candidate that became the artifact."""
+    return next((c for c in report.candidates if c.verdict == SHIPPED), None)
+
+
+def faster(latency: Latency) -> str:
+    """``2.41x faster``, where the interval says so."""
+    low, high = latency.ci95
+    if low > 1:
+        return f"{latency.speedup:.2f}x faster"
+    if high < 1:
+        return f"{1 / latency.speedup:.2f}x slower"
+    return "as fast"
+
+
+def headline(report: Report) -> str:
+    """What came out, in one sentence."""
+    manifest = report.manifest
+    parts = []
+    if report.latency is not None:
+        parts.append(f"{faster(report.latency)} {'than' if faster(report.latency) != 'as fast' else 'as'} ONNX Runtime fp32")
+    parts.append(smaller(report))
+    if manifest.accuracy is not None:
+        parts.append(f"{manifest.accuracy.metric} {judged(manifest.accuracy)}")
+    elif manifest.fidelity is not None:
+        parts.append(f"fidelity {'met' if manifest.fidelity.met else 'missed'} (accuracy was not measured)")
+    return f"{manifest.model.name} for {manifest.target}: {', '.join(parts)}"
+
+
+def outcome(report: Report) -> str:
+    """Whether the request was met."""
+    one = shipped(report)
+    what = f"{one.name} was shipped" if one is not None else "an artifact was written"
+    if report.missed:
+        return f"The request was not met; {what}, the best that is feasible."
+    if report.inconclusive:
+        return f"The samples do not decide whether the request was met; {what}."
+    return f"The request was met: {what}."
+
+
+def smaller(report: Report) -> str:
+    """``3.9x smaller``."""
+    before, after = report.manifest.size.before, report.manifest.size.after
+    if not before or not after or abs(before / after - 1) < 0.02:
+        return "as large"
+    return f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+
+
+def size(report: Report) -> str:
+    """Nodes, bytes and parameters before and after."""
+    manifest = report.manifest
+    after = manifest.passes[-1].nodes_after if manifest.passes else manifest.model.nodes
+    return (
+        f"{manifest.model.nodes:,} -> {count(after, 'node')}, {megabytes(manifest.size.before)} -> "
+        f"{megabytes(manifest.size.after)} ({smaller(report)}), {count(manifest.model.parameters, 'parameter')}"
+    )
+
+
+def latency(record: Latency) -> tuple[str, str]:
+    """The figures, and how they were taken."""
+    figures = (
+        f"{milliseconds(record.reference_ms)} -> {milliseconds(record.candidate_ms)} a run: {record.speedup:.2f}x "
+        f"({interval(record.ci95)}), 99th percentile {milliseconds(record.candidate_p99_ms)}"
+    )
+    threads = count(record.threads, "thread")
+    clock = "CPU time" if record.threads == 1 else "wall-clock time"
+    how = f"measured on this machine, {threads}, {clock}, {record.runs} runs in turn with ONNX Runtime fp32; inputs {record.inputs}"
+    if record.loaded:
+        how += "; others were using the machine"
+    return figures, how
+
+
+def judged(a: AccuracyRecord) -> str:
+    """``met``, ``missed`` or what is undecided, against the budget."""
+    if a.met is None:
+        return "measured, without a limit"
+    return f"{a.met} (allowed drop {a.budget})"
+
+
+def accuracy(a: AccuracyRecord) -> tuple[str, ...]:
+    """The metric before and after, the drop with its interval, and what that means."""
+    low, high = a.ci95
+    figures = f"{a.metric} {number(a.reference)} -> {number(a.candidate)}, drop {number(a.drop)} (95% {number(low)} to {number(high)}), n = {a.n}"
+    verdict = {
+        "met": f"met: the whole interval is within the allowed drop of {a.budget}",
+        "missed": f"missed: the drop is beyond the allowed {a.budget}",
+        "inconclusive": f"inconclusive: the drop is within the allowed {a.budget}, the interval reaches beyond it",
+        None: "no limit was given",
+    }[a.met]
+    if a.met == "inconclusive":
+        verdict += f"; about {count(a.needed, 'sample')} would decide" if a.needed else "; more samples would decide"
+    return figures, f"{verdict} ({a.method} interval, same samples for both)"
+
+
+def fidelity(f: FidelityRecord) -> tuple[str, ...]:
+    """Closeness to the reference, never called accuracy."""
+    agreement = "" if f.top1_agreement is None else f", same largest output in {percent(f.top1_agreement)} of rows"
+    return (
+        f"cosine {f.cosine:.5f}, SQNR {f.sqnr_db:.1f} dB to the fp32 reference{agreement}: {'met' if f.met else 'missed'}",
+        f"on {count(f.batches, 'batch').replace('batchs', 'batches')} of {f.inputs}; this is not an accuracy: without --eval there is no metric",
+    )
+
+
+def formats(report: Report) -> tuple[str, ...]:
+    """Which arithmetic really ran."""
+    achieved = report.manifest.achieved
+    if achieved is None:
+        return ("not read back",)
+    shares = sorted(achieved.formats.items(), key=lambda kv: -kv[1])
+    ran = ", ".join(f"{name} {percent(share)}" for name, share in shares) or "no products"
+    return (f"{ran} of the multiply-accumulates, as the runtime's profile shows", achieved.scheme)
+
+
+def evidence(record: Evidence) -> tuple[tuple[str, str, bool], ...]:
+    """Every step by name, what it means, and whether it was done."""
+    done = record.model_dump()
+    return tuple((name.replace("_", " "), meaning, bool(done[name])) for name, meaning in EVIDENCE.items())
+
+
+def kept_float(report: Report) -> tuple[str, ...]:
+    """Layers that were measured and went back to float."""
+    return tuple(layer.node for layer in report.layers if layer.kept_float)
+
+
+def metric(candidate: CandidateRecord) -> str:
+    """What a candidate was judged by."""
+    if candidate.metric is not None:
+        drop = "" if candidate.drop is None or candidate.ci95 is None else f" (drop {number(candidate.drop)}, up to {number(candidate.ci95[1])})"
+        return f"{number(candidate.metric)}{drop}"
+    return "" if candidate.cosine is None else f"cosine {candidate.cosine:.4f}"
+
+
+def command(report: Report) -> str:
+    """The command line that builds the same bytes again."""
+    manifest = report.manifest
+    parts = ["optkit", "compile", manifest.model.name, "--recipe", "recipe.yaml"]
+    if manifest.data is not None:
+        parts += ["--calib", "random" if manifest.data.random else "DATA"]
+    if manifest.accuracy is not None:
+        parts += ["--eval", "FILE"]
+    return " ".join(parts)
