@@ -97,7 +97,9 @@ class Backend(ABC):
         """Open what ``lower`` wrote. ``threads`` overrides what the options say."""
 
     @abstractmethod
-    def executed(self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]) -> Sequence[Executed]:
+    def executed(
+        self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]
+    ) -> Sequence[Executed]:
         """Run once with the runtime's own profiler, and give back what was executed."""
 
     def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[Any]:

@@ -43,13 +43,19 @@ class Artifact:
         """
         file = self.folder / MANIFEST
         if not file.is_file():
-            raise UsageError(f"{self.folder}: not an artifact: it has no {MANIFEST}", hint="give the folder that optkit compile wrote")
+            raise UsageError(
+                f"{self.folder}: not an artifact: it has no {MANIFEST}",
+                hint="give the folder that optkit compile wrote",
+            )
         try:
             return Manifest.model_validate_json(file.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"])
-            raise UsageError(f"{file}: {place}: {first['msg'].lower()}", hint="it was edited, or written by another version") from error
+            raise UsageError(
+                f"{file}: {place}: {first['msg'].lower()}",
+                hint="it was edited, or written by another version",
+            ) from error
 
     def verify(self) -> None:
         """Check that every file is the one that the manifest names.
@@ -62,7 +68,9 @@ class Artifact:
             if not file.is_file():
                 raise ModelError(f"{self.folder}: {record.path} is missing")
             if file.stat().st_size != record.bytes or digest(file) != record.sha256:
-                raise ModelError(f"{self.folder}: {record.path} is not the file that was written", hint="compile again")
+                raise ModelError(
+                    f"{self.folder}: {record.path} is not the file that was written", hint="compile again"
+                )
 
     def session(self, *, threads: int | None = None) -> Session:
         """Load it with the options that the manifest holds.

@@ -50,7 +50,13 @@ class Speedup:
 
 
 def interleave(
-    runs: Mapping[str, Run], feeds: Sequence[Mapping[str, np.ndarray]], *, rounds: int, warmup: int = 2, seed: int = 0, budget: float | None = None
+    runs: Mapping[str, Run],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    seed: int = 0,
+    budget: float | None = None,
 ) -> dict[str, np.ndarray]:
     """Time every callable once a round, in random order, all on the same feeds.
 
@@ -81,7 +87,9 @@ def interleave(
     return {name: np.asarray(t) for name, t in times.items()}
 
 
-def _time(run: Callable[[Mapping[str, np.ndarray]], object], feeds: Mapping[str, np.ndarray]) -> tuple[float, float]:
+def _time(
+    run: Callable[[Mapping[str, np.ndarray]], object], feeds: Mapping[str, np.ndarray]
+) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     run(feeds)
     return time.process_time() - cpu, time.perf_counter() - wall
@@ -90,14 +98,29 @@ def _time(run: Callable[[Mapping[str, np.ndarray]], object], feeds: Mapping[str,
 def timing(times: np.ndarray, warmup: int = 2, *, threads: int = 1) -> Timing:
     """Summarize ``[rounds, 2]`` seconds."""
     clock = times[:, 0 if threads == 1 else 1]
-    return Timing(median=float(np.median(clock)), p99=float(np.percentile(clock, 99)), wall=float(np.median(times[:, 1])), runs=len(times), warmup=warmup)
+    return Timing(
+        median=float(np.median(clock)),
+        p99=float(np.percentile(clock, 99)),
+        wall=float(np.median(times[:, 1])),
+        runs=len(times),
+        warmup=warmup,
+    )
 
 
 def speedup(
-    reference: Run, candidate: Run, feeds: Sequence[Mapping[str, np.ndarray]], *, rounds: int = 30, threads: int = 1, budget: float | None = None, seed: int = 0
+    reference: Run,
+    candidate: Run,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    rounds: int = 30,
+    threads: int = 1,
+    budget: float | None = None,
+    seed: int = 0,
 ) -> Speedup:
     """How much faster ``candidate`` is than ``reference``, measured in turn."""
-    times = interleave({"reference": reference, "candidate": candidate}, feeds, rounds=rounds, budget=budget, seed=seed)
+    times = interleave(
+        {"reference": reference, "candidate": candidate}, feeds, rounds=rounds, budget=budget, seed=seed
+    )
     a, b = times["reference"], times["candidate"]
     clock = 0 if threads == 1 else 1
     ratios = a[:, clock] / np.maximum(b[:, clock], 1e-9)

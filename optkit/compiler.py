@@ -23,30 +23,49 @@ from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
 from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
-from optkit.evaluate import Budget, Comparison, Evaluator, Fidelity, compare, fidelity
+from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.frontend import Loaded, read
 from optkit.graph import count_nodes, count_parameters, digest, graphs, weight_bytes
 from optkit.legalize import legalize
-from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.page import page
+from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe, shipped
 from optkit.reference import ReferenceSession
 from optkit.report import (
-    AccuracyRecord, Achieved, DataFacts, Evidence, FidelityRecord, FileRecord, Latency, Manifest, ModelFacts,
-    PassRecord, Report, Resources, Size, dump,
+    AccuracyRecord,
+    Achieved,
+    DataFacts,
+    Evidence,
+    FidelityRecord,
+    FileRecord,
+    Latency,
+    Manifest,
+    ModelFacts,
+    PassRecord,
+    Report,
+    Resources,
+    Size,
+    dump,
 )  # fmt: skip
 from optkit.search import Built, Choice, carry_out, choose
 from optkit.store import replace_folder, temporary_folder
-from optkit.targets import Target, target as find_target
+from optkit.targets import Target
+from optkit.targets import target as find_target
 
 if TYPE_CHECKING:
     from optkit.backends.base import Backend, Executed, Session
 
 logger = logging.getLogger(__name__)
 
-Batches = CalibrationData | Iterable[Mapping[str, np.ndarray]] | Callable[[], Iterable[Mapping[str, np.ndarray]]] | str | Path
+Batches = (
+    CalibrationData
+    | Iterable[Mapping[str, np.ndarray]]
+    | Callable[[], Iterable[Mapping[str, np.ndarray]]]
+    | str
+    | Path
+)
 
 # Batches that timing and the smoke run take in turn.
 _TIMED_BATCHES = 4
@@ -61,7 +80,16 @@ class Compilation:
     """
 
     def __init__(
-        self, loaded: Loaded, target: Target, backend: Backend, data: CalibrationData | None, evaluator: Evaluator | None, *, seed: int, folder: Path, progress: Progress
+        self,
+        loaded: Loaded,
+        target: Target,
+        backend: Backend,
+        data: CalibrationData | None,
+        evaluator: Evaluator | None,
+        *,
+        seed: int,
+        folder: Path,
+        progress: Progress,
     ) -> None:
         self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
         self.seed, self.folder, self.progress = seed, folder, progress
@@ -106,9 +134,18 @@ class Compilation:
 
     def context(self, memo: dict[Any, Any]) -> Context:
         """What passes get to know."""
-        return Context(target=self.target, data=self.data, placements=self.backend.placements, seed=self.seed, progress=self.progress, memo=memo)
+        return Context(
+            target=self.target,
+            data=self.data,
+            placements=self.backend.placements,
+            seed=self.seed,
+            progress=self.progress,
+            memo=memo,
+        )
 
-    def prepare(self, passes: Sequence[Pass]) -> tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]:
+    def prepare(
+        self, passes: Sequence[Pass]
+    ) -> tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]:
         """A copy of the model after ``passes``, which are exact; carried out once for all recipes that start alike."""
         key = repr([(p.name, p.model_dump()) for p in passes])
         if key not in self._cleaned:
@@ -139,17 +176,34 @@ class Compilation:
         folder = self.folder / f"{self._built:03d}-{name}"
         folder.mkdir()
         options = self.backend.options.model_validate(recipe.options)
-        recipe = recipe.model_copy(update={"options": options.model_dump(mode="json"), "target": self.target.name, "backend": self.backend.name})
+        recipe = recipe.model_copy(
+            update={
+                "options": options.model_dump(mode="json"),
+                "target": self.target.name,
+                "backend": self.backend.name,
+            }
+        )
         self.backend.lower(model, self.target, options, folder)
         lossy = any(r.changes for r, p in zip(records, recipe.passes, strict=True) if not p.exact)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-        built = Built(name=name, recipe=recipe, folder=folder, records=records, seconds=seconds, bytes=size, lossy=lossy, scheme=scheme(model))
+        built = Built(
+            name=name,
+            recipe=recipe,
+            folder=folder,
+            records=records,
+            seconds=seconds,
+            bytes=size,
+            lossy=lossy,
+            scheme=scheme(model),
+        )
         with self.session(built) as session:
             outputs = session.run(self.feeds[0])
         expected = self.reference.run(self.feeds[0])
         for key, array in expected.items():
             if key not in outputs or outputs[key].shape != array.shape:
-                raise ModelError(f"{name}: output {key!r} came out as {outputs[key].shape if key in outputs else 'nothing'}, the reference gives {array.shape}")
+                raise ModelError(
+                    f"{name}: output {key!r} came out as {outputs[key].shape if key in outputs else 'nothing'}, the reference gives {array.shape}"
+                )
         return built
 
     def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
@@ -160,7 +214,9 @@ class Compilation:
     def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup:
         """Time ``built`` in turn with the reference."""
         with self.session(built, options) as session:
-            return speedup(self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed)
+            return speedup(
+                self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed
+            )
 
     def judge(self, built: Built, limits_: Any) -> None:
         """Fill in accuracy where there is an evaluator, else fidelity."""
@@ -197,14 +253,20 @@ def scheme(model: ir.Model) -> str:
     kinds: set[str] = set()
     for graph in graphs(model):
         for node in graph:
-            if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[1] is not None:
+            if (
+                node.op_type == "DequantizeLinear"
+                and node.inputs[0] is not None
+                and node.inputs[1] is not None
+            ):
                 x, s = node.inputs[0], node.inputs[1]
                 stored = x.dtype.name.lower() if x.dtype else "?"
                 if stored == "int32":
                     continue
                 role = "weights" if x.is_initializer() else "activations"
                 grain = "per channel" if s.shape is not None and len(s.shape) else "per tensor"
-                kinds.add(f"{role} {stored} {grain}, {'symmetric' if stored.startswith('int') else 'asymmetric'}")
+                kinds.add(
+                    f"{role} {stored} {grain}, {'symmetric' if stored.startswith('int') else 'asymmetric'}"
+                )
             elif node.op_type == "MatMulInteger":
                 kinds.add("weights int8 per channel, symmetric")
                 kinds.add("activations uint8 per tensor, asymmetric, computed in each run")
@@ -346,7 +408,11 @@ def request(
         raise BackendUnavailableError(f"backend {engine.name}: {reason}")
     if not where.runs_here:
         raise UsageError(f"target {where.name}: artifacts for it can't be run on this machine yet")
-    if out is not None and out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+    if (
+        out is not None
+        and out.exists()
+        and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir())))
+    ):
         raise UsageError(f"{out}: exists and is not an artifact", hint="choose another --out")
     evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
     if evaluator is not None and plan.limits.max_drop is None:
@@ -358,7 +424,10 @@ def request(
     if plan.limits.max_drop is not None:
         Budget.parse(plan.limits.max_drop)
         if evaluator is None:
-            raise UsageError("max-drop needs an evaluator: without labels there is no metric to lose", hint="give --eval FILE, or limits.min_cosine for fidelity")
+            raise UsageError(
+                "max-drop needs an evaluator: without labels there is no metric to lose",
+                hint="give --eval FILE, or limits.min_cosine for fidelity",
+            )
     loaded = read(source)
     batches = _batches(data, loaded, plan)
     return Request(
@@ -379,10 +448,15 @@ def _plan(
 ) -> Recipe:
     """The recipe with what the caller said on top of it."""
     if recipe is not None and precision is not None:
-        raise UsageError("a recipe and a precision were given", hint="leave one out; --set changes single options of a recipe")
+        raise UsageError(
+            "a recipe and a precision were given",
+            hint="leave one out; --set changes single options of a recipe",
+        )
     plan = Recipe.load(recipe if recipe is not None else recipe_for(precision), overrides)
     name = target.name if isinstance(target, Target) else target
-    changes: dict[str, Any] = {k: v for k, v in (("target", name), ("backend", backend), ("seed", seed)) if v is not None}
+    changes: dict[str, Any] = {
+        k: v for k, v in (("target", name), ("backend", backend), ("seed", seed)) if v is not None
+    }
     if max_drop is not None:
         changes["limits"] = plan.limits.model_copy(update={"max_drop": str(max_drop)})
     return plan.model_copy(update=changes)
@@ -397,11 +471,18 @@ def recipe_for(precision: str | None) -> str:
     if precision is None or precision.strip().lower() == "auto":
         return "auto"
     wanted = Precision.parse(precision)
-    name = {("fp32", False): "fp32", ("int8", False): "int8", ("int8", True): "int8-dynamic", ("fp16", False): "fp16", ("bf16", False): "bf16"}.get(
-        (wanted.base, wanted.dynamic)
-    )
+    name = {
+        ("fp32", False): "fp32",
+        ("int8", False): "int8",
+        ("int8", True): "int8-dynamic",
+        ("fp16", False): "fp16",
+        ("bf16", False): "bf16",
+    }.get((wanted.base, wanted.dynamic))
     if name is None or wanted.group is not None or name not in shipped():
-        raise UsageError(f"precision {precision!r}: no backend of this version makes it", hint=f"available: fp32, int8, int8-dyn; recipes: {', '.join(shipped())}")
+        raise UsageError(
+            f"precision {precision!r}: no backend of this version makes it",
+            hint=f"available: fp32, int8, int8-dyn; recipes: {', '.join(shipped())}",
+        )
     return name
 
 
@@ -434,9 +515,13 @@ def _choose(work: Compilation, asked: Request, *, strict: bool) -> Choice:
         return carry_out(work, asked.recipe, strict=strict)
     choice = choose(work, asked.recipe, asked.candidates, strict=strict)
     if asked.closed:
-        choice.advice.append(f"with calibration data (--calib) these would be tried too: {', '.join(asked.closed)}")
+        choice.advice.append(
+            f"with calibration data (--calib) these would be tried too: {', '.join(asked.closed)}"
+        )
     if asked.evaluator is None:
-        choice.advice.append("with an evaluator (--eval) accuracy would be measured; what is reported is fidelity to the fp32 reference")
+        choice.advice.append(
+            "with an evaluator (--eval) accuracy would be measured; what is reported is fidelity to the fp32 reference"
+        )
     return choice
 
 
@@ -488,9 +573,17 @@ def unmet(require: Mapping[str, str], facts: Achieved) -> list[str]:
         group, _, name = key.partition(".")
         match = re.fullmatch(r"\s*(>=|<=|==|>|<)\s*([0-9.]+)\s*", condition)
         if group not in ("formats", "placement", "operators", "weights") or not name or match is None:
-            raise RecipeError(f"require: {key}: {condition!r}", hint='write, for example, formats.int8: ">=0.9"')
+            raise RecipeError(
+                f"require: {key}: {condition!r}", hint='write, for example, formats.int8: ">=0.9"'
+            )
         value, wanted = float(found[group].get(name, 0)), float(match[2])
-        holds = {">=": value >= wanted, "<=": value <= wanted, "==": value == wanted, ">": value > wanted, "<": value < wanted}[match[1]]
+        holds = {
+            ">=": value >= wanted,
+            "<=": value <= wanted,
+            "==": value == wanted,
+            ">": value > wanted,
+            "<": value < wanted,
+        }[match[1]]
         if not holds:
             reasons.append(f"require {key} {condition}: the artifact shows {value:g}")
     return reasons
@@ -515,7 +608,16 @@ def _accuracy_record(a: Comparison | None) -> AccuracyRecord | None:
     if a is None:
         return None
     return AccuracyRecord(
-        metric=a.metric, reference=a.reference, candidate=a.candidate, drop=a.drop, ci95=a.ci95, n=a.n, method=a.method, budget=a.budget, met=a.verdict, needed=a.needed
+        metric=a.metric,
+        reference=a.reference,
+        candidate=a.candidate,
+        drop=a.drop,
+        ci95=a.ci95,
+        n=a.n,
+        method=a.method,
+        budget=a.budget,
+        met=a.verdict,
+        needed=a.needed,
     )
 
 
@@ -546,7 +648,9 @@ def machine() -> dict[str, str]:
     facts = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        lines = dict(
+            line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line
+        )
         fields = {key.strip(): value.strip() for key, value in lines.items()}
         facts["processor"] = fields.get("model name", "")
         wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")

@@ -54,7 +54,10 @@ class Evaluator:
                 hint="define samples() yielding (feeds, label), and score(outputs, label) -> float, higher is better",
             )
         return Evaluator(
-            samples=module.samples, score=module.score, aggregate=getattr(module, "aggregate", None), metric=str(getattr(module, "METRIC", path.stem))
+            samples=module.samples,
+            score=module.score,
+            aggregate=getattr(module, "aggregate", None),
+            metric=str(getattr(module, "METRIC", path.stem)),
         )
 
     def scores(self, run: Run, *, progress: Callable[[], None] = lambda: None) -> list[Any]:
@@ -73,8 +76,12 @@ class Evaluator:
                 raise DataError(f"evaluator {self.metric}: sample {index} is not a pair (feeds, label)")
             feeds, label = sample
             score = self.score(run(feeds), label)
-            if self.aggregate is None and not (isinstance(score, int | float | np.number | np.bool_) and math.isfinite(score)):
-                raise DataError(f"evaluator {self.metric}: the score of sample {index} is {score!r}, not a finite number")
+            if self.aggregate is None and not (
+                isinstance(score, int | float | np.number | np.bool_) and math.isfinite(score)
+            ):
+                raise DataError(
+                    f"evaluator {self.metric}: the score of sample {index} is {score!r}, not a finite number"
+                )
             progress()
             yield score
         if index < 0:
@@ -137,7 +144,10 @@ class Budget:
         except ValueError:
             amount = math.nan
         if not (math.isfinite(amount) and amount >= 0):
-            raise UsageError(f"max-drop {shown!r} is neither a percentage nor a number", hint="write 1% (of the reference's metric) or 0.01 (absolute)")
+            raise UsageError(
+                f"max-drop {shown!r} is neither a percentage nor a number",
+                hint="write 1% (of the reference's metric) or 0.01 (absolute)",
+            )
         return Budget(amount=amount, relative=shown.endswith("%"))
 
     def absolute(self, reference: float) -> float:
@@ -173,7 +183,14 @@ class Comparison:
     needed: int | None = None
 
 
-def compare(evaluator: Evaluator, reference: Sequence[Any], candidate: Sequence[Any], budget: Budget | None, *, seed: int = 0) -> Comparison:
+def compare(
+    evaluator: Evaluator,
+    reference: Sequence[Any],
+    candidate: Sequence[Any],
+    budget: Budget | None,
+    *,
+    seed: int = 0,
+) -> Comparison:
     """Judge ``candidate`` by paired scores.
 
     The interval is, for right-or-wrong scores, the adjusted interval of Agresti and Min (2005, Statistics in Medicine
@@ -185,7 +202,10 @@ def compare(evaluator: Evaluator, reference: Sequence[Any], candidate: Sequence[
         DataError: The two have different numbers of samples.
     """
     if len(reference) != len(candidate):
-        raise DataError(f"evaluator {evaluator.metric}: {len(reference)} samples the first time, {len(candidate)} the second", hint="samples() must yield the same samples each time")
+        raise DataError(
+            f"evaluator {evaluator.metric}: {len(reference)} samples the first time, {len(candidate)} the second",
+            hint="samples() must yield the same samples each time",
+        )
     before, after, n = evaluator.total(reference), evaluator.total(candidate), len(reference)
     drop = before - after
     if evaluator.aggregate is not None:
@@ -231,16 +251,25 @@ def _student(freedom: int) -> float:
     if freedom <= 2:
         return (12.706205, 4.302653)[freedom - 1]
     z = 1.959964
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def _bootstrap(evaluator: Evaluator, reference: Sequence[Any], candidate: Sequence[Any], seed: int) -> tuple[float, float]:
+def _bootstrap(
+    evaluator: Evaluator, reference: Sequence[Any], candidate: Sequence[Any], seed: int
+) -> tuple[float, float]:
     rng, n = np.random.default_rng(seed), len(reference)
     drops = []
     for _ in range(_RESAMPLES):
         chosen = rng.integers(n, size=n)
-        drops.append(evaluator.total([reference[i] for i in chosen]) - evaluator.total([candidate[i] for i in chosen]))
+        drops.append(
+            evaluator.total([reference[i] for i in chosen]) - evaluator.total([candidate[i] for i in chosen])
+        )
     low, high = np.percentile(drops, (2.5, 97.5))
     return float(low), float(high)
 
@@ -301,4 +330,8 @@ def _decibels(signal: float, noise: float) -> float:
     """SQNR, with 200 dB standing for no noise at all."""
     if noise == 0:
         return 200.0
-    return -200.0 if signal == 0 or not math.isfinite(noise) else max(-200.0, min(200.0, 10 * math.log10(signal / noise)))
+    return (
+        -200.0
+        if signal == 0 or not math.isfinite(noise)
+        else max(-200.0, min(200.0, 10 * math.log10(signal / noise)))
+    )

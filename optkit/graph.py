@@ -53,7 +53,12 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     if value.is_initializer() and not value.is_graph_input():
         return None if value.const_value is None else value.const_value.numpy()
     node = value.producer()
-    if node is not None and node.op_type == "Constant" and node.domain == "" and value.const_value is not None:
+    if (
+        node is not None
+        and node.op_type == "Constant"
+        and node.domain == ""
+        and value.const_value is not None
+    ):
         return value.const_value.numpy()
     return None
 
@@ -63,7 +68,11 @@ def scalar(value: ir.Value | None) -> float | None:
     if value is None or (value.const_value is not None and value.const_value.size != 1):
         return None
     array = constant(value)
-    return None if array is None or array.size != 1 or array.dtype.kind not in "fiub" else float(array.reshape(())[()])
+    return (
+        None
+        if array is None or array.size != 1 or array.dtype.kind not in "fiub"
+        else float(array.reshape(())[()])
+    )
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
@@ -72,9 +81,18 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtoco
     unique, n = name, 1
     while unique in taken:
         unique, n = f"{name}_{n}", n + 1
-    tensor = ir.tensor(np.ascontiguousarray(array) if array.ndim else array, name=unique) if isinstance(array, np.ndarray) else array
+    tensor = (
+        ir.tensor(np.ascontiguousarray(array) if array.ndim else array, name=unique)
+        if isinstance(array, np.ndarray)
+        else array
+    )
     tensor.name = unique
-    value = ir.Value(name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=unique,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
     graph.register_initializer(value)
     return value
 
@@ -125,12 +143,22 @@ def count_nodes(model: ir.Model) -> int:
 
 def count_parameters(model: ir.Model) -> int:
     """Elements of all initializers."""
-    return sum(v.const_value.size for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+    return sum(
+        v.const_value.size
+        for g in graphs(model)
+        for v in g.initializers.values()
+        if v.const_value is not None
+    )
 
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers."""
-    return sum(v.const_value.nbytes for g in graphs(model) for v in g.initializers.values() if v.const_value is not None)
+    return sum(
+        v.const_value.nbytes
+        for g in graphs(model)
+        for v in g.initializers.values()
+        if v.const_value is not None
+    )
 
 
 def digest(path: Path) -> str:
@@ -157,12 +185,21 @@ def text(model: ir.Model) -> str:
             if node.op_type == "Constant":
                 continue
             operands = ", ".join(
-                "-" if v is None else (kind(v) if v.const_value is not None else str(v.name)) for v in node.inputs
+                "-" if v is None else (kind(v) if v.const_value is not None else str(v.name))
+                for v in node.inputs
             )
-            plain = (a for a in node.attributes.values() if a.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS))
-            options = "".join(f" {a.name}={a.as_string() if a.type == ir.AttributeType.STRING else a.value}" for a in plain)
+            plain = (
+                a
+                for a in node.attributes.values()
+                if a.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            )
+            options = "".join(
+                f" {a.name}={a.as_string() if a.type == ir.AttributeType.STRING else a.value}" for a in plain
+            )
             domain = f"{node.domain}." if node.domain else ""
-            lines.append(f"{indent}  {', '.join(str(o.name) for o in node.outputs)} = {domain}{node.op_type}({operands}){options}")
+            lines.append(
+                f"{indent}  {', '.join(str(o.name) for o in node.outputs)} = {domain}{node.op_type}({operands}){options}"
+            )
             for body in subgraphs(node):
                 show(body, indent + "    ")
         lines.append(f"{indent}-> {', '.join(str(v.name) for v in graph.outputs)}")
@@ -183,7 +220,9 @@ def verify(model: ir.Model) -> None:
         for node in graph:
             for index, value in enumerate(node.inputs):
                 if value is not None and value not in known:
-                    raise ModelError(f"{describe(node)}: input {index} ({value.name}) is not defined before it is used")
+                    raise ModelError(
+                        f"{describe(node)}: input {index} ({value.name}) is not defined before it is used"
+                    )
             for body in subgraphs(node):
                 check(body, frozenset(known))
             for output in node.outputs:

@@ -20,6 +20,14 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
     Raises:
         UnsupportedOpError: Lists all nodes that it can't run, with the reason for each.
     """
-    problems = [(describe(node), reason) for node in walk(model) if (reason := backend.unsupported(node, target)) is not None]
+    problems = [
+        (describe(node), reason)
+        for node in walk(model)
+        if (reason := backend.unsupported(node, target)) is not None
+    ]
     if problems:
-        raise UnsupportedOpError(f"{name} on {backend.name} for {target.name}", problems, hint="choose another --backend or --precision")
+        raise UnsupportedOpError(
+            f"{name} on {backend.name} for {target.name}",
+            problems,
+            hint="choose another --backend or --precision",
+        )

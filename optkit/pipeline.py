@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_passes(model: ir.Model, passes: Sequence[Pass], context: Context) -> tuple[list[PassRecord], dict[str, float]]:
+def run_passes(
+    model: ir.Model, passes: Sequence[Pass], context: Context
+) -> tuple[list[PassRecord], dict[str, float]]:
     """Run ``passes`` in order, in place, and check the graph after each.
 
     Returns:
@@ -30,7 +32,10 @@ def run_passes(model: ir.Model, passes: Sequence[Pass], context: Context) -> tup
     records, seconds = [], dict[str, float]()
     for step in passes:
         if not isinstance(step, GraphPass):
-            raise PassError(f"{step.name} works on a PyTorch module, but the model is already a graph", hint="remove the pass, or start from the module")
+            raise PassError(
+                f"{step.name} works on a PyTorch module, but the model is already a graph",
+                hint="remove the pass, or start from the module",
+            )
         before, start = count_nodes(model), time.process_time()
         try:
             changes = step.run(model, context)
@@ -38,13 +43,21 @@ def run_passes(model: ir.Model, passes: Sequence[Pass], context: Context) -> tup
             error.args = (f"{step.name}: {error}",)
             raise
         except Exception as error:
-            raise PassError(f"{step.name}: {type(error).__name__}: {error}", hint="this is a defect of the pass: please report it with the model") from error
+            raise PassError(
+                f"{step.name}: {type(error).__name__}: {error}",
+                hint="this is a defect of the pass: please report it with the model",
+            ) from error
         try:
             verify(model)
         except OptkitError as error:
-            raise PassError(f"{step.name} broke the graph: {error}", hint="this is a defect of the pass: please report it with the model") from error
+            raise PassError(
+                f"{step.name} broke the graph: {error}",
+                hint="this is a defect of the pass: please report it with the model",
+            ) from error
         after = count_nodes(model)
         seconds[step.name] = seconds.get(step.name, 0.0) + time.process_time() - start
-        records.append(PassRecord(name=step.name, nodes_before=before, nodes_after=after, changes=len(changes)))
+        records.append(
+            PassRecord(name=step.name, nodes_before=before, nodes_after=after, changes=len(changes))
+        )
         logger.info("%s: %d changes, %d -> %d nodes", step.name, len(changes), before, after)
     return records, seconds

@@ -14,7 +14,9 @@ from optkit.graph import initializer, users
 _BLOCK = 1 << 22
 
 
-def scale_zero(low: np.ndarray | float, high: np.ndarray | float, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
+def scale_zero(
+    low: np.ndarray | float, high: np.ndarray | float, fmt: Format
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point that let ``fmt`` hold ``[low, high]``, 0 included exactly.
 
     ``scale = (high - low) / steps`` and ``zero = round(fmt.low - low / scale)``; for symmetric formats
@@ -47,7 +49,9 @@ def _along(vector: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
     return vector.reshape(shape)
 
 
-def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, fmt: Format, axis: int | None = None) -> np.ndarray:
+def quantize(
+    x: np.ndarray, scale: np.ndarray, zero: np.ndarray, fmt: Format, axis: int | None = None
+) -> np.ndarray:
     """Round ``x`` to the grid of ``fmt``; ties go to even, as in ONNX QuantizeLinear.
 
     Args:
@@ -61,7 +65,9 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, fmt: Format, ax
 
 def dequantize(q: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int | None = None) -> np.ndarray:
     """``(q - zero) * scale`` in float32, as in ONNX DequantizeLinear."""
-    return (q.astype(np.float32) - _along(zero, axis, q.ndim).astype(np.float32)) * _along(scale, axis, q.ndim)
+    return (q.astype(np.float32) - _along(zero, axis, q.ndim).astype(np.float32)) * _along(
+        scale, axis, q.ndim
+    )
 
 
 def _blocks(array: np.ndarray) -> Iterable[slice]:
@@ -75,13 +81,18 @@ def weight_range(weight: np.ndarray, axis: int | None) -> np.ndarray:
     if weight.size == 0 or weight.ndim == 0:
         return np.abs(np.asarray(weight, np.float32)).max(initial=0.0)
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    parts = [np.abs(np.asarray(weight[block], np.float32)).max(axis=None if axis is None else others) for block in _blocks(weight)]
+    parts = [
+        np.abs(np.asarray(weight[block], np.float32)).max(axis=None if axis is None else others)
+        for block in _blocks(weight)
+    ]
     if axis == 0:
         return np.concatenate(parts)
     return np.max(np.stack(parts), axis=0)
 
 
-def quantized_tensor(source: ir.TensorProtocol, scale: np.ndarray, zero: np.ndarray, fmt: Format, axis: int | None, name: str) -> ir.TensorProtocol:
+def quantized_tensor(
+    source: ir.TensorProtocol, scale: np.ndarray, zero: np.ndarray, fmt: Format, axis: int | None, name: str
+) -> ir.TensorProtocol:
     """``source`` on the grid of ``fmt``, computed when it is written and not kept: one weight is in memory at a time."""
 
     def compute() -> ir.Tensor:
@@ -98,7 +109,13 @@ def quantized_tensor(source: ir.TensorProtocol, scale: np.ndarray, zero: np.ndar
 
 
 def dequantize_constant(
-    node: ir.Node, index: int, tensor: ir.TensorProtocol, scale: np.ndarray, zero: np.ndarray, axis: int | None, name: str
+    node: ir.Node,
+    index: int,
+    tensor: ir.TensorProtocol,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    axis: int | None,
+    name: str,
 ) -> None:
     """Let input ``index`` of ``node`` read ``tensor`` (integers) through a DequantizeLinear in front of ``node``."""
     graph = node.graph
@@ -114,7 +131,15 @@ def dequantize_constant(
     node.replace_input_with(index, dq.outputs[0])
 
 
-def insert_pair(value: ir.Value, readers: Iterable[tuple[ir.Node, int]], scale: np.ndarray, zero: np.ndarray, fmt: Format, *, outputs: bool) -> None:
+def insert_pair(
+    value: ir.Value,
+    readers: Iterable[tuple[ir.Node, int]],
+    scale: np.ndarray,
+    zero: np.ndarray,
+    fmt: Format,
+    *,
+    outputs: bool,
+) -> None:
     """Put Quantize and Dequantize behind ``value``; ``readers`` (node, input index) read the result.
 
     Args:

@@ -103,7 +103,9 @@ class Recipe(BaseModel):
 
 def shipped() -> list[str]:
     """Names of the recipes that come with optkit."""
-    return sorted(f.name.removesuffix(".yaml") for f in files("optkit.recipes").iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in files("optkit.recipes").iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def schema() -> dict[str, Any]:
@@ -111,11 +113,21 @@ def schema() -> dict[str, Any]:
     base = Recipe.model_json_schema()
     properties = dict(base["properties"])
     options = [
-        {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1, "properties": {name: PASSES[name].model_json_schema()}}
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 1,
+            "properties": {name: PASSES[name].model_json_schema()},
+        }
         for name in sorted(PASSES)
     ]
     properties["passes"] = {"type": "array", "items": {"anyOf": [{"enum": sorted(PASSES)}, *options]}}
-    properties["imports"] = {"type": "array", "items": {"type": "string"}, "description": "recipes whose passes come first"}
+    properties["imports"] = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "recipes whose passes come first",
+    }
     return {**base, "$schema": "https://json-schema.org/draft/2020-12/schema", "properties": properties}
 
 
@@ -139,7 +151,9 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise RecipeError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise RecipeError(f"{where}: a recipe is a mapping, starting with 'recipe: 1'")
     return where, raw
@@ -167,7 +181,10 @@ def _with_imports(where: str, raw: dict[str, Any], seen: tuple[str, ...]) -> dic
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {override!r}: key=value is wanted", hint="for example --set passes.quantize-static.method=mse")
+        raise RecipeError(
+            f"--set {override!r}: key=value is wanted",
+            hint="for example --set passes.quantize-static.method=mse",
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -180,7 +197,9 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         items = [_entry("--set", i, item) for i, item in enumerate(raw.get("passes") or [])]
         if not any(name == rest[0] for name, _ in items):
             raise UnknownNameError("pass of this recipe", rest[0], [name for name, _ in items], where="--set")
-        raw["passes"] = [{name: {**options, rest[1]: value} if name == rest[0] else options} for name, options in items]
+        raw["passes"] = [
+            {name: {**options, rest[1]: value} if name == rest[0] else options} for name, options in items
+        ]
         return raw
     if rest:
         inner = raw.get(head) or {}
@@ -201,15 +220,22 @@ def _entry(where: str, index: int, item: Any) -> tuple[str, dict[str, Any]]:
         name, options = next(iter(item.items()))
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
             return name, dict(options or {})
-    raise RecipeError(f"{where}: passes.{index}: the name of a pass, or one name with its options, is wanted, not {item!r}")
+    raise RecipeError(
+        f"{where}: passes.{index}: the name of a pass, or one name with its options, is wanted, not {item!r}"
+    )
 
 
 def _build(where: str, raw: dict[str, Any]) -> Recipe:
     for key in raw:
         if key not in Recipe.model_fields:
-            raise RecipeError(f"{where}: unknown key {key!r}", hint=_nearest(key, (*Recipe.model_fields, "imports")))
+            raise RecipeError(
+                f"{where}: unknown key {key!r}", hint=_nearest(key, (*Recipe.model_fields, "imports"))
+            )
     if raw.get("recipe") != 1:
-        raise RecipeError(f"{where}: recipe: version {raw.get('recipe')!r} is not known", hint="start the file with 'recipe: 1'")
+        raise RecipeError(
+            f"{where}: recipe: version {raw.get('recipe')!r} is not known",
+            hint="start the file with 'recipe: 1'",
+        )
     passes = []
     for index, item in enumerate(raw.get("passes") or []):
         name, options = _entry(where, index, item)
@@ -236,7 +262,9 @@ def _validated(kind: type[BaseModel], where: str, values: Mapping[str, Any]) -> 
             for part in first["loc"][:-1]:
                 annotation = fields[part].annotation if part in fields else None
                 fields = getattr(annotation, "model_fields", {})
-            raise RecipeError(f"{where}: unknown option {place!r}", hint=_nearest(str(first["loc"][-1]), tuple(fields))) from error
+            raise RecipeError(
+                f"{where}: unknown option {place!r}", hint=_nearest(str(first["loc"][-1]), tuple(fields))
+            ) from error
         raise RecipeError(f"{where}: {place}: {first['msg'].lower()}, not {first.get('input')!r}") from error
     except OptkitError:
         raise

@@ -60,9 +60,12 @@ class ReferenceSession:
         options = session_options(threads=threads, optimize=optimize, large=large)
         try:
             self._session = ort.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled) or None
+                source,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(disabled) or None,
             )
-        except Exception as error:  # noqa: BLE001  (ONNX Runtime's exceptions share no base class)
+        except Exception as error:
             raise ModelError(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from error
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
@@ -76,8 +79,10 @@ class ReferenceSession:
         try:
             results = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
-            raise ModelError(f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}") from error
-        except Exception as error:  # noqa: BLE001
+            raise ModelError(
+                f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}"
+            ) from error
+        except Exception as error:
             raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 

@@ -84,7 +84,9 @@ class FidelityRecord(_Record):
     sqnr_db: float
     top1_agreement: float | None
     batches: int
-    inputs: Literal["held-out calibration data", "calibration data", "inputs drawn from the input specification"]
+    inputs: Literal[
+        "held-out calibration data", "calibration data", "inputs drawn from the input specification"
+    ]
     met: bool
 
 

@@ -76,7 +76,9 @@ class Choice:
     advice: list[str] = field(default_factory=list)
 
 
-def choose(work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recipe]], *, strict: bool) -> Choice:
+def choose(
+    work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recipe]], *, strict: bool
+) -> Choice:
     """Build, time and judge ``recipes``; the first is exact and is the floor.
 
     Candidates are judged in the order of their measured speed, so that the metric is computed for few of them. One
@@ -107,7 +109,9 @@ def choose(work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recip
     while order:
         one = order.pop(0)
         if best is not None and _ratio(one) * _ALIKE < _ratio(best):
-            tried.setdefault(one.name, _record(one.name, one, "slower", f"{best.name} is faster and keeps the limits"))
+            tried.setdefault(
+                one.name, _record(one.name, one, "slower", f"{best.name} is faster and keeps the limits")
+            )
             continue
         work.judge(one, recipe.limits)
         reasons = shortfalls(one, recipe, strict=strict)
@@ -116,7 +120,9 @@ def choose(work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recip
                 one, best = best, one
             if one is not None:
                 assert best is not None
-                tried[one.name] = _record(one.name, one, "less accurate", f"{best.name} is as fast and loses less")
+                tried[one.name] = _record(
+                    one.name, one, "less accurate", f"{best.name} is as fast and loses less"
+                )
             continue
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))
@@ -124,7 +130,9 @@ def choose(work: Compilation, recipe: Recipe, recipes: Sequence[tuple[str, Recip
             fixed = repair(work, recipe, one, strict=strict, faster_than=_ratio(floor))
             if fixed is not None:
                 # It goes back into the line: what comes next may be faster than the repaired one.
-                position = next((i for i, other in enumerate(order) if _ratio(other) < _ratio(fixed)), len(order))
+                position = next(
+                    (i for i, other in enumerate(order) if _ratio(other) < _ratio(fixed)), len(order)
+                )
                 order.insert(position, fixed)
     missed: list[str] = []
     if best is None:
@@ -174,7 +182,9 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
             return _settled(fixed, [*records, _record(fixed.name, fixed, "shipped", "")], [], strict)
     floor = asked
     if asked.lossy:
-        floor = work.build("float", recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.exact)}))
+        floor = work.build(
+            "float", recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.exact)})
+        )
         floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
         work.judge(floor, recipe.limits)
         if not reasons and _ratio(floor) <= _ratio(asked):
@@ -188,7 +198,9 @@ def _too_slow(built: Built, recipe: Recipe) -> list[str]:
     s = built.speedup
     if s is None or s.ci95[1] >= recipe.limits.min_speedup:
         return []
-    return [f"speed-up {s.ratio:.2f}x (95% {s.ci95[0]:.2f} to {s.ci95[1]:.2f}), at least {recipe.limits.min_speedup:g}x is asked for"]
+    return [
+        f"speed-up {s.ratio:.2f}x (95% {s.ci95[0]:.2f} to {s.ci95[1]:.2f}), at least {recipe.limits.min_speedup:g}x is asked for"
+    ]
 
 
 def _settled(best: Built, records: list[CandidateRecord], missed: list[str], strict: bool) -> Choice:
@@ -197,7 +209,9 @@ def _settled(best: Built, records: list[CandidateRecord], missed: list[str], str
     undecided = []
     if a is not None and a.verdict == "inconclusive":
         more = f"; about {a.needed} samples would decide" if a.needed else ""
-        undecided.append(f"{a.metric}: drop {a.drop:.4f}, 95% up to {a.ci95[1]:.4f}, allowed {a.budget}: {a.n} samples do not decide it{more}")
+        undecided.append(
+            f"{a.metric}: drop {a.drop:.4f}, 95% up to {a.ci95[1]:.4f}, allowed {a.budget}: {a.n} samples do not decide it{more}"
+        )
     if strict and missed and all(m.endswith("inconclusive") for m in missed):
         return Choice(best=best, records=records, inconclusive=missed)
     return Choice(best=best, records=records, missed=missed, advice=undecided)
@@ -207,7 +221,10 @@ def _same(one: Built, other: Built) -> bool:
     if one.bytes != other.bytes or one.recipe.options != other.recipe.options:
         return False
     files = sorted(f for f in one.folder.rglob("*") if f.is_file())
-    return all((twin := other.folder / f.relative_to(one.folder)).is_file() and digest(f) == digest(twin) for f in files)
+    return all(
+        (twin := other.folder / f.relative_to(one.folder)).is_file() and digest(f) == digest(twin)
+        for f in files
+    )
 
 
 def _rank(work: Compilation, built: Built) -> None:
@@ -239,15 +256,23 @@ def shortfalls(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
     if built.accuracy is not None and built.accuracy.verdict is not None:
         a = built.accuracy
         if a.verdict == "missed" or (strict and a.verdict == "inconclusive"):
-            reasons.append(f"{a.metric} {a.reference:.4f} -> {a.candidate:.4f}, drop {a.drop:.4f} (95% {a.ci95[0]:.4f} to {a.ci95[1]:.4f}), allowed {a.budget}: {a.verdict}")
+            reasons.append(
+                f"{a.metric} {a.reference:.4f} -> {a.candidate:.4f}, drop {a.drop:.4f} (95% {a.ci95[0]:.4f} to {a.ci95[1]:.4f}), allowed {a.budget}: {a.verdict}"
+            )
     if built.fidelity is not None and built.lossy:
         if not built.fidelity.shapes_equal:
             reasons.append("outputs of other shapes than the reference's")
         if built.fidelity.cosine < limits.min_cosine:
-            reasons.append(f"cosine to the fp32 reference {built.fidelity.cosine:.4f}, at least {limits.min_cosine:g} is asked for")
+            reasons.append(
+                f"cosine to the fp32 reference {built.fidelity.cosine:.4f}, at least {limits.min_cosine:g} is asked for"
+            )
     if limits.max_size_mb is not None and built.bytes > limits.max_size_mb * 1e6:
         reasons.append(f"{built.bytes / 1e6:.2f} MB, allowed {limits.max_size_mb:g}")
-    if limits.max_latency_ms is not None and built.speedup is not None and built.speedup.candidate.median * 1e3 > limits.max_latency_ms:
+    if (
+        limits.max_latency_ms is not None
+        and built.speedup is not None
+        and built.speedup.candidate.median * 1e3 > limits.max_latency_ms
+    ):
         reasons.append(f"{built.speedup.candidate.median * 1e3:.3f} ms, allowed {limits.max_latency_ms:g}")
     return reasons
 
@@ -298,7 +323,9 @@ def _quantized_nodes(work: Compilation, built: Built) -> list[str]:
     return [c.node for c in changes if c.detail.split()[0] in ("Conv", "Gemm", "MatMul")]
 
 
-def repair(work: Compilation, recipe: Recipe, built: Built, *, strict: bool, faster_than: float) -> Built | None:
+def repair(
+    work: Compilation, recipe: Recipe, built: Built, *, strict: bool, faster_than: float
+) -> Built | None:
     """Return the layers that hurt most to float until the limits hold; None where nothing faster than the floor does.
 
     Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
@@ -318,7 +345,12 @@ def repair(work: Compilation, recipe: Recipe, built: Built, *, strict: bool, fas
         fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
         fixed.speedup = work.measure(fixed, rounds=_RANK[0], budget=_RANK[1])
         if not fixed.lossy or _ratio(fixed) < faster_than * _CLEARLY:
-            logger.info("%s: with %d of %d layers in float nothing is gained over float", built.name, count, len(layers))
+            logger.info(
+                "%s: with %d of %d layers in float nothing is gained over float",
+                built.name,
+                count,
+                len(layers),
+            )
             shutil.rmtree(fixed.folder)
             return None
         work.judge(fixed, recipe.limits)

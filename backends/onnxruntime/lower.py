@@ -56,20 +56,24 @@ class OnnxRuntime(Backend):
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """ONNX Runtime runs all of the standard; of types it lacks arithmetic in bfloat16."""
-        if node.domain == "" and node.op_type in ("MatMul", "Gemm", "Conv") and node.inputs[0] is not None:
-            if node.inputs[0].dtype == ir.DataType.BFLOAT16:
-                return "ONNX Runtime's CPU provider has no bfloat16 kernel for it"
+        product = node.domain == "" and node.op_type in ("MatMul", "Gemm", "Conv")
+        if product and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.BFLOAT16:
+            return "ONNX Runtime's CPU provider has no bfloat16 kernel for it"
         return None
 
     def lower(self, model: ir.Model, target: Target, options: OnnxRuntimeOptions, path: Path) -> None:
         """Write ``model.onnx``, with weights beside it where they do not fit into one file."""
         save(model, path / MODEL)
 
-    def load(self, path: Path, target: Target, options: OnnxRuntimeOptions, *, threads: int | None = None) -> Session:
+    def load(
+        self, path: Path, target: Target, options: OnnxRuntimeOptions, *, threads: int | None = None
+    ) -> Session:
         """Open the file with the options."""
         return OnnxRuntimeSession(path / MODEL, options, threads=threads)
 
-    def executed(self, path: Path, target: Target, options: OnnxRuntimeOptions, feeds: Mapping[str, np.ndarray]) -> Sequence[Executed]:
+    def executed(
+        self, path: Path, target: Target, options: OnnxRuntimeOptions, feeds: Mapping[str, np.ndarray]
+    ) -> Sequence[Executed]:
         """One run under ONNX Runtime's profiler."""
         with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
             shown = options.model_copy(update={"prepacking": False})
@@ -84,4 +88,8 @@ class OnnxRuntime(Backend):
         if not any(node.op_type == "LayerNormalization" for node in walk(model)):
             return ()
         kept = tuple(name for name in options.disabled_optimizers if name != "SkipLayerNormFusion")
-        return () if kept == options.disabled_optimizers else (options.model_copy(update={"disabled_optimizers": kept}),)
+        return (
+            ()
+            if kept == options.disabled_optimizers
+            else (options.model_copy(update={"disabled_optimizers": kept}),)
+        )

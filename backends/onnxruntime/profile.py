@@ -32,7 +32,9 @@ def _shape(entry: Mapping[str, Sequence[int]]) -> tuple[str, tuple[int, ...]]:
     return kind, tuple(int(d) for d in shape)
 
 
-def _macs(op: str, inputs: Sequence[Mapping[str, Sequence[int]]], outputs: Sequence[Mapping[str, Sequence[int]]]) -> int:
+def _macs(
+    op: str, inputs: Sequence[Mapping[str, Sequence[int]]], outputs: Sequence[Mapping[str, Sequence[int]]]
+) -> int:
     if not outputs or (op not in _CONV and op not in _MATMUL):
         return 0
     out = math.prod(_shape(outputs[0])[1])
@@ -57,12 +59,20 @@ def read_profile(events: Sequence[Mapping[str, Any]]) -> list[Executed]:
         op = str(arguments["op_name"])
         inputs, outputs = arguments.get("input_type_shape", []), arguments.get("output_type_shape", [])
         kinds = {next(iter(e)) for e in (*inputs[:1], *outputs[:1]) if e}
-        fmt = "int8" if op in _INT8 or kinds and kinds <= {"int8", "uint8"} else "fp16" if "float16" in kinds else "fp32"
+        fmt = (
+            "int8"
+            if op in _INT8 or (kinds and kinds <= {"int8", "uint8"})
+            else "fp16"
+            if "float16" in kinds
+            else "fp32"
+        )
         executed.append(
             Executed(
                 name=str(event["name"]).removesuffix("_kernel_time"),
                 op=op,
-                where=str(arguments.get("provider", "CPUExecutionProvider")).removesuffix("ExecutionProvider").lower(),
+                where=str(arguments.get("provider", "CPUExecutionProvider"))
+                .removesuffix("ExecutionProvider")
+                .lower(),
                 format=fmt,
                 macs=_macs(op, inputs, outputs),
                 seconds=float(event.get("dur", 0)) * 1e-6,

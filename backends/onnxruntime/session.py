@@ -35,15 +35,27 @@ class OnnxRuntimeSession(Session):
         ModelError: ONNX Runtime does not take the file.
     """
 
-    def __init__(self, file: Path, options: OnnxRuntimeOptions, *, threads: int | None = None, profile: Path | None = None) -> None:
-        settings = session_options(threads=options.threads if threads is None else threads, large=not options.prepacking)
+    def __init__(
+        self,
+        file: Path,
+        options: OnnxRuntimeOptions,
+        *,
+        threads: int | None = None,
+        profile: Path | None = None,
+    ) -> None:
+        settings = session_options(
+            threads=options.threads if threads is None else threads, large=not options.prepacking
+        )
         if profile is not None:
             settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
         try:
             self._session = ort.InferenceSession(
-                str(file), settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(options.disabled_optimizers) or None
+                str(file),
+                settings,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(options.disabled_optimizers) or None,
             )
-        except Exception as error:  # noqa: BLE001  (ONNX Runtime's exceptions share no base class)
+        except Exception as error:
             raise ModelError(f"{file.name}: ONNX Runtime cannot load it: {first_line(error)}") from error
         self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
         self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
@@ -55,7 +67,7 @@ class OnnxRuntimeSession(Session):
             raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
         try:
             results = self._session.run(None, dict(feeds))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
         return dict(zip((s.name for s in self.outputs), results, strict=True))
 

@@ -8,7 +8,9 @@ from optkit.ops import attention, conv, elementwise, matmul, norm, quant, reduce
 from optkit.ops.spec import OpSpec
 
 OPS: dict[str, OpSpec] = {
-    row.name: row for family in (conv, matmul, elementwise, norm, attention, reduce, shape, quant) for row in family.ROWS
+    row.name: row
+    for family in (conv, matmul, elementwise, norm, attention, reduce, shape, quant)
+    for row in family.ROWS
 }
 
 __all__ = ["OPS", "OpSpec", "spec"]

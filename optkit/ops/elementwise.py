@@ -9,7 +9,25 @@ _ACTIVATIONS = (
     "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Selu", "Celu", "Gelu",
     "Mish", "Softplus", "Softsign", "ThresholdedRelu", "Erf",
 )  # fmt: skip
-_OTHER = ("Abs", "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Pow", "Floor", "Ceil", "Round", "Sign", "Sin", "Cos", "Min", "Max", "Where", "Cast")
+_OTHER = (
+    "Abs",
+    "Neg",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Reciprocal",
+    "Pow",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Sign",
+    "Sin",
+    "Cos",
+    "Min",
+    "Max",
+    "Where",
+    "Cast",
+)
 
 ROWS = (
     *(OpSpec(name=name, family="elementwise", activations=(0, 1)) for name in _BINARY),

@@ -13,7 +13,9 @@ def _last(node: ir.Node) -> int:
 
 
 ROWS = (
-    OpSpec(name="MatMul", family="matmul", activations=(0, 1), weight=1, channel_axis=_last, macs=matmul_macs),
+    OpSpec(
+        name="MatMul", family="matmul", activations=(0, 1), weight=1, channel_axis=_last, macs=matmul_macs
+    ),
     OpSpec(
         name="Gemm",
         family="matmul",

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 WINDOW = 256 << 20
 
 
-def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], context: Context, *, key: str) -> dict[str, Range]:
+def observe(
+    model: ir.Model, names: Sequence[str], make: Callable[[], Range], context: Context, *, key: str
+) -> dict[str, Range]:
     """Feed every batch of ``context.data`` and observe the values called ``names``.
 
     What ``context.memo`` holds under ``key`` from an earlier run on the same graph is not observed again.
@@ -33,7 +35,9 @@ def observe(model: ir.Model, names: Sequence[str], make: Callable[[], Range], co
     """
     data = context.data
     if data is None:
-        raise DataError("static quantization needs calibration data", hint="give --calib, or use --precision int8-dyn")
+        raise DataError(
+            "static quantization needs calibration data", hint="give --calib, or use --precision int8-dyn"
+        )
     known: dict[str, Range] = context.memo.setdefault(("observe", key), {})
     missing = [name for name in names if name not in known]
     observers = {name: make() for name in missing}

@@ -45,40 +45,71 @@ class QuantizeDynamic(GraphPass):
             for node in tuple(graph):
                 if node.op_type in ("MatMul", "Gemm") and node.domain == "" and self._suits(node):
                     _replace(node, quantized)
-                    changes.append(Change(rule=self.name, node=str(node.name), detail=f"{node.op_type} to s8 x dynamic u8"))
+                    changes.append(
+                        Change(
+                            rule=self.name, node=str(node.name), detail=f"{node.op_type} to s8 x dynamic u8"
+                        )
+                    )
         drop_unused_initializers(model)
         return changes
 
     def _suits(self, node: ir.Node) -> bool:
         x, weight = node.inputs[0], node.inputs[1]
-        if weight is None or x is None or not weight.is_initializer() or constant(weight) is None or rank(weight) != 2:
+        if (
+            weight is None
+            or x is None
+            or not weight.is_initializer()
+            or constant(weight) is None
+            or rank(weight) != 2
+        ):
             return False
         if weight.dtype != ir.DataType.FLOAT or x.dtype not in (ir.DataType.FLOAT, None):
             return False
         assert weight.const_value is not None
-        if weight.const_value.size < self.smallest or not selects(self.targets, node) or selects(self.ignore, node):
+        if (
+            weight.const_value.size < self.smallest
+            or not selects(self.targets, node)
+            or selects(self.ignore, node)
+        ):
             return False
         if node.op_type == "MatMul":
             return True
-        plain = node.attributes.get_float("alpha", 1.0) == 1.0 and node.attributes.get_float("beta", 1.0) == 1.0
+        plain = (
+            node.attributes.get_float("alpha", 1.0) == 1.0 and node.attributes.get_float("beta", 1.0) == 1.0
+        )
         return plain and not node.attributes.get_int("transA", 0)
 
 
 def _replace(node: ir.Node, quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]) -> None:
     x, weight, graph = node.inputs[0], node.inputs[1], node.graph
-    assert x is not None and weight is not None and weight.const_value is not None and isinstance(graph, ir.Graph)
+    assert (
+        x is not None
+        and weight is not None
+        and weight.const_value is not None
+        and isinstance(graph, ir.Graph)
+    )
     fmt, out, name = FORMATS["s8"], node.outputs[0], str(node.name)
     transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     axis = 0 if transposed else 1
     top = weight_range(weight.const_value.numpy(), axis)
     scale, zero = scale_zero(-top, top, fmt)
-    tensor: ir.TensorProtocol = quantized_tensor(weight.const_value, scale, zero, fmt, axis, f"{weight.name}/q")
+    tensor: ir.TensorProtocol = quantized_tensor(
+        weight.const_value, scale, zero, fmt, axis, f"{weight.name}/q"
+    )
     if transposed:
         tensor = _transposed(tensor)
-    q_w, z_w, s_w = (initializer(graph, f"{name}/weight/{n}", t) for n, t in (("q", tensor), ("zero", zero), ("scale", scale)))
+    q_w, z_w, s_w = (
+        initializer(graph, f"{name}/weight/{n}", t)
+        for n, t in (("q", tensor), ("zero", zero), ("scale", scale))
+    )
     if x not in quantized:
         dql = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}/DynamicQuantizeLinear")
-        for value, end, dtype in zip(dql.outputs, ("q", "scale", "zero"), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8), strict=True):
+        for value, end, dtype in zip(
+            dql.outputs,
+            ("q", "scale", "zero"),
+            (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8),
+            strict=True,
+        ):
             value.name, value.type = f"{x.name}/dynamic/{end}", ir.TensorType(dtype)
             value.shape = x.shape if end == "q" else ir.Shape(())
         node.prepend(dql)
@@ -86,9 +117,20 @@ def _replace(node: ir.Node, quantized: dict[ir.Value, tuple[ir.Value, ir.Value, 
     q_x, s_x, z_x = quantized[x]
     new: list[ir.Node] = []
 
-    def make(op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: ir.Shape | None, **attributes: int) -> ir.Value:
-        made = ir.node(op, inputs, attributes=attributes, name=f"{name}/{op}" if op != "Mul" else f"{name}/Mul_{len(new)}")
-        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = made.name, ir.TensorType(dtype), shape
+    def make(
+        op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: ir.Shape | None, **attributes: int
+    ) -> ir.Value:
+        made = ir.node(
+            op,
+            inputs,
+            attributes=attributes,
+            name=f"{name}/{op}" if op != "Mul" else f"{name}/Mul_{len(new)}",
+        )
+        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = (
+            made.name,
+            ir.TensorType(dtype),
+            shape,
+        )
         made.metadata_props.update(node.metadata_props)
         new.append(made)
         return made.outputs[0]
@@ -108,4 +150,9 @@ def _replace(node: ir.Node, quantized: dict[ir.Value, tuple[ir.Value, ir.Value, 
 
 def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     shape = ir.Shape(tuple(tensor.shape)[::-1])
-    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T)), dtype=tensor.dtype, shape=shape, name=tensor.name)
+    return ir.LazyTensor(
+        lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T)),
+        dtype=tensor.dtype,
+        shape=shape,
+        name=tensor.name,
+    )

@@ -101,7 +101,9 @@ def _obstacle(node: ir.Node, row: Row, targets: Sequence[str], ignore: Sequence[
         bias = node.inputs[known.bias]
         if bias is not None and (constant(bias) is None or rank(bias) != 1):
             return "its bias is not a constant vector"
-    if node.op_type == "Gemm" and (node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0):
+    if node.op_type == "Gemm" and (
+        node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
+    ):
         return "alpha or beta is not 1"
     if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
         return "its first operand is transposed"
@@ -112,21 +114,39 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
     """The value behind ``node`` and the activation that its kernel absorbs."""
     value = node.outputs[0]
     readers = users(value)
-    if len(readers) == 1 and not value.is_graph_output() and readers[0].op_type in row.absorbs and readers[0].inputs[0] is value:
+    if (
+        len(readers) == 1
+        and not value.is_graph_output()
+        and readers[0].op_type in row.absorbs
+        and readers[0].inputs[0] is value
+    ):
         reader = readers[0]
-        if reader.op_type != "Clip" or all(constant(v) is not None for v in reader.inputs[1:] if v is not None):
+        if reader.op_type != "Clip" or all(
+            constant(v) is not None for v in reader.inputs[1:] if v is not None
+        ):
             return reader.outputs[0]
     return value
 
 
 def _spread(
-    graph: ir.Graph, placement: Placement, targets: Sequence[str], ignore: Sequence[str], plan: Plan, grid: dict[ir.Value, ir.Value]
+    graph: ir.Graph,
+    placement: Placement,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    plan: Plan,
+    grid: dict[ir.Value, ir.Value],
 ) -> None:
     """Take the operators between quantized ones whose float inputs are all on a grid."""
     for node in graph:
         row = placement.rows.get(node.op_type) if node.domain == "" else None
         known = spec(node)
-        if row is None or row.role != "between" or known is None or not selects(targets, node) or selects(ignore, node):
+        if (
+            row is None
+            or row.role != "between"
+            or known is None
+            or not selects(targets, node)
+            or selects(ignore, node)
+        ):
             continue
         floats = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
         if not floats or any(v not in grid for v in floats) or node.outputs[0].dtype != ir.DataType.FLOAT:

@@ -67,13 +67,21 @@ class QuantizeStatic(GraphPass):
         fmt = FORMATS[placement.activation]
         limits = self._limits(model, plan, placement, context)
         changes = []
-        scales: dict[ir.Value, tuple[np.ndarray, np.ndarray]] = {v: scale_zero(*limits[v], fmt) for v in dict.fromkeys(plan.pairs.values())}
+        scales: dict[ir.Value, tuple[np.ndarray, np.ndarray]] = {
+            v: scale_zero(*limits[v], fmt) for v in dict.fromkeys(plan.pairs.values())
+        }
         weights: dict[tuple[ir.Value, int | None], tuple[ir.TensorProtocol, np.ndarray, np.ndarray]] = {}
         for node in plan.nodes:
             if plan.nodes[node].role == "compute":
                 x_scale = scales[plan.pairs[_first_input(node)]][0]
                 _quantize_weights(node, placement, x_scale, weights)
-            changes.append(Change(rule=self.name, node=str(node.name), detail=f"{node.op_type} to {placement.weight} x {placement.activation}"))
+            changes.append(
+                Change(
+                    rule=self.name,
+                    node=str(node.name),
+                    detail=f"{node.op_type} to {placement.weight} x {placement.activation}",
+                )
+            )
         taken = set(plan.nodes)
         for value, origin in plan.pairs.items():
             owned = value in plan.owners
@@ -82,23 +90,47 @@ class QuantizeStatic(GraphPass):
         drop_unused_initializers(model)
         return changes
 
-    def _limits(self, model: ir.Model, plan: Plan, placement: Placement, context: Context) -> dict[ir.Value, tuple[float, float]]:
+    def _limits(
+        self, model: ir.Model, plan: Plan, placement: Placement, context: Context
+    ) -> dict[ir.Value, tuple[float, float]]:
         """The range of every grid; nodes around a value that is not finite go back to float."""
         fmt = FORMATS[placement.activation]
         key = "min-max" if self.method == "min-max" else f"histogram {self.method} {self.percentile}"
         while True:
             origins = list(dict.fromkeys(plan.pairs.values()))
-            seen = observe(model, [str(v.name) for v in origins], lambda: observer(self.method, self.percentile), context, key=key)
+            seen = observe(
+                model,
+                [str(v.name) for v in origins],
+                lambda: observer(self.method, self.percentile),
+                context,
+                key=key,
+            )
             bad = [v for v in origins if not seen[str(v.name)].finite]
             if not bad:
                 return {v: seen[str(v.name)].limits(fmt) for v in origins}
-            ignored = sorted({str(n.name) for n in plan.nodes if any(plan.pairs.get(v) in bad for v in (*n.inputs, *n.outputs) if v)})
+            ignored = sorted(
+                {
+                    str(n.name)
+                    for n in plan.nodes
+                    if any(plan.pairs.get(v) in bad for v in (*n.inputs, *n.outputs) if v)
+                }
+            )
             for name in ignored:
                 logger.warning("%s stays in float: infinite or NaN on the calibration data", name)
-            again = make_plan(model.graph, placement, self.targets, (*self.ignore, *(f"re:^{_escaped(n)}$" for n in ignored)))
+            again = make_plan(
+                model.graph,
+                placement,
+                self.targets,
+                (*self.ignore, *(f"re:^{_escaped(n)}$" for n in ignored)),
+            )
             if len(again.nodes) >= len(plan.nodes):
                 raise PassError(f"{self.name}: {bad[0].name} is infinite or NaN on the calibration data")
-            plan.nodes, plan.pairs, plan.owners, plan.left = again.nodes, again.pairs, again.owners, again.left
+            plan.nodes, plan.pairs, plan.owners, plan.left = (
+                again.nodes,
+                again.pairs,
+                again.owners,
+                again.left,
+            )
             if not plan.nodes:
                 return {}
 
@@ -116,7 +148,10 @@ def _first_input(node: ir.Node) -> ir.Value:
 
 
 def _quantize_weights(
-    node: ir.Node, placement: Placement, x_scale: np.ndarray, done: dict[tuple[ir.Value, int | None], tuple[ir.TensorProtocol, np.ndarray, np.ndarray]]
+    node: ir.Node,
+    placement: Placement,
+    x_scale: np.ndarray,
+    done: dict[tuple[ir.Value, int | None], tuple[ir.TensorProtocol, np.ndarray, np.ndarray]],
 ) -> None:
     """Weights to integers, and the bias to int32 on the grid of the products."""
     known = spec(node)
@@ -142,4 +177,12 @@ def _quantize_weights(
         q = np.round(vector.astype(np.float64) / b_scale).astype(np.int32)
         b_scale = np.broadcast_to(b_scale, q.shape).copy() if axis is not None else b_scale
         assert known.bias is not None
-        dequantize_constant(node, known.bias, ir.Tensor(q), b_scale, np.zeros(b_scale.shape, np.int32), 0 if b_scale.ndim else None, f"{node.name}/bias")
+        dequantize_constant(
+            node,
+            known.bias,
+            ir.Tensor(q),
+            b_scale,
+            np.zeros(b_scale.shape, np.int32),
+            0 if b_scale.ndim else None,
+            f"{node.name}/bias",
+        )
