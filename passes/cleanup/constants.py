@@ -58,6 +58,7 @@ class LiftConstants(GraphPass):
     name: ClassVar[str] = "lift-constants"
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
+        """Lift every Constant."""
         changes = []
         for graph in graphs(model):
             for node in tuple(graph):
@@ -144,6 +145,7 @@ class FoldConstants(GraphPass):
     """Whether weights that are stored in a narrow float format and cast to a wider one are stored wide."""
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
+        """Fold until nothing more is constant."""
         changes: list[Change] = []
         folded = True
         while folded:

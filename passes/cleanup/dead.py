@@ -19,6 +19,7 @@ class RemoveDead(GraphPass):
     name: ClassVar[str] = "remove-dead"
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
+        """Remove what nothing reads."""
         changes: list[Change] = []
         while found := _remove_nodes(model.graph):
             changes += found

@@ -27,6 +27,7 @@ class ShareDuplicates(GraphPass):
     name: ClassVar[str] = "share-duplicates"
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
+        """Merge equal initializers, then equal nodes."""
         changes = _share_initializers(model)
         random = {key for key, function in model.functions.items() if _is_random(function.graph)}
         _share_nodes(model.graph, {}, random, changes)

@@ -23,6 +23,7 @@ class RemoveNoops(GraphPass):
     name: ClassVar[str] = "remove-noops"
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
+        """Remove what returns its input."""
         changes = []
         for graph in graphs(model):
             for node in tuple(graph):
