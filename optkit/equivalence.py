@@ -61,7 +61,10 @@ def check(source: Path | bytes | ir.Model, converted: ir.Model, *, name: str, un
                 path.write_bytes(source)
             else:
                 save(source, path)
-        verdict = _run_child(path, unsafe)
+        return _judgement(_run_child(path, unsafe), name)
+
+
+def _judgement(verdict: dict[str, Any], name: str) -> str:
     if "note" in verdict:
         return f"not compared with the original: {verdict['note']}"
     if "wrong" in verdict:

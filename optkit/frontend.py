@@ -172,11 +172,16 @@ def _finish(model: ir.Model, name: str) -> None:
     for node in walk(model):
         node.version = None
     fix_names(model)
-    infer(model)
     try:
+        infer(model)
         verify(model)
     except ModelError as error:
         raise ModelError(f"{name}: {error}", hint=error.hint) from error
+    except (ArithmeticError, LookupError, TypeError, ValueError, onnx.checker.ValidationError) as error:
+        # Sizes and attributes out of any range: inference computes with them before it looks at them.
+        raise ModelError(
+            f"{name}: its shapes cannot be inferred: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _drop_weight_inputs(model: ir.Model, notes: list[str]) -> None:

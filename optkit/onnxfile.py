@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from optkit.errors import ModelError, UsageError
 
@@ -86,6 +86,11 @@ def read(source: Path | bytes, *, name: str, unsafe: bool = False) -> ir.Model:
         raise _not_onnx(name, str(error)) from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise _not_onnx(name, "no graph or no operator set in it")
+    for entry in proto.opset_import:
+        # Beyond 32 bits ONNX's own tables cannot be asked.
+        if not 0 < entry.version < 2**31:
+            raise _not_onnx(name, f"version {entry.version} of operator domain {entry.domain!r}")
+    _check_text(proto, name)
     tensors = _Tensors(cutter, folder, name, unsafe)
     _check_model(proto, tensors, name)
     try:
@@ -425,6 +430,18 @@ def _check_model(proto: onnx.ModelProto, tensors: _Tensors, name: str) -> None:
     _check_graph(proto.graph, [], tensors, "the graph", name)
 
 
+def _check_text(message: Message, name: str) -> None:
+    """Every name is UTF-8: the parser lets other bytes through, and fails when they are read or written."""
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_MESSAGE:
+            for inner in (value,) if isinstance(value, Message) else value:
+                _check_text(inner, name)
+        elif kind.type == kind.TYPE_STRING:
+            for text in (value,) if isinstance(value, str | bytes) else value:
+                if not isinstance(text, str):
+                    raise _not_onnx(name, f"{kind.full_name} is not UTF-8: {bytes(text[:40])!r}")
+
+
 def _unique(names: tuple[str, ...], place: str, kind: str) -> set[str]:
     seen: set[str] = set()
     for one in names:
@@ -451,6 +468,13 @@ def _check_graph(
     for output in graph.output:
         if output.name not in names and not (outer and any(output.name in scope for scope in outer)):
             raise ModelError(f"{name}: {place}: output {output.name!r} is not computed by any node")
+
+
+def _decode(text: bytes, place: str) -> None:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        raise ModelError(f"{place}: not UTF-8: {text[:40]!r}") from None
 
 
 def _check_nodes(
@@ -484,6 +508,9 @@ def _check_nodes(
                 raise ModelError(f"{name}: {label} in {place}: its input {value!r} is not defined anywhere")
         for attribute in node.attribute:
             inside = f"{label}, {attribute.name}"
+            if node.domain in ("", "ai.onnx"):
+                for text in (attribute.s, *attribute.strings):
+                    _decode(text, f"{name}: {inside}")
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
                 raise ModelError(f"{name}: {inside}: sparse tensors are not supported")
             for tensor in (attribute.t, *attribute.tensors) if attribute.HasField("t") else attribute.tensors:
