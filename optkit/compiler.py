@@ -103,6 +103,14 @@ class Compilation:
             self.inputs = "inputs drawn from the input specification"
         self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
         self._built = 0
+        self._engines = {backend.name: backend}
+
+    def engine(self, recipe: Recipe) -> Backend:
+        """The backend that ``recipe`` names, else the one of the compilation."""
+        name = recipe.backend or self.backend.name
+        if name not in self._engines:
+            self._engines[name] = available(name)
+        return self._engines[name]
 
     @cached_property
     def reference(self) -> ReferenceSession:
@@ -132,12 +140,12 @@ class Compilation:
             raise DataError("there is not one batch to run")
         return feeds
 
-    def context(self, memo: dict[Any, Any]) -> Context:
+    def context(self, engine: Backend, memo: dict[Any, Any]) -> Context:
         """What passes get to know."""
         return Context(
             target=self.target,
             data=self.data,
-            placements=self.backend.placements,
+            placements=engine.placements,
             seed=self.seed,
             progress=self.progress,
             memo=memo,
@@ -150,7 +158,7 @@ class Compilation:
         key = repr([(p.name, p.model_dump()) for p in passes])
         if key not in self._cleaned:
             model = self.loaded.model.clone()
-            records, seconds = run_passes(model, passes, self.context({}))
+            records, seconds = run_passes(model, passes, self.context(self.backend, {}))
             self._cleaned[key] = (model, records, seconds, {})
         model, records, seconds, memo = self._cleaned[key]
         return model.clone(), list(records), dict(seconds), memo
@@ -159,7 +167,7 @@ class Compilation:
         """The graph after the recipe's passes."""
         exact = next((i for i, p in enumerate(recipe.passes) if not p.exact), len(recipe.passes))
         model, records, seconds, memo = self.prepare(recipe.passes[:exact])
-        more, times = run_passes(model, recipe.passes[exact:], self.context(memo))
+        more, times = run_passes(model, recipe.passes[exact:], self.context(self.engine(recipe), memo))
         for name, value in times.items():
             seconds[name] = seconds.get(name, 0.0) + value
         return model, [*records, *more], seconds
@@ -171,19 +179,20 @@ class Compilation:
             ModelError: The written file does not load or run, or its outputs have other names or shapes.
         """
         model, records, seconds = self.transform(recipe)
-        legalize(model, self.backend, self.target, name=self.loaded.name)
+        engine = self.engine(recipe)
+        legalize(model, engine, self.target, name=self.loaded.name)
         self._built += 1
         folder = self.folder / f"{self._built:03d}-{name}"
         folder.mkdir()
-        options = self.backend.options.model_validate(recipe.options)
+        options = engine.options.model_validate(recipe.options)
         recipe = recipe.model_copy(
             update={
                 "options": options.model_dump(mode="json"),
                 "target": self.target.name,
-                "backend": self.backend.name,
+                "backend": engine.name,
             }
         )
-        self.backend.lower(model, self.target, options, folder)
+        engine.lower(model, self.target, options, folder)
         lossy = any(r.changes for r, p in zip(records, recipe.passes, strict=True) if not p.exact)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         built = Built(
@@ -208,8 +217,9 @@ class Compilation:
 
     def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
         """Open what was built, on one thread unless said otherwise."""
-        chosen = self.backend.options.model_validate(built.recipe.options) if options is None else options
-        return self.backend.load(built.folder, self.target, chosen, threads=threads)
+        engine = self.engine(built.recipe)
+        chosen = engine.options.model_validate(built.recipe.options) if options is None else options
+        return engine.load(built.folder, self.target, chosen, threads=threads)
 
     def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup:
         """Time ``built`` in turn with the reference."""
@@ -244,8 +254,21 @@ class Compilation:
 
     def executed(self, built: Built) -> Sequence[Executed]:
         """What the runtime really ran."""
-        options = self.backend.options.model_validate(built.recipe.options)
-        return self.backend.executed(built.folder, self.target, options, self.feeds[0])
+        engine = self.engine(built.recipe)
+        options = engine.options.model_validate(built.recipe.options)
+        return engine.executed(built.folder, self.target, options, self.feeds[0])
+
+
+def available(name: str) -> Backend:
+    """The backend called ``name``, ready to work.
+
+    Raises:
+        BackendUnavailableError: It can't work on this machine; says what is missing.
+    """
+    engine: Backend = BACKENDS[name]()
+    if (reason := engine.available()) is not None:
+        raise BackendUnavailableError(f"backend {engine.name}: {reason}")
+    return engine
 
 
 def scheme(model: ir.Model) -> str:
@@ -403,9 +426,7 @@ def request(
     """
     plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed)
     where = find_target(plan.target or "cpu")
-    engine: Backend = BACKENDS[plan.backend or where.backends[0]]()
-    if (reason := engine.available()) is not None:
-        raise BackendUnavailableError(f"backend {engine.name}: {reason}")
+    engine = available(plan.backend or where.backends[0])
     if not where.runs_here:
         raise UsageError(f"target {where.name}: artifacts for it can't be run on this machine yet")
     if (
@@ -538,7 +559,7 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
     for e in executed:
         operators[e.op] = operators.get(e.op, 0.0) + e.seconds
     manifest = Manifest(
-        schema=1, model=_model_facts(work.loaded), target=work.target.name, backend=work.backend.name,
+        schema=1, model=_model_facts(work.loaded), target=work.target.name, backend=work.engine(best.recipe).name,
         options=best.recipe.options, recipe_digest=resolved.digest, passes=tuple(best.records),
         data=None if work.data is None else DataFacts(sha256=work.data.digest(), batches=len(work.data), random=work.data.random),
         achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),

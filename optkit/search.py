@@ -231,8 +231,9 @@ def _rank(work: Compilation, built: Built) -> None:
     """Time ``built``, and the other options that its backend proposes; keep options that are clearly faster."""
     built.speedup = work.measure(built, rounds=_RANK[0], budget=_RANK[1])
     model, _, _ = work.transform(built.recipe)
-    options = work.backend.options.model_validate(built.recipe.options)
-    for other in work.backend.variants(model, work.target, options):
+    engine = work.engine(built.recipe)
+    options = engine.options.model_validate(built.recipe.options)
+    for other in engine.variants(model, work.target, options):
         found = work.measure(built, rounds=_RANK[0], budget=_RANK[1], options=other)
         if found.ratio > _CLEARLY * built.speedup.ratio:
             built.speedup = found
@@ -319,7 +320,7 @@ def _quantizer(recipe: Recipe) -> tuple[int, Any]:
 def _quantized_nodes(work: Compilation, built: Built) -> list[str]:
     index, quantizer = _quantizer(built.recipe)
     model, _, _, memo = work.prepare(built.recipe.passes[:index])
-    changes = quantizer.run(model, work.context(memo))
+    changes = quantizer.run(model, work.context(work.engine(built.recipe), memo))
     return [c.node for c in changes if c.detail.split()[0] in ("Conv", "Gemm", "MatMul")]
 
 
