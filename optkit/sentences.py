@@ -21,23 +21,31 @@ EVIDENCE: Mapping[str, str] = {
 }
 
 
+def _digits(x: float) -> str:
+    """Three digits, zeros included."""
+    return f"{x:#.3g}".rstrip(".")
+
+
 def megabytes(size: float) -> str:
-    """``0.34 MB``, ``91 MB``: three digits, 10^6 bytes."""
-    if size < 1e5:
-        return f"{size / 1e3:.3g} kB"
-    return f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e9:.3g} GB"
+    """``340 kB``, ``91.0 MB``: three digits, units of 10^3 bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.9995 * unit:
+            return f"{_digits(size / unit)} {name}"
+    return f"{size:.0f} bytes"
 
 
 def milliseconds(ms: float) -> str:
     """``12.3 ms``, ``17.3 us``: three digits."""
-    if ms < 1:
-        return f"{ms * 1e3:.3g} us"
-    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1e3:.3g} s"
+    for unit, name in ((1e3, "s"), (1.0, "ms")):
+        if ms >= 0.9995 * unit:
+            return f"{_digits(ms / unit)} {name}"
+    return f"{_digits(ms * 1e3)} us"
 
 
 def count(n: int, what: str) -> str:
-    """``1 node``, ``12 nodes``."""
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+    """``1 node``, ``12 nodes``, ``8 batches``."""
+    ending = "" if n == 1 else "es" if what.endswith(("ch", "s", "x")) else "s"
+    return f"{n:,} {what}{ending}"
 
 
 def number(x: float) -> str:
@@ -54,7 +62,7 @@ def interval(ci95: tuple[float, float], digits: int = 2) -> str:
 
 def percent(share: float) -> str:
     """``97.3%``, and ``<0.1%`` rather than nothing."""
-    return "<0.1%" if 0 < share < 0.001 else f"{share * 100:.3g}%"
+    return "<0.1%" if 0 < share < 0.0005 else f"{share * 100:.1f}%".replace("100.0%", "100%")
 
 
 def shipped(report: Report) -> CandidateRecord | None:
@@ -77,13 +85,38 @@ def headline(report: Report) -> str:
     manifest = report.manifest
     parts = []
     if report.latency is not None:
-        parts.append(f"{faster(report.latency)} {'than' if faster(report.latency) != 'as fast' else 'as'} ONNX Runtime fp32")
+        parts.append(
+            f"{faster(report.latency)} {'than' if faster(report.latency) != 'as fast' else 'as'} ONNX Runtime fp32"
+        )
     parts.append(smaller(report))
     if manifest.accuracy is not None:
         parts.append(f"{manifest.accuracy.metric} {judged(manifest.accuracy)}")
     elif manifest.fidelity is not None:
         parts.append(f"fidelity {'met' if manifest.fidelity.met else 'missed'} (accuracy was not measured)")
     return f"{manifest.model.name} for {manifest.target}: {', '.join(parts)}"
+
+
+def prose(report: Report) -> str:
+    """What came out, for someone who has never seen such a report."""
+    manifest, parts = report.manifest, []
+    if (found := report.latency) is not None:
+        times = f"{milliseconds(found.candidate_ms)} instead of {milliseconds(found.reference_ms)} a run"
+        compared = faster(found)
+        parts.append(
+            f"It runs {compared} {'as' if compared == 'as fast' else 'than'} the original does in ONNX Runtime, fp32 ({times})"
+        )
+    parts.append(
+        f"the model is {smaller(report)} ({megabytes(manifest.size.before)} before, {megabytes(manifest.size.after)} now)"
+    )
+    if (a := manifest.accuracy) is not None:
+        parts.append(
+            f"{a.metric} went from {number(a.reference)} to {number(a.candidate)} on {count(a.n, 'sample')}: {judged(a)}"
+        )
+    elif (f := manifest.fidelity) is not None:
+        parts.append(
+            f"its outputs are close to the original's (cosine {f.cosine:.4f}), which is not an accuracy"
+        )
+    return "; ".join(parts) + "."
 
 
 def outcome(report: Report) -> str:
@@ -101,7 +134,7 @@ def smaller(report: Report) -> str:
     """``3.9x smaller``."""
     before, after = report.manifest.size.before, report.manifest.size.after
     if not before or not after or abs(before / after - 1) < 0.02:
-        return "as large"
+        return "of the same size"
     return f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
 
 
@@ -147,16 +180,20 @@ def accuracy(a: AccuracyRecord) -> tuple[str, ...]:
         None: "no limit was given",
     }[a.met]
     if a.met == "inconclusive":
-        verdict += f"; about {count(a.needed, 'sample')} would decide" if a.needed else "; more samples would decide"
+        verdict += (
+            f"; about {count(a.needed, 'sample')} would decide" if a.needed else "; more samples would decide"
+        )
     return figures, f"{verdict} ({a.method} interval, same samples for both)"
 
 
 def fidelity(f: FidelityRecord) -> tuple[str, ...]:
     """Closeness to the reference, never called accuracy."""
-    agreement = "" if f.top1_agreement is None else f", same largest output in {percent(f.top1_agreement)} of rows"
+    agreement = (
+        "" if f.top1_agreement is None else f", same largest output in {percent(f.top1_agreement)} of rows"
+    )
     return (
         f"cosine {f.cosine:.5f}, SQNR {f.sqnr_db:.1f} dB to the fp32 reference{agreement}: {'met' if f.met else 'missed'}",
-        f"on {count(f.batches, 'batch').replace('batchs', 'batches')} of {f.inputs}; this is not an accuracy: without --eval there is no metric",
+        f"on {count(f.batches, 'batch')} of {f.inputs}; this is not an accuracy: without --eval there is no metric",
     )
 
 
@@ -181,12 +218,16 @@ def kept_float(report: Report) -> tuple[str, ...]:
     return tuple(layer.node for layer in report.layers if layer.kept_float)
 
 
-def metric(candidate: CandidateRecord) -> str:
-    """What a candidate was judged by."""
-    if candidate.metric is not None:
-        drop = "" if candidate.drop is None or candidate.ci95 is None else f" (drop {number(candidate.drop)}, up to {number(candidate.ci95[1])})"
-        return f"{number(candidate.metric)}{drop}"
-    return "" if candidate.cosine is None else f"cosine {candidate.cosine:.4f}"
+def metric(candidate: CandidateRecord) -> tuple[str, str]:
+    """What a candidate was judged by, and its drop with the end of the interval."""
+    if candidate.metric is None:
+        return ("" if candidate.cosine is None else f"{candidate.cosine:.4f}"), ""
+    drop = (
+        ""
+        if candidate.drop is None or candidate.ci95 is None
+        else f"{number(candidate.drop)}, up to {number(candidate.ci95[1])}"
+    )
+    return number(candidate.metric), drop
 
 
 def command(report: Report) -> str:

@@ -113,7 +113,10 @@ def _report(error: OptkitError, as_json: bool) -> int:
         print(f"hint: {error.hint}", file=sys.stderr)
     if as_json:
         kind = type(error).__name__
-        document = {"error": {"type": kind, "message": str(error), "hint": error.hint}, "exit_code": error.exit_code}
+        document = {
+            "error": {"type": kind, "message": str(error), "hint": error.hint},
+            "exit_code": error.exit_code,
+        }
         print(json.dumps(document, indent=2))
     return error.exit_code
 

@@ -24,12 +24,21 @@ def bench(
     model: options.ModelOrArtifact,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="MODEL", help="Time this model or artifact in turn with it.", show_default=False),
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="Time this model or artifact in turn with it.",
+            show_default=False,
+        ),
     ] = None,
     calib: options.Calib = None,
     shape: options.Shape = None,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Size of a free first axis, without data.")] = 1,
-    threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads of one operator.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=1, help="Size of a free first axis, without data.")
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", min=1, help="Threads of one operator.")
+    ] = 1,
     runs: Annotated[int, typer.Option("--runs", metavar="N", min=5, help="Counted runs of each.")] = 40,
     json: options.Json = False,
 ) -> int:
@@ -58,7 +67,12 @@ def bench(
                 found = speedup(other.run, one.run, batches, rounds=runs, threads=threads)
             rows = {against: found.reference, model: found.candidate}
     if json:
-        document: dict[str, Any] = {"threads": threads, "clock": clock, "inputs": spelled(batches[0]), "data": inputs}
+        document: dict[str, Any] = {
+            "threads": threads,
+            "clock": clock,
+            "inputs": spelled(batches[0]),
+            "data": inputs,
+        }
         document |= {"model": {"name": model, **_milliseconds(rows[model])}}
         if found is not None and against is not None:
             document |= {
@@ -76,8 +90,12 @@ def bench(
     terminal.result(table(("Model", ">Median", ">99th percentile", ">Wall-clock", ">Runs"), shown))
     if found is not None:
         terminal.result("")
-        terminal.result(f"{model}: {found.ratio:.2f}x the speed of {against} ({sentences.interval(found.ci95)})")
-    terminal.say(f"measured on this machine, {sentences.count(threads, 'thread')}, {clock}; inputs {spelled(batches[0])}, {inputs}")
+        terminal.result(
+            f"{model}: {found.ratio:.2f}x the speed of {against} ({sentences.interval(found.ci95)})"
+        )
+    terminal.say(
+        f"measured on this machine, {sentences.count(threads, 'thread')}, {clock}; inputs {spelled(batches[0])}, {inputs}"
+    )
     if found is not None and found.loaded:
         terminal.say("others were using the machine: trust the ratio more than the times")
     return 0
@@ -85,4 +103,7 @@ def bench(
 
 def _milliseconds(t: Timing) -> dict[str, float | int]:
     fields = asdict(t)
-    return {f"{name}_ms": fields[name] * 1e3 for name in ("median", "p99", "wall")} | {"runs": t.runs, "warmup": t.warmup}
+    return {f"{name}_ms": fields[name] * 1e3 for name in ("median", "p99", "wall")} | {
+        "runs": t.runs,
+        "warmup": t.warmup,
+    }

@@ -25,7 +25,10 @@ def compile(
     model: options.Model,
     target: options.Target = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to write; an artifact that is there is replaced.")
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="Folder to write; an artifact that is there is replaced."
+        ),
     ] = Path("build"),
     recipe: options.Recipe = None,
     precision: options.Precision = None,
@@ -38,7 +41,10 @@ def compile(
     memory: options.Memory = None,
     strict: options.Strict = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would run, build nothing.", show_default=False)
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, say what would run, build nothing.", show_default=False
+        ),
     ] = False,
     json: options.Json = False,
 ) -> int:
@@ -68,7 +74,9 @@ def compile(
         artifact, report = compile_model(path, **asked, out=out, strict=strict, progress=terminal.progress)
     show(terminal, summary(report, artifact.folder))
     if json:
-        terminal.json({"artifact": str(artifact.folder), "exit_code": report.exit_code, **options.plain(report)})
+        terminal.json(
+            {"artifact": str(artifact.folder), "exit_code": report.exit_code, **options.plain(report)}
+        )
     else:
         terminal.result(str(artifact.folder))
     return report.exit_code
@@ -81,12 +89,21 @@ def _explain(terminal: Terminal, asked: Request, out: Path, *, as_json: bool) ->
     recipes = [(name, r, "") for name, r in asked.candidates] or [("recipe", asked.recipe, "")]
     rows = [(name, _steps(r), "would be built and measured") for name, r, _ in recipes]
     rows += [(name, "", "left out: needs calibration data (--calib)") for name in asked.closed]
-    judge = f"{asked.evaluator.metric}, drop of at most {asked.recipe.limits.max_drop}" if asked.evaluator else None
+    judge = (
+        f"{asked.evaluator.metric}, drop of at most {asked.recipe.limits.max_drop}"
+        if asked.evaluator
+        else None
+    )
     nodes, size = count_nodes(asked.loaded.model), weight_bytes(asked.loaded.model)
     if as_json:
         terminal.json(
             {
-                "model": {"name": asked.loaded.name, "nodes": nodes, "bytes": size, "opset": asked.loaded.opset},
+                "model": {
+                    "name": asked.loaded.name,
+                    "nodes": nodes,
+                    "bytes": size,
+                    "opset": asked.loaded.opset,
+                },
                 "target": asked.target.name,
                 "backend": asked.backend.name,
                 "recipe": asked.recipe.dump(),
@@ -98,9 +115,14 @@ def _explain(terminal: Terminal, asked: Request, out: Path, *, as_json: bool) ->
             }
         )
         return
-    terminal.say(f"{asked.loaded.name}: {sentences.count(nodes, 'node')}, {sentences.megabytes(size)} of weights, opset {asked.loaded.opset}")
+    terminal.say(
+        f"{asked.loaded.name}: {sentences.count(nodes, 'node')}, {sentences.megabytes(size)} of weights, opset {asked.loaded.opset}"
+    )
     terminal.say(f"for {asked.target.name}, with {asked.backend.name}, into {out}")
-    terminal.say("judged by " + (judge or f"fidelity to the fp32 reference: cosine of at least {asked.recipe.limits.min_cosine:g}"))
+    terminal.say(
+        "judged by "
+        + (judge or f"fidelity to the fp32 reference: cosine of at least {asked.recipe.limits.min_cosine:g}")
+    )
     if asked.data is not None:
         terminal.say(f"calibrated on {len(asked.data)} batches of {asked.data.name}")
     from optkit.cli.render import table

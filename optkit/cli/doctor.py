@@ -14,13 +14,27 @@ from optkit.errors import OptkitError
 if TYPE_CHECKING:
     from optkit.frontend import Loaded
 
-_PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "pydantic", "torch", "onnxscript", "tensorrt", "openvino", "coremltools", "triton")
+_PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "pydantic",
+    "torch",
+    "onnxscript",
+    "tensorrt",
+    "openvino",
+    "coremltools",
+    "triton",
+)
 
 
 @command
 def doctor(
     terminal: Terminal,
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="An .onnx file to check.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="An .onnx file to check.", show_default=False)
+    ] = None,
     target: options.Target = None,
     backend: options.Backend = None,
     json: options.Json = False,
@@ -42,13 +56,25 @@ def doctor(
         packages = ", ".join(f"{n} {v}" for n, v in _versions().items() if v)
         missing = ", ".join(n for n, v in _versions().items() if not v) or "none"
         terminal.result(
-            facts([*((k, (v,)) for k, v in machine.items()), ("packages", (packages,)), ("not installed", (missing,))])
+            facts(
+                [
+                    *((k, (v,)) for k, v in machine.items()),
+                    ("packages", (packages,)),
+                    ("not installed", (missing,)),
+                ]
+            )
         )
         terminal.result("")
-        terminal.result(table(("Backend", "State", "To install"), [(b["name"], b["state"], b["install"]) for b in backends]))
+        terminal.result(
+            table(
+                ("Backend", "State", "To install"), [(b["name"], b["state"], b["install"]) for b in backends]
+            )
+        )
         if model is not None:
             terminal.result("")
-            terminal.result(table(("Check", "State", f"{model}"), [(c["check"], c["state"], c["detail"]) for c in checks]))
+            terminal.result(
+                table(("Check", "State", f"{model}"), [(c["check"], c["state"], c["detail"]) for c in checks])
+            )
     return 1 if any(c["state"] == "failed" for c in checks) else 0
 
 
@@ -200,7 +226,9 @@ def _runs(loaded: Loaded) -> tuple[str, str]:
         return "note", f"not on inputs drawn with every free axis at 1: {error}"
     finally:
         session.close()
-    bad = [name for name, array in outputs.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    bad = [
+        name for name, array in outputs.items() if array.dtype.kind == "f" and not np.isfinite(array).all()
+    ]
     if bad:
         return "note", f"{', '.join(bad)}: not finite on inputs drawn at random"
     return "ok", f"one run on random inputs, {sentences.count(len(outputs), 'output')}"

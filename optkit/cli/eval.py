@@ -21,11 +21,19 @@ def evaluate(
     terminal: Terminal,
     model: options.ModelOrArtifact,
     evaluator: Annotated[
-        Path, typer.Option("--eval", metavar="FILE", help="A Python file with samples() and score().", show_default=False)
+        Path,
+        typer.Option(
+            "--eval", metavar="FILE", help="A Python file with samples() and score().", show_default=False
+        ),
     ],
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="MODEL", help="Compare with this model or artifact, sample by sample.", show_default=False),
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="Compare with this model or artifact, sample by sample.",
+            show_default=False,
+        ),
     ] = None,
     max_drop: options.MaxDrop = None,
     json: options.Json = False,
@@ -59,12 +67,26 @@ def evaluate(
     found = compare(judge, before[0], after, budget)
     code = {"missed": 3, "inconclusive": 5}.get(found.verdict or "", 0)
     if json:
-        fields = ("metric", "reference", "candidate", "drop", "ci95", "n", "method", "budget", "verdict", "needed")
+        fields = (
+            "metric",
+            "reference",
+            "candidate",
+            "drop",
+            "ci95",
+            "n",
+            "method",
+            "budget",
+            "verdict",
+            "needed",
+        )
         terminal.json(
             {"model": model, "against": against, **{f: getattr(found, f) for f in fields}, "exit_code": code}
         )
         return code
-    rows = [(str(against), f"{found.reference:.4f}", str(found.n)), (model, f"{found.candidate:.4f}", str(found.n))]
+    rows = [
+        (str(against), f"{found.reference:.4f}", str(found.n)),
+        (model, f"{found.candidate:.4f}", str(found.n)),
+    ]
     terminal.result(table(("Model", judge.metric, ">n"), rows))
     terminal.result("")
     terminal.result(facts([("Drop", _words(found))]))

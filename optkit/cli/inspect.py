@@ -27,7 +27,11 @@ def inspect(
     nodes: Annotated[bool, typer.Option("--nodes", help="List every node.", show_default=False)] = False,
     why: Annotated[
         bool,
-        typer.Option("--why", help="List what quantization leaves in float and which rules nearly matched.", show_default=False),
+        typer.Option(
+            "--why",
+            help="List what quantization leaves in float and which rules nearly matched.",
+            show_default=False,
+        ),
     ] = False,
     target: options.Target = None,
     backend: options.Backend = None,
@@ -60,14 +64,18 @@ def inspect(
     terminal.result(table(("Operator", ">Nodes", ">Parameters", ">MACs", ">Share"), rows))
     if nodes:
         terminal.result("")
-        listed = [(n["name"], n["op"], n["inputs"], n["outputs"], _macs(n["macs"])) for n in found["nodes_listed"]]
+        listed = [
+            (n["name"], n["op"], n["inputs"], n["outputs"], _macs(n["macs"])) for n in found["nodes_listed"]
+        ]
         terminal.result(table(("Node", "Operator", "Inputs", "Outputs", ">MACs"), listed))
     if why:
         terminal.result("")
         reasons = [(w["node"], w["rule"], w["reason"]) for w in found["why"]]
         terminal.result(table(("Node", "Rule", "Why it does not apply"), reasons))
         if not reasons:
-            terminal.say("every rule that came near applies, and nothing that could be quantized stays in float")
+            terminal.say(
+                "every rule that came near applies, and nothing that could be quantized stays in float"
+            )
     return 0
 
 
@@ -85,7 +93,9 @@ def _facts(model: ir.Model) -> dict[str, Any]:
         row = operators.setdefault(name, {"count": 0, "parameters": 0, "macs": 0})
         row["count"] += 1
         row["parameters"] += sum(
-            v.const_value.size for v in dict.fromkeys(node.inputs) if v is not None and v.const_value is not None
+            v.const_value.size
+            for v in dict.fromkeys(node.inputs)
+            if v is not None and v.const_value is not None
         )
         known = spec(node)
         macs = _products(node) if known is None or known.macs is None else known.macs(node)
@@ -145,7 +155,15 @@ def _nodes(model: ir.Model) -> list[dict[str, Any]]:
         known = spec(node)
         macs = _products(node) if known is None or known.macs is None else known.macs(node)
         op = node.op_type if node.domain == "" else f"{node.domain}.{node.op_type}"
-        rows.append({"name": node.name, "op": op, "inputs": shown(node.inputs), "outputs": shown(node.outputs), "macs": macs})
+        rows.append(
+            {
+                "name": node.name,
+                "op": op,
+                "inputs": shown(node.inputs),
+                "outputs": shown(node.outputs),
+                "macs": macs,
+            }
+        )
     return rows
 
 
@@ -182,7 +200,9 @@ def _manifest(model: str) -> Manifest | None:
     return load(model, verify=False).manifest if Path(model).is_dir() else None
 
 
-def _lines(found: dict[str, Any], free: Sequence[str], manifest: Manifest | None) -> list[tuple[str, Sequence[str]]]:
+def _lines(
+    found: dict[str, Any], free: Sequence[str], manifest: Manifest | None
+) -> list[tuple[str, Sequence[str]]]:
     from optkit import sentences
 
     weights = ", ".join(f"{kind} {sentences.megabytes(n)}" for kind, n in found["weights"].items()) or "none"
@@ -199,15 +219,29 @@ def _lines(found: dict[str, Any], free: Sequence[str], manifest: Manifest | None
         axes = f": {', '.join(free)}" if free else ""
         rows.append(("MACs", (f"depend on free axes{axes} (--shape INPUT=SIZES fixes them)",)))
     else:
-        share = "" if found["int8_share"] is None else f", {sentences.percent(found['int8_share'])} of them between int8 tensors"
+        share = (
+            ""
+            if found["int8_share"] is None
+            else f", {sentences.percent(found['int8_share'])} of them between int8 tensors"
+        )
         rows.append(("MACs", (f"{_macs(found['macs'])} a run{share}",)))
     if found["notes"]:
         rows.append(("Loading", found["notes"]))
     if manifest is not None:
-        rows.append(("Artifact", (f"for {manifest.target} with {manifest.backend}, from {manifest.model.name}",)))
+        rows.append(
+            ("Artifact", (f"for {manifest.target} with {manifest.backend}, from {manifest.model.name}",))
+        )
         if manifest.achieved is not None:
             shares = ", ".join(f"{k} {sentences.percent(v)}" for k, v in manifest.achieved.formats.items())
-            rows.append(("Ran in", (f"{shares} of the multiply-accumulates, as measured when it was compiled", manifest.achieved.scheme)))
+            rows.append(
+                (
+                    "Ran in",
+                    (
+                        f"{shares} of the multiply-accumulates, as measured when it was compiled",
+                        manifest.achieved.scheme,
+                    ),
+                )
+            )
         if manifest.accuracy is not None:
             rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
         if manifest.fidelity is not None:

@@ -12,19 +12,38 @@ from optkit.errors import UsageError
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file.", show_default=False)]
 ModelOrArtifact = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="An .onnx file, or the folder that `optkit compile` wrote.", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="An .onnx file, or the folder that `optkit compile` wrote.", show_default=False
+    ),
 ]
 Target = Annotated[
-    str | None, typer.Option("--target", "-t", metavar="NAME", help="Hardware; `optkit targets` lists it.", show_default="cpu")
+    str | None,
+    typer.Option(
+        "--target", "-t", metavar="NAME", help="Hardware; `optkit targets` lists it.", show_default="cpu"
+    ),
 ]
-Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="Runtime.", show_default="the target's best")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="Runtime.", show_default="the target's best")
+]
 Recipe = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", metavar="RECIPE", help="Name of a shipped recipe, or a .yaml file.", show_default="auto"),
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="Name of a shipped recipe, or a .yaml file.",
+        show_default="auto",
+    ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", "-p", metavar="NAME", help="fp32, int8, int8-dyn: the recipe that stands for it.", show_default=False),
+    typer.Option(
+        "--precision",
+        "-p",
+        metavar="NAME",
+        help="fp32, int8, int8-dyn: the recipe that stands for it.",
+        show_default=False,
+    ),
 ]
 Calib = Annotated[
     str | None,
@@ -37,27 +56,45 @@ Calib = Annotated[
 ]
 Evaluate = Annotated[
     Path | None,
-    typer.Option("--eval", metavar="FILE", help="A Python file with samples() and score().", show_default=False),
+    typer.Option(
+        "--eval", metavar="FILE", help="A Python file with samples() and score().", show_default=False
+    ),
 ]
 MaxDrop = Annotated[
     str | None,
-    typer.Option("--max-drop", metavar="DROP", help="How much of the metric may be lost: 1% or, absolute, 0.01.", show_default=False),
+    typer.Option(
+        "--max-drop",
+        metavar="DROP",
+        help="How much of the metric may be lost: 1% or, absolute, 0.01.",
+        show_default=False,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.", show_default=False),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.", show_default=False
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="For every random choice.", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="For every random choice.", show_default=False)
+]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", metavar="SIZE", help="Stop rather than use more, as in 8GiB.", show_default=False),
+    typer.Option(
+        "--memory", metavar="SIZE", help="Stop rather than use more, as in 8GiB.", show_default=False
+    ),
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="What the samples cannot decide counts as missed.", show_default=False)
+    bool,
+    typer.Option("--strict", help="What the samples cannot decide counts as missed.", show_default=False),
 ]
 Shape = Annotated[
     list[str] | None,
-    typer.Option("--shape", metavar="INPUT=SIZES", help="Shape of an input with free axes, as in x=1x3x48x320; repeatable."),
+    typer.Option(
+        "--shape",
+        metavar="INPUT=SIZES",
+        help="Shape of an input with free axes, as in x=1x3x48x320; repeatable.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", show_default=False)]
 
@@ -100,7 +137,9 @@ def _similar(path: Path) -> str | None:
 
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix == ".onnx" or p.name.lower() == path.name.lower())
+    names = sorted(
+        p.name for p in path.parent.iterdir() if p.suffix == ".onnx" or p.name.lower() == path.name.lower()
+    )
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"did you mean {str(path.with_name(close[0]))!r}?" if close else None
 

@@ -32,14 +32,27 @@ def quantize(
     target: options.Target = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="PATH", help="An .onnx file, or a folder for model.onnx.", show_default="MODEL-RECIPE.onnx"),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="An .onnx file, or a folder for model.onnx.",
+            show_default="MODEL-RECIPE.onnx",
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", metavar="RECIPE", help="Name of a shipped recipe, or a .yaml file.", show_default=False),
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help="Name of a shipped recipe, or a .yaml file.",
+            show_default=False,
+        ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", "-p", metavar="NAME", help="int8 or int8-dyn.", show_default="int8")
+        str | None,
+        typer.Option("--precision", "-p", metavar="NAME", help="int8 or int8-dyn.", show_default="int8"),
     ] = None,
     calib: options.Calib = None,
     backend: options.Backend = None,
@@ -64,7 +77,9 @@ def quantize(
 
     path = options.source(model)
     budget = None if memory is None else parse_size(memory)
-    named = recipe if recipe is not None else None if precision not in (None, "int8", "INT8") else "int8-static"
+    named = (
+        recipe if recipe is not None else None if precision not in (None, "int8", "INT8") else "int8-static"
+    )
     if recipe is not None and precision is not None:
         raise UsageError("a recipe and a precision were given", hint="leave one out")
     if named is not None and (several := Recipe.load(named).candidates):
@@ -102,7 +117,9 @@ def quantize(
         )
         return 0
     before = count_nodes(asked.loaded.model)
-    rows = [(r.name, str(r.changes), f"{r.nodes_before:,} -> {r.nodes_after:,}") for r in records if r.changes]
+    rows = [
+        (r.name, str(r.changes), f"{r.nodes_before:,} -> {r.nodes_after:,}") for r in records if r.changes
+    ]
     given = sentences.megabytes(weight_bytes(asked.loaded.model))
     show(
         terminal,
@@ -111,9 +128,19 @@ def quantize(
             "",
             facts(
                 [
-                    ("Model", (f"{before:,} -> {nodes:,} nodes, {given} -> {sentences.megabytes(size)} of weights",)),
+                    (
+                        "Model",
+                        (
+                            f"{before:,} -> {nodes:,} nodes, {given} -> {sentences.megabytes(size)} of weights",
+                        ),
+                    ),
                     ("Formats", (kinds,)),
-                    ("Not done", ("nothing was timed, and no accuracy was measured: optkit bench, optkit eval, or optkit compile",)),
+                    (
+                        "Not done",
+                        (
+                            "nothing was timed, and no accuracy was measured: optkit bench, optkit eval, or optkit compile",
+                        ),
+                    ),
                 ]
             ),
         ],
@@ -154,7 +181,9 @@ def _check_runs(file: Path, graph: ir.Model, feeds: Mapping[str, np.ndarray]) ->
     for value in graph.graph.outputs:
         found = outputs.get(str(value.name))
         if found is None or (value.shape is not None and len(value.shape) != found.ndim):
-            raise ModelError(f"output {value.name!r} came out as {'nothing' if found is None else list(found.shape)}")
+            raise ModelError(
+                f"output {value.name!r} came out as {'nothing' if found is None else list(found.shape)}"
+            )
 
 
 def _move(written: Sequence[Path], place: Path) -> list[Path]:

@@ -11,7 +11,10 @@ from optkit.cli.terminal import Terminal, command
 
 app = typer.Typer(rich_markup_mode=None)
 
-_Name = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a .yaml file.", show_default=False)]
+_Name = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a .yaml file.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -32,7 +35,9 @@ def list_(terminal: Terminal, json: options.Json = False) -> int:
     if json:
         terminal.json([{"name": name, "description": r.description} for name, r in recipes.items()])
     else:
-        terminal.result(table(("Recipe", "What it does"), [(name, r.description) for name, r in recipes.items()]))
+        terminal.result(
+            table(("Recipe", "What it does"), [(name, r.description) for name, r in recipes.items()])
+        )
     return 0
 
 
@@ -68,7 +73,9 @@ def check(terminal: Terminal, recipe: _Name, sets: options.Set = None, json: opt
     if json:
         terminal.json({"recipe": recipe, "valid": True, "digest": found.digest})
     else:
-        steps = ", ".join(p.name for p in found.passes) or f"one of {', '.join(found.candidates) or 'nothing'}"
+        steps = (
+            ", ".join(p.name for p in found.passes) or f"one of {', '.join(found.candidates) or 'nothing'}"
+        )
         terminal.result(f"{recipe}: valid: {steps}")
     return 0
 

@@ -20,7 +20,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_edge=False,
+        pad_edge=False,
+    )
     for column in columns:
         right = column.startswith(">")
         made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
@@ -59,13 +66,36 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
         rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
     rows.append(("Formats", sentences.formats(report)))
     if kept := sentences.kept_float(report):
-        rows.append(("In float", (f"{len(kept)} of {len(report.layers)} layers, because quantizing them hurts most: {_some(kept)}",)))
+        rows.append(
+            (
+                "In float",
+                (
+                    f"{len(kept)} of {len(report.layers)} layers, because quantizing them hurts most: {_some(kept)}",
+                ),
+            )
+        )
     if manifest.data is not None:
-        drawn = "; drawn at random: nothing that was measured on them says how good the model is" if manifest.data.random else ""
-        rows.append(("Data", (f"{sentences.count(manifest.data.batches, 'calibration batch')}{drawn}".replace("batchs", "batches"),)))
+        drawn = (
+            "; drawn at random: nothing that was measured on them says how good the model is"
+            if manifest.data.random
+            else ""
+        )
+        rows.append(("Data", (f"{sentences.count(manifest.data.batches, 'calibration batch')}{drawn}",)))
     spent = report.resources
-    rows.append(("Cost", (f"{spent.cpu_seconds:.1f} CPU-seconds, {spent.wall_seconds:.1f} s, peak memory {sentences.megabytes(spent.peak_rss_bytes)}",)))
-    for name, lines in (("Notes", manifest.notes), ("Missed", report.missed), ("Undecided", report.inconclusive), ("Advice", report.advice)):
+    rows.append(
+        (
+            "Cost",
+            (
+                f"{spent.cpu_seconds:.1f} CPU-seconds, {spent.wall_seconds:.1f} s, peak memory {sentences.megabytes(spent.peak_rss_bytes)}",
+            ),
+        )
+    )
+    for name, lines in (
+        ("Notes", manifest.notes),
+        ("Missed", report.missed),
+        ("Undecided", report.inconclusive),
+        ("Advice", report.advice),
+    ):
         if lines:
             rows.append((name, lines))
     parts: list[str | Table] = [sentences.headline(report), ""]
@@ -77,20 +107,21 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
 def candidates(report: Report) -> Table:
     """Everything that was tried, the artifact first."""
     order = sorted(report.candidates, key=lambda c: (c.verdict != sentences.SHIPPED, -(c.speedup or 0)))
-    judged = next((c for c in order if c.metric is not None), None)
-    name = report.manifest.accuracy.metric if report.manifest.accuracy and judged else "to reference"
+    judged = any(c.metric is not None for c in order)
+    accuracy = report.manifest.accuracy
+    name = (f">{accuracy.metric if accuracy is not None else 'metric'}", ">Drop") if judged else (">Cosine",)
     rows = [
         (
             c.name,
             "" if c.speedup is None else f"{c.speedup:.2f}x",
             "" if c.bytes is None else sentences.megabytes(c.bytes),
-            sentences.metric(c),
+            *sentences.metric(c)[: 2 if judged else 1],
             c.verdict,
             c.reason,
         )
         for c in order
     ]
-    return table(("Candidate", ">Speed-up", ">Size", name, "Verdict", "Why"), rows)
+    return table(("Candidate", ">Speed-up", ">Size", *name, "Verdict", "Why"), rows)
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

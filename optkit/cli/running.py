@@ -96,7 +96,8 @@ def shaped(loaded: Loaded, shapes: Sequence[str]) -> tuple[str, ...]:
             raise UnknownNameError("input", name, inputs, where="--shape")
         old = inputs[name].shape
         if old is not None and (
-            len(old) != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(old, shape, strict=True))
+            len(old) != len(shape)
+            or any(isinstance(d, int) and d != n for d, n in zip(old, shape, strict=True))
         ):
             raise UsageError(f"--shape {text!r}: the model takes {name}{list(map(str, old))}")
         for d, n in zip(old or (), shape, strict=False):
@@ -106,7 +107,9 @@ def shaped(loaded: Loaded, shapes: Sequence[str]) -> tuple[str, ...]:
     if shapes:
         for value in inputs.values():
             if value.shape is not None:
-                value.shape = ir.Shape(d if isinstance(d, int) else sizes.get(d.value or "", d) for d in value.shape)
+                value.shape = ir.Shape(
+                    d if isinstance(d, int) else sizes.get(d.value or "", d) for d in value.shape
+                )
         for value in (*(o for node in loaded.model.graph for o in node.outputs), *loaded.model.graph.outputs):
             if value.shape is not None and not value.shape.is_static():
                 value.shape = None
@@ -130,7 +133,9 @@ def feeds(
         data = CalibrationData.load(calib, loaded.model)
         batches = list(itertools.islice(data, most))
         return batches, f"{len(batches)} batches of {data.name}"
-    first = {v.shape[0].value for v in loaded.model.graph.inputs if v.shape and not isinstance(v.shape[0], int)}
+    first = {
+        v.shape[0].value for v in loaded.model.graph.inputs if v.shape and not isinstance(v.shape[0], int)
+    }
     free = shaped(loaded, shapes)
     sizes: Mapping[str, int] = {axis: batch if axis in first else 1 for axis in free}
     data = CalibrationData.random_batches(loaded.model, most, sizes=sizes)

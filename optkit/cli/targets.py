@@ -35,5 +35,7 @@ def targets(terminal: Terminal, json: options.Json = False) -> int:
         (t.name, t.vendor, t.arch, ", ".join(t.backends), ", ".join(sorted(t.formats)), "yes" if t.runs_here else "no", t.source)
         for t in TARGETS.values()
     ]  # fmt: skip
-    terminal.result(table(("Target", "Vendor", "Architecture", "Backends", "Formats", "Runs here", "Figures"), rows))
+    terminal.result(
+        table(("Target", "Vendor", "Architecture", "Backends", "Formats", "Runs here", "Figures"), rows)
+    )
     return 0

@@ -186,10 +186,12 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
     signature = inspect.signature(function, eval_str=True)
     own = [p for name, p in signature.parameters.items() if name != "terminal"]
     common = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=0 if n == "verbose" else False, annotation=a)
+        inspect.Parameter(
+            n, inspect.Parameter.KEYWORD_ONLY, default=0 if n == "verbose" else False, annotation=a
+        )
         for n, a in _COMMON.items()
     ]
     run.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*own, *common)}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
