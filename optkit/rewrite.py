@@ -8,6 +8,7 @@ A pattern is an ordinary function that writes the expression to look for:
 Every parameter but the first is a variable that binds one value; using a variable twice asks for the same value twice.
 A number in the place of an input asks for a constant scalar of that value. Keyword arguments ask for attributes.
 ``None`` asks for an input that is absent. The operands of commutative operators match in either order.
+``op.any(a, b)`` matches what one of several expressions matches, the first that does.
 """
 
 from __future__ import annotations
@@ -85,7 +86,14 @@ class _Expr:
         self.op_type, self.inputs, self.attributes = op_type, tuple(inputs), dict(attributes)
 
 
+class _Either:
+    def __init__(self, *patterns: Any) -> None:
+        self.patterns = patterns
+
+
 class _PatternBuilder:
+    any = _Either
+
     def __getattr__(self, op_type: str) -> Callable[..., _Expr]:
         return lambda *inputs, **attributes: _Expr(op_type, inputs, attributes)
 
@@ -205,13 +213,23 @@ class Rule:
         name: str,
     ) -> None:
         names = list(inspect.signature(pattern).parameters)[1:]
-        self.expression: _Expr = pattern(_PatternBuilder(), *(_Var(n) for n in names))
+        self.expression: _Expr | _Either = pattern(_PatternBuilder(), *(_Var(n) for n in names))
         self.rewrite, self.check, self.name = rewrite, check, name
 
+        self.roots = frozenset(expression.op_type for expression in self.alternatives)
+
     @property
-    def root(self) -> str:
-        """Operator type of the pattern's last node."""
-        return self.expression.op_type
+    def alternatives(self) -> tuple[_Expr, ...]:
+        """The expressions that the root may be."""
+        return tuple(_alternatives(self.expression))
+
+
+def _alternatives(pattern: _Expr | _Either) -> Iterator[_Expr]:
+    if isinstance(pattern, _Expr):
+        yield pattern
+    else:
+        for part in pattern.patterns:
+            yield from _alternatives(part)
 
 
 @dataclass(slots=True)
@@ -240,6 +258,9 @@ def _match_value(pattern: Any, value: ir.Value | None, state: _State, trail: _Tr
             yield state
         else:
             trail.miss(depth, f"{pattern.name} would be two different values")
+    elif isinstance(pattern, _Either):
+        for part in pattern.patterns:
+            yield from _match_value(part, value, state, trail)
     elif pattern is None:
         if value is None:
             yield state
@@ -247,7 +268,7 @@ def _match_value(pattern: Any, value: ir.Value | None, state: _State, trail: _Tr
             trail.miss(depth, f"{value.name} should be absent")
     elif isinstance(pattern, int | float):
         found = scalar(value)
-        if found is not None and math.isclose(found, pattern, rel_tol=1e-4, abs_tol=1e-7):
+        if found is not None and math.isclose(found, pattern, rel_tol=_tolerance(value), abs_tol=1e-7):
             yield state
         else:
             shown = "not a constant scalar" if found is None else f"{found:.6g}"
@@ -263,6 +284,12 @@ def _match_value(pattern: Any, value: ir.Value | None, state: _State, trail: _Tr
             trail.miss(depth, f"{value.name} is not the first output of {describe(node)}")
         else:
             yield from _match_node(pattern, node, state, trail)
+
+
+def _tolerance(value: ir.Value | None) -> float:
+    # Half precision rounds by up to 2**-11; others were typed with five digits or more.
+    half = value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return 5e-4 if half else 2e-5
 
 
 def _same_scalar(a: ir.Value | None, b: ir.Value | None) -> bool:
@@ -321,7 +348,7 @@ def _private(state: _State, root: ir.Node, trail: _Trail) -> bool:
 
 
 def _find(rule: Rule, root: ir.Node, trail: _Trail) -> tuple[dict[str, Any], _State] | None:
-    for state in _match_node(rule.expression, root, _State(), trail):
+    for state in (s for e in rule.alternatives for s in _match_node(e, root, _State(), trail)):
         if not _private(state, root, trail):
             continue
         bound: dict[str, Any] = {"root": root, **state.bound}
@@ -348,7 +375,7 @@ def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
                 if node.graph is not graph:  # removed by an earlier replacement
                     continue
                 for rule in rules:
-                    if rule.root == node.op_type and (found := _find(rule, node, _Trail())):
+                    if node.op_type in rule.roots and (found := _find(rule, node, _Trail())):
                         bound, state = found
                         _replace(rule, node, bound, state, names)
                         changes.append(Change(rule=rule.name, node=label(node)))
@@ -419,7 +446,7 @@ def explain(rules: Sequence[Rule], model: ir.Model) -> list[NearMiss]:
     for graph in graphs(model):
         for node in graph:
             for rule in rules:
-                if rule.root != node.op_type:
+                if node.op_type not in rule.roots:
                     continue
                 trail = _Trail()
                 if _find(rule, node, trail) is None and trail.depth >= 2:
