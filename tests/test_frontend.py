@@ -545,6 +545,7 @@ def test_a_model_that_cannot_run_on_random_inputs_is_noted_as_not_compared():
                 opset=17,
                 inputs="float[3, 4] x, float[2] s",
                 outputs="float[a, b] y",
+                head="<int64[1] five = {5}>",
             )
         )
     ).notes
