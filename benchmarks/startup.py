@@ -25,7 +25,7 @@ from optkit.benchmarks.machine import processor, versions
 _COMMANDS = {
     "python": ["-c", "pass"],
     "import optkit": ["-c", "import optkit"],
-    "optkit --help": ["-m", "optkit.cli", "--help"],
+    "optkit --help": ["-m", "optkit", "--help"],
     "import numpy": ["-c", "import numpy"],
     "import onnxruntime": ["-c", "import onnxruntime"],
 }
