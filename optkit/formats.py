@@ -45,7 +45,7 @@ FORMATS: dict[str, Format] = {
 }
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "w8a16", "w4a16", "w4a8", "nvfp4", "mxfp4", "mxfp8")
-_SUFFIX = re.compile(r"-(g\d+|sym|asym|dyn|pc|pt)$")
+_SUFFIX = re.compile(r"-(g[1-9]\d*|sym|asym|dyn)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,9 @@ class Precision:
         rest = {"w8a8": "int8", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(rest, rest)
         if rest not in PRECISIONS:
             raise UnknownNameError("precision", text, PRECISIONS)
-        if len(suffixes) != len(set(suffixes)) or {"sym", "asym"} <= set(suffixes):
+        # Of each kind one: a group size, sym or asym, dyn.
+        kinds = [s[0] if s[0] in "gd" else "sym" for s in suffixes]
+        if len(kinds) != len(set(kinds)):
             raise UsageError(f"precision {text!r}: the suffixes contradict each other")
         group = next((int(s[1:]) for s in suffixes if s[0] == "g"), None)
         symmetric = True if "sym" in suffixes else False if "asym" in suffixes else None

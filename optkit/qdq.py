@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from optkit.formats import Format
-from optkit.graph import initializer, users
+from optkit.graph import users
+from optkit.rewrite import Names, register
 
 # Rows of a weight that are in float64 or int8 at a time while it is quantized: bounds the temporary memory.
 _BLOCK = 1 << 22
+# Ranges end here, so that the ends of the grid, which may lie half a step further out, are finite too: masks are
+# often the largest float32.
+_LARGEST = float(np.finfo(np.float32).max) * 255 / 256
 
 
 def scale_zero(
@@ -21,24 +26,24 @@ def scale_zero(
 
     ``scale = (high - low) / steps`` and ``zero = round(fmt.low - low / scale)``; for symmetric formats
     ``scale = max(|low|, |high|) / fmt.high`` and ``zero = 0`` (Jacob et al. 2018, arXiv:1712.05877, eq. 1, with rounding
-    to even). A range of one point gets scale 1.
+    to even). A range of one point gets scale 1. A scale is never below the smallest normal float32.
 
     Args:
-        low: Smallest values, ``[]`` or ``[C]``.
+        low: Smallest values, ``[]`` or ``[C]``; finite.
         high: Largest values, same shape.
 
     Returns:
         ``scale`` (float32) and ``zero`` (storage type of ``fmt``), both shaped like ``low``.
     """
-    low, high = np.minimum(np.asarray(low, np.float64), 0.0), np.maximum(np.asarray(high, np.float64), 0.0)
+    low = np.clip(np.asarray(low, np.float64), -_LARGEST, 0.0)
+    high = np.clip(np.asarray(high, np.float64), 0.0, _LARGEST)
+    wide = np.maximum(-low, high) if fmt.symmetric else high - low
+    scale = np.maximum(wide / (fmt.high if fmt.symmetric else fmt.steps), float(np.finfo(np.float32).tiny))
+    scale = np.where(wide > 0, scale, 1.0).astype(np.float32)
     if fmt.symmetric:
-        scale = np.maximum(-low, high) / fmt.high
-        scale = np.asarray(np.where(scale > 0, scale, 1.0), np.float32)
         return scale, np.zeros(scale.shape, fmt.dtype.numpy())
-    scale = (high - low) / fmt.steps
-    scale = np.where(scale > 0, scale, 1.0)
-    zero = np.clip(np.round(fmt.low - low / scale), fmt.low, fmt.high)
-    return np.asarray(scale, np.float32), np.asarray(zero, fmt.dtype.numpy())
+    zero = np.clip(np.round(fmt.low - low / scale.astype(np.float64)), fmt.low, fmt.high)
+    return scale, np.asarray(zero, fmt.dtype.numpy())
 
 
 def _along(vector: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
@@ -60,14 +65,15 @@ def quantize(
         zero: Same shape as ``scale``.
     """
     steps = np.round(x / _along(scale, axis, x.ndim)) + _along(zero, axis, x.ndim).astype(np.float32)
-    return np.clip(steps, fmt.low, fmt.high).astype(fmt.dtype.numpy())
+    stored: np.ndarray = np.clip(steps, fmt.low, fmt.high).astype(fmt.dtype.numpy())
+    return stored
 
 
 def dequantize(q: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int | None = None) -> np.ndarray:
     """``(q - zero) * scale`` in float32, as in ONNX DequantizeLinear."""
-    return (q.astype(np.float32) - _along(zero, axis, q.ndim).astype(np.float32)) * _along(
-        scale, axis, q.ndim
-    )
+    steps = q.astype(np.float32) - _along(zero, axis, q.ndim).astype(np.float32)
+    x: np.ndarray = steps * _along(scale, axis, q.ndim)
+    return x
 
 
 def _blocks(array: np.ndarray) -> Iterable[slice]:
@@ -77,9 +83,13 @@ def _blocks(array: np.ndarray) -> Iterable[slice]:
 
 
 def weight_range(weight: np.ndarray, axis: int | None) -> np.ndarray:
-    """``max |w|`` of a tensor (``[]``) or of each channel along ``axis`` (``[C]``), a block of rows at a time."""
+    """``max |w|`` of a tensor (``[]``) or of each channel along ``axis`` (``[C]``), a block of rows at a time.
+
+    Infinite where a weight is infinite, NaN where one is NaN.
+    """
     if weight.size == 0 or weight.ndim == 0:
-        return np.abs(np.asarray(weight, np.float32)).max(initial=0.0)
+        shape = () if axis is None or weight.ndim == 0 else (weight.shape[axis],)
+        return np.full(shape, np.abs(np.asarray(weight, np.float32)).max(initial=0.0), np.float32)
     others = tuple(i for i in range(weight.ndim) if i != axis)
     parts = [
         np.abs(np.asarray(weight[block], np.float32)).max(axis=None if axis is None else others)
@@ -87,7 +97,7 @@ def weight_range(weight: np.ndarray, axis: int | None) -> np.ndarray:
     ]
     if axis == 0:
         return np.concatenate(parts)
-    return np.max(np.stack(parts), axis=0)
+    return np.asarray(np.max(np.stack(parts), axis=0))
 
 
 def quantized_tensor(
@@ -95,7 +105,7 @@ def quantized_tensor(
 ) -> ir.TensorProtocol:
     """``source`` on the grid of ``fmt``, computed when it is written and not kept: one weight is in memory at a time."""
 
-    def compute() -> ir.Tensor:
+    def compute() -> ir.Tensor[np.ndarray]:
         weight = source.numpy()
         if weight.ndim == 0:
             return ir.Tensor(quantize(np.asarray(weight, np.float32), scale, zero, fmt), dtype=fmt.dtype)
@@ -105,28 +115,45 @@ def quantized_tensor(
             out[block] = quantize(np.asarray(weight[block], np.float32), *part, fmt, axis)
         return ir.Tensor(out, dtype=fmt.dtype)
 
-    return ir.LazyTensor(compute, dtype=fmt.dtype, shape=ir.Shape(source.shape), name=name)
+    return ir.LazyTensor(compute, dtype=fmt.dtype, shape=ir.Shape(source.shape.numpy()), name=name)
 
 
-def dequantize_constant(
-    node: ir.Node,
-    index: int,
-    tensor: ir.TensorProtocol,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Integers in the graph, with what turns them into floats."""
+
+    integers: ir.Value
+    scale: ir.Value
+    zero: ir.Value
+    axis: int | None
+
+
+def store(
+    graph: ir.Graph,
+    name: str,
+    integers: np.ndarray | ir.TensorProtocol,
     scale: np.ndarray,
     zero: np.ndarray,
     axis: int | None,
-    name: str,
-) -> None:
-    """Let input ``index`` of ``node`` read ``tensor`` (integers) through a DequantizeLinear in front of ``node``."""
-    graph = node.graph
-    assert graph is not None and node.inputs[index] is not None
+    names: Names,
+) -> Stored:
+    """Add a quantized constant to ``graph``: ``<name>/q``, ``<name>/scale`` and ``<name>/zero``."""
+    parts = ((integers, "q"), (scale, "scale"), (zero, "zero"))
+    q, s, z = (register(graph, names.new(f"{name}/{end}"), part) for part, end in parts)
+    return Stored(integers=q, scale=s, zero=z, axis=axis if scale.ndim else None)
+
+
+def dequantize_constant(node: ir.Node, index: int, stored: Stored, name: str, names: Names) -> None:
+    """Let input ``index`` of ``node`` read ``stored`` through a DequantizeLinear in front of ``node``."""
     old = node.inputs[index]
     assert old is not None
-    q = initializer(graph, f"{name}/q", tensor)
-    s, z = initializer(graph, f"{name}/scale", scale), initializer(graph, f"{name}/zero", zero)
-    attributes = {"axis": axis} if axis is not None and scale.ndim else {}
-    dq = ir.node("DequantizeLinear", [q, s, z], attributes=attributes, name=f"{name}/DequantizeLinear")
-    _typed(dq.outputs[0], f"{name}/dq", ir.DataType.FLOAT, old.shape)
+    attributes = {} if stored.axis is None else {"axis": stored.axis}
+    inputs = [stored.integers, stored.scale, stored.zero]
+    dq = ir.node(
+        "DequantizeLinear", inputs, attributes=attributes, name=names.new(f"{name}/DequantizeLinear")
+    )
+    _typed(dq.outputs[0], names.new(f"{name}/dq"), ir.DataType.FLOAT, stored.integers.shape)
+    dq.metadata_props.update(node.metadata_props)
     node.prepend(dq)
     node.replace_input_with(index, dq.outputs[0])
 
@@ -139,6 +166,7 @@ def insert_pair(
     fmt: Format,
     *,
     outputs: bool,
+    names: Names,
 ) -> None:
     """Put Quantize and Dequantize behind ``value``; ``readers`` (node, input index) read the result.
 
@@ -152,13 +180,17 @@ def insert_pair(
     assert isinstance(graph, ir.Graph)
     is_output = outputs and value.is_graph_output()
     if is_output:
-        value.name = f"{name}/float"
-    s, z = initializer(graph, f"{name}/scale", scale), initializer(graph, f"{name}/zero", zero)
-    q = ir.node("QuantizeLinear", [value, s, z], name=f"{name}/QuantizeLinear")
-    dq = ir.node("DequantizeLinear", [q.outputs[0], s, z], name=f"{name}/DequantizeLinear")
-    _typed(q.outputs[0], f"{name}/quantized", fmt.dtype, value.shape)
-    _typed(dq.outputs[0], name if is_output else f"{name}/dequantized", ir.DataType.FLOAT, value.shape)
+        value.name = names.new(f"{name}/float")
+    s = register(graph, names.new(f"{name}/scale"), scale)
+    z = register(graph, names.new(f"{name}/zero"), zero)
+    q = ir.node("QuantizeLinear", [value, s, z], name=names.new(f"{name}/QuantizeLinear"))
+    dq = ir.node("DequantizeLinear", [q.outputs[0], s, z], name=names.new(f"{name}/DequantizeLinear"))
+    _typed(q.outputs[0], names.new(f"{name}/quantized"), fmt.dtype, value.shape)
+    after = name if is_output else names.new(f"{name}/dequantized")
+    _typed(dq.outputs[0], after, ir.DataType.FLOAT, value.shape)
     if producer is not None:
+        for node in (q, dq):
+            node.metadata_props.update(producer.metadata_props)
         producer.append([q, dq])
     else:
         graph.insert_before(graph[0], [q, dq])

@@ -116,13 +116,13 @@ def choose(
         work.judge(one, recipe.limits)
         reasons = shortfalls(one, recipe, strict=strict)
         if not reasons:
-            if best is None or _loss(one) < _loss(best):
-                one, best = best, one
-            if one is not None:
-                assert best is not None
-                tried[one.name] = _record(
-                    one.name, one, "less accurate", f"{best.name} is as fast and loses less"
-                )
+            if best is None:
+                best = one
+                continue
+            best, worse = (one, best) if _loss(one) < _loss(best) else (best, one)
+            tried[worse.name] = _record(
+                worse.name, worse, "less accurate", f"{best.name} is as fast and loses less"
+            )
             continue
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))

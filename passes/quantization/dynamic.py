@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -9,11 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.formats import FORMATS
-from optkit.graph import constant, drop_unused_initializers, graphs, initializer, rank, users
+from optkit.graph import attribute, constant, describe, drop_unused_initializers, graphs, rank, users
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.plan import selects
-from optkit.qdq import quantized_tensor, scale_zero, weight_range
-from optkit.rewrite import Change, substitute
+from optkit.qdq import Stored, quantized_tensor, scale_zero, store, weight_range
+from optkit.rewrite import Change, Names, substitute
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = FORMATS["s8"]
 
 
 class QuantizeDynamic(GraphPass):
@@ -40,30 +45,27 @@ class QuantizeDynamic(GraphPass):
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Replace every suitable MatMul and Gemm."""
         changes: list[Change] = []
+        weights = _Weights(Names(model))
         for graph in graphs(model):
             quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
             for node in tuple(graph):
-                if node.op_type in ("MatMul", "Gemm") and node.domain == "" and self._suits(node):
-                    _replace(node, quantized)
-                    changes.append(
-                        Change(
-                            rule=self.name, node=str(node.name), detail=f"{node.op_type} to s8 x dynamic u8"
-                        )
-                    )
-        drop_unused_initializers(model)
+                if node.op_type not in ("MatMul", "Gemm") or node.domain != "" or not self._suits(node):
+                    continue
+                if not weights.finite(node):
+                    logger.warning("%s stays in float: its weights are infinite or NaN", describe(node))
+                    continue
+                _replace(node, quantized, weights)
+                detail = f"{node.op_type} to s8 x dynamic u8"
+                changes.append(Change(rule=self.name, node=str(node.name), detail=detail))
+        if changes:
+            drop_unused_initializers(model)
         return changes
 
     def _suits(self, node: ir.Node) -> bool:
         x, weight = node.inputs[0], node.inputs[1]
-        if (
-            weight is None
-            or x is None
-            or not weight.is_initializer()
-            or constant(weight) is None
-            or rank(weight) != 2
-        ):
+        if weight is None or x is None or not weight.is_initializer() or constant(weight) is None:
             return False
-        if weight.dtype != ir.DataType.FLOAT or x.dtype not in (ir.DataType.FLOAT, None):
+        if weight.dtype != ir.DataType.FLOAT or rank(weight) != 2 or x.dtype not in (ir.DataType.FLOAT, None):
             return False
         assert weight.const_value is not None
         if (
@@ -74,85 +76,96 @@ class QuantizeDynamic(GraphPass):
             return False
         if node.op_type == "MatMul":
             return True
-        plain = (
-            node.attributes.get_float("alpha", 1.0) == 1.0 and node.attributes.get_float("beta", 1.0) == 1.0
-        )
-        return plain and not node.attributes.get_int("transA", 0)
+        plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+        return plain and not attribute(node, "transA", 0)
 
 
-def _replace(node: ir.Node, quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]) -> None:
-    x, weight, graph = node.inputs[0], node.inputs[1], node.graph
-    assert (
-        x is not None
-        and weight is not None
-        and weight.const_value is not None
-        and isinstance(graph, ir.Graph)
+def _transposed(node: ir.Node) -> bool:
+    return node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+
+
+class _Weights:
+    """Weights on their way to integers, ``[in, out]``; what several nodes read alike is stored once."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self._ranges: dict[tuple[ir.Value, int], np.ndarray] = {}
+        self._stored: dict[tuple[ir.Value, int], Stored] = {}
+
+    def _range(self, node: ir.Node) -> tuple[ir.Value, int, np.ndarray]:
+        weight, axis = node.inputs[1], 0 if _transposed(node) else 1
+        assert weight is not None
+        assert weight.const_value is not None
+        if (weight, axis) not in self._ranges:
+            self._ranges[weight, axis] = weight_range(weight.const_value.numpy(), axis)
+        return weight, axis, self._ranges[weight, axis]
+
+    def finite(self, node: ir.Node) -> bool:
+        """Whether all weights are numbers."""
+        return bool(np.isfinite(self._range(node)[2]).all())
+
+    def stored(self, node: ir.Node) -> Stored:
+        """The integers that ``node`` multiplies with, in the graph that holds its weights."""
+        weight, axis, top = self._range(node)
+        if (weight, axis) not in self._stored:
+            assert weight.const_value is not None
+            assert isinstance(weight.graph, ir.Graph)
+            scale, zero = scale_zero(-top, top, _FORMAT)
+            tensor = quantized_tensor(weight.const_value, scale, zero, _FORMAT, axis, str(weight.name))
+            if axis == 0:
+                tensor = _turned(tensor)
+            self._stored[weight, axis] = store(
+                weight.graph, str(weight.name), tensor, scale, zero, 1, self.names
+            )
+        return self._stored[weight, axis]
+
+
+def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    def compute() -> ir.Tensor[np.ndarray]:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype)
+
+    return ir.LazyTensor(
+        compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()[::-1]), name=tensor.name
     )
-    fmt, out, name = FORMATS["s8"], node.outputs[0], str(node.name)
-    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
-    axis = 0 if transposed else 1
-    top = weight_range(weight.const_value.numpy(), axis)
-    scale, zero = scale_zero(-top, top, fmt)
-    tensor: ir.TensorProtocol = quantized_tensor(
-        weight.const_value, scale, zero, fmt, axis, f"{weight.name}/q"
-    )
-    if transposed:
-        tensor = _transposed(tensor)
-    q_w, z_w, s_w = (
-        initializer(graph, f"{name}/weight/{n}", t)
-        for n, t in (("q", tensor), ("zero", zero), ("scale", scale))
-    )
+
+
+def _replace(
+    node: ir.Node, quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]], weights: _Weights
+) -> None:
+    x, graph = node.inputs[0], node.graph
+    assert x is not None
+    assert isinstance(graph, ir.Graph)
+    out, name, names = node.outputs[0], str(node.name), weights.names
+    w = weights.stored(node)
     if x not in quantized:
-        dql = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}/DynamicQuantizeLinear")
-        for value, end, dtype in zip(
-            dql.outputs,
-            ("q", "scale", "zero"),
-            (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8),
-            strict=True,
-        ):
-            value.name, value.type = f"{x.name}/dynamic/{end}", ir.TensorType(dtype)
+        made = ir.node(
+            "DynamicQuantizeLinear", [x], num_outputs=3, name=names.new(f"{x.name}/DynamicQuantizeLinear")
+        )
+        kinds = (("q", ir.DataType.UINT8), ("scale", ir.DataType.FLOAT), ("zero", ir.DataType.UINT8))
+        for value, (end, dtype) in zip(made.outputs, kinds, strict=True):
+            value.name, value.type = names.new(f"{x.name}/dynamic/{end}"), ir.TensorType(dtype)
             value.shape = x.shape if end == "q" else ir.Shape(())
-        node.prepend(dql)
-        quantized[x] = (dql.outputs[0], dql.outputs[1], dql.outputs[2])
+        node.prepend(made)
+        quantized[x] = (made.outputs[0], made.outputs[1], made.outputs[2])
     q_x, s_x, z_x = quantized[x]
-    new: list[ir.Node] = []
 
     def make(
         op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: ir.Shape | None, **attributes: int
     ) -> ir.Value:
-        made = ir.node(
-            op,
-            inputs,
-            attributes=attributes,
-            name=f"{name}/{op}" if op != "Mul" else f"{name}/Mul_{len(new)}",
-        )
-        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = (
-            made.name,
-            ir.TensorType(dtype),
-            shape,
-        )
+        made = ir.node(op, inputs, attributes=attributes, name=names.new(f"{name}/{op}"))
+        value = made.outputs[0]
+        value.name, value.type, value.shape = made.name, ir.TensorType(dtype), shape
         made.metadata_props.update(node.metadata_props)
-        new.append(made)
-        return made.outputs[0]
+        node.prepend(made)
+        return value
 
-    product = make("MatMulInteger", [q_x, q_w, z_x, z_w], ir.DataType.INT32, out.shape)
+    product = make("MatMulInteger", [q_x, w.integers, z_x, w.zero], ir.DataType.INT32, out.shape)
     real = make("Cast", [product], ir.DataType.FLOAT, out.shape, to=int(ir.DataType.FLOAT))
-    factor = make("Mul", [s_x, s_w], ir.DataType.FLOAT, ir.Shape(scale.shape))
+    factor = make("Mul", [s_x, w.scale], ir.DataType.FLOAT, w.scale.shape)
     result = make("Mul", [real, factor], ir.DataType.FLOAT, out.shape)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         result = make("Add", [result, bias], ir.DataType.FLOAT, out.shape)
-    node.prepend(new)
     substitute(out, result)
     assert not users(out)
     graph.remove(node, safe=True)
-
-
-def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    shape = ir.Shape(tuple(tensor.shape)[::-1])
-    return ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T)),
-        dtype=tensor.dtype,
-        shape=shape,
-        name=tensor.name,
-    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import onnx_ir as ir
 
-from optkit.graph import constant, rank, users
+from optkit.graph import attribute, constant, rank, users
 from optkit.ops import spec
 from optkit.placement import Placement, Row
 from optkit.qdq import is_quantized
@@ -23,13 +24,20 @@ class Plan:
         nodes: Quantized nodes with their rows, in graph order.
         pairs: Values that get a pair, with the value whose range they take (themselves, or where the grid came from).
         owners: Values of ``pairs`` whose every reader reads the integers, because an integer kernel gives no float.
+        ends: For compute nodes, the value behind them and behind the activation that their kernel absorbs.
         left: ``(node, reason)`` for nodes that have a row but stay as they are.
     """
 
     nodes: dict[ir.Node, Row] = field(default_factory=dict)
+    ends: dict[ir.Node, ir.Value] = field(default_factory=dict)
     pairs: dict[ir.Value, ir.Value] = field(default_factory=dict)
     owners: set[ir.Value] = field(default_factory=set)
     left: list[tuple[str, str]] = field(default_factory=list)
+
+    def around(self, node: ir.Node) -> list[ir.Value]:
+        """The values of ``pairs`` that ``node`` reads or makes."""
+        made = [self.ends[node]] if node in self.ends else []
+        return [v for v in (*node.inputs, *node.outputs, *made) if v is not None and v in self.pairs]
 
 
 def selects(patterns: Sequence[str], node: ir.Node) -> bool:
@@ -44,28 +52,41 @@ def selects(patterns: Sequence[str], node: ir.Node) -> bool:
     return False
 
 
-def make_plan(graph: ir.Graph, placement: Placement, targets: Sequence[str], ignore: Sequence[str]) -> Plan:
+def make_plan(
+    graph: ir.Graph,
+    placement: Placement,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    unfit: Mapping[ir.Node, str] = MappingProxyType({}),
+) -> Plan:
     """Choose nodes and values.
 
     Compute nodes with constant float32 weights are taken first; then operators between them whose inputs all lie on a
     grid already. A value gets a pair when a taken node reads it or its producer's kernel gives integers only.
+
+    Args:
+        unfit: Nodes that stay in float, each with the reason.
     """
     plan = Plan()
-    ends: dict[ir.Node, ir.Value] = {}
     for node in graph:
         row = placement.rows.get(node.op_type) if node.domain == "" else None
         if row is None or row.role != "compute":
             continue
-        reason = _obstacle(node, row, targets, ignore)
+        reason = unfit.get(node) or _obstacle(node, row, targets, ignore)
         if reason is not None:
             plan.left.append((str(node.name), reason))
             continue
         plan.nodes[node] = row
-        ends[node] = _end(node, row)
+        plan.ends[node] = _end(node, row)
     if not plan.nodes:
         return plan
-    grid: dict[ir.Value, ir.Value] = {ends[n]: ends[n] for n, row in plan.nodes.items() if row.output}
-    _spread(graph, placement, targets, ignore, plan, grid)
+    grid = {plan.ends[n]: plan.ends[n] for n, row in plan.nodes.items() if row.output}
+    chosen = {
+        n
+        for n in graph
+        if n not in unfit and n.domain == "" and selects(targets, n) and not selects(ignore, n)
+    }
+    _spread(graph, placement, chosen, plan, grid)
     _prune_dangling(plan, grid)
     for node, row in plan.nodes.items():
         known = spec(node)
@@ -75,7 +96,7 @@ def make_plan(graph: ir.Graph, placement: Placement, targets: Sequence[str], ign
             if value is not None and not (index == known.weight and constant(value) is not None):
                 plan.pairs.setdefault(value, grid.get(value, value))
         if row.output:
-            end = ends.get(node, node.outputs[0])
+            end = plan.ends.get(node, node.outputs[0])
             plan.pairs.setdefault(end, grid.get(end, end))
             plan.owners.add(end)
     return plan
@@ -91,6 +112,8 @@ def _obstacle(node: ir.Node, row: Row, targets: Sequence[str], ignore: Sequence[
     weight = node.inputs[known.weight]
     if is_quantized(weight) or is_quantized(node.inputs[0]):
         return "already quantized"
+    if constant(node.inputs[0]) is not None:
+        return "its first operand is a constant"
     if weight is None or not weight.is_initializer() or constant(weight) is None:
         return "its second operand is not a constant"
     if weight.dtype != ir.DataType.FLOAT:
@@ -105,7 +128,7 @@ def _obstacle(node: ir.Node, row: Row, targets: Sequence[str], ignore: Sequence[
         node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
     ):
         return "alpha or beta is not 1"
-    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    if node.op_type == "Gemm" and attribute(node, "transA", 0):
         return "its first operand is transposed"
     return None
 
@@ -131,22 +154,15 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
 def _spread(
     graph: ir.Graph,
     placement: Placement,
-    targets: Sequence[str],
-    ignore: Sequence[str],
+    chosen: Collection[ir.Node],
     plan: Plan,
     grid: dict[ir.Value, ir.Value],
 ) -> None:
     """Take the operators between quantized ones whose float inputs are all on a grid."""
     for node in graph:
-        row = placement.rows.get(node.op_type) if node.domain == "" else None
+        row = placement.rows.get(node.op_type)
         known = spec(node)
-        if (
-            row is None
-            or row.role != "between"
-            or known is None
-            or not selects(targets, node)
-            or selects(ignore, node)
-        ):
+        if row is None or row.role != "between" or known is None or node not in chosen:
             continue
         floats = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
         if not floats or any(v not in grid for v in floats) or node.outputs[0].dtype != ir.DataType.FLOAT:

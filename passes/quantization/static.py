@@ -7,22 +7,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 from pydantic import Field
 
-from optkit.errors import PassError, UnknownNameError
-from optkit.formats import FORMATS, Format
+from optkit.errors import UnknownNameError
+from optkit.formats import FORMATS
 from optkit.graph import constant, describe, drop_unused_initializers
 from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
 from optkit.passes.quantization.observers import Method, observer
 from optkit.passes.quantization.plan import Plan, make_plan
-from optkit.qdq import dequantize_constant, insert_pair, quantized_tensor, scale_zero, weight_range
-from optkit.rewrite import Change
+from optkit.qdq import (
+    Stored,
+    dequantize_constant,
+    insert_pair,
+    quantized_tensor,
+    scale_zero,
+    store,
+    weight_range,
+)
+from optkit.rewrite import Change, Names
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from optkit.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -59,130 +66,120 @@ class QuantizeStatic(GraphPass):
         if self.placement not in context.placements:
             raise UnknownNameError("placement", self.placement, context.placements, where=self.name)
         placement = context.placements[self.placement]
-        plan = make_plan(model.graph, placement, self.targets, self.ignore)
-        for node, reason in plan.left:
-            logger.debug("%s stays in float: %s", node, reason)
-        if not plan.nodes:
-            return []
+        weights = _Weights(placement, Names(model))
+        plan, limits = self._plan(model, placement, weights, context)
+        for name, reason in plan.left:
+            logger.debug("%s stays in float: %s", name, reason)
         fmt = FORMATS[placement.activation]
-        limits = self._limits(model, plan, placement, context)
+        scales = {origin: scale_zero(*found, fmt) for origin, found in limits.items()}
         changes = []
-        scales: dict[ir.Value, tuple[np.ndarray, np.ndarray]] = {
-            v: scale_zero(*limits[v], fmt) for v in dict.fromkeys(plan.pairs.values())
-        }
-        weights: dict[tuple[ir.Value, int | None], tuple[ir.TensorProtocol, np.ndarray, np.ndarray]] = {}
-        for node in plan.nodes:
-            if plan.nodes[node].role == "compute":
-                x_scale = scales[plan.pairs[_first_input(node)]][0]
-                _quantize_weights(node, placement, x_scale, weights)
-            changes.append(
-                Change(
-                    rule=self.name,
-                    node=str(node.name),
-                    detail=f"{node.op_type} to {placement.weight} x {placement.activation}",
-                )
-            )
-        taken = set(plan.nodes)
+        for node, row in plan.nodes.items():
+            if row.role == "compute":
+                x = node.inputs[0]
+                assert x is not None
+                weights.quantize(node, scales[plan.pairs[x]][0])
+            detail = f"{node.op_type} to {placement.weight} x {placement.activation}"
+            changes.append(Change(rule=self.name, node=str(node.name), detail=detail))
         for value, origin in plan.pairs.items():
             owned = value in plan.owners
-            readers = [(u.node, u.idx) for u in value.uses() if owned or u.node in taken]
-            insert_pair(value, readers, *scales[origin], fmt, outputs=owned)
-        drop_unused_initializers(model)
+            readers = [(u.node, u.idx) for u in value.uses() if owned or u.node in plan.nodes]
+            insert_pair(value, readers, *scales[origin], fmt, outputs=owned, names=weights.names)
+        if changes:
+            drop_unused_initializers(model)
         return changes
 
-    def _limits(
-        self, model: ir.Model, plan: Plan, placement: Placement, context: Context
-    ) -> dict[ir.Value, tuple[float, float]]:
-        """The range of every grid; nodes around a value that is not finite go back to float."""
+    def _plan(
+        self, model: ir.Model, placement: Placement, weights: _Weights, context: Context
+    ) -> tuple[Plan, dict[ir.Value, tuple[float, float]]]:
+        """What to quantize, and the range of every grid; nodes around infinite or NaN numbers stay in float."""
         fmt = FORMATS[placement.activation]
         key = "min-max" if self.method == "min-max" else f"histogram {self.method} {self.percentile}"
+        unfit: dict[ir.Node, str] = {}
         while True:
-            origins = list(dict.fromkeys(plan.pairs.values()))
-            seen = observe(
-                model,
-                [str(v.name) for v in origins],
-                lambda: observer(self.method, self.percentile),
-                context,
-                key=key,
-            )
-            bad = [v for v in origins if not seen[str(v.name)].finite]
-            if not bad:
-                return {v: seen[str(v.name)].limits(fmt) for v in origins}
-            ignored = sorted(
-                {
-                    str(n.name)
-                    for n in plan.nodes
-                    if any(plan.pairs.get(v) in bad for v in (*n.inputs, *n.outputs) if v)
-                }
-            )
-            for name in ignored:
-                logger.warning("%s stays in float: infinite or NaN on the calibration data", name)
-            again = make_plan(
-                model.graph,
-                placement,
-                self.targets,
-                (*self.ignore, *(f"re:^{_escaped(n)}$" for n in ignored)),
-            )
-            if len(again.nodes) >= len(plan.nodes):
-                raise PassError(f"{self.name}: {bad[0].name} is infinite or NaN on the calibration data")
-            plan.nodes, plan.pairs, plan.owners, plan.left = (
-                again.nodes,
-                again.pairs,
-                again.owners,
-                again.left,
-            )
+            plan = make_plan(model.graph, placement, self.targets, self.ignore, unfit)
             if not plan.nodes:
-                return {}
+                return plan, {}
+            compute = [node for node, row in plan.nodes.items() if row.role == "compute"]
+            found = {n: "its weights are infinite or NaN" for n in compute if not weights.finite(n)}
+            if not found:
+                origins = list(dict.fromkeys(plan.pairs.values()))
+                names = [str(v.name) for v in origins]
+                seen = observe(model, names, lambda: observer(self.method, self.percentile), context, key=key)
+                bad = {v for v in origins if not seen[str(v.name)].finite}
+                if not bad:
+                    return plan, {v: seen[str(v.name)].limits(fmt) for v in origins}
+                found = {
+                    node: f"{value.name} is infinite or NaN on the calibration data"
+                    for node in plan.nodes
+                    for value in plan.around(node)
+                    if plan.pairs[value] in bad
+                }
+            for node, reason in found.items():
+                logger.warning("%s stays in float: %s", describe(node), reason)
+            unfit |= found
 
 
-def _escaped(name: str) -> str:
-    import re
+class _Weights:
+    """Weights and biases on their way to integers; what several nodes read alike is stored once."""
 
-    return re.escape(name)
+    def __init__(self, placement: Placement, names: Names) -> None:
+        self._fmt, self._per_channel, self.names = FORMATS[placement.weight], placement.per_channel, names
+        self._ranges: dict[tuple[ir.Value, int | None], np.ndarray] = {}
+        self._stored: dict[tuple[ir.Value, int | None, bytes], Stored] = {}
 
+    def _parts(self, node: ir.Node) -> tuple[ir.Value, int | None, np.ndarray | None]:
+        """Weight, its channel axis, and the bias."""
+        known = spec(node)
+        assert known is not None
+        assert known.weight is not None
+        assert known.channel_axis is not None
+        weight = node.inputs[known.weight]
+        assert weight is not None
+        index = known.bias
+        bias = None if index is None or index >= len(node.inputs) else constant(node.inputs[index])
+        return weight, known.channel_axis(node) if self._per_channel else None, bias
 
-def _first_input(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None, describe(node)
-    return value
+    def _range(self, weight: ir.Value, axis: int | None) -> np.ndarray:
+        assert weight.const_value is not None
+        if (weight, axis) not in self._ranges:
+            self._ranges[weight, axis] = weight_range(weight.const_value.numpy(), axis)
+        return self._ranges[weight, axis]
 
-
-def _quantize_weights(
-    node: ir.Node,
-    placement: Placement,
-    x_scale: np.ndarray,
-    done: dict[tuple[ir.Value, int | None], tuple[ir.TensorProtocol, np.ndarray, np.ndarray]],
-) -> None:
-    """Weights to integers, and the bias to int32 on the grid of the products."""
-    known = spec(node)
-    assert known is not None and known.weight is not None and known.channel_axis is not None
-    fmt: Format = FORMATS[placement.weight]
-    weight = node.inputs[known.weight]
-    assert weight is not None and weight.const_value is not None
-    axis = known.channel_axis(node) if placement.per_channel else None
-    bias = node.inputs[known.bias] if known.bias is not None and len(node.inputs) > known.bias else None
-    vector = None if bias is None else constant(bias)
-    top = weight_range(weight.const_value.numpy(), axis)
-    if vector is not None:
-        # The bias must fit into int32 on the grid scale_x * scale_w: channels whose weights are nearly 0 get a coarser grid.
-        need = np.abs(vector.astype(np.float64)) / (float(x_scale) * 2.0**30) * fmt.high
-        top = np.maximum(top, need if top.ndim else need.max(initial=0.0))
-    scale, zero = scale_zero(-top, top, fmt)
-    tensor = quantized_tensor(weight.const_value, scale, zero, fmt, axis, f"{weight.name}/q")
-    dequantize_constant(node, known.weight, tensor, scale, zero, axis, f"{node.name}/weight")
-    if vector is not None:
-        import onnx_ir as ir
-
-        b_scale = (x_scale.astype(np.float32) * scale).astype(np.float32)
-        q = np.round(vector.astype(np.float64) / b_scale).astype(np.int32)
-        b_scale = np.broadcast_to(b_scale, q.shape).copy() if axis is not None else b_scale
-        assert known.bias is not None
-        dequantize_constant(
-            node,
-            known.bias,
-            ir.Tensor(q),
-            b_scale,
-            np.zeros(b_scale.shape, np.int32),
-            0 if b_scale.ndim else None,
-            f"{node.name}/bias",
+    def finite(self, node: ir.Node) -> bool:
+        """Whether weights and bias are all numbers."""
+        weight, axis, bias = self._parts(node)
+        return bool(
+            np.isfinite(self._range(weight, axis)).all() and (bias is None or np.isfinite(bias).all())
         )
+
+    def quantize(self, node: ir.Node, x_scale: np.ndarray) -> None:
+        """Weights to integers, and the bias to int32 on the grid of the products."""
+        weight, axis, bias = self._parts(node)
+        known = spec(node)
+        assert known is not None
+        assert known.weight is not None
+        assert isinstance(node.graph, ir.Graph)
+        top = self._range(weight, axis).astype(np.float64)
+        if bias is not None:
+            # The bias must fit into int32 on the grid x_scale * w_scale: channels whose weights are nearly 0 get a
+            # coarser grid. Half of int32 is left to the products.
+            smallest = np.maximum(np.abs(bias.astype(np.float64)) / 2.0**30, np.finfo(np.float32).tiny)
+            need = smallest / float(x_scale) * self._fmt.high
+            top = np.maximum(top, need if top.ndim else need.max(initial=0.0))
+        scale, zero = scale_zero(-top, top, self._fmt)
+        key = (weight, axis, scale.tobytes())
+        if key not in self._stored:
+            assert weight.const_value is not None
+            tensor = quantized_tensor(weight.const_value, scale, zero, self._fmt, axis, str(weight.name))
+            self._stored[key] = store(node.graph, str(weight.name), tensor, scale, zero, axis, self.names)
+        dequantize_constant(node, known.weight, self._stored[key], f"{node.name}/weight", self.names)
+        if bias is not None:
+            assert known.bias is not None
+            b_scale = (x_scale * scale).astype(np.float32)
+            q = np.round(bias.astype(np.float64) / b_scale).astype(np.int32)
+            if b_scale.ndim:
+                b_scale = np.broadcast_to(b_scale, q.shape)
+            zeros = np.zeros(b_scale.shape, np.int32)
+            axis = 0 if b_scale.ndim else None
+            stored = store(node.graph, f"{node.name}/bias", q, b_scale, zeros, axis, self.names)
+            dequantize_constant(node, known.bias, stored, f"{node.name}/bias", self.names)
