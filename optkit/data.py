@@ -507,16 +507,8 @@ def load_function(reference: str) -> Callable[..., Any]:
 
 # What NumPy and zipfile raise on files that are damaged, are something else or lie about their size.
 _BROKEN = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    SyntaxError,
-    MemoryError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+    OSError, ValueError, EOFError, KeyError, SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def _read_npz(path: Path) -> Feeds:
@@ -611,6 +603,24 @@ def _cut_npz(path: Path, size: int, count: int) -> Iterator[tuple[str, Feeds]]:
                     for n, (file, h) in members.items()
                 },
             )
+
+
+# What ``trial_sizes`` gives the first axis (batch), the last, and those between.
+_TRIALS = (
+    (2, 16, 16), (1, 16, 16), (1, 64, 64), (1, 1, 1), (1, 224, 224), (1, 16, 1), (1, 256, 1), (1, 512, 1), (1, 512, 512),
+)  # fmt: skip
+
+
+def trial_sizes(inputs: Sequence[TensorSpec]) -> Iterator[dict[str, int]]:
+    """Sizes for the free axes of ``inputs``, for ``draw``: small ones that many models run with, to be tried in turn."""
+    first, last = {s.shape[0] for s in inputs if s.shape}, {s.shape[-1] for s in inputs if s.shape}
+    symbols = dict.fromkeys(d for s in inputs for d in s.shape or () if isinstance(d, str))
+    tried: list[dict[str, int]] = []
+    for batch, size, between in _TRIALS:
+        sizes = {d: batch if d in first else size if d in last else between for d in symbols}
+        if sizes not in tried:
+            tried.append(sizes)
+            yield sizes
 
 
 # The largest index drawn for an integer input: enough to vary, below most vocabularies that could not be found.

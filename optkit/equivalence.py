@@ -7,32 +7,31 @@ does not reach the caller.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optkit.data import TensorSpec, draw
+from optkit.data import draw, specs, trial_sizes
 from optkit.errors import ModelError, OptkitError
 from optkit.graph import walk, weight_bytes
 from optkit.store import detached, save
+
+logger = logging.getLogger(__name__)
 
 # Larger models are not run: the nodes that conversion touches are the same in small ones.
 _LARGEST = 1 << 30
 _SECONDS = 120
 _SPARE_MEMORY = 4 << 30
-# Sizes that free axes get, in turn, until the model runs: the first axis (batch), the last, those between.
-_SIZES = (
-    (2, 16, 16), (1, 16, 16), (1, 64, 64), (1, 1, 1), (1, 224, 224), (1, 16, 1), (1, 256, 1), (1, 512, 1), (1, 512, 512),
-)  # fmt: skip
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
@@ -76,26 +75,28 @@ def _judgement(verdict: dict[str, Any], name: str) -> str:
 
 
 def _run_child(path: Path, unsafe: bool) -> dict[str, Any]:
-    command = [sys.executable, "-c", "import sys; from optkit.equivalence import main; main(*sys.argv[1:])"]
+    # -P keeps the working directory, which may hold anything, off the child's path.
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import sys; from optkit.equivalence import main; main(*sys.argv[1:])",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    child = subprocess.Popen(
-        [*command, str(path), str(int(unsafe))],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True,
-    )  # fmt: skip
     try:
-        output, _ = child.communicate(timeout=_SECONDS)
+        done = subprocess.run(
+            [*command, str(path), str(int(unsafe))],
+            stdin=subprocess.DEVNULL, capture_output=True, env=environment, text=True, timeout=_SECONDS, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
         return {"note": f"it did not finish within {_SECONDS} seconds"}
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    except OSError as error:
+        return {"note": f"no process for ONNX Runtime could be started: {error}"}
+    logger.debug("stderr of the comparison: %s", done.stderr)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if lines and "ran" not in lines[-1]:
         return lines[-1]  # type: ignore[no-any-return]
-    how = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit code {child.returncode}"
+    how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
     if lines:
         return {"wrong": f"ONNX Runtime ran the original, and died of the converted model ({how})"}
     return {"note": f"ONNX Runtime died of the original ({how})"}
@@ -187,25 +188,13 @@ def _first_line(error: Exception) -> str:
 def _first_run(session: Any, model: ir.Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The first random inputs that the model runs on, and its outputs."""
     failure = RuntimeError("")
-    for sizes in _assignments(model):
+    for sizes in trial_sizes(specs(model)[0]):
         feeds = draw(model, np.random.default_rng(0), sizes)
         try:
             return feeds, _run(session, feeds)
         except RuntimeError as error:
             failure = error
     raise failure
-
-
-def _assignments(model: ir.Model) -> Iterator[dict[str, int]]:
-    specs = [TensorSpec.of(v) for v in model.graph.inputs]
-    first, last = {s.shape[0] for s in specs if s.shape}, {s.shape[-1] for s in specs if s.shape}
-    symbols = dict.fromkeys(d for s in specs for d in s.shape or () if isinstance(d, str))
-    tried = []
-    for batch, size, between in _SIZES:
-        sizes = {d: batch if d in first else size if d in last else between for d in symbols}
-        if sizes not in tried:
-            tried.append(sizes)
-            yield sizes
 
 
 def _judge(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, Any]:

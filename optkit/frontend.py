@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 # Functions of this domain are kernels with a fallback, and stay calls.
 _KERNELS = "optkit"
-# A model that grows to more nodes than this when its functions are written out is a trap, not a network.
-_MOST_NODES = 2_000_000
+# Functions that need more than this to be written out are a trap, not a network.
+_MOST_STEPS = 200_000_000
+_DEEPEST_CALL = 100
 
 # Constants above this are weights.
 _LARGE = 1024
@@ -84,6 +86,7 @@ def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: 
     name = path.name if path is not None else "model"
     if isinstance(source, ir.Model):
         model = source.clone()
+        onnxfile.map_external(model, name=name, unsafe=unsafe)
     elif isinstance(source, bytes):
         model = onnxfile.read(source, name=name, unsafe=unsafe)
     elif path is not None:
@@ -236,27 +239,44 @@ def _calls(model: ir.Model, scope: ir.Graph) -> Iterator[ir.Function]:
             yield found
 
 
+def _check_calls(model: ir.Model, name: str) -> None:
+    """No function calls itself, and writing all of them out stays within bounds."""
+    order: list[ir.Function] = []
+    done: set[ir.OperatorIdentifier] = set()
+
+    def visit(function: ir.Function, stack: tuple[ir.OperatorIdentifier, ...]) -> None:
+        key = function.identifier()
+        if key in stack:
+            raise ModelError(f"{name}: function {key[0]}.{key[1]} calls itself")
+        if len(stack) > _DEEPEST_CALL:
+            raise ModelError(f"{name}: functions call each other more than {_DEEPEST_CALL} deep")
+        if key not in done:
+            for callee in _calls(model, function.graph):
+                visit(callee, (*stack, key))
+            done.add(key)
+            order.append(function)
+
+    for function in model.functions.values():
+        visit(function, ())
+    # How often each is written out, callers first.
+    times = Counter(f.identifier() for f in _calls(model, model.graph))
+    steps = 0
+    for function in reversed(order):
+        n = times[function.identifier()]
+        # The inliner looks for a free name among all copies of a node.
+        steps += n * n * sum(1 for _ in walk(function.graph))
+        if steps > _MOST_STEPS:
+            raise ModelError(
+                f"{name}: function {function.domain}.{function.name} would be written out {n} times"
+            )
+        for callee in _calls(model, function.graph):
+            times[callee.identifier()] += n
+
+
 def _write_out_functions(model: ir.Model, name: str, notes: list[str]) -> None:
     if not model.functions:
         return
-    sizes: dict[ir.OperatorIdentifier, int] = {}
-
-    def size(scope: ir.Graph, stack: tuple[ir.OperatorIdentifier, ...]) -> int:
-        total = sum(1 for _ in walk(scope))
-        for callee in _calls(model, scope):
-            key = callee.identifier()
-            if key in stack:
-                raise ModelError(f"{name}: function {key[0]}.{key[1]} calls itself")
-            if key not in sizes:
-                sizes[key] = size(callee.graph, (*stack, key))
-            total += sizes[key]
-        return total
-
-    # A function may call itself without being called from the graph.
-    for function in model.functions.values():
-        size(function.graph, (function.identifier(),))
-    if (total := size(model.graph, ())) > _MOST_NODES:
-        raise ModelError(f"{name}: its functions written out would be {total} nodes")
+    _check_calls(model, name)
     inline = [f for f in model.functions.values() if f.domain != _KERNELS]
     for function in inline:
         for domain, version in function.opset_imports.items():
@@ -419,29 +439,41 @@ def fix_names(model: ir.Model) -> None:
     number. Names of the main graph's values never change: they are what the caller knows.
     """
     main = model.graph
-    values = {v.name for v in (*main.inputs, *main.outputs, *main.initializers.values()) if v.name}
-    values |= {o.name for node in main for o in node.outputs if o.name}
+    fixed = (
+        *main.inputs,
+        *main.outputs,
+        *main.initializers.values(),
+        *(o for node in main for o in node.outputs),
+    )
+    values = _Names(v.name for v in fixed if v.name)
     seen: set[ir.Value] = {*main.inputs, *main.initializers.values()}
     seen |= {o for node in main for o in node.outputs if o.name}
     for node in main:
         for index, output in enumerate(node.outputs):
             if not output.name and output.uses():
-                output.name = _free(f"{node.name or node.op_type}_{index}", values)
+                output.name = values.free(f"{node.name or node.op_type}_{index}")
     for body in (g for g in graphs(model) if g is not main):
         own = (*body.inputs, *body.initializers.values(), *(o for node in body for o in node.outputs))
         for value in dict.fromkeys(own):
             if value in seen or (not value.name and not value.uses() and value.producer() is not None):
                 continue
             seen.add(value)
-            value.name = _free(value.name or "value", values)
-    names: set[str] = set()
+            value.name = values.free(value.name or "value")
+    names = _Names()
     for node in walk(model):
-        node.name = _free(node.name or next((o.name for o in node.outputs if o.name), node.op_type), names)
+        node.name = names.free(node.name or next((o.name for o in node.outputs if o.name), node.op_type))
 
 
-def _free(name: str, taken: set[str]) -> str:
-    unique, n = name, 1
-    while unique in taken:
-        unique, n = f"{name}_{n}", n + 1
-    taken.add(unique)
-    return unique
+class _Names:
+    """Names given out so far; asking for the same a million times takes a million steps, not their square."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken, self._next = set(taken), dict[str, int]()
+
+    def free(self, name: str) -> str:
+        unique, n = name, self._next.get(name, 1)
+        while unique in self._taken:
+            unique, n = f"{name}_{n}", n + 1
+        self._next[name] = n
+        self._taken.add(unique)
+        return unique

@@ -26,6 +26,9 @@ _SMALL = 1024
 _CUT = "optkit.cut"
 # Protobuf readers give up at this depth as well.
 _DEPTH = 100
+# Beyond these a file without its large tensors is a trap: parsed, it takes many times its size.
+_LARGEST_SKELETON = 1 << 30
+_MOST_NODES = 2_000_000
 
 # Which fields of a message hold which message, as far as tensors may be inside (onnx.proto).
 _MESSAGES: dict[str, dict[int, str]] = {
@@ -79,19 +82,27 @@ def read(source: Path | bytes, *, name: str, unsafe: bool = False) -> ir.Model:
             f"{name}: this is a TensorFlow Lite file, not an ONNX model", hint="convert it with tf2onnx first"
         )
     cutter = _Cutter(data, name)
-    proto = onnx.ModelProto()
+    proto, skeleton = onnx.ModelProto(), cutter.skeleton()
+    if len(skeleton) > _LARGEST_SKELETON:
+        raise ModelError(
+            f"{name}: {len(skeleton)} bytes without its large tensors", hint="keep weights as raw_data"
+        )
     try:
-        proto.ParseFromString(cutter.skeleton())
+        proto.ParseFromString(skeleton)
     except DecodeError as error:
         raise _not_onnx(name, str(error)) from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise _not_onnx(name, "no graph or no operator set in it")
-    for entry in proto.opset_import:
+    for entry in (*proto.opset_import, *(entry for f in proto.functions for entry in f.opset_import)):
         # Beyond 32 bits ONNX's own tables cannot be asked.
         if not 0 < entry.version < 2**31:
             raise _not_onnx(name, f"version {entry.version} of operator domain {entry.domain!r}")
     _check_text(proto, name)
     tensors = _Tensors(cutter, folder, name, unsafe)
+    if folder is not None and isinstance(source, Path):
+        tensors.roots.append(os.path.realpath(source.parent))
+        # A model that is itself a link has its data beside what it links to, as in the cache of Hugging Face.
+        tensors.roots.append(os.path.dirname(os.path.realpath(source)))
     _check_model(proto, tensors, name)
     try:
         model = ir.serde.deserialize_model(proto)
@@ -271,6 +282,9 @@ class _Tensors:
 
     def __init__(self, cutter: _Cutter, folder: Path | None, name: str, unsafe: bool) -> None:
         self._cutter, self._folder, self._name, self._unsafe = cutter, folder, name, unsafe
+        # Folders that links may lead into.
+        self.roots: list[str] = []
+        self.nodes = 0
         self._files: dict[str, np.ndarray] = {}
         # What ``check`` found, by the location that it leaves in the tensor.
         self._ranges: list[np.ndarray] = []
@@ -371,13 +385,21 @@ class _Tensors:
                 f"{place}: no such file in {self._folder}", hint="copy it there together with the model"
             )
         resolved = Path(os.path.realpath(path))
-        if not self._unsafe and not resolved.is_relative_to(os.path.realpath(self._folder)):
+        if not self._unsafe and not any(resolved.is_relative_to(root) for root in self.roots):
             raise ModelError(f"{place} is a link that leads out of the folder of the model", hint=hint)
         data, status = _map(resolved, place)
         if not self._unsafe and status.st_nlink > 1:
             raise ModelError(f"{place} has another name elsewhere (a hard link)", hint=hint)
         self._files[location] = data
         return data
+
+    def take(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        """The tensor over the mapping that ``tensor`` describes."""
+        entries = {"location": str(tensor.location), "offset": str(tensor.offset or 0)}
+        if tensor.length is not None:
+            entries["length"] = str(tensor.length)
+        data = self._external(entries, tensor.nbytes, f"{self._name}: tensor {tensor.name!r}")
+        return _over(data, tensor)
 
     def place(self, model: ir.Model) -> None:
         """Replace the references that ``check`` left by tensors."""
@@ -402,16 +424,37 @@ class _Tensors:
             node.attributes[attribute.name] = ir.AttrTensors(attribute.name, tensors)
 
     def _tensor(self, reference: ir.ExternalTensor) -> ir.TensorProtocol:
-        data, shape, dtype = (
-            self._ranges[int(str(reference.location))],
-            reference.shape.numpy(),
-            reference.dtype,
-        )
-        name, doc = reference.name, reference.doc_string
-        if dtype.bitwidth < 8:
-            return ir.PackedTensor(data, dtype, shape=shape, name=name, doc_string=doc)
-        array = data.view(np.dtype(dtype.numpy())).reshape(shape)
-        return ir.Tensor(array, dtype=dtype, shape=ir.Shape(shape), name=name, doc_string=doc)
+        return _over(self._ranges[int(str(reference.location))], reference)
+
+
+def _over(data: np.ndarray, like: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor over ``data`` with the type, shape and name of ``like``."""
+    shape, dtype = like.shape.numpy(), like.dtype
+    if dtype.bitwidth < 8:
+        return ir.PackedTensor(data, dtype, shape=shape, name=like.name, doc_string=like.doc_string)
+    array = data.view(np.dtype(dtype.numpy())).reshape(shape)
+    return ir.Tensor(array, dtype=dtype, shape=ir.Shape(shape), name=like.name, doc_string=like.doc_string)
+
+
+def map_external(model: ir.Model, *, name: str, unsafe: bool = False) -> None:
+    """Replace tensors that are in files, as ``onnx_ir.load`` makes them, by arrays over these files, checked alike."""
+    folders: dict[str, _Tensors] = {}
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        for scope in (graph, *graph.subgraphs()):
+            for value in scope.initializers.values():
+                tensor = value.const_value
+                if tensor is None:
+                    raise ModelError(f"{name}: initializer {value.name!r} has no data")
+                if isinstance(tensor, ir.ExternalTensor):
+                    base = str(tensor.base_dir) or "."
+                    if base not in folders:
+                        # Without a folder, the path is the caller's own.
+                        nothing = _Cutter(np.empty(0, np.uint8), name)
+                        folders[base] = _Tensors(
+                            nothing, Path(base), name, unsafe or not str(tensor.base_dir)
+                        )
+                        folders[base].roots.append(os.path.realpath(base))
+                    value.const_value = folders[base].take(tensor)
 
 
 def _check_model(proto: onnx.ModelProto, tensors: _Tensors, name: str) -> None:
@@ -427,6 +470,7 @@ def _check_model(proto: onnx.ModelProto, tensors: _Tensors, name: str) -> None:
                 raise ModelError(f"{name}: {place}: output {output!r} is not computed")
     if not proto.graph.output:
         raise ModelError(f"{name}: the graph has no outputs")
+    _unique(tuple(o.name for o in proto.graph.output), name, "output")
     _check_graph(proto.graph, [], tensors, "the graph", name)
 
 
@@ -488,6 +532,9 @@ def _check_nodes(
     """Adds the outputs of ``nodes`` to ``names``. The order is not looked at: nodes are sorted later."""
     makers: dict[str, str] = {}
     for index, node in enumerate(nodes):
+        tensors.nodes += 1
+        if tensors.nodes > _MOST_NODES:
+            raise ModelError(f"{name}: more than {_MOST_NODES} nodes")
         label = f"node {node.name or index} ({node.op_type})"
         for output in node.output:
             if output and output in names:
@@ -513,7 +560,9 @@ def _check_nodes(
                     _decode(text, f"{name}: {inside}")
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
                 raise ModelError(f"{name}: {inside}: sparse tensors are not supported")
-            for tensor in (attribute.t, *attribute.tensors) if attribute.HasField("t") else attribute.tensors:
-                tensors.check(tensor, inside)
-            for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+            kind = attribute.type
+            for tensor in (attribute.t,) if kind == onnx.AttributeProto.TENSOR else attribute.tensors:
+                if not attribute.ref_attr_name:
+                    tensors.check(tensor, inside)
+            for body in (attribute.g,) if kind == onnx.AttributeProto.GRAPH else attribute.graphs:
                 _check_graph(body, scopes, tensors, inside, name)

@@ -665,6 +665,25 @@ def test_a_link_inside_the_folder_is_fine(tmp_path: Path):
     assert load(path, check=False)
 
 
+def test_a_model_that_is_a_link_has_its_data_beside_the_target(tmp_path: Path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    _external(blobs)
+    (snapshot / "model.onnx").symlink_to(blobs / "model.onnx")
+    (snapshot / "w.bin").symlink_to(blobs / "w.bin")
+    assert load(snapshot / "model.onnx", check=False)
+
+
+def test_external_data_of_a_graph_is_mapped_and_checked_too(tmp_path: Path):
+    path = _external(tmp_path)
+    model = load(ir.load(path), check=False)
+    assert isinstance(model.graph.initializers["w"].const_value, ir.Tensor)
+    (tmp_path / "w.bin").write_bytes(bytes(8))
+    with pytest.raises(ModelError, match=r"bytes 0 to 16 of 'w\.bin', which has 8"):
+        load(ir.load(path), check=False)
+
+
 def test_bytes_cannot_have_external_data(tmp_path: Path):
     with pytest.raises(ModelError, match="in a file beside the model"):
         load(_external(tmp_path).read_bytes())
@@ -739,6 +758,7 @@ _BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], bytes | None], str]] = {
     "cycle": (_all(_node("Add", ["x", "b"], ["a"]), _node("Relu", ["a"], ["b"])), "cycle"),
     "output not computed": (_edit(lambda g: g.output.add(name="z")), "output 'z' is not computed"),
     "no outputs": (_edit(lambda g: g.ClearField("output")), "no outputs"),
+    "output twice": (_edit(lambda g: g.output.append(g.output[0])), "output 'y' is there twice"),
     "input twice": (_edit(lambda g: g.input.append(g.input[0])), "input 'x' is there twice"),
     "input of strings": (_edit(lambda g: setattr(g.input.add(name="s").type.tensor_type, "elem_type", 8)), "holds strings"),
     "input of a sequence": (
@@ -795,8 +815,23 @@ def test_functions_that_call_each_other_in_a_circle_are_refused():
 
 def test_functions_that_would_grow_without_bound_are_refused():
     bodies = [f"h = f.a{i + 1}(x) y = f.a{i + 1}(h)" for i in range(40)]
-    with pytest.raises(ModelError, match="functions written out would be"):
+    with pytest.raises(ModelError, match=r"would be written out .* times"):
         _load(_functions(*bodies, "y = Relu(x)"))
+
+
+def test_functions_that_call_each_other_very_deep_are_refused():
+    with pytest.raises(ModelError, match="deep"):
+        _load(_functions(*(f"y = f.a{i + 1}(x)" for i in range(200)), "y = Relu(x)"))
+
+
+def test_many_nodes_of_one_name_take_no_time():
+    proto = onnx.parser.parse_model(_model("y = Relu(x)"))
+    for _ in range(5_000):
+        proto.graph.node.append(onnx.helper.make_node("Relu", ["x"], [""], name="n"))
+    for index, node in enumerate(proto.graph.node[1:]):
+        node.output[0] = f"o{index}"
+    names = {n.name for n in walk(load(proto.SerializeToString()))}
+    assert len(names) == 5_001
 
 
 def test_a_loop_that_never_ends_does_not_reach_the_caller(monkeypatch: pytest.MonkeyPatch):
@@ -816,7 +851,7 @@ def test_a_tensor_beyond_all_memory_does_not_reach_the_caller():
 _SEED = _bytes(NESTED, {"big": np.arange(500, dtype=np.float32)})
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.integers(0, len(_SEED) - 1), st.integers(0, 7), st.integers(0, 2), st.binary(max_size=8))
 def test_whatever_is_flipped_in_a_file_only_our_errors_come_out(at: int, bit: int, kind: int, junk: bytes):
     data = bytearray(_SEED)
