@@ -21,7 +21,7 @@ import optkit
 from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
-from optkit.data import CalibrationData
+from optkit.data import CalibrationData, specs
 from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
@@ -131,7 +131,7 @@ class Compilation:
         if self.data is not None:
             source = self.data
         elif self.evaluator is not None:
-            source = (feeds for feeds, _ in self.evaluator.samples())
+            source = (feeds for feeds, _ in self.evaluator.pairs())
         else:
             assert self.held_out is not None
             source = self.held_out
@@ -451,6 +451,8 @@ def request(
             )
     loaded = read(source)
     batches = _batches(data, loaded, plan)
+    if evaluator is not None:
+        evaluator = evaluator.checked(specs(loaded.model)[0])
     return Request(
         recipe=plan, target=where, backend=engine, loaded=loaded, data=batches, evaluator=evaluator,
         candidates=tuple((name, r) for name, r in candidates if data is not None or name not in needy),

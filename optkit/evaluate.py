@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
-from optkit.errors import DataError, UsageError
+from optkit.data import TensorSpec, validate
+from optkit.errors import DataError, OptkitError, UsageError
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 Verdict = Literal["met", "missed", "inconclusive"]
@@ -70,12 +74,10 @@ class Evaluator:
 
     def stream(self, run: Run, *, progress: Callable[[], None] = lambda: None) -> Iterator[Any]:
         """Scores as they come."""
-        index = -1
-        for index, sample in enumerate(self.samples()):
-            if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Mapping)):
-                raise DataError(f"evaluator {self.metric}: sample {index} is not a pair (feeds, label)")
-            feeds, label = sample
-            score = self.score(run(feeds), label)
+        for index, (feeds, label) in enumerate(self.pairs()):
+            outputs = run(feeds)
+            with self._own_code(f"score() of sample {index}"):
+                score = self.score(outputs, label)
             if self.aggregate is None and not (
                 isinstance(score, int | float | np.number | np.bool_) and math.isfinite(score)
             ):
@@ -84,12 +86,54 @@ class Evaluator:
                 )
             progress()
             yield score
-        if index < 0:
-            raise DataError(f"evaluator {self.metric}: samples() yields nothing")
+
+    def pairs(self) -> Iterator[tuple[Mapping[str, np.ndarray], Any]]:
+        """The samples, one by one.
+
+        Raises:
+            DataError: There are none, one is not a pair, or the evaluator's code fails.
+        """
+        with self._own_code("samples()"):
+            samples = iter(self.samples())
+        for index in itertools.count():
+            with self._own_code(f"samples() at sample {index}"):
+                sample = next(samples, None)
+            if sample is None and index == 0:
+                raise DataError(f"evaluator {self.metric}: samples() yields nothing")
+            if sample is None:
+                return
+            if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Mapping)):
+                raise DataError(f"evaluator {self.metric}: sample {index} is not a pair (feeds, label)")
+            yield sample
+
+    def checked(self, inputs: Sequence[TensorSpec]) -> Evaluator:
+        """The same, with the feeds of every sample checked against the model's inputs and brought to their types."""
+
+        def samples() -> Iterator[tuple[Mapping[str, np.ndarray], Any]]:
+            for index, (feeds, label) in enumerate(self.pairs()):
+                yield validate(feeds, inputs, where=f"evaluator {self.metric}: sample {index}"), label
+
+        return replace(self, samples=samples)
+
+    @contextlib.contextmanager
+    def _own_code(self, what: str) -> Iterator[None]:
+        """The user's own code runs inside and may raise anything; the message must say that it was theirs, and where."""
+        try:
+            yield
+        except OptkitError:
+            raise
+        except Exception as error:
+            files = {getattr(getattr(f, "__code__", None), "co_filename", None) for f in (self.score, self.aggregate)}
+            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
+            place = f", line {lines[-1]}" if lines else ""
+            raise DataError(f"evaluator {self.metric}: {what}{place}: {type(error).__name__}: {error}") from error
 
     def total(self, scores: Sequence[Any]) -> float:
         """The metric of all scores."""
-        return float(np.mean(scores)) if self.aggregate is None else float(self.aggregate(scores))
+        if self.aggregate is None:
+            return float(np.mean(scores))
+        with self._own_code("aggregate()"):
+            return float(self.aggregate(scores))
 
 
 def load_python(path: Path, what: str) -> ModuleType:
@@ -223,7 +267,7 @@ def compare(
         slack = 1e-12 * max(1.0, abs(before))
         verdict = "met" if high <= limit + slack else "missed" if drop > limit + slack else "inconclusive"
         if verdict == "inconclusive" and limit > drop:
-            needed = math.ceil(n * ((high - drop) / (limit - drop)) ** 2)
+            needed = math.ceil(n * ((high - drop) / (limit - drop)) ** 2) if math.isfinite(high) else None
     return Comparison(
         metric=evaluator.metric, reference=before, candidate=after, drop=drop, ci95=(low, high), n=n, method=method,
         budget=None if budget is None else str(budget), verdict=verdict, needed=needed,

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from optkit.errors import ModelError
+from optkit.errors import DataError, ModelError
 
 # Protobuf ends at 2 GiB; below, bytes spare a file.
 _LARGEST_MESSAGE = 1_500_000_000
@@ -74,12 +74,13 @@ class ReferenceSession:
         """All outputs by name.
 
         Raises:
+            DataError: An input has no value.
             ModelError: ONNX Runtime stopped; says at which node, as far as it tells.
         """
         try:
             results = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
-            raise ModelError(
+            raise DataError(
                 f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}"
             ) from error
         except Exception as error:
