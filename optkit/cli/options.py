@@ -112,7 +112,9 @@ def source(model: str) -> Path:
             hint = f"it is an artifact already; its model is {path / 'model.onnx'}"
         raise UsageError(f"{path}: a folder, not a model", hint=hint)
     if path.suffix == ".pt2" or (":" in model and not path.exists()):
-        return path  # loading says what can be done about those
+        from optkit.frontend import read
+
+        read(model)  # says what can be done about PyTorch models
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint=_similar(path))
     return path
@@ -145,5 +147,7 @@ def _similar(path: Path) -> str | None:
 
 
 def plain(record: Any) -> Any:
-    """A pydantic record as what JSON has."""
-    return record.model_dump(mode="json", by_alias=True)
+    """A pydantic record as it is in its file."""
+    import json
+
+    return json.loads(record.model_dump_json(by_alias=True))
