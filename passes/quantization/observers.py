@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from optkit.formats import Format
 Method = Literal["min-max", "percentile", "entropy", "mse"]
 
 BINS = 2048
-# Values of a tensor that enter the histogram a batch, evenly strided: a 2048-bin histogram of 64 Ki values places the
+# Values of a tensor that enter the histogram a batch, evenly spread: a 2048-bin histogram of 64 Ki values places the
 # 99.99th percentile within a bin, and counting them costs less than the convolution that made them.
 SAMPLE = 1 << 16
 
@@ -52,6 +53,7 @@ class Histogram(Range):
         self._method, self._percentile = method, percentile
         self._width = 0.0
         self._first = 0  # index of the first bin: its lower edge is first * width
+        self._zeros = 0  # values seen before the first that is not 0 and decides the width
         self.counts = np.zeros(BINS, np.int64)
 
     def add(self, x: np.ndarray) -> None:
@@ -61,17 +63,20 @@ class Histogram(Range):
             return
         flat = x.ravel()
         if flat.size > SAMPLE:
-            flat = flat[:: -(-flat.size // SAMPLE)]
+            flat = flat[:: _stride(flat.size)]
         low, high = float(flat.min()), float(flat.max())
         if self._width == 0.0:
             if low == high == 0.0:
+                self._zeros += flat.size
                 return
             # A quarter of the bins is left free on each side for what later batches bring.
             self._width = float(2.0 ** np.ceil(np.log2(max(high - low, abs(high), abs(low)) / (BINS // 2))))
-            self._first = int(np.floor(low / self._width)) - BINS // 4
+            self._first = int(np.floor(min(low, 0.0) / self._width)) - BINS // 4
+            self.counts[-self._first] = self._zeros
         while not (self._first * self._width <= low and high < (self._first + BINS) * self._width):
             self._double(low)
-        index = np.floor(flat * np.float32(1 / self._width)).astype(np.int64) - self._first
+        # A power of two divides float64 exactly, denormals of float32 included.
+        index = np.floor(flat.astype(np.float64) / self._width).astype(np.int64) - self._first
         self.counts += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
 
     def _double(self, low: float) -> None:
@@ -110,7 +115,7 @@ class Histogram(Range):
         return max(float(low), self.low), min(float(high), self.high)
 
     def _search(self, fmt: Format, loss: object) -> tuple[float, float]:
-        """The best of 64 ranges, each the observed one with both ends moved towards 0 by the same share."""
+        """The best of 65 ranges, each the observed one with both ends moved towards 0 by the same share."""
         assert callable(loss)
         centers, best, limits = self.edges[:-1] + self._width / 2, np.inf, (self.low, self.high)
         used = self.counts > 0
@@ -121,6 +126,14 @@ class Histogram(Range):
             if found < best * (1 - 1e-9):
                 best, limits = found, (low, high)
         return limits
+
+
+def _stride(size: int) -> int:
+    """The smallest step that leaves at most ``SAMPLE`` of ``size`` values and meets every index along every axis."""
+    step = -(-size // SAMPLE)
+    while math.gcd(step, size) != 1:
+        step += 1
+    return step
 
 
 def _on_grid(x: np.ndarray, low: float, high: float, fmt: Format) -> np.ndarray:
