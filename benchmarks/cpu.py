@@ -126,7 +126,9 @@ def _compile(path: Path, out: Path, **options: Any) -> tuple[Run, int, str]:
     artifact, report = optkit.compile(path, target="cpu", out=out, **options)
     size = sum(f.bytes for f in artifact.manifest.files)
     shipped = next((c.name for c in report.candidates if c.verdict == "shipped"), "")
-    note = "; ".join([shipped, *report.missed, *report.inconclusive])
+    note = "; ".join(
+        filter(None, [shipped if shipped != "recipe" else "", *report.missed, *report.inconclusive])
+    )
     return artifact.session(threads=1).run, size, note
 
 

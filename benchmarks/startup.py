@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,12 @@ def startup(runs: int) -> dict[str, dict[str, float]]:
         name: {"cpu_ms": round(statistics.median(ms)), "largest_ms": round(max(ms))}
         for name, ms in times.items()
     }
+
+
+def _children() -> float:
+    """CPU seconds of all child processes so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def installed(requirement: str) -> dict[str, Any]:
