@@ -21,7 +21,7 @@ class RemoveDead(GraphPass):
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Remove what nothing reads."""
         changes: list[Change] = []
-        while found := _remove_nodes(model.graph):
+        while found := remove_nodes(model.graph):
             changes += found
         for graph in graphs(model):
             for name, value in tuple(graph.initializers.items()):
@@ -32,8 +32,8 @@ class RemoveDead(GraphPass):
         return changes
 
 
-def _remove_nodes(graph: ir.Graph) -> list[Change]:
-    """Backwards, so that one walk removes whole chains."""
+def remove_nodes(graph: ir.Graph) -> list[Change]:
+    """Remove nodes that nothing reads, and optional outputs; backwards, so that one walk removes whole chains."""
     changes: list[Change] = []
     for node in tuple(reversed(graph)):
         if not any(o.uses() or o.is_graph_output() for o in node.outputs):
@@ -41,7 +41,7 @@ def _remove_nodes(graph: ir.Graph) -> list[Change]:
             graph.remove(node, safe=True)
             continue
         for body in subgraphs(node):
-            changes += _remove_nodes(body)
+            changes += remove_nodes(body)
         changes += _remove_outputs(node)
     return changes
 
