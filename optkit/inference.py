@@ -66,6 +66,7 @@ def _infer_with_onnx(model: ir.Model) -> None:
     # graph an input with type and shape says more.
     extra = [value for graph, value, _ in hidden if graph is model.graph and not value.is_graph_input()]
     count = len(model.graph.inputs)
+    order = [(graph, tuple(graph.initializers.values())) for graph in graphs(model)]
     try:
         for graph, value, tensor in hidden:
             assert value.name is not None
@@ -80,9 +81,13 @@ def _infer_with_onnx(model: ir.Model) -> None:
         # `del` would leave the values marked as inputs.
         while len(model.graph.inputs) > count:
             model.graph.inputs.pop()
-        for graph, value, tensor in hidden:
+        for _, value, tensor in hidden:
             value.const_value = tensor
-            graph.register_initializer(value)
+        # In the order in which they were, so that a model that is loaded and saved comes out the same.
+        for graph, values in order:
+            for value in values:
+                graph.initializers.pop(str(value.name), None)
+                graph.register_initializer(value)
     try:
         inferred = onnx.shape_inference.infer_shapes(
             proto, check_type=False, strict_mode=False, data_prop=False
