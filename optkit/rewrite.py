@@ -13,10 +13,12 @@ A number in the place of an input asks for a constant scalar of that value. Keyw
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -359,6 +361,20 @@ def _find(rule: Rule, root: ir.Node, trail: _Trail) -> tuple[dict[str, Any], _St
     return None
 
 
+_misses: ContextVar[list[NearMiss] | None] = ContextVar("near misses", default=None)
+
+
+@contextlib.contextmanager
+def near_misses() -> Iterator[list[NearMiss]]:
+    """Collect what ``explain`` finds for the rules of all passes that run inside, each on the graph as it left it."""
+    misses: list[NearMiss] = []
+    token = _misses.set(misses)
+    try:
+        yield misses
+    finally:
+        _misses.reset(token)
+
+
 def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
     """Apply ``rules`` everywhere, bodies of control flow included, until none applies; the earlier rule wins.
 
@@ -382,6 +398,8 @@ def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
                         logger.debug("%s at %s", rule.name, label(node))
                         again = True
                         break
+    if (misses := _misses.get()) is not None:
+        misses.extend(explain(rules, model))
     return changes
 
 

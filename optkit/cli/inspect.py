@@ -174,24 +174,27 @@ def _value(value: ir.Value) -> str:
 
 
 def _why(model: ir.Model, target: str | None, backend: str | None) -> list[dict[str, str]]:
-    """What stays in float, and rules that matched part of their pattern."""
+    """What static quantization leaves in float, and the rules that matched a part of their pattern."""
     from optkit.backends import BACKENDS
-    from optkit.passes import PASSES
+    from optkit.passes.base import Context
     from optkit.passes.quantization.plan import make_plan
-    from optkit.rewrite import explain
+    from optkit.pipeline import run_passes
+    from optkit.recipe import Recipe
+    from optkit.rewrite import near_misses
     from optkit.targets import target as find_target
 
     where = find_target(target or "cpu")
     placements = BACKENDS[backend or where.backends[0]]().placements
+    cleaned = model.clone()
+    with near_misses() as misses:
+        exact = [p for p in Recipe.load("int8-static").passes if p.exact]
+        run_passes(cleaned, exact, Context(target=where, placements=placements))
     reasons = []
     if "default" in placements:
-        plan = make_plan(model.graph, placements["default"], ("*",), ())
+        plan = make_plan(cleaned.graph, placements["default"], ("*",), ())
         reasons = [{"node": node, "rule": "quantize-static", "reason": reason} for node, reason in plan.left]
-    for name in PASSES:
-        rules = getattr(PASSES[name], "rules", None)
-        if callable(rules):
-            reasons += [{"node": m.node, "rule": m.rule, "reason": m.reason} for m in explain(rules(), model)]
-    return reasons
+    found = dict.fromkeys((m.node, m.rule, m.reason) for m in misses)
+    return reasons + [{"node": node, "rule": rule, "reason": reason} for node, rule, reason in found]
 
 
 def _manifest(model: str) -> Manifest | None:
