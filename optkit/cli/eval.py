@@ -55,7 +55,7 @@ def evaluate(
         if name is not None:
             with ExitStack() as stack:
                 one = stack.enter_context(opened(name))
-                scores.append(_scores(terminal, judge, one.name, one.run))
+                scores.append(_scores(terminal, judge.checked(one.inputs), one.name, one.run))
     *before, after = scores
     value = judge.total(after)
     if not before:

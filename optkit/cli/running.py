@@ -15,6 +15,7 @@ from optkit.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from optkit.data import TensorSpec
     from optkit.evaluate import Run
     from optkit.frontend import Loaded
 
@@ -25,12 +26,12 @@ class Opened:
 
     Attributes:
         name: As the user wrote it.
-        what: What it is, in words.
+        inputs: What it takes.
         run: Takes a batch, gives all outputs.
     """
 
     name: str
-    what: str
+    inputs: Sequence[TensorSpec]
     run: Run
 
 
@@ -47,13 +48,17 @@ def opened(model: str, *, threads: int = 1) -> Iterator[Opened]:
 
         artifact = load(model)
         with artifact.session(threads=threads) as session:
-            yield Opened(name=model, what=f"artifact for {artifact.manifest.target}", run=session.run)
+            yield Opened(name=model, inputs=session.inputs, run=session.run)
         return
+    from optkit.data import specs
+    from optkit.frontend import load as load_graph
     from optkit.reference import ReferenceSession
 
-    reference = ReferenceSession(options.source(model), threads=threads)
+    path = options.source(model)
+    inputs, _ = specs(load_graph(path, check=False))
+    reference = ReferenceSession(path, threads=threads)
     try:
-        yield Opened(name=model, what="in ONNX Runtime, default options", run=reference.run)
+        yield Opened(name=model, inputs=inputs, run=reference.run)
     finally:
         reference.close()
 
