@@ -52,14 +52,16 @@ def check(source: Path | bytes | ir.Model, converted: ir.Model, *, name: str, un
     if weight_bytes(converted) > _LARGEST:
         return "not run to compare it with the original: too large"
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
-        if isinstance(source, Path):
-            path = source.resolve()
-        else:
-            path = Path(folder) / "original.onnx"
-            if isinstance(source, bytes):
+        path = Path(folder) / "original.onnx"
+        try:
+            if isinstance(source, Path):
+                path = source.absolute()
+            elif isinstance(source, bytes):
                 path.write_bytes(source)
             else:
                 save(source, path)
+        except (OSError, OptkitError) as error:
+            return f"not compared with the original: {error}"
         return _judgement(_run_child(path, unsafe), name)
 
 

@@ -177,6 +177,9 @@ def _finish(model: ir.Model, name: str) -> None:
     fix_names(model)
     try:
         infer(model)
+        if any(True for _ in model.graph.subgraphs()):
+            # What a body leaves open may follow from shapes that were only found behind it.
+            infer(model)
         verify(model)
     except ModelError as error:
         raise ModelError(f"{name}: {error}", hint=error.hint) from error
