@@ -15,7 +15,6 @@ from optkit.graph import constant, drop_unused_initializers, graphs, initializer
 from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
-from optkit.passes.quantization.observers import Range
 from optkit.passes.quantization.plan import selects
 from optkit.rewrite import Change
 
@@ -136,9 +135,7 @@ class CastFloats(GraphPass):
                 if context.data is not None
                 else CalibrationData.random_batches(model, 4, seed=context.seed)
             )
-            seen = observe(
-                model, [str(v.name) for v in live], Range, replace(context, data=data), key="min-max"
-            )
+            seen = observe(model, [str(v.name) for v in live], "min-max", 100.0, replace(context, data=data))
             wild |= {v for v in live if not max(-seen[str(v.name)].low, seen[str(v.name)].high) <= limit}
         kept = [n for n in chosen if any(v in wild for v in (*n.inputs, *n.outputs))]
         for node in kept:

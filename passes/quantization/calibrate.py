@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optkit.errors import DataError
+from optkit.passes.quantization.observers import Method, Range, observer
 from optkit.reference import ReferenceSession
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from optkit.passes.base import Context
-    from optkit.passes.quantization.observers import Range
 
 # Bytes of observed values that may be alive at a time; what does not fit is observed in a further run.
 WINDOW = 256 << 20
 
 
 def observe(
-    model: ir.Model, names: Sequence[str], make: Callable[[], Range], context: Context, *, key: str
+    model: ir.Model, names: Sequence[str], method: Method, percentile: float, context: Context
 ) -> dict[str, Range]:
     """Feed every batch of ``context.data`` and observe the values called ``names``.
 
-    What ``context.memo`` holds under ``key`` from an earlier run on the same graph is not observed again.
+    What ``context.memo`` holds from an earlier run on the same graph is not observed again: one histogram serves every
+    method, and the range of a histogram is exact.
 
     Memory: one batch through the model, at most ``WINDOW`` bytes of observed values, and one observer a value,
     however many batches there are.
@@ -38,9 +39,11 @@ def observe(
         raise DataError(
             "static quantization needs calibration data", hint="give --calib, or use --precision int8-dyn"
         )
-    known: dict[str, Range] = context.memo.setdefault(("observe", key), {})
+    ranges: dict[str, Range] = context.memo.setdefault("observed ranges", {})
+    histograms: dict[str, Range] = context.memo.setdefault("observed histograms", {})
+    known = {**ranges, **histograms} if method == "min-max" else histograms
     missing = [name for name in names if name not in known]
-    observers = {name: make() for name in missing}
+    observers = {name: observer(method, percentile) for name in missing}
     for window in _windows(model, missing, next(iter(data))) if missing else ():
         session = ReferenceSession(model, outputs=window)
         with context.progress.task("calibrate", len(data)) as task:
@@ -49,8 +52,8 @@ def observe(
                     observers[name].add(array)
                 task.advance()
         session.close()
-    known.update(observers)
-    return {name: known[name] for name in names}
+    (ranges if method == "min-max" else histograms).update(observers)
+    return {name: (known.get(name) or observers[name]).by(method, percentile) for name in names}
 
 
 def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import copy
 from typing import Literal
 
 import numpy as np
@@ -32,6 +33,11 @@ class Range:
     def finite(self) -> bool:
         """Whether something was seen and all of it was a number."""
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+    def by(self, method: Method, percentile: float) -> Range:
+        """The same observation, read by another method; a range alone knows only ``min-max``."""
+        assert method == "min-max", method
+        return self
 
     def limits(self, fmt: Format) -> tuple[float, float]:
         """The range to quantize."""
@@ -92,6 +98,16 @@ class Histogram(Range):
         self.counts = np.zeros(BINS, np.int64)
         self.counts[start - first : start - first + len(merged)] = merged
         self._first = first
+
+    def by(self, method: Method, percentile: float) -> Range:
+        """The same observation, read by another method."""
+        if method == "min-max":
+            plain = Range()
+            plain.low, plain.high = self.low, self.high
+            return plain
+        other = copy.copy(self)
+        other._method, other._percentile = method, percentile
+        return other
 
     def limits(self, fmt: Format) -> tuple[float, float]:
         """The range to quantize by the method."""

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from optkit.graph import attribute, constant, rank, users
+from optkit.graph import attribute, constant, rank, scalar, users
 from optkit.ops import spec
 from optkit.placement import Placement, Row
 from optkit.qdq import is_quantized
@@ -24,7 +24,7 @@ class Plan:
         nodes: Quantized nodes with their rows, in graph order.
         pairs: Values that get a pair, with the value whose range they take (themselves, or where the grid came from).
         owners: Values of ``pairs`` whose every reader reads the integers, because an integer kernel gives no float.
-        ends: For compute nodes, the value behind them and behind the activation that their kernel absorbs.
+        ends: The value behind each node, and behind the activation that its kernel absorbs.
         left: ``(node, reason)`` for nodes that have a row but stay as they are.
     """
 
@@ -91,12 +91,11 @@ def make_plan(
     for node, row in plan.nodes.items():
         known = spec(node)
         assert known is not None
-        for index in known.activations:
-            value = node.inputs[index] if index < len(node.inputs) else None
-            if value is not None and not (index == known.weight and constant(value) is not None):
+        for value in known.operands(node):
+            if known.weight is None or value is not node.inputs[known.weight] or constant(value) is None:
                 plan.pairs.setdefault(value, grid.get(value, value))
         if row.output:
-            end = plan.ends.get(node, node.outputs[0])
+            end = plan.ends[node]
             plan.pairs.setdefault(end, grid.get(end, end))
             plan.owners.add(end)
     return plan
@@ -137,18 +136,18 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
     """The value behind ``node`` and the activation that its kernel absorbs."""
     value = node.outputs[0]
     readers = users(value)
-    if (
-        len(readers) == 1
-        and not value.is_graph_output()
-        and readers[0].op_type in row.absorbs
-        and readers[0].inputs[0] is value
-    ):
-        reader = readers[0]
-        if reader.op_type != "Clip" or all(
-            constant(v) is not None for v in reader.inputs[1:] if v is not None
-        ):
-            return reader.outputs[0]
-    return value
+    if len(readers) != 1 or value.is_graph_output():
+        return value
+    reader = readers[0]
+    if reader.op_type not in row.absorbs or reader.domain != "" or reader.inputs[0] is not value:
+        return value
+    # Saturation stands for a Clip only where the grid ends at its bounds. At 0 it does; at other lower bounds the
+    # rounded zero point lets it reach half a step further.
+    if reader.op_type == "Clip":
+        low, high = (*reader.inputs[1:3], None, None)[:2]
+        if scalar(low) != 0 or (high is not None and scalar(high) is None):
+            return value
+    return reader.outputs[0]
 
 
 def _spread(
@@ -164,15 +163,17 @@ def _spread(
         known = spec(node)
         if row is None or row.role != "between" or known is None or node not in chosen:
             continue
-        floats = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
-        if not floats or any(v not in grid for v in floats) or node.outputs[0].dtype != ir.DataType.FLOAT:
+        operands = known.operands(node)
+        if not operands or any(v not in grid or v.dtype != ir.DataType.FLOAT for v in operands):
             continue
         if row.max_rank is not None and (rank(node.outputs[0]) or 99) > row.max_rank:
             continue
         if len(node.outputs) > 1:
             continue
-        plan.nodes[node] = row
-        grid[node.outputs[0]] = grid[floats[0]] if known.same_grid else node.outputs[0]
+        end = _end(node, row)
+        plan.nodes[node], plan.ends[node] = row, end
+        same = known.keeps_grid(node) and end is node.outputs[0]
+        grid[end] = grid[operands[0]] if same else end
 
 
 def _prune_dangling(plan: Plan, grid: dict[ir.Value, ir.Value]) -> None:

@@ -16,7 +16,7 @@ from optkit.graph import constant, describe, drop_unused_initializers
 from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
-from optkit.passes.quantization.observers import Method, observer
+from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.qdq import (
     Stored,
@@ -93,7 +93,6 @@ class QuantizeStatic(GraphPass):
     ) -> tuple[Plan, dict[ir.Value, tuple[float, float]]]:
         """What to quantize, and the range of every grid; nodes around infinite or NaN numbers stay in float."""
         fmt = FORMATS[placement.activation]
-        key = "min-max" if self.method == "min-max" else f"histogram {self.method} {self.percentile}"
         unfit: dict[ir.Node, str] = {}
         while True:
             plan = make_plan(model.graph, placement, self.targets, self.ignore, unfit)
@@ -104,7 +103,7 @@ class QuantizeStatic(GraphPass):
             if not found:
                 origins = list(dict.fromkeys(plan.pairs.values()))
                 names = [str(v.name) for v in origins]
-                seen = observe(model, names, lambda: observer(self.method, self.percentile), context, key=key)
+                seen = observe(model, names, self.method, self.percentile, context)
                 bad = {v for v in origins if not seen[str(v.name)].finite}
                 if not bad:
                     return plan, {v: seen[str(v.name)].limits(fmt) for v in origins}
