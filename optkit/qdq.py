@@ -38,8 +38,11 @@ def scale_zero(
     low = np.clip(np.asarray(low, np.float64), -_LARGEST, 0.0)
     high = np.clip(np.asarray(high, np.float64), 0.0, _LARGEST)
     wide = np.maximum(-low, high) if fmt.symmetric else high - low
-    scale = np.maximum(wide / (fmt.high if fmt.symmetric else fmt.steps), float(np.finfo(np.float32).tiny))
-    scale = np.where(wide > 0, scale, 1.0).astype(np.float32)
+    steps = fmt.high if fmt.symmetric else fmt.steps
+    scale = (wide / steps).astype(np.float32)
+    # Rounded down: ONNX Runtime drops a Clip in front of a Quantize only if the grid does not reach beyond its bound.
+    scale = np.where(scale * np.float64(steps) > wide, np.nextafter(scale, np.float32(0)), scale)
+    scale = np.where(wide > 0, np.maximum(scale, np.finfo(np.float32).tiny), np.float32(1))
     if fmt.symmetric:
         return scale, np.zeros(scale.shape, fmt.dtype.numpy())
     zero = np.clip(np.round(fmt.low - low / scale.astype(np.float64)), fmt.low, fmt.high)

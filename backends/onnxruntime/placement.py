@@ -16,8 +16,10 @@ DEFAULT = Placement(
         Row(op="Conv", absorbs=_ABSORBED, max_rank=4),
         Row(op="Gemm", output=False),
         Row(op="MatMul", output=False, max_rank=2),
-        Row(op="Add", role="between"),
-        Row(op="Mul", role="between"),
+        # ONNX Runtime drops a Relu or Clip in front of a Quantize whose grid ends there; a pair before it would leave
+        # a Dequantize and a Quantize that nothing fuses.
+        Row(op="Add", role="between", absorbs=_ABSORBED),
+        Row(op="Mul", role="between", absorbs=_ABSORBED),
         Row(op="Concat", role="between"),
         Row(op="MaxPool", role="between"),
         Row(op="AveragePool", role="between"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optkit.graph import attribute
 from optkit.ops.spec import OpSpec
 
 ROWS = (
@@ -12,8 +13,8 @@ ROWS = (
             "DepthToSpace", "SpaceToDepth", "Gather", "GatherElements", "GatherND", "Split", "Pad",
         )
     ),
-    OpSpec(name="Resize", family="shape"),
-    OpSpec(name="Concat", family="shape"),
+    OpSpec(name="Resize", family="shape", same_grid=lambda node: attribute(node, "mode", "nearest") == "nearest"),
+    OpSpec(name="Concat", family="shape", activations=None),
     OpSpec(name="Shape", family="shape"),
     OpSpec(name="ScatterND", family="shape"),
     OpSpec(name="ScatterElements", family="shape"),

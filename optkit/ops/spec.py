@@ -18,24 +18,35 @@ class OpSpec:
     Attributes:
         name: ONNX operator type, standard domain.
         family: ``conv``, ``matmul``, ``elementwise``, ``norm``, ``attention``, ``reduce``, ``shape`` or ``quant``.
-        activations: Inputs that a static quantizer may put on an integer grid.
+        activations: Inputs that a static quantizer may put on an integer grid; None for all, however many there are.
         weight: Input with the weights, where the operator has one.
         bias: Input with the bias.
         channel_axis: Axis of the weights along which output channels lie; takes the node.
-        same_grid: The output holds nothing but values of input 0, so scale and zero point pass through.
+        same_grid: The output holds nothing but values of input 0, so scale and zero point pass through; may take the
+            node to tell.
         activation: Elementwise and monotone or smooth: may be merged into the operator before it.
         macs: Multiply-accumulates of one run at the shapes that the graph states; None where they are symbolic.
     """
 
     name: str
     family: str
-    activations: tuple[int, ...] = (0,)
+    activations: tuple[int, ...] | None = (0,)
     weight: int | None = None
     bias: int | None = None
     channel_axis: Callable[[ir.Node], int] | None = None
-    same_grid: bool = False
+    same_grid: bool | Callable[[ir.Node], bool] = False
     activation: bool = False
     macs: Callable[[ir.Node], int | None] | None = None
+
+    def operands(self, node: ir.Node) -> list[ir.Value]:
+        """The inputs of ``node`` that ``activations`` names, as far as they are there."""
+        count = len(node.inputs)
+        chosen = range(count) if self.activations is None else (i for i in self.activations if i < count)
+        return [value for i in chosen if (value := node.inputs[i]) is not None]
+
+    def keeps_grid(self, node: ir.Node) -> bool:
+        """Whether scale and zero point of input 0 are those of the output."""
+        return self.same_grid(node) if callable(self.same_grid) else self.same_grid
 
 
 def conv_macs(node: ir.Node) -> int | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from optkit.errors import DataError
 from optkit.passes.quantization.observers import Method, Range, observer
-from optkit.reference import ReferenceSession
+from optkit.reference import ReferenceSession, with_outputs
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from optkit.passes.base import Context
 
 # Bytes of observed values that may be alive at a time; what does not fit is observed in a further run.
@@ -58,9 +58,7 @@ def observe(
 
 def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> list[list[str]]:
     """``names`` in groups whose values on ``batch`` fit into ``WINDOW`` together."""
-    session = ReferenceSession(model, outputs=names)
-    sizes = {name: array.nbytes for name, array in session.run(batch).items()}
-    session.close()
+    sizes = _sizes(model, names, batch)
     windows: list[list[str]] = [[]]
     used = 0
     for name in names:
@@ -70,3 +68,18 @@ def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]
         windows[-1].append(name)
         used += sizes[name]
     return windows
+
+
+def _sizes(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> dict[str, int]:
+    """Bytes of the values on ``batch``; the graph gives their shapes back, so that none of them is kept."""
+    shapes = with_outputs(model, names)
+    for index, value in enumerate(tuple(shapes.graph.outputs)):
+        node = ir.node("Shape", [value])
+        node.outputs[0].name = f"optkit/shape/{index}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        shapes.graph.append(node)
+        shapes.graph.outputs[index] = node.outputs[0]
+    session = ReferenceSession(shapes)
+    found = session.run(batch).values()
+    session.close()
+    return {name: 4 * math.prod(shape.tolist()) for name, shape in zip(names, found, strict=True)}
