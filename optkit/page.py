@@ -316,7 +316,7 @@ def _candidates(report: Report) -> str:
                     else _bar(c.speedup / largest, "b" if c.verdict == sentences.SHIPPED else "o"),
                 ),
                 ("n", "" if c.bytes is None else _e(sentences.megabytes(c.bytes))),
-                *(("n", _e(text)) for text in sentences.metric(c)[: 2 if judged else 1]),
+                *(("n", _e(text)) for text in sentences.metric(c)[: 3 if judged else 1]),
                 ("k", f'<span class="{color.get(c.verdict, "")}">{_e(c.verdict)}</span>'),
                 ("", _e(c.reason)),
             ),
@@ -324,7 +324,7 @@ def _candidates(report: Report) -> str:
         )
         for c in order
     ]
-    name = (f">{a.metric if a is not None else 'metric'}", ">Drop") if judged else (">Cosine",)
+    name = (f">{a.metric if a is not None else 'metric'}", ">Drop", ">95% up to") if judged else (">Cosine",)
     return (
         f"<h2>What was tried</h2>{_table(('Candidate', '>Speed-up', '', '>Size', *name, 'Verdict', 'Why'), rows)}"
         if rows

@@ -121,12 +121,14 @@ def prose(report: Report) -> str:
 
 def outcome(report: Report) -> str:
     """Whether the request was met."""
-    one = shipped(report)
+    one, a = shipped(report), report.manifest.accuracy
     what = f"{one.name} was shipped" if one is not None else "an artifact was written"
     if report.missed:
         return f"The request was not met; {what}, the best that is feasible."
     if report.inconclusive:
         return f"The samples do not decide whether the request was met; {what}."
+    if a is not None and a.met == "inconclusive":
+        return f"{what[:1].upper()}{what[1:]}; whether its {a.metric} keeps the limit, {count(a.n, 'sample')} do not decide."
     return f"The request was met: {what}."
 
 
@@ -218,16 +220,12 @@ def kept_float(report: Report) -> tuple[str, ...]:
     return tuple(layer.node for layer in report.layers if layer.kept_float)
 
 
-def metric(candidate: CandidateRecord) -> tuple[str, str]:
-    """What a candidate was judged by, and its drop with the end of the interval."""
+def metric(candidate: CandidateRecord) -> tuple[str, str, str]:
+    """What a candidate was judged by: the metric, its drop and the end of the interval; or the cosine alone."""
     if candidate.metric is None:
-        return ("" if candidate.cosine is None else f"{candidate.cosine:.4f}"), ""
-    drop = (
-        ""
-        if candidate.drop is None or candidate.ci95 is None
-        else f"{number(candidate.drop)}, up to {number(candidate.ci95[1])}"
-    )
-    return number(candidate.metric), drop
+        return ("" if candidate.cosine is None else f"{candidate.cosine:.4f}"), "", ""
+    drop = "" if candidate.drop is None else number(candidate.drop)
+    return number(candidate.metric), drop, "" if candidate.ci95 is None else number(candidate.ci95[1])
 
 
 def command(report: Report) -> str:

@@ -100,28 +100,35 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
             rows.append((name, lines))
     parts: list[str | Table] = [sentences.headline(report), ""]
     if len(report.candidates) > 1:
-        parts += [candidates(report), ""]
+        parts += [*candidates(report), ""]
     return [*parts, facts(rows), "", sentences.outcome(report), f"Report: {folder / 'report.html'}"]
 
 
-def candidates(report: Report) -> Table:
-    """Everything that was tried, the artifact first."""
+def candidates(report: Report) -> list[str | Table]:
+    """Everything that was tried, the artifact first; and why what did not ship did not."""
     order = sorted(report.candidates, key=lambda c: (c.verdict != sentences.SHIPPED, -(c.speedup or 0)))
     judged = any(c.metric is not None for c in order)
     accuracy = report.manifest.accuracy
-    name = (f">{accuracy.metric if accuracy is not None else 'metric'}", ">Drop") if judged else (">Cosine",)
+    name = (
+        (f">{accuracy.metric if accuracy is not None else 'metric'}", ">Drop", ">95% up to")
+        if judged
+        else (">Cosine",)
+    )
     rows = [
         (
             c.name,
             "" if c.speedup is None else f"{c.speedup:.2f}x",
             "" if c.bytes is None else sentences.megabytes(c.bytes),
-            *sentences.metric(c)[: 2 if judged else 1],
+            *sentences.metric(c)[: 3 if judged else 1],
             c.verdict,
-            c.reason,
         )
         for c in order
     ]
-    return table(("Candidate", ">Speed-up", ">Size", *name, "Verdict", "Why"), rows)
+    reasons = [(c.name, (c.reason,)) for c in order if c.reason and c.verdict != sentences.SHIPPED]
+    return [
+        table(("Candidate", ">Speed-up", ">Size", *name, "Verdict"), rows),
+        *(["", facts(reasons)] if reasons else []),
+    ]
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

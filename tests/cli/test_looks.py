@@ -45,7 +45,7 @@ def test_inspect_counts_by_operator(optkit, given):
         "macs": 32 * 128 + 128 * 128,
     }
     assert document["int8_share"] == 0
-    assert [n["name"] for n in document["nodes_listed"]][0] == "first"
+    assert document["nodes_listed"][0]["name"] == "first"
 
 
 def test_inspect_of_an_artifact_tells_what_ran(optkit, artifact):
