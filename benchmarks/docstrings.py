@@ -11,6 +11,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ _LEFT_OUT = {
 _PER_FILE = 6
 
 
+@cache
 def pairs(n: int, *, held_out: bool) -> list[tuple[str, str]]:
     """``n`` times (first paragraph, rest), or all that there are.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import platform
 import re
@@ -93,6 +94,7 @@ class Compilation:
     ) -> None:
         self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
         self.seed, self.folder, self.progress = seed, folder, progress
+        data = None if data is None else data.remembered()
         self.data, self.held_out = data, data
         self.inputs = "calibration data"
         if data is not None and evaluator is None and len(data) >= 4:
@@ -140,6 +142,23 @@ class Compilation:
             raise DataError("there is not one batch to run")
         return feeds
 
+    @cached_property
+    def probes(self) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+        """A few inputs that calibration has not seen, and what the reference gives for them."""
+        source: Iterable[Mapping[str, np.ndarray]]
+        if self.evaluator is not None:
+            source = (feeds for feeds, _ in self.evaluator.samples())
+        else:
+            assert self.held_out is not None
+            source = self.held_out
+        feeds = [dict(batch) for batch, _ in zip(source, range(_TIMED_BATCHES), strict=False)]
+        return feeds, [self.reference.run(batch) for batch in feeds]
+
+    @cached_property
+    def expected(self) -> list[dict[str, np.ndarray]]:
+        """What the reference gives for ``feeds``."""
+        return [self.reference.run(feeds) for feeds in self.feeds]
+
     def context(self, engine: Backend, memo: dict[Any, Any]) -> Context:
         """What passes get to know."""
         return Context(
@@ -163,11 +182,15 @@ class Compilation:
         model, records, seconds, memo = self._cleaned[key]
         return model.clone(), list(records), dict(seconds), memo
 
+    def exact(self, recipe: Recipe) -> tuple[Pass, ...]:
+        """The passes of ``recipe`` before the first that changes numbers."""
+        return tuple(itertools.takewhile(lambda p: p.exact, recipe.passes))
+
     def transform(self, recipe: Recipe) -> tuple[ir.Model, list[PassRecord], dict[str, float]]:
         """The graph after the recipe's passes."""
-        exact = next((i for i, p in enumerate(recipe.passes) if not p.exact), len(recipe.passes))
-        model, records, seconds, memo = self.prepare(recipe.passes[:exact])
-        more, times = run_passes(model, recipe.passes[exact:], self.context(self.engine(recipe), memo))
+        exact = self.exact(recipe)
+        model, records, seconds, memo = self.prepare(exact)
+        more, times = run_passes(model, recipe.passes[len(exact) :], self.context(self.engine(recipe), memo))
         for name, value in times.items():
             seconds[name] = seconds.get(name, 0.0) + value
         return model, [*records, *more], seconds
@@ -204,11 +227,11 @@ class Compilation:
             bytes=size,
             lossy=lossy,
             scheme=scheme(model),
+            weights=weights(model),
         )
         with self.session(built) as session:
             outputs = session.run(self.feeds[0])
-        expected = self.reference.run(self.feeds[0])
-        for key, array in expected.items():
+        for key, array in self.expected[0].items():
             if key not in outputs or outputs[key].shape != array.shape:
                 raise ModelError(
                     f"{name}: output {key!r} came out as {outputs[key].shape if key in outputs else 'nothing'}, the reference gives {array.shape}"
@@ -227,6 +250,13 @@ class Compilation:
             return speedup(
                 self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed
             )
+
+    def closeness(self, built: Built) -> float:
+        """SQNR in dB of the outputs on a few unseen inputs: cheap, and enough to prefer one of two that are as fast."""
+        feeds, answers = self.probes
+        expected = iter(answers)
+        with self.session(built) as session:
+            return fidelity(lambda _: next(expected), session.run, feeds).sqnr
 
     def judge(self, built: Built, limits_: Any) -> None:
         """Fill in accuracy where there is an evaluator, else fidelity."""
@@ -296,7 +326,18 @@ def scheme(model: ir.Model) -> str:
     return "; ".join(sorted(kinds, reverse=True)) or "no integers: float throughout"
 
 
-def achieved(executed: Sequence[Executed], built: Built, model: ir.Model) -> Achieved:
+def weights(model: ir.Model) -> dict[str, int]:
+    """Bytes of weights by stored type."""
+    found: dict[str, int] = {}
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                kind = value.const_value.dtype.name.lower()
+                found[kind] = found.get(kind, 0) + value.const_value.nbytes
+    return found
+
+
+def achieved(executed: Sequence[Executed], built: Built) -> Achieved:
     """Summarize what ran."""
     total = sum(e.macs for e in executed)
     formats: dict[str, float] = {}
@@ -308,15 +349,9 @@ def achieved(executed: Sequence[Executed], built: Built, model: ir.Model) -> Ach
     for e in executed:
         places[e.where] = places.get(e.where, 0) + 1
         operators[e.op] = operators.get(e.op, 0) + 1
-    weights: dict[str, int] = {}
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                kind = value.const_value.dtype.name.lower()
-                weights[kind] = weights.get(kind, 0) + value.const_value.nbytes
     return Achieved(
         formats={k: round(v, 4) for k, v in sorted(formats.items())}, placement={k: round(v / len(executed), 4) for k, v in sorted(places.items())},
-        operators=dict(sorted(operators.items(), key=lambda kv: (-kv[1], kv[0]))), weights=dict(sorted(weights.items())), scheme=built.scheme,
+        operators=dict(sorted(operators.items(), key=lambda kv: (-kv[1], kv[0]))), weights=dict(sorted(built.weights.items())), scheme=built.scheme,
     )  # fmt: skip
 
 
@@ -552,8 +587,7 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
     """Read back what was built and write everything but the model into its folder."""
     best = choice.best
     executed = work.executed(best)
-    model, _, _ = work.transform(best.recipe)
-    facts = achieved(executed, best, model)
+    facts = achieved(executed, best)
     choice.missed.extend(unmet(best.recipe.require, facts))
     resolved = best.recipe.model_copy(update={"candidates": (), "repair": False})
     (best.folder / RECIPE).write_text(resolved.yaml(), encoding="utf-8")

@@ -392,6 +392,34 @@ class CalibrationData:
 
         return self._make(read, name=self.name, count=self._count, random=self.random)
 
+    def remembered(self, most: int = 32 << 20) -> CalibrationData:
+        """The same batches, kept after the first full reading where all of them take at most ``most`` bytes.
+
+        Spares the caller's function from running once for every pass over the data; memory stays bounded.
+        """
+        kept: list[tuple[str, Feeds]] | None = None
+
+        def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
+            nonlocal kept
+            if kept is not None:
+                yield from kept
+                return
+            fresh: list[tuple[str, Feeds]] = []
+            held = 0
+            for place, feeds in self._open():
+                # A function may fill the same arrays again for its next batch.
+                batch = {name: np.array(value) for name, value in feeds.items()} if held <= most else {}
+                held += sum(array.nbytes for array in batch.values())
+                if held <= most:
+                    fresh.append((place, batch))
+                else:
+                    fresh.clear()
+                yield place, feeds
+            if held <= most:
+                kept = fresh
+
+        return self._make(read, name=self.name, count=self._count, random=self.random)
+
     def digest(self) -> str:
         """SHA-256 over the names, types, shapes and values of all batches, in order."""
         h = hashlib.sha256()

@@ -161,7 +161,7 @@ class CandidateRecord(_Record):
     """One thing that was tried.
 
     Attributes:
-        verdict: ``shipped``, ``slower``, ``missed``, ``inconclusive``, ``not needed`` or ``failed``.
+        verdict: ``shipped``, ``slower``, ``farther``, ``missed``, ``inconclusive``, ``not needed`` or ``failed``.
     """
 
     name: str

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Rounds of the first, ranking measurement and of the last one, and the CPU seconds that each may take.
 _RANK = (9, 1.5)
-_FINAL = (40, 4.0)
+_FINAL = (40, 3.0)
 # A variant of the options must win by this factor to be taken: below, the difference is noise.
 _CLEARLY = 1.03
 # Candidates whose speeds differ by less are alike: the more accurate one is taken.
@@ -52,6 +52,8 @@ class Built:
     bytes: int
     lossy: bool
     scheme: str
+    weights: dict[str, int]
+    sqnr: float | None = None
     speedup: Speedup | None = None
     accuracy: Comparison | None = None
     fidelity: Fidelity | None = None
@@ -81,8 +83,9 @@ def choose(
 ) -> Choice:
     """Build, time and judge ``recipes``; the first is exact and is the floor.
 
-    Candidates are judged in the order of their measured speed, so that the metric is computed for few of them. One
-    that misses a limit is repaired, where the recipe allows it: the layers that hurt most go back to float.
+    Candidates are judged in the order of their measured speed, those alike in speed by how close their outputs are to
+    the reference's, so that the metric is computed for few of them; the first that keeps the limits ships. One that
+    misses a limit is repaired, where the recipe allows it: the layers that hurt most go back to float.
     """
     tried: dict[str, CandidateRecord] = {}
     built: list[Built] = []
@@ -106,34 +109,33 @@ def choose(
     floor = built[0]
     order = sorted(built, key=lambda b: -_ratio(b))
     best: Built | None = None
-    while order:
-        one = order.pop(0)
-        if best is not None and _ratio(one) * _ALIKE < _ratio(best):
-            tried.setdefault(
-                one.name, _record(one.name, one, "slower", f"{best.name} is faster and keeps the limits")
-            )
-            continue
-        work.judge(one, recipe.limits)
-        reasons = shortfalls(one, recipe, strict=strict)
+    while order and best is None:
+        one = _next(work, order)
+        order.remove(one)
+        reasons = []
+        if one.accuracy is None and one.fidelity is None:
+            _tune(work, one)
+            work.judge(one, recipe.limits)
+            reasons = shortfalls(one, recipe, strict=strict)
         if not reasons:
-            if best is None:
-                best = one
-                continue
-            best, worse = (one, best) if _loss(one) < _loss(best) else (best, one)
-            tried[worse.name] = _record(
-                worse.name, worse, "less accurate", f"{best.name} is as fast and loses less"
-            )
-            continue
+            best = one
+            break
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))
         if recipe.repair and one.lossy:
             fixed = repair(work, recipe, one, strict=strict, faster_than=_ratio(floor))
             if fixed is not None:
                 # It goes back into the line: what comes next may be faster than the repaired one.
-                position = next(
-                    (i for i, other in enumerate(order) if _ratio(other) < _ratio(fixed)), len(order)
-                )
-                order.insert(position, fixed)
+                order = sorted([*order, fixed], key=lambda b: -_ratio(b))
+    for one in order:
+        assert best is not None
+        alike = _ratio(one) * _ALIKE >= _ratio(best)
+        reason = (
+            f"{best.name} is as fast and closer to the reference"
+            if alike
+            else f"{best.name} is faster and keeps the limits"
+        )
+        tried[one.name] = _record(one.name, one, "farther" if alike else "slower", reason)
     missed: list[str] = []
     if best is None:
         best, missed = floor, shortfalls(floor, recipe, strict=strict)
@@ -148,6 +150,7 @@ def _as_given(work: Compilation, floor: Built, tried: dict[str, CandidateRecord]
     """The graph without any pass, where even the exact passes made it slower."""
     given = work.build("as-given", floor.recipe.model_copy(update={"passes": ()}))
     _rank(work, given)
+    _tune(work, given)
     given.speedup = work.measure(given, rounds=_FINAL[0], budget=_FINAL[1])
     if _ratio(given) <= _ratio(floor):
         return floor
@@ -228,23 +231,31 @@ def _same(one: Built, other: Built) -> bool:
 
 
 def _rank(work: Compilation, built: Built) -> None:
-    """Time ``built``, and the other options that its backend proposes; keep options that are clearly faster."""
+    """Time ``built`` roughly, to see in which order candidates are worth judging."""
     built.speedup = work.measure(built, rounds=_RANK[0], budget=_RANK[1])
-    model, _, _ = work.transform(built.recipe)
+
+
+def _tune(work: Compilation, built: Built) -> None:
+    """Time the other options that the backend proposes for the graph; take those that are clearly faster."""
+    assert built.speedup is not None
     engine = work.engine(built.recipe)
-    options = engine.options.model_validate(built.recipe.options)
-    for other in engine.variants(model, work.target, options):
+    model, _, _, _ = work.prepare(work.exact(built.recipe))
+    for other in engine.variants(model, work.target, engine.options.model_validate(built.recipe.options)):
         found = work.measure(built, rounds=_RANK[0], budget=_RANK[1], options=other)
         if found.ratio > _CLEARLY * built.speedup.ratio:
             built.speedup = found
             built.recipe = built.recipe.model_copy(update={"options": other.model_dump(mode="json")})
 
 
-def _loss(built: Built) -> float:
-    """What is lost, to compare candidates with: the drop of the metric, or of the cosine."""
-    if built.accuracy is not None:
-        return built.accuracy.drop
-    return 1 - built.fidelity.cosine if built.fidelity is not None else 0.0
+def _next(work: Compilation, order: Sequence[Built]) -> Built:
+    """Of the candidates as fast as the fastest, the one whose outputs are closest to the reference's."""
+    alike = [b for b in order if _ratio(b) * _ALIKE >= _ratio(order[0])]
+    if len(alike) == 1:
+        return alike[0]
+    for built in alike:
+        if built.sqnr is None:
+            built.sqnr = work.closeness(built)
+    return max(alike, key=lambda b: b.sqnr or 0.0)
 
 
 def _ratio(built: Built) -> float:

@@ -429,3 +429,37 @@ def test_iterating_holds_one_batch_at_a_time():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3 * 800_000
+
+
+def _counted(calls: list[int], n: int = 3):
+    def batches():
+        calls.append(1)
+        buffer = np.zeros((1, 2), np.float32)
+        for i in range(n):
+            buffer += i  # the same array each time, as a careless generator would do
+            yield {"x": buffer}
+
+    return CalibrationData(batches)
+
+
+def test_remembered_batches_are_made_once_and_stay_what_they_were():
+    calls: list[int] = []
+    data = _counted(calls).remembered()
+    first = [batch["x"].copy() for batch in data]
+    assert [batch["x"].tolist() for batch in data] == [x.tolist() for x in first]
+    assert len(calls) == 1
+
+
+def test_a_reading_that_stops_early_is_not_taken_for_all():
+    calls: list[int] = []
+    data = _counted(calls).remembered()
+    next(iter(data))
+    assert [sum(1 for _ in data) for _ in range(3)] == [3, 3, 3]
+    assert len(calls) == 2
+
+
+def test_batches_beyond_the_bound_are_made_anew():
+    calls: list[int] = []
+    data = _counted(calls).remembered(most=16)
+    assert [sum(1 for _ in data) for _ in range(2)] == [3, 3]
+    assert len(calls) == 2

@@ -117,6 +117,8 @@ def _obstacle(node: ir.Node, row: Row, targets: Sequence[str], ignore: Sequence[
         return "its second operand is not a constant"
     if weight.dtype != ir.DataType.FLOAT:
         return f"its weights are {weight.dtype.name.lower() if weight.dtype else 'untyped'}"
+    if (rank(weight) or 0) < 2:
+        return "its second operand is a vector"
     if row.max_rank is not None and (rank(weight) or 0) > row.max_rank:
         return f"the integer kernel takes weights of up to {row.max_rank} axes"
     if known.bias is not None and len(node.inputs) > known.bias:

@@ -107,12 +107,9 @@ class QuantizeStatic(GraphPass):
                 bad = {v for v in origins if not seen[str(v.name)].finite}
                 if not bad:
                     return plan, {v: seen[str(v.name)].limits(fmt) for v in origins}
-                found = {
-                    node: f"{value.name} is infinite or NaN on the calibration data"
-                    for node in plan.nodes
-                    for value in plan.around(node)
-                    if plan.pairs[value] in bad
-                }
+                for node in plan.nodes:
+                    if wrong := [v for v in plan.around(node) if plan.pairs[v] in bad]:
+                        found[node] = f"{wrong[0].name} is infinite or NaN on the calibration data"
             for node, reason in found.items():
                 logger.warning("%s stays in float: %s", describe(node), reason)
             unfit |= found
