@@ -34,8 +34,8 @@ _PER_FILE = 6
 def pairs(n: int, *, held_out: bool) -> list[tuple[str, str]]:
     """``n`` times (first paragraph, rest), or all that there are.
 
-    A quarter of the source files is held out from evaluations. Files come in the order of a digest of their names,
-    so that the pairs are mixed, and a few of each.
+    A quarter of the source files is held out from evaluations. A few pairs are taken of each file, files in the order of
+    a digest of their names, pairs in that of a digest of their text: neighbours have nothing to do with each other.
     """
     found: dict[str, str] = {}
     for path in _files(held_out):
@@ -46,7 +46,7 @@ def pairs(n: int, *, held_out: bool) -> list[tuple[str, str]]:
                 taken += 1
         if len(found) >= n:
             break
-    return list(found.items())[:n]
+    return sorted(list(found.items())[:n], key=lambda pair: _digest(pair[0]))
 
 
 def _files(held_out: bool) -> list[Path]:
@@ -54,7 +54,7 @@ def _files(held_out: bool) -> list[Path]:
     for root in (Path(sysconfig.get_path("stdlib")), Path(np.__file__).parent):
         for path in root.rglob("*.py"):
             inside = path.relative_to(root)
-            digest = hashlib.sha256(inside.as_posix().encode()).digest()
+            digest = _digest(inside.as_posix())
             if _LEFT_OUT.isdisjoint(inside.parts) and (digest[0] % 4 == 0) == held_out:
                 ordered.append((digest, path))
     return [path for _, path in sorted(ordered)]
@@ -73,3 +73,7 @@ def _read(path: Path) -> Iterator[tuple[str, str]]:
             query, document = (re.sub(r"\s+", " ", text).strip() for text in (query, document))
             if 30 <= len(query) <= 160 and len(document) >= 200 and query.lower() not in document.lower():
                 yield query, document
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
