@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from optkit.compiler import Request
     from optkit.recipe import Recipe
 
-# Weights in anonymous memory at the most, in copies of the given ones: the reference and the float candidate, each
-# once as it was read and once repacked for the kernels (measured from 11 MB to 400 MB of weights).
-_COPIES = 4
+# The least that any recipe takes (measured): the reference reads the weights. More is watched for while working.
+_COPIES = 1.3
 
 
 @command

@@ -135,6 +135,7 @@ def quantize(
                         ),
                     ),
                     ("Formats", (kinds,)),
+                    *([("Notes", asked.loaded.notes)] if asked.loaded.notes else []),
                     (
                         "Not done",
                         (
