@@ -35,9 +35,10 @@ p { margin: .4rem 0; max-width: 50rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); padding: .3rem .9rem .3rem 0; }
 td { border-bottom: 1px solid var(--line); padding: .35rem .9rem .35rem 0; vertical-align: top; overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
 td.k { white-space: nowrap; overflow-wrap: normal; }
 tr.shipped td { font-weight: 600; background: var(--panel); }
+tr.explained td { border-bottom: 0; padding-bottom: 0; } tr.explained + tr td { padding-top: 0; }
 td.bar { width: 30%; min-width: 6rem; padding-top: .6rem; }
 td.short { width: 6rem; padding-top: .6rem; }
 .wide { overflow-x: auto; }
@@ -179,12 +180,9 @@ def _table(columns: Sequence[str], rows: Iterable[str]) -> str:
 
 
 def _row(cells: Iterable[tuple[str, str]], kind: str = "") -> str:
-    """``(class, html)`` for each cell."""
-    return (
-        f"<tr{f' class={kind}' if kind else ''}>"
-        + "".join(f"<td{f' class={k}' if k else ''}>{html}</td>" for k, html in cells)
-        + "</tr>"
-    )
+    """``(class, html)`` for each cell; classes are ours and need no escaping."""
+    inside = "".join(f'<td class="{k}">{html}</td>' if k else f"<td>{html}</td>" for k, html in cells)
+    return f'<tr class="{kind}">{inside}</tr>' if kind else f"<tr>{inside}</tr>"
 
 
 def _latency(report: Report) -> str:
@@ -304,32 +302,28 @@ def _candidates(report: Report) -> str:
     largest = max((c.speedup or 0.0 for c in order), default=0.0) or 1.0
     a, judged = report.manifest.accuracy, any(c.metric is not None for c in order)
     color = {sentences.SHIPPED: "good", "missed": "bad", "failed": "bad", "inconclusive": "warn"}
-    rows = [
-        _row(
-            (
-                ("k", _e(c.name)),
-                ("n", "" if c.speedup is None else f"{c.speedup:.2f}x"),
-                (
-                    "short",
-                    ""
-                    if c.speedup is None
-                    else _bar(c.speedup / largest, "b" if c.verdict == sentences.SHIPPED else "o"),
-                ),
-                ("n", "" if c.bytes is None else _e(sentences.megabytes(c.bytes))),
-                *(("n", _e(text)) for text in sentences.metric(c)[: 3 if judged else 1]),
-                ("k", f'<span class="{color.get(c.verdict, "")}">{_e(c.verdict)}</span>'),
-                ("", _e(c.reason)),
-            ),
-            "shipped" if c.verdict == sentences.SHIPPED else "",
-        )
-        for c in order
-    ]
-    name = (f">{a.metric if a is not None else 'metric'}", ">Drop", ">95% up to") if judged else (">Cosine",)
-    return (
-        f"<h2>What was tried</h2>{_table(('Candidate', '>Speed-up', '', '>Size', *name, 'Verdict', 'Why'), rows)}"
-        if rows
-        else ""
+    metric = (
+        (f">{a.metric if a is not None else 'metric'}", ">Drop", ">95% up to") if judged else (">Cosine",)
     )
+    columns = ("Candidate", ">Speed-up", "", ">Size", *metric, "Verdict")
+    rows = []
+    for c in order:
+        won = c.verdict == sentences.SHIPPED
+        bar = "" if c.speedup is None else _bar(c.speedup / largest, "b" if won else "o")
+        cells = (
+            ("k", _e(c.name)),
+            ("n", "" if c.speedup is None else f"{c.speedup:.2f}x"),
+            ("short", bar),
+            ("n", "" if c.bytes is None else _e(sentences.megabytes(c.bytes))),
+            *(("n", _e(text)) for text in sentences.metric(c)[: 3 if judged else 1]),
+            ("k", f'<span class="{color.get(c.verdict, "")}">{_e(c.verdict)}</span>'),
+        )
+        rows.append(
+            _row(cells, " ".join(k for k, on in (("shipped", won), ("explained", bool(c.reason))) if on))
+        )
+        if c.reason:
+            rows.append(f'<tr><td colspan="{len(columns)}" class=soft>{_e(c.reason)}</td></tr>')
+    return f"<h2>What was tried</h2>{_table(columns, rows)}" if rows else ""
 
 
 def _layers(layers: Sequence[LayerRecord]) -> str:

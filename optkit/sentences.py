@@ -144,9 +144,14 @@ def size(report: Report) -> str:
     """Nodes, bytes and parameters before and after."""
     manifest = report.manifest
     after = manifest.passes[-1].nodes_after if manifest.passes else manifest.model.nodes
+    run = (
+        ""
+        if manifest.achieved is None
+        else f", of which the runtime makes {sum(manifest.achieved.operators.values()):,}"
+    )
     return (
-        f"{manifest.model.nodes:,} -> {count(after, 'node')}, {megabytes(manifest.size.before)} -> "
-        f"{megabytes(manifest.size.after)} ({smaller(report)}), {count(manifest.model.parameters, 'parameter')}"
+        f"{manifest.model.nodes:,} -> {count(after, 'node')}{run}; {megabytes(manifest.size.before)} -> "
+        f"{megabytes(manifest.size.after)} ({smaller(report)}); {count(manifest.model.parameters, 'parameter')}"
     )
 
 
