@@ -201,7 +201,8 @@ class Compilation:
         Raises:
             ModelError: The written file does not load or run, or its outputs have other names or shapes.
         """
-        model, records, seconds = self.transform(recipe)
+        with self.progress.task(f"build {name}"):
+            model, records, seconds = self.transform(recipe)
         engine = self.engine(recipe)
         legalize(model, engine, self.target, name=self.loaded.name)
         self._built += 1
@@ -246,7 +247,7 @@ class Compilation:
 
     def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup:
         """Time ``built`` in turn with the reference."""
-        with self.session(built, options) as session:
+        with self.progress.task(f"time {built.name}"), self.session(built, options) as session:
             return speedup(
                 self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed
             )
