@@ -84,6 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has what it wanted; what is left in the buffer would make the interpreter complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:
+        if debug:
+            _print_traceback()
+        place = f"{error.filename}: " if error.filename else ""
+        return _report(OptkitError(f"{place}{error.strerror or error}"), as_json)
+    except MemoryError:
+        return _report(
+            OptkitError("not enough memory", hint="see --memory, and optkit quantize for large models"),
+            as_json,
+        )
     except Exception as error:  # noqa: BLE001  (the one place that turns a defect into an exit code)
         if debug:
             _print_traceback()

@@ -190,6 +190,36 @@ def test_a_closed_pipe_is_quiet(command, bench_):
     assert (child.returncode, errors) == (0, b"")
 
 
+def test_a_full_disk_is_an_error_of_the_disk(command, bench_, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("inspect", bench_ / "model.onnx"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    ran = subprocess.run(
+        command(
+            "compile",
+            bench_ / "model.onnx",
+            "-r",
+            bench_ / "recipe.yaml",
+            "--calib",
+            "random",
+            "-o",
+            "/proc/build",
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "cannot write /proc/build" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def _started(command, bench_, folder, *more):
     (folder / "slow.py").write_text(SLOW)
     arguments = command(
