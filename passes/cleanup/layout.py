@@ -11,7 +11,7 @@ import onnx_ir as ir
 from optkit.dims import shape_of
 from optkit.graph import constant, graphs, rank, users
 from optkit.passes.base import Context, GraphPass
-from optkit.passes.cleanup.noops import same_shape
+from optkit.passes.cleanup.noops import keeps_shape, same_shape
 from optkit.passes.cleanup.shapes import constant_target
 from optkit.rewrite import Builder, Change, Names, label, register, remove_unused, replaceable, substitute
 
@@ -113,7 +113,7 @@ def _merge_reshapes(node: ir.Node, names: Names) -> bool:
     for reader in readers:
         if reader.graph is node.graph and _keeps_order(reader) and reader.inputs[0] is middle:
             output = reader.outputs[0]
-            if same_shape(x, output) and replaceable(output, x):
+            if _comes_back(x, output) and replaceable(output, x):
                 substitute(output, x)
                 remove_unused([reader])
                 done = True
@@ -137,6 +137,13 @@ def _merge_reshapes(node: ir.Node, names: Names) -> bool:
         remove_unused([reader])
     remove_unused([node])
     return True
+
+
+def _comes_back(x: ir.Value, y: ir.Value) -> bool:
+    if same_shape(x, y):
+        return True
+    target = constant_target(shape_of(x), shape_of(y))
+    return target is not None and x.shape is not None and keeps_shape(list(x.shape), target)
 
 
 def _merge_transposes(node: ir.Node, names: Names) -> bool:

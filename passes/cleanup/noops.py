@@ -126,18 +126,18 @@ def _reshape(node: ir.Node) -> ir.Value | None:
     x, target = node.inputs[0], constant(node.inputs[1])
     if same_shape(x, node.outputs[0]):
         return x
-    if (
-        x is None
-        or x.shape is None
-        or target is None
-        or len(target) != len(x.shape)
-        or attribute(node, "allowzero", 0)
-    ):
+    if x is None or x.shape is None or target is None or attribute(node, "allowzero", 0):
         return None
-    # The number of elements is the same, so one axis may be whatever is left.
-    differing = sum(not (t == 0 or t == d) for t, d in zip(target, x.shape, strict=True))
-    others = all(t != 0 for t in x.shape if isinstance(t, int))
-    return x if differing == 0 or (differing == 1 and -1 in target and others) else None
+    return x if keeps_shape(list(x.shape), [int(t) for t in target]) else None
+
+
+def keeps_shape(shape: Sequence[int | ir.SymbolicDim], target: Sequence[int]) -> bool:
+    """Whether a Reshape of ``shape`` to ``target`` (0: as it is, -1: what is left) leaves the shape as it is."""
+    if len(shape) != len(target):
+        return False
+    # The number of elements is the same, so one axis may be whatever is left; of no elements, anything may be left.
+    differing = sum(not (t == 0 or t == d) for t, d in zip(target, shape, strict=True))
+    return differing == 0 or (differing == 1 and -1 in target and 0 not in shape)
 
 
 def _flatten(node: ir.Node) -> ir.Value | None:
