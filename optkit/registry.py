@@ -29,15 +29,21 @@ class Registry(Mapping[str, Any]):
 
     def _read(self) -> dict[str, str]:
         rows = dict(self._table)
+        names = {name.lower(): name for name in rows}
         points: list[EntryPoint] = sorted(entry_points(group=self._group), key=lambda p: (p.name, p.value))
         for point in points:
-            if rows.get(point.name, point.value) != point.value:
+            name = names.setdefault(point.name.lower(), point.name)
+            if rows.setdefault(name, point.value) != point.value:
                 raise OptkitError(
-                    f"two distributions provide the {self._kind} {point.name!r}: {rows[point.name]} and {point.value}",
+                    f"two distributions provide the {self._kind} {name!r}: {rows[name]} and {point.value}",
                     hint="uninstall one of them",
                 )
-            rows[point.name] = point.value
         return rows
+
+    def _name(self, name: object) -> str | None:
+        """The name as its row has it; any case will do."""
+        wanted = name.lower() if isinstance(name, str) else None
+        return next((known for known in self._rows() if known.lower() == wanted), None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows())
@@ -46,22 +52,35 @@ class Registry(Mapping[str, Any]):
         return len(self._rows())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._rows()
+        return self._name(name) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The object, or ``default`` for a name that nobody knows."""
+        known = self._name(name)
+        return default if known is None else self[known]
 
     def __getitem__(self, name: str) -> Any:
-        rows = self._rows()
-        if name not in rows:
-            lowered = {known.lower(): known for known in rows}
-            if name.lower() not in lowered:
-                raise UnknownNameError(self._kind, name, rows)
-            name = lowered[name.lower()]
-        module, _, attribute = rows[name].partition(":")
+        known = self._name(name)
+        if known is None:
+            raise UnknownNameError(self._kind, name, self._rows())
+        module, _, attribute = self._rows()[known].partition(":")
+        ours = module.split(".")[0] == "optkit"
         try:
-            return getattr(importlib.import_module(module), attribute)
+            loaded = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if name not in self._extras or (error.name or "").startswith("optkit"):
+            missing = error.name or "?"
+            # Our own modules are there or we are wrong; so is a package that no extra promises.
+            if missing.split(".")[0] == "optkit" or (ours and known not in self._extras):
                 raise
+            package = f"'optkit[{self._extras[known]}]'" if known in self._extras else missing
             raise BackendUnavailableError(
-                f"{self._kind} {name!r} needs the package {error.name!r}, which is not installed",
-                hint=f"pip install 'optkit[{self._extras[name]}]'",
+                f"{self._kind} {known!r} needs the package {missing!r}, which is not installed",
+                hint=f"pip install {package}",
             ) from error
+        except Exception as error:
+            if ours:
+                raise
+            raise OptkitError(f"{self._kind} {known!r}: {module}: {type(error).__name__}: {error}") from error
+        if not ours and not hasattr(loaded, attribute):
+            raise OptkitError(f"{self._kind} {known!r}: {module} has no {attribute!r}")
+        return getattr(loaded, attribute)

@@ -68,7 +68,7 @@ class Context:
 class Pass(BaseModel, ABC):
     """A step of a recipe. Its fields are its options; instances are frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: ClassVar[str]
     stage: ClassVar[Stage]

@@ -1,0 +1,1 @@
+"""A pass for optkit from another distribution."""
