@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,13 +43,14 @@ def inspect(
 
     loaded = graph(model)
     free = shaped(loaded, shape or ())
-    found = _facts(loaded.model)
+    macs = _macs_by_node(loaded.model)
+    found = _facts(loaded.model, macs)
     found = {"name": model, "opset": loaded.opset, "notes": list(loaded.notes), **found}
     manifest = _manifest(model)
     if manifest is not None:
         found["artifact"] = options.plain(manifest)
     if nodes:
-        found["nodes_listed"] = _nodes(loaded.model)
+        found["nodes_listed"] = _nodes(loaded.model, macs)
     if why:
         found["why"] = _why(loaded.model, target, backend)
     if json:
@@ -79,10 +80,9 @@ def inspect(
     return 0
 
 
-def _facts(model: ir.Model) -> dict[str, Any]:
+def _facts(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> dict[str, Any]:
     from optkit.data import specs
     from optkit.graph import count_nodes, count_parameters, graphs, walk, weight_bytes
-    from optkit.ops import spec
 
     operators: dict[str, dict[str, Any]] = {}
     products = integer = 0
@@ -97,8 +97,7 @@ def _facts(model: ir.Model) -> dict[str, Any]:
             for v in dict.fromkeys(node.inputs)
             if v is not None and v.const_value is not None
         )
-        known = spec(node)
-        macs = _products(node) if known is None or known.macs is None else known.macs(node)
+        macs = macs_by_node[str(node.name)]
         if macs is None:
             row["macs"] = None
         elif row["macs"] is not None:
@@ -127,6 +126,32 @@ def _facts(model: ir.Model) -> dict[str, Any]:
     }
 
 
+def _macs_by_node(model: ir.Model) -> dict[str, int | None]:
+    """Multiply-accumulates of one run by node; None where they depend on free axes."""
+    from optkit.graph import walk
+    from optkit.passes import PASSES
+    from optkit.passes.base import Context
+    from optkit.pipeline import run_passes
+    from optkit.targets import target
+
+    found = {str(node.name): _macs_of(node) for node in walk(model)}
+    if None in found.values():
+        # Shapes that the graph computes for itself are numbers once its arithmetic on shapes is folded.
+        folded = model.clone()
+        steps = [PASSES[name]() for name in ("lift-constants", "fold-constants", "fold-shapes")]
+        run_passes(folded, steps, Context(target=target("cpu")))
+        later = {str(node.name): _macs_of(node) for node in walk(folded)}
+        found = {name: later.get(name) if macs is None else macs for name, macs in found.items()}
+    return found
+
+
+def _macs_of(node: ir.Node) -> int | None:
+    from optkit.ops import spec
+
+    known = spec(node)
+    return _products(node) if known is None or known.macs is None else known.macs(node)
+
+
 def _products(node: ir.Node) -> int | None:
     """Multiply-accumulates of the operators on integers that the table of operators leaves out."""
     from optkit.ops.spec import conv_macs, matmul_macs
@@ -143,17 +168,15 @@ def _is_integer(node: ir.Node) -> bool:
     return len(read) == 2 and all(n is not None and n.op_type == "DequantizeLinear" for n in read)
 
 
-def _nodes(model: ir.Model) -> list[dict[str, Any]]:
+def _nodes(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> list[dict[str, Any]]:
     from optkit.graph import walk
-    from optkit.ops import spec
 
     def shown(values: Iterable[ir.Value | None]) -> str:
         return ", ".join("-" if v is None else _value(v) for v in values)
 
     rows = []
     for node in walk(model):
-        known = spec(node)
-        macs = _products(node) if known is None or known.macs is None else known.macs(node)
+        macs = macs_by_node[str(node.name)]
         op = node.op_type if node.domain == "" else f"{node.domain}.{node.op_type}"
         rows.append(
             {
@@ -224,7 +247,7 @@ def _lines(
     else:
         share = (
             ""
-            if found["int8_share"] is None
+            if not found["int8_share"]
             else f", {sentences.percent(found['int8_share'])} of them between int8 tensors"
         )
         rows.append(("MACs", (f"{_macs(found['macs'])} a run{share}",)))

@@ -82,7 +82,7 @@ def check(terminal: Terminal, recipe: _Name, sets: options.Set = None, json: opt
 
 @app.command("schema")
 @command
-def schema(terminal: Terminal) -> int:
+def schema(terminal: Terminal, json: options.Json = True) -> int:
     """Print the JSON Schema of recipe files, for editors."""
     from optkit.recipe import schema as recipe_schema
 

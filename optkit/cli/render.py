@@ -124,11 +124,9 @@ def candidates(report: Report) -> list[str | Table]:
         )
         for c in order
     ]
+    parts: list[str | Table] = [table(("Candidate", ">Speed-up", ">Size", *name, "Verdict"), rows)]
     reasons = [(c.name, (c.reason,)) for c in order if c.reason and c.verdict != sentences.SHIPPED]
-    return [
-        table(("Candidate", ">Speed-up", ">Size", *name, "Verdict"), rows),
-        *(["", facts(reasons)] if reasons else []),
-    ]
+    return [*parts, "", facts(reasons)] if reasons else parts
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
