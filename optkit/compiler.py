@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import platform
-import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ from optkit.legalize import legalize
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
-from optkit.recipe import Recipe, shipped
+from optkit.recipe import Recipe, condition, shipped
 from optkit.reference import ReferenceSession
 from optkit.report import (
     AccuracyRecord,
@@ -619,31 +619,19 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
     return report
 
 
-def unmet(require: Mapping[str, str], facts: Achieved) -> list[str]:
-    """Which requirements the built artifact does not show.
+_HOLDS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 
-    Raises:
-        RecipeError: A requirement is not ``name: "<comparison><number>"``.
-    """
+
+def unmet(require: Mapping[str, str], facts: Achieved) -> list[str]:
+    """Which requirements the built artifact does not show."""
     found = facts.model_dump()
     reasons = []
-    for key, condition in require.items():
+    for key, text in require.items():
         group, _, name = key.partition(".")
-        match = re.fullmatch(r"\s*(>=|<=|==|>|<)\s*([0-9.]+)\s*", condition)
-        if group not in ("formats", "placement", "operators", "weights") or not name or match is None:
-            raise RecipeError(
-                f"require: {key}: {condition!r}", hint='write, for example, formats.int8: ">=0.9"'
-            )
-        value, wanted = float(found[group].get(name, 0)), float(match[2])
-        holds = {
-            ">=": value >= wanted,
-            "<=": value <= wanted,
-            "==": value == wanted,
-            ">": value > wanted,
-            "<": value < wanted,
-        }[match[1]]
-        if not holds:
-            reasons.append(f"require {key} {condition}: the artifact shows {value:g}")
+        comparison, wanted = condition(text)
+        value = float(found[group].get(name, 0))
+        if not _HOLDS[comparison](value, wanted):
+            reasons.append(f"require {key} {text}: the artifact shows {value:g}")
     return reasons
 
 

@@ -5,17 +5,62 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 
-from optkit.errors import OptkitError, RecipeError, UnknownNameError
+from optkit.errors import RecipeError, UnknownNameError, UsageError
 from optkit.passes import PASSES
 from optkit.passes.base import Pass
+
+_CONDITION = re.compile(r"\s*(>=|<=|==|>|<)\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*")
+
+
+def _amount(value: Any) -> Any:
+    """``1%`` or a number, as text: ``0.01`` in YAML is a number."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        try:
+            number = float(text.strip().removesuffix("%"))
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError("write 1% (of the reference's metric) or 0.01 (absolute)")
+    return text
+
+
+def _requirement(key: str) -> str:
+    group, _, name = key.partition(".")
+    if group not in ("formats", "placement", "operators", "weights") or not name:
+        raise ValueError("write formats.<format>, placement.<place>, operators.<operator> or weights.<type>")
+    return key
+
+
+def _condition(text: str) -> str:
+    if _CONDITION.fullmatch(text) is None:
+        raise ValueError('write a comparison with a number, as in ">=0.9"')
+    return text
+
+
+def condition(text: str) -> tuple[str, float]:
+    """The comparison and the number of a condition under ``require``."""
+    match = _CONDITION.fullmatch(text)
+    assert match is not None, text
+    return match[1], float(match[2])
 
 
 class Limits(BaseModel):
@@ -31,7 +76,11 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_drop: str | None = None
+    max_drop: Annotated[
+        str | None,
+        BeforeValidator(_amount),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]}),
+    ] = None
     min_cosine: float = Field(default=0.99, ge=-1, le=1)
     min_speedup: float = Field(default=1.0, ge=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
@@ -65,8 +114,10 @@ class Recipe(BaseModel):
     repair: bool = False
     samples: int | None = Field(default=None, ge=1)
     limits: Limits = Limits()
-    require: dict[str, str] = Field(default_factory=dict)
-    seed: int = 0
+    require: dict[
+        Annotated[str, AfterValidator(_requirement)], Annotated[str, AfterValidator(_condition)]
+    ] = Field(default_factory=dict)
+    seed: int = Field(default=0, ge=0)
 
     @staticmethod
     def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
@@ -128,7 +179,8 @@ def schema() -> dict[str, Any]:
         "items": {"type": "string"},
         "description": "recipes whose passes come first",
     }
-    return {**base, "$schema": "https://json-schema.org/draft/2020-12/schema", "properties": properties}
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {**base, "$schema": draft, "properties": properties, "required": ["recipe"]}
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -139,7 +191,11 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if is_file:
         if not path.is_file():
             raise RecipeError(f"{path}: no such recipe file", hint=f"shipped recipes: {', '.join(shipped())}")
-        where, text = str(path), path.read_text(encoding="utf-8")
+        where = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{where}: not valid YAML: {error}") from error
     else:
         known = {name.lower(): name for name in shipped()}
         if str(source).lower() not in known:
@@ -162,17 +218,24 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _with_imports(where: str, raw: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
     raw = dict(raw)
     before: list[Any] = []
-    for name in raw.pop("imports", None) or ():
+    _check_keys(where, raw)
+    imports = raw.pop("imports", None) or []
+    if not isinstance(imports, list | tuple):
+        raise RecipeError(f"{where}: imports: a list is wanted, not {type(imports).__name__}")
+    for name in imports:
         if not isinstance(name, str):
             raise RecipeError(f"{where}: imports: {name!r} is not the name of a recipe")
         if name in seen:
             raise RecipeError(f"{where}: imports: {name} imports itself")
         source = Path(where).parent / name if name.endswith((".yaml", ".yml")) else name
-        inner_where, inner = _read(source)
+        try:
+            inner_where, inner = _read(source)
+        except UsageError as error:
+            raise RecipeError(f"{where}: imports: {error}", hint=error.hint) from error
         before += _with_imports(inner_where, inner, (*seen, name)).get("passes") or []
     if before or "passes" in raw:
         own = raw.get("passes") or []
-        if not isinstance(own, list):
+        if not isinstance(own, list | tuple):
             raise RecipeError(f"{where}: passes: a list is wanted, not {type(own).__name__}")
         raw["passes"] = [*before, *own]
     return raw
@@ -185,25 +248,27 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
             f"--set {override!r}: key=value is wanted",
             hint="for example --set passes.quantize-static.method=mse",
         )
+    head, *rest = key.strip().split(".")
     try:
-        value = yaml.safe_load(text)
+        # A condition such as >=0.9 is no YAML without quotes, which a shell takes away.
+        value = text.strip() if head == "require" else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
-    head, *rest = key.strip().split(".")
     raw = dict(raw)
     if head == "passes":
         if len(rest) != 2:
             raise RecipeError(f"--set {override!r}: passes.<pass>.<option>=value is wanted")
+        wanted, option = rest
         items = [_entry("--set", i, item) for i, item in enumerate(raw.get("passes") or [])]
-        if not any(name == rest[0] for name, _ in items):
-            raise UnknownNameError("pass of this recipe", rest[0], [name for name, _ in items], where="--set")
+        if not any(name.lower() == wanted.lower() for name, _ in items):
+            raise UnknownNameError("pass of this recipe", wanted, [name for name, _ in items], where="--set")
         raw["passes"] = [
-            {name: {**options, rest[1]: value} if name == rest[0] else options} for name, options in items
+            {name: {**options, option: value} if name.lower() == wanted.lower() else options}
+            for name, options in items
         ]
-        return raw
-    if rest:
+    elif rest:
         inner = raw.get(head) or {}
-        if not isinstance(inner, Mapping):
+        if head not in ("limits", "options", "require") or not isinstance(inner, Mapping):
             raise RecipeError(f"--set {override!r}: {head} has no keys below it")
         raw[head] = {**inner, ".".join(rest): value}
     else:
@@ -225,17 +290,21 @@ def _entry(where: str, index: int, item: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _build(where: str, raw: dict[str, Any]) -> Recipe:
+def _check_keys(where: str, raw: Mapping[str, Any]) -> None:
     for key in raw:
-        if key not in Recipe.model_fields:
+        if key not in (*Recipe.model_fields, "imports"):
             raise RecipeError(
                 f"{where}: unknown key {key!r}", hint=_nearest(key, (*Recipe.model_fields, "imports"))
             )
-    if raw.get("recipe") != 1:
+    written = raw.get("recipe")
+    if type(written) is not int or written != 1:
         raise RecipeError(
-            f"{where}: recipe: version {raw.get('recipe')!r} is not known",
-            hint="start the file with 'recipe: 1'",
+            f"{where}: recipe: version {written!r} is not known", hint="start the file with 'recipe: 1'"
         )
+
+
+def _build(where: str, raw: dict[str, Any]) -> Recipe:
+    _check_keys(where, raw)
     passes = []
     for index, item in enumerate(raw.get("passes") or []):
         name, options = _entry(where, index, item)
@@ -265,9 +334,11 @@ def _validated(kind: type[BaseModel], where: str, values: Mapping[str, Any]) -> 
             raise RecipeError(
                 f"{where}: unknown option {place!r}", hint=_nearest(str(first["loc"][-1]), tuple(fields))
             ) from error
-        raise RecipeError(f"{where}: {place}: {first['msg'].lower()}, not {first.get('input')!r}") from error
-    except OptkitError:
-        raise
+        said = first["msg"].removeprefix("Value error, ")
+        said = said if said != first["msg"] else said.lower()
+        shown = repr(first.get("input"))
+        shown = shown if len(shown) < 100 else f"{shown[:100]}…"
+        raise RecipeError(f"{where}: {place}: {said}, not {shown}") from error
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
