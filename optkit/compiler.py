@@ -23,7 +23,7 @@ from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
 from optkit.data import CalibrationData, specs
-from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
+from optkit.errors import BackendUnavailableError, DataError, ModelError, UsageError
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.frontend import Loaded, read
