@@ -386,3 +386,43 @@ def test_a_mistake_is_named_with_what_to_do(optkit, given, tmp_path, name):
     assert (hint or "").format(given=given) in ran.err
     assert "Traceback" not in ran.err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_without_a_recipe_candidates_compete_and_are_all_shown(optkit, given):
+    ran = optkit(
+        "compile",
+        given / "model.onnx",
+        "--calib",
+        given / "calib",
+        "--set",
+        "limits.min_speedup=0",
+        "-o",
+        "out",
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    tried = {c["name"]: c for c in ran.json["candidates"]}
+    assert {"fp32", "int8-static", "int8-dynamic"} <= set(tried)
+    assert sum(c["verdict"] == "shipped" for c in tried.values()) == 1
+    assert all(c["reason"] for c in tried.values() if c["verdict"] != "shipped")
+    assert all(name in ran.err for name in tried)
+
+
+def test_without_data_only_what_needs_none_is_tried_and_the_rest_is_named(optkit, given):
+    ran = optkit("compile", given / "model.onnx", "--set", "limits.min_speedup=0", "-o", "out", "--json")
+    assert ran.code == 0, ran.err
+    assert not any("static" in c["name"] for c in ran.json["candidates"])
+    assert any("--calib" in a and "int8-static" in a for a in ran.json["advice"])
+    assert ran.json["manifest"]["fidelity"]["inputs"] == "inputs drawn from the input specification"
+
+
+def test_the_recipe_that_auto_wrote_gives_the_same_bytes_in_another_process(optkit, process, given, tmp_path):
+    data = ("--calib", given / "calib", "--eval", given / "eval.py", "--max-drop", "1.0")
+    assert (
+        optkit("compile", given / "model.onnx", *data, "--set", "limits.min_speedup=0", "-o", "auto").code
+        == 0
+    )
+    ran = process("compile", given / "model.onnx", "-r", "auto/recipe.yaml", *data, "-o", "again")
+    assert ran.code == 0, ran.err
+    for name in ("model.onnx", "recipe.yaml", "manifest.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "auto" / name).read_bytes(), name
