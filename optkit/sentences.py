@@ -128,7 +128,7 @@ def outcome(report: Report) -> str:
     if report.inconclusive:
         return f"The samples do not decide whether the request was met; {what}."
     if a is not None and a.met == "inconclusive":
-        return f"{what[:1].upper()}{what[1:]}; whether its {a.metric} keeps the limit, {count(a.n, 'sample')} do not decide."
+        return f"Shipped {'the artifact' if one is None else one.name}; whether its {a.metric} keeps the limit, {count(a.n, 'sample')} do not decide."
     return f"The request was met: {what}."
 
 

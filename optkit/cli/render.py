@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from optkit import sentences
 
@@ -15,22 +15,18 @@ if TYPE_CHECKING:
     from optkit.report import Report
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table; columns whose heading starts with ``>`` are numbers and aligned to the right."""
     from rich import box
     from rich.table import Table
 
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        show_edge=False,
-        pad_edge=False,
-    )
-    for column in columns:
-        right = column.startswith(">")
-        made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    rows = list(rows)
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    # Short names stay whole where a terminal is narrow.
+    whole = max((len(row[0]) for row in rows), default=0) <= 30
+    for index, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        made.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and index == 0)
     for row in rows:
         made.add_row(*row)
     return made
@@ -110,7 +106,7 @@ def candidates(report: Report) -> list[str | Table]:
     judged = any(c.metric is not None for c in order)
     accuracy = report.manifest.accuracy
     name = (
-        (f">{accuracy.metric if accuracy is not None else 'metric'}", ">Drop", ">95% up to")
+        (f">{accuracy.metric if accuracy is not None else 'metric'}", ">Drop", ">At most")
         if judged
         else (">Cosine",)
     )
