@@ -123,10 +123,15 @@ class Evaluator:
         except OptkitError:
             raise
         except Exception as error:
-            files = {getattr(getattr(f, "__code__", None), "co_filename", None) for f in (self.score, self.aggregate)}
+            files = {
+                getattr(getattr(f, "__code__", None), "co_filename", None)
+                for f in (self.score, self.aggregate)
+            }
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
             place = f", line {lines[-1]}" if lines else ""
-            raise DataError(f"evaluator {self.metric}: {what}{place}: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"evaluator {self.metric}: {what}{place}: {type(error).__name__}: {error}"
+            ) from error
 
     def total(self, scores: Sequence[Any]) -> float:
         """The metric of all scores."""
@@ -150,14 +155,14 @@ def load_python(path: Path, what: str) -> ModuleType:
         raise UsageError(f"{what} {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    # As with `python file.py`, modules beside the file can be imported, also later, from inside a function.
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(f"{what} {path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
     return module
 
 
@@ -251,7 +256,10 @@ def compare(
             hint="samples() must yield the same samples each time",
         )
     before, after, n = evaluator.total(reference), evaluator.total(candidate), len(reference)
-    drop = before - after
+    if not math.isfinite(before):
+        raise DataError(f"evaluator {evaluator.metric}: aggregate() gives {before} for the reference")
+    # A metric that the candidate makes undefined, a correlation of constants say, is lost altogether.
+    drop = before - after if math.isfinite(after) else math.inf
     if evaluator.aggregate is not None:
         method, interval = "paired bootstrap", _bootstrap(evaluator, reference, candidate, seed)
     else:
@@ -261,13 +269,14 @@ def compare(
         else:
             method, interval = "paired t", _paired_t(x - y)
     low, high = min(interval[0], drop), max(interval[1], drop)
-    verdict, needed = None, None
+    verdict: Verdict | None = None
+    needed = None
     if budget is not None:
         limit = budget.absolute(before)
         slack = 1e-12 * max(1.0, abs(before))
         verdict = "met" if high <= limit + slack else "missed" if drop > limit + slack else "inconclusive"
-        if verdict == "inconclusive" and limit > drop:
-            needed = math.ceil(n * ((high - drop) / (limit - drop)) ** 2) if math.isfinite(high) else None
+        if verdict == "inconclusive" and limit > drop and math.isfinite(high):
+            needed = math.ceil(n * ((high - drop) / (limit - drop)) ** 2)
     return Comparison(
         metric=evaluator.metric, reference=before, candidate=after, drop=drop, ci95=(low, high), n=n, method=method,
         budget=None if budget is None else str(budget), verdict=verdict, needed=needed,
@@ -311,11 +320,23 @@ def _bootstrap(
     drops = []
     for _ in range(_RESAMPLES):
         chosen = rng.integers(n, size=n)
-        drops.append(
-            evaluator.total([reference[i] for i in chosen]) - evaluator.total([candidate[i] for i in chosen])
-        )
-    low, high = np.percentile(drops, (2.5, 97.5))
+        before = _resampled(evaluator, [reference[i] for i in chosen])
+        if math.isfinite(before):
+            after = _resampled(evaluator, [candidate[i] for i in chosen])
+            drops.append(before - after if math.isfinite(after) else math.inf)
+    if len(drops) < _RESAMPLES / 2:
+        return -math.inf, math.inf
+    # Without interpolation, which has no answer between two infinite drops.
+    low, high = np.percentile(drops, 2.5, method="lower"), np.percentile(drops, 97.5, method="higher")
     return float(low), float(high)
+
+
+def _resampled(evaluator: Evaluator, scores: Sequence[Any]) -> float:
+    """The metric, or NaN where these samples do not define it: the area under a curve of one class, say."""
+    try:
+        return evaluator.total(scores)
+    except DataError:
+        return math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,9 +344,11 @@ class Fidelity:
     """How close the candidate's outputs are to the fp32 reference's on unseen inputs; never an accuracy.
 
     Attributes:
-        cosine: Smallest, over the float outputs, of the mean over batches of the cosine.
+        cosine: Smallest, over the float outputs, of the mean over batches of the cosine; 0 where one is no longer finite.
+            For a model with integer outputs alone, the share of them that are equal.
         sqnr: Signal to quantization noise, dB, smallest over the float outputs.
-        agreement: Share of rows along the last axis with the same largest element; None for outputs that are not scores.
+        agreement: Share of rows along the last axis with the same largest element, and of equal integers; None for
+            outputs that have neither.
         n: Batches.
         shapes_equal: Whether all shapes were equal; where not, the other numbers cover the outputs that were.
     """
@@ -340,6 +363,7 @@ class Fidelity:
 def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.ndarray]]) -> Fidelity:
     """Run both on every batch and compare output by output."""
     cosines: dict[str, list[float]] = {}
+    equal: list[float] = []
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}
     same = rows = n = 0
@@ -352,21 +376,35 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
             if a.shape != b.shape:
                 shapes_equal = False
                 continue
-            if a.dtype.kind != "f":
-                rows, same = rows + a.size, same + int((a == b).sum())
+            if not a.size:
                 continue
-            x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-            norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-            cosines.setdefault(name, []).append(float(x @ y) / norm if norm else float(np.array_equal(x, y)))
-            signal[name] = signal.get(name, 0.0) + float(x @ x)
-            noise[name] = noise.get(name, 0.0) + float((x - y) @ (x - y))
+            if a.dtype.kind != "f":
+                matches = int((a == b).sum())
+                rows, same = rows + a.size, same + matches
+                equal.append(matches / a.size)
+                continue
             if a.ndim >= 2 and a.shape[-1] >= 2:
                 rows, same = rows + math.prod(a.shape[:-1]), same + int((a.argmax(-1) == b.argmax(-1)).sum())
+            x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+            finite = np.isfinite(x)
+            # Masks and padding may be infinite or NaN: as long as they stay so, the other values count.
+            kept = np.array_equal(x[~finite], y[~finite], equal_nan=True) and bool(
+                np.isfinite(y[finite]).all()
+            )
+            x, y = (x[finite], y[finite]) if kept else (x[finite], np.full(finite.sum(), np.nan))
+            norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+            alike = float(np.array_equal(x, y)) if not norm else float(x @ y) / norm
+            cosines.setdefault(name, []).append(alike)
+            signal[name] = signal.get(name, 0.0) + float(x @ x)
+            noise[name] = noise.get(name, 0.0) + float((x - y) @ (x - y))
+    if not n:
+        raise DataError("there is not one batch to compare the outputs on")
     ratio = [_decibels(signal[name], noise[name]) for name in signal]
-    means = [float(np.mean(c)) for c in cosines.values()]
+    # Where all outputs are integers, class numbers say, the share of equal ones takes the place of the cosine.
+    means = [float(np.mean(c)) for c in cosines.values()] or [float(np.mean(equal)) if equal else 1.0]
+    cosine = min(means) if all(map(math.isfinite, means)) and (shapes_equal or cosines or equal) else 0.0
     return Fidelity(
-        cosine=min(means) if means and all(map(math.isfinite, means)) else (1.0 if not means and shapes_equal else 0.0),
-        sqnr=min(ratio, default=200.0), agreement=same / rows if rows else None, n=n, shapes_equal=shapes_equal,
+        cosine=cosine, sqnr=min(ratio, default=200.0), agreement=same / rows if rows else None, n=n, shapes_equal=shapes_equal,
     )  # fmt: skip
 
 
