@@ -39,7 +39,16 @@ def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
     Returns:
         For short integer vectors and scalars their elements, as far as they are known.
     """
-    _infer_with_onnx(model)
+    declared = {
+        d.value
+        for graph in graphs(model)
+        for v in graph.inputs
+        if v.shape is not None
+        for d in v.shape
+        if isinstance(d, ir.SymbolicDim)
+    }
+    _forget_names(model, declared)
+    _infer_with_onnx(model, declared)
     walk = _Walk()
     walk.graph(model.graph)
     return walk.known
@@ -54,7 +63,27 @@ def infer_node(node: ir.Node, *, opset: int = OPSET) -> None:
         _take(output, found)
 
 
-def _infer_with_onnx(model: ir.Model) -> None:
+def _forget_names(model: ir.Model, declared: set[str | None]) -> None:
+    """Drop what exporters and earlier inference called unknown axes, unless an input is called so too.
+
+    More may be known by now; a stale name would hide it.
+    """
+    for graph in graphs(model):
+        for node in graph:
+            if not onnx.defs.has(node.op_type, OPSET, node.domain):
+                continue
+            for value in node.outputs:
+                if value.shape is None or value.is_graph_output():
+                    continue
+                dims = [
+                    None if isinstance(d, ir.SymbolicDim) and d.value not in declared else d
+                    for d in value.shape
+                ]
+                if None in dims:
+                    value.shape = ir.Shape(dims)
+
+
+def _infer_with_onnx(model: ir.Model, declared: set[str | None]) -> None:
     """One call for the whole graph: most shapes need no more."""
     hidden = [
         (graph, value, value.const_value)
@@ -95,14 +124,6 @@ def _infer_with_onnx(model: ir.Model) -> None:
     except (onnx.shape_inference.InferenceError, RuntimeError) as error:
         logger.debug("shape inference stopped: %s", error)
         return
-    declared = {
-        d.value
-        for graph in graphs(model)
-        for v in (*graph.inputs, *(o for node in graph for o in node.outputs))
-        if v.shape is not None
-        for d in v.shape
-        if isinstance(d, ir.SymbolicDim)
-    }
     known: dict[str, onnx.TypeProto | None] = {}
     _collect(inferred.graph, known)
     for graph in graphs(model):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import attribute, constant, graphs
+from optkit.graph import attribute, constant, graphs, users
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Change, label, remove_unused, replaceable, substitute
 
@@ -18,6 +18,9 @@ class RemoveNoops(GraphPass):
 
     ``x + 0`` and ``x - 0`` count, although ``-0.0 + 0.0`` is ``0.0``: the two compare equal. Everything else keeps the
     very bits, NaN included.
+
+    Removed as well: an Expand to the shape that the reader broadcasts to anyway, and initial states of LSTM, GRU and RNN
+    that are zero.
     """
 
     name: ClassVar[str] = "remove-noops"
@@ -27,6 +30,8 @@ class RemoveNoops(GraphPass):
         changes = []
         for graph in graphs(model):
             for node in tuple(graph):
+                if node.domain == "" and node.op_type in _RECURRENT and _drop_zero_states(node):
+                    changes.append(Change(rule="drop-zero-states", node=label(node), detail=node.op_type))
                 rule = _RULES.get(node.op_type) if node.domain == "" else None
                 same = rule(node) if rule is not None else None
                 if same is None or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
@@ -177,7 +182,51 @@ def _expand(node: ir.Node) -> ir.Value | None:
     target = constant(node.inputs[1])
     if target is not None and fits_into([int(d) for d in target], node.inputs[0]):
         return node.inputs[0]
-    return _same_rank_and_elements(node)
+    if _same_rank_and_elements(node) is not None or _broadcast_anyway(node):
+        return node.inputs[0]
+    return None
+
+
+def _broadcast_anyway(node: ir.Node) -> bool:
+    """Whether every reader is elementwise and has another operand of the shape that the Expand makes."""
+    x, y = node.inputs[0], node.outputs[0]
+    if x is None or x.shape is None or y.shape is None or y.is_graph_output() or len(x.shape) > len(y.shape):
+        return False
+    for user in users(y):
+        others = [v for v in user.inputs if v is not y]
+        if (
+            user.op_type not in _BROADCASTING
+            or user.domain != ""
+            or not any(same_shape(v, y) for v in others)
+        ):
+            return False
+    return True
+
+
+def _drop_zero_states(node: ir.Node) -> bool:
+    """Leave out initial states that are zero, which is what an absent one means."""
+    dropped = False
+    for index in range(5, min(len(node.inputs), 7)):
+        value = node.inputs[index]
+        if value is not None and _is_zero(value):
+            node.replace_input_with(index, None)
+            dropped = True
+    return dropped
+
+
+def _is_zero(value: ir.Value) -> bool:
+    """Whether every element is zero, whatever the shape."""
+    array = constant(value)
+    if array is not None:
+        return array.dtype.kind == "f" and not np.any(array)
+    node = value.producer()
+    if node is None or node.domain != "":
+        return False
+    if node.op_type == "ConstantOfShape":
+        held = node.attributes.get("value")
+        return held is None or not np.any(held.as_tensor().numpy())
+    moves = ("Expand", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Tile", "Transpose", "Identity", "Gather")
+    return node.op_type in moves and node.inputs[0] is not None and _is_zero(node.inputs[0])
 
 
 def _tile(node: ir.Node) -> ir.Value | None:
@@ -331,6 +380,13 @@ def _block(node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if attribute(node, "blocksize") == 1 else None
 
 
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+_BROADCASTING = frozenset(
+    {
+        "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "And", "Or", "Xor", "Equal", "Less", "Greater", "LessOrEqual",
+        "GreaterOrEqual", "Where", "Mod",
+    }
+)  # fmt: skip
 _RULES: dict[str, Callable[[ir.Node], ir.Value | None]] = {
     "Identity": _input,
     "Dropout": _dropout,

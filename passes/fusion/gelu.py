@@ -34,8 +34,9 @@ def _erf_pattern(op: Any, x: Any) -> Any:
 
 def _tanh_pattern(op: Any, x: Any) -> Any:
     cube = op.any(op.Pow(x, 3), op.Mul(op.Mul(x, x), x))
+    small = op.any(op.Mul(cube, 0.044715), op.Mul(op.Mul(op.Mul(x, 0.044715), x), x))
     inner = op.any(
-        op.Mul(op.Add(x, op.Mul(cube, 0.044715)), _TANH),
+        op.Mul(op.Add(x, small), _TANH),
         op.Mul(op.Add(x, op.Mul(op.Mul(x, 0.044715), op.Mul(x, x))), _TANH),
         # x * (c + c * 0.044715 * x * x)
         op.Mul(x, op.Add(op.Mul(op.Mul(x, x), _TANH * 0.044715), _TANH)),
