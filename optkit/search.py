@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,19 +91,19 @@ def choose(
     for name, candidate in recipes:
         try:
             one = work.build(name, candidate)
+            if built and not one.lossy and any(not p.exact for p in candidate.passes):
+                tried[name] = _record(name, one, "not needed", "it found nothing to quantize")
+                continue
+            if any(_same(one, other) for other in built):
+                tried[name] = _record(name, one, "not needed", "the same file as an earlier candidate")
+                continue
+            _rank(work, one)
         except OptkitError as error:
             if not built:
                 raise
             logger.warning("%s: left out: %s", name, error)
             tried[name] = _record(name, None, "failed", str(error))
             continue
-        if built and not one.lossy and any(p.exact is False for p in candidate.passes):
-            tried[name] = _record(name, one, "not needed", "it found nothing to quantize")
-            continue
-        if any(_same(one, other) for other in built):
-            tried[name] = _record(name, one, "not needed", "the same file as an earlier candidate")
-            continue
-        _rank(work, one)
         built.append(one)
     floor = built[0]
     order = sorted(built, key=lambda b: -_ratio(b))
@@ -114,15 +113,23 @@ def choose(
         order.remove(one)
         reasons = []
         if one.accuracy is None and one.fidelity is None:
-            _tune(work, one)
-            work.judge(one, recipe.limits)
+            try:
+                _tune(work, one)
+                work.judge(one, recipe.limits)
+            except OptkitError as error:
+                # What it gives cannot be judged: NaN, or nothing that the evaluator understands.
+                if one is floor:
+                    raise
+                logger.warning("%s: left out: %s", one.name, error)
+                tried[one.name] = _record(one.name, one, "failed", str(error))
+                continue
             reasons = shortfalls(one, recipe, strict=strict)
         if not reasons:
             best = one
             break
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))
-        if recipe.repair and one.lossy:
+        if recipe.repair and one.lossy and losses(one, recipe, strict=strict):
             fixed = repair(work, recipe, one, strict=strict, faster_than=_ratio(floor))
             if fixed is not None:
                 # It goes back into the line: what comes next may be faster than the repaired one.
@@ -140,22 +147,27 @@ def choose(
     if best is None:
         best, missed = floor, shortfalls(floor, recipe, strict=strict)
     best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
-    if _too_slow(best, recipe) and best is floor and not recipe.limits.min_speedup > 1:
-        best = _as_given(work, floor, tried)
+    if _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
+        best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")
     return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
 
 
-def _as_given(work: Compilation, floor: Built, tried: dict[str, CandidateRecord]) -> Built:
-    """The graph without any pass, where even the exact passes made it slower."""
-    given = work.build("as-given", floor.recipe.model_copy(update={"passes": ()}))
+def _as_given(work: Compilation, best: Built, recipe: Recipe, tried: dict[str, CandidateRecord]) -> Built:
+    """The graph without any pass, where all that was tried is slower than it."""
+    given = work.build(
+        "as-given",
+        recipe.model_copy(
+            update={"passes": (), "candidates": (), "description": "The graph as it was given."}
+        ),
+    )
     _rank(work, given)
     _tune(work, given)
     given.speedup = work.measure(given, rounds=_FINAL[0], budget=_FINAL[1])
-    if _ratio(given) <= _ratio(floor):
-        return floor
-    work.judge(given, floor.recipe.limits)
-    tried[floor.name] = _record(floor.name, floor, "slower", "slower than the graph as it was given")
+    if _ratio(given) <= _ratio(best):
+        return best
+    work.judge(given, recipe.limits)
+    tried[best.name] = _record(best.name, best, "slower", "slower than the graph as it was given")
     return given
 
 
@@ -173,28 +185,34 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
             hint="optkit inspect shows which operators it has and why they stay in float",
         )
     asked.speedup = work.measure(asked, rounds=_FINAL[0], budget=_FINAL[1])
-    work.judge(asked, recipe.limits)
-    reasons = shortfalls(asked, recipe, strict=strict)
+    try:
+        work.judge(asked, recipe.limits)
+        reasons = shortfalls(asked, recipe, strict=strict)
+    except OptkitError as error:
+        if not asked.lossy:
+            raise
+        reasons = [f"it cannot be judged: {error}"]
     slow = _too_slow(asked, recipe)
-    if not reasons and not slow:
-        return _settled(asked, [_record(name, asked, "shipped", "")], [], strict)
-    records = [_record(name, asked, "missed", "; ".join(reasons + slow))]
-    if reasons and recipe.repair and asked.lossy:
+    if not asked.lossy or not (reasons or slow):
+        return _settled(asked, [_record(name, asked, "shipped", "")], reasons + slow, strict)
+    record = _record(name, asked, "missed", "; ".join(reasons + slow))
+    if recipe.repair and losses(asked, recipe, strict=strict):
         fixed = repair(work, recipe, asked, strict=strict, faster_than=1.0)
         if fixed is not None:
-            return _settled(fixed, [*records, _record(fixed.name, fixed, "shipped", "")], [], strict)
-    floor = asked
-    if asked.lossy:
-        floor = work.build(
-            "float", recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.exact)})
-        )
-        floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
-        work.judge(floor, recipe.limits)
-        if not reasons and _ratio(floor) <= _ratio(asked):
-            floor = asked
-        else:
-            records.append(_record("float", floor, "shipped", "the best that keeps the limits"))
-    return _settled(floor, records, reasons + slow, strict)
+            fixed.speedup = work.measure(fixed, rounds=_FINAL[0], budget=_FINAL[1])
+            shipped = _record(fixed.name, fixed, "shipped", "")
+            return _settled(fixed, [record, shipped], _too_slow(fixed, recipe), strict)
+    floor = work.build(
+        "float", recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.exact)})
+    )
+    floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
+    work.judge(floor, recipe.limits)
+    if not reasons and _ratio(floor) <= _ratio(asked):
+        # Too slow, but float is no faster.
+        shipped = record.model_copy(update={"verdict": "shipped"})
+        return _settled(asked, [shipped, _record("float", floor, "slower", "")], slow, strict)
+    shipped = _record("float", floor, "shipped", "the best that keeps the limits")
+    return _settled(floor, [record, shipped], reasons + slow, strict)
 
 
 def _too_slow(built: Built, recipe: Recipe) -> list[str]:
@@ -264,20 +282,7 @@ def _ratio(built: Built) -> float:
 
 def shortfalls(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
     """Why ``built`` may not ship under the limits of ``recipe``; empty where it may."""
-    reasons, limits = [], recipe.limits
-    if built.accuracy is not None and built.accuracy.verdict is not None:
-        a = built.accuracy
-        if a.verdict == "missed" or (strict and a.verdict == "inconclusive"):
-            reasons.append(
-                f"{a.metric} {a.reference:.4f} -> {a.candidate:.4f}, drop {a.drop:.4f} (95% {a.ci95[0]:.4f} to {a.ci95[1]:.4f}), allowed {a.budget}: {a.verdict}"
-            )
-    if built.fidelity is not None and built.lossy:
-        if not built.fidelity.shapes_equal:
-            reasons.append("outputs of other shapes than the reference's")
-        if built.fidelity.cosine < limits.min_cosine:
-            reasons.append(
-                f"cosine to the fp32 reference {built.fidelity.cosine:.4f}, at least {limits.min_cosine:g} is asked for"
-            )
+    reasons, limits = losses(built, recipe, strict=strict), recipe.limits
     if limits.max_size_mb is not None and built.bytes > limits.max_size_mb * 1e6:
         reasons.append(f"{built.bytes / 1e6:.2f} MB, allowed {limits.max_size_mb:g}")
     if (
@@ -289,39 +294,69 @@ def shortfalls(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
     return reasons
 
 
+def losses(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
+    """Those of the shortfalls that more layers in float can mend."""
+    reasons, limits = [], recipe.limits
+    if built.accuracy is not None and built.accuracy.verdict is not None:
+        a = built.accuracy
+        if a.verdict == "missed" or (strict and a.verdict == "inconclusive"):
+            interval = f"95% {a.ci95[0]:.4f} to {a.ci95[1]:.4f}"
+            reasons.append(
+                f"{a.metric} {a.reference:.4f} -> {a.candidate:.4f}, drop {a.drop:.4f} ({interval}), "
+                f"allowed {a.budget}: {a.verdict}"
+            )
+    if built.fidelity is not None and built.lossy:
+        f = built.fidelity
+        if not f.shapes_equal:
+            reasons.append("outputs of other shapes than the reference's")
+        if f.cosine < limits.min_cosine:
+            reasons.append(
+                f"cosine to the fp32 reference {f.cosine:.4f}, at least {limits.min_cosine:g} is asked for"
+            )
+    return reasons
+
+
 def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
     """The noise that quantizing one layer, or one run of neighbours, alone puts on the outputs; noisiest first.
 
     SQNR of all float outputs together against the float candidate's own, on a few batches.
     """
     index, quantizer = _quantizer(built.recipe)
-    before = built.recipe.model_copy(update={"passes": built.recipe.passes[:index]})
-    model, _, _ = work.transform(built.recipe)
     names = _quantized_nodes(work, built)
-    groups = [list(g) for g in np.array_split(np.asarray(names, dtype=object), min(_GROUPS, len(names)))]
-    exact, _, _ = work.transform(before)
+    exact, _, _ = work.transform(built.recipe.model_copy(update={"passes": built.recipe.passes[:index]}))
     session = ReferenceSession(exact)
     expected = [session.run(feeds) for feeds in work.feeds]
     session.close()
+    floats = {k for k, v in expected[0].items() if v.dtype.kind == "f"}
+    if not names or not floats:
+        return []
+    groups = [list(g) for g in np.array_split(np.asarray(names, dtype=object), min(_GROUPS, len(names)))]
     records = []
     with work.progress.task("measure layers", len(groups)) as task:
         for group in groups:
-            alone = quantizer.model_copy(update={"targets": tuple(f"re:^{re.escape(n)}$" for n in group)})
+            alone = quantizer.model_copy(update={"targets": tuple(f"={n}" for n in group)})
             passes = (*built.recipe.passes[:index], alone, *built.recipe.passes[index + 1 :])
             model, _, _ = work.transform(built.recipe.model_copy(update={"passes": passes}))
             session = ReferenceSession(model)
-            signal = noise = 0.0
+            shares = []
             for feeds, wanted in zip(work.feeds, expected, strict=True):
-                for key, found in session.run(feeds).items():
-                    if found.dtype.kind == "f" and found.shape == wanted[key].shape:
-                        x, y = wanted[key].astype(np.float64), found.astype(np.float64)
-                        norm = float((x * x).sum()) or 1.0
-                        signal, noise = signal + 1.0, noise + float(((x - y) ** 2).sum()) / norm
+                found = session.run(feeds)
+                shares += [_noise(wanted[k], found[k]) for k in sorted(floats)]
             session.close()
-            decibels = 200.0 if noise == 0 else min(200.0, 10 * math.log10(signal / noise))
+            share = float(np.mean(shares))
+            decibels = 200.0 if share == 0 else max(-200.0, min(200.0, -10 * math.log10(share)))
             records += [LayerRecord(node=str(n), sqnr_db=decibels, kept_float=False) for n in group]
             task.advance()
     return sorted(records, key=lambda r: r.sqnr_db)
+
+
+def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Power of the error over that of the signal; 10^20, the worst there is, where the two cannot be compared."""
+    finite = np.isfinite(wanted)
+    if wanted.shape != found.shape or not np.isfinite(found[finite]).all():
+        return 1e20
+    x, y = wanted[finite].astype(np.float64), found[finite].astype(np.float64)
+    return min(1e20, float(((x - y) ** 2).sum()) / (float((x * x).sum()) or 1.0))
 
 
 def _quantizer(recipe: Recipe) -> tuple[int, Any]:
@@ -342,15 +377,17 @@ def repair(
 
     Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
     """
-    layers = sensitivities(work, built)
-    noise = np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
-    if not len(layers) or noise.sum() == 0:
-        return None
-    share = np.cumsum(noise) / noise.sum()
     index, quantizer = _quantizer(built.recipe)
+    if "ignore" not in type(quantizer).model_fields:
+        return None
+    layers = sensitivities(work, built)
+    if not layers:
+        return None
+    noise = np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
+    share = np.cumsum(noise) / noise.sum()
     counts = sorted({min(int(np.searchsorted(share, removed)) + 1, len(layers)) for removed in _REMOVED})
     for count in counts:
-        kept = [r.node for r in layers[:count]]
+        kept = [f"={r.node}" for r in layers[:count]]
         ignoring = quantizer.model_copy(update={"ignore": (*quantizer.ignore, *kept)})
         passes = (*built.recipe.passes[:index], ignoring, *built.recipe.passes[index + 1 :])
         name = f"{built.name}-mixed-{count}"

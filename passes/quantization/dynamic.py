@@ -29,7 +29,8 @@ class QuantizeDynamic(GraphPass):
     dynamic integer kernels are slower than float on every CPU measured.
 
     Attributes:
-        targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize.
+        targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize; ``=name`` is the one
+            node of that name.
         ignore: The same, for what stays in float.
         smallest: Weights with fewer elements stay in float: computing a scale would cost more than the product saves.
     """

@@ -41,10 +41,16 @@ class Plan:
 
 
 def selects(patterns: Sequence[str], node: ir.Node) -> bool:
-    """Whether one of the globs, or regular expressions after ``re:``, names the node or its operator."""
+    """Whether a pattern names the node: ``=`` and its name, or a glob, or ``re:`` and an expression.
+
+    Globs and expressions are also held against the operator and the path of the module that it came from.
+    """
     names = (str(node.name), node.op_type, node.metadata_props.get("optkit.module", ""))
     for pattern in patterns:
-        if pattern.startswith("re:"):
+        if pattern.startswith("="):
+            if node.name == pattern[1:]:
+                return True
+        elif pattern.startswith("re:"):
             if any(re.search(pattern[3:], name) for name in names):
                 return True
         elif any(fnmatch.fnmatchcase(name, pattern) for name in names if name):

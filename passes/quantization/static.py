@@ -46,7 +46,8 @@ class QuantizeStatic(GraphPass):
         placement: Name of the backend's rows.
         method: How ranges follow from what was seen.
         percentile: Share of the values kept, for ``percentile``.
-        targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize.
+        targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize; ``=name`` is the one
+            node of that name.
         ignore: The same, for what stays in float.
     """
 

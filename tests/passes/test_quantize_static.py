@@ -518,7 +518,7 @@ def test_outputs_straight_from_a_convolution_keep_their_names_and_order():
 
 NAMED = [("targets", "Conv", [0, 1]), ("targets", "a_*", [0]), ("targets", "re:^d_", [1]), ("targets", "re:onv", [0, 1]),
          ("ignore", "d_conv", [0]), ("ignore", "Conv", []), ("ignore", "re:(a|d)_conv", []), ("ignore", "block.1.*", [0]),
-         ("targets", "nothing", []), ("ignore", "A_CONV", [0, 1])]  # fmt: skip
+         ("targets", "nothing", []), ("ignore", "A_CONV", [0, 1]), ("targets", "=a_conv", [0]), ("ignore", "=Conv", [0, 1])]  # fmt: skip
 
 
 @pytest.mark.parametrize(("option", "pattern", "expected"), NAMED)
