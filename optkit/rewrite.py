@@ -393,9 +393,10 @@ def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
                 for rule in rules:
                     if node.op_type in rule.roots and (found := _find(rule, node, _Trail())):
                         bound, state = found
+                        place = label(node)
                         _replace(rule, node, bound, state, names)
-                        changes.append(Change(rule=rule.name, node=label(node)))
-                        logger.debug("%s at %s", rule.name, label(node))
+                        changes.append(Change(rule=rule.name, node=place))
+                        logger.debug("%s at %s", rule.name, place)
                         again = True
                         break
     if (misses := _misses.get()) is not None:

@@ -64,8 +64,9 @@ class CleanCasts(GraphPass):
             again = False
             for graph in graphs(model):
                 for node in tuple(graph):
+                    place = label(node)
                     if node.graph is graph and node.domain == "" and _clean(node, names):
-                        changes.append(Change(rule="clean-cast", node=label(node), detail=node.op_type))
+                        changes.append(Change(rule="clean-cast", node=place, detail=node.op_type))
                         again = True
         return changes
 

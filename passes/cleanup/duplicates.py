@@ -60,9 +60,9 @@ def _share_nodes(
             replaceable(*pair) for pair in pairs
         ):
             continue
+        changes.append(Change(rule="share-node", node=label(node), detail=label(first)))
         for old, new in pairs:
             substitute(old, new)
-        changes.append(Change(rule="share-node", node=label(node), detail=label(first)))
         graph.remove(node, safe=True)
 
 

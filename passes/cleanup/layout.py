@@ -65,11 +65,10 @@ class CancelLayout(GraphPass):
                 for node in tuple(graph):
                     if node.graph is not graph or node.domain != "":
                         continue
-                    rule = next((rule for rule in _RULES if rule(node, names)), None)
+                    place = label(node)
+                    rule = next((name for name, rule in _RULES.items() if rule(node, names)), None)
                     if rule is not None:
-                        changes.append(
-                            Change(rule=rule.__name__.lstrip("_").replace("_", "-"), node=label(node))
-                        )
+                        changes.append(Change(rule=rule, node=place))
                         again = True
         return changes
 
@@ -396,4 +395,10 @@ def _merge_concats(node: ir.Node, names: Names) -> bool:
     return True
 
 
-_RULES = (_merge_reshapes, _merge_transposes, _move_transpose, _merge_slices, _merge_concats)
+_RULES = {
+    "merge-reshapes": _merge_reshapes,
+    "merge-transposes": _merge_transposes,
+    "move-transpose": _move_transpose,
+    "merge-slices": _merge_slices,
+    "merge-concats": _merge_concats,
+}
