@@ -76,17 +76,16 @@ def plus(a: Dim | None, b: Dim | None) -> Dim | None:
         return a + b
     if 0 in (a, b):
         return b if a == 0 else a
-    number, names = 0, Counter[str]()
+    number, counts = 0, Counter[str]()
     for dim in (a, b):
-        if isinstance(dim, int):
-            number += dim
-            continue
-        for part in dim[1:-1].split(" + ") if _is_sum(dim) else [dim]:
-            if part.removeprefix("-").isdigit():
+        for part in dim[1:-1].split(" + ") if isinstance(dim, str) and _is_sum(dim) else [dim]:
+            if isinstance(part, int) or part.removeprefix("-").isdigit():
                 number += int(part)
             else:
-                names[part] += 1
-    terms = sorted(names.elements()) + ([str(number)] if number else [])
+                count, names = _factors(part)
+                counts[str(_product(1, names))] += count
+    terms = [str(_product(counts[name], _factors(name)[1])) for name in sorted(counts)]
+    terms += [str(number)] if number else []
     return terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
 
 

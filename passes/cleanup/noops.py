@@ -36,6 +36,8 @@ class RemoveNoops(GraphPass):
                 same = rule(node) if rule is not None else None
                 if same is None or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
                     continue
+                if not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
+                    continue
                 if not replaceable(node.outputs[0], same):
                     continue
                 changes.append(Change(rule="remove-noop", node=label(node), detail=node.op_type))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optkit.passes.cleanup.noops import RemoveNoops
-from optkit.testing import check_pass
+from optkit.testing import check_pass, parse
 
 # Nodes on either side keep the names of input and output out of the way.
 ONE = """
@@ -203,4 +203,60 @@ def test_resizing_by_one():
         ops=["Exp", "Neg"],
         atol=0,
         rtol=0,
+    )
+
+
+LSTM = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[T, N, 3] x) => (float[T, 1, N, 4] y) <int64[1] one = {1}, int64[1] four = {4}, float start = {%s}> {
+  n = Shape<start = 1, end = 2>(x)
+  s = Concat<axis = 0>(one, n, four)
+  h = Expand(start, s)
+  y = LSTM<hidden_size = 4>(x, w, r, , , h, h)
+}
+"""
+
+
+@pytest.mark.parametrize(("start", "kept"), [("0", 5), ("0.5", 7)])
+def test_initial_states_that_are_zero_go(start, kept):
+    random = np.random.default_rng(0)
+    weights = {
+        name: random.standard_normal((1, 16, width)).astype(np.float32)
+        for name, width in (("w", 3), ("r", 4))
+    }
+    after = check_pass(RemoveNoops(), parse(LSTM % start, **weights), atol=0, rtol=0)
+    present = [v for v in after.graph[len(after.graph) - 1].inputs[5:] if v is not None]
+    assert len(present) == kept - 5
+
+
+@pytest.mark.parametrize(
+    ("body", "ops"),
+    [
+        ("s = Shape(x) e = Expand(v, s) y = Div(x, e)", ["Shape", "Div"]),
+        (
+            "s = Shape(x) e = Expand(v, s) a = Mul(e, x) b = Add(x, e) y = Sub(a, b)",
+            ["Shape", "Mul", "Add", "Sub"],
+        ),
+        # The other operand is not known to have the shape, or the reader does not broadcast.
+        ("s = Shape(u) e = Expand(v, s) y = Div(x, e)", ["Shape", "Expand", "Div"]),
+        ("s = Shape(x) e = Expand(v, s) y = Concat<axis = 0>(x, e)", ["Shape", "Expand", "Concat"]),
+        (
+            "s = Shape(x) e = Expand(v, s) a = Mul(e, x) b = Exp(e) y = Sub(a, b)",
+            ["Shape", "Expand", "Mul", "Exp", "Sub"],
+        ),
+    ],
+)
+def test_expanding_what_broadcasts_anyway(body, ops):
+    source = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 4] x, float[M, 4] u) => (float[A, B] y) <float[1, 4] v = {{1, 2, 3, 4}}> {{ {body} }}
+    """
+    check_pass(
+        RemoveNoops(),
+        source,
+        ops=ops,
+        atol=0,
+        rtol=0,
+        x=np.ones((3, 4), np.float32),
+        u=np.ones((3, 4), np.float32),
     )

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optkit.dims import divide, minus, plus, quotient, remainder, shape_of, times
+from optkit.graph import text
+from optkit.inference import infer, infer_node
+from optkit.testing import parse
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
+SIZES = {"a": 2, "b": 3, "c": 5}
+
+
+def value(dim: int | str) -> int:
+    return eval(str(dim), {}, dict(SIZES))
+
+
+names = st.sampled_from(["a", "b", "c"])
+numbers = st.integers(0, 6)
+
+
+@st.composite
+def expressions(draw, depth: int = 2):
+    if depth == 0 or draw(st.booleans()):
+        return draw(st.one_of(names, numbers))
+    left, right = draw(expressions(depth - 1)), draw(expressions(depth - 1))
+    found = draw(st.sampled_from([plus, times]))(left, right)
+    return left if found is None else found
+
+
+@given(expressions(), expressions())
+def test_arithmetic_with_names_is_that_of_the_sizes(x, y):
+    assert value(times(x, y)) == value(x) * value(y)
+    assert value(plus(x, y)) == value(x) + value(y)
+    if (found := quotient(x, y)) is not None:
+        assert value(found) * value(y) == value(x)
+    if (found := minus(x, y)) is not None:
+        assert value(found) == value(x) - value(y)
+
+
+@given(expressions(), expressions())
+def test_the_order_of_operands_does_not_matter(x, y):
+    assert times(x, y) == times(y, x)
+    assert plus(x, y) == plus(y, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "a", "b", "expected"),
+    [
+        (times, "n", 1, "n"),
+        (times, "n", 0, 0),
+        (times, "t", "2*n", "2*n*t"),
+        (times, "n", None, None),
+        (quotient, "2*n*t", "n", "2*t"),
+        (quotient, "n", 2, None),
+        (quotient, "n", "t", None),
+        (quotient, "6*n", "3*n", 2),
+        # A name of the author's that looks like a sum is one name.
+        (quotient, "n*t + 1", "n", None),
+        (quotient, 7, 0, None),
+        (plus, "n", 0, "n"),
+        (plus, "n", "t", "(n + t)"),
+        (plus, "(n + 1)", 2, "(n + 3)"),
+        (plus, "(n + 1)", -1, "n"),
+        (minus, "n", "n", 0),
+        (minus, "n", "t", None),
+        (divide, -7, 2, -3),
+        (divide, 7, -2, -3),
+        (divide, 7, 0, None),
+        (remainder, 7, 4, 3),
+        (remainder, -7, 4, None),
+        (remainder, "4*n", 2, 0),
+    ],
+)
+def test_single_steps(function, a, b, expected):
+    assert function(a, b) == expected
+
+
+def shapes(signature: str, body: str, weights: str = "") -> dict[str, str]:
+    model = parse(f"{HEADER} g {signature} <{weights or 'float unused = {0}'}> {{ {body} }}")
+    return {str(v.name): str(v.shape) for node in model.graph for v in node.outputs}
+
+
+INTEGERS = "int64 zero = {0}, int64 one = {1}, int64[1] z = {0}, int64[1] o = {1}, int64[1] m = {-1}, int64[1] four = {4}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("s = Shape(x) y = Reshape(x, s)", "[N,T,8]"),
+        ("s = Shape(x) a = Slice(s, z, o) t = Concat<axis = 0>(a, m) y = Reshape(x, t)", "[N,8*T]"),
+        ("t = Concat<axis = 0>(m, four) y = Reshape(x, t)", "[2*N*T,4]"),
+        ("s = Shape(x) a = Gather(s, one) b = Mul(a, a) u = Unsqueeze(b, z) y = ConstantOfShape(u)", "[T*T]"),
+        ("s = Shape(x) a = Gather(s, zero) y = Range(zero, a, one)", "[N]"),
+        ("s = Shape(x) a = Slice(s, z, o) y = Expand(four, a)", "[N]"),
+        ("y = Concat<axis = 1>(x, x, x)", "[N,3*T,8]"),
+        ("r = Concat<axis = 0>(o, o, four) y = Tile(x, r)", "[N,T,32]"),
+        ("y = Slice(x, z, big, o)", "[N,T,8]"),
+        ("y = Slice(x, z, four, two)", "[N,T,4]"),
+    ],
+)
+def test_sizes_that_depend_on_values(body, expected):
+    found = shapes(
+        "(float[N, T, 8] x) => (float[N, T, 8] out)",
+        f"{body} out = Relu(x)",
+        f"{INTEGERS}, int64[1] big = {{9223372036854775807}}, int64[1] two = {{2}}",
+    )
+    assert found["y"] == expected
+
+
+def test_unknown_axes_get_one_name_each_and_keep_it():
+    found = shapes(
+        "(float[N, C, H, W] x, float[4, 3, 3, 3] w) => (float[A, B, D, E] y)",
+        "c = Conv(x, w) r = Relu(c) s = Sigmoid(r) y = Add(r, s)",
+    )
+    assert found["c"] == found["r"] == found["s"] == "[N,4,c.2,c.3]"
+
+
+def test_inference_twice_says_the_same_and_forgets_stale_names():
+    model = parse(
+        f"{HEADER} g (float[N, 8] x) => (float[A, B] y) {{ s = Shape(x) r = Reshape(x, s) a = Relu(r) y = Abs(a) }}"
+    )
+    once = text(model)
+    for node in model.graph:
+        for output in node.outputs:
+            if output.name == "a":
+                output.shape = ir.Shape(["unk__7", 8])
+    infer(model)
+    assert text(model) == once
+    assert [shape_of(node.outputs[0]) for node in model.graph][2] == ("N", 8)
+
+
+def test_what_outputs_were_declared_with_stays():
+    model = parse(f"{HEADER} g (float[N, 8] x) => (float[out, B] y) {{ y = Relu(x) }}")
+    assert shape_of(model.graph.outputs[0]) == ("out", "B")
+
+
+def test_elements_of_vectors_of_sizes():
+    model = parse(
+        f"{HEADER} g (float[N, T, 8] x) => (int64[3] y) <{INTEGERS}> {{ s = Shape(x) a = Slice(s, o, four) t = Concat<axis = 0>(m, a) y = Identity(t) }}"
+    )
+    known = infer(model)
+    by_name = {v.name: e.tolist() for v, e in known.items()}
+    assert (by_name["s"], by_name["a"], by_name["t"]) == (["N", "T", 8], ["T", 8], [-1, "T", 8])
+
+
+def test_both_branches_agree_on_what_is_known():
+    model = parse(
+        f"""{HEADER} g (float[N, 8] x, bool b) => (float[A, B] y) {{
+          r = If (b) <
+            then_branch = p () => (float[N, 8] t) {{ t = Relu(x) }},
+            else_branch = q () => (float[M, 8] e) {{ e = Abs(x) }}
+          >
+          y = Identity(r)
+        }}"""
+    )
+    r = model.graph[0].outputs[0]
+    assert shape_of(r)[1] == 8
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62])
+def test_a_size_without_bound_costs_nothing(size):
+    found = shapes(
+        "(float[N] x) => (float[A] y)",
+        "e = Expand(x1, n) f = ConstantOfShape(n) y = Identity(e)",
+        f"float[1] x1 = {{2}}, int64[1] n = {{{size}}}",
+    )
+    assert found["f"] == f"[{size}]"
+
+
+def test_one_new_node():
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 4]))
+    node = ir.node("Transpose", [x], {"perm": [1, 0]})
+    infer_node(node)
+    assert (node.outputs[0].dtype, shape_of(node.outputs[0])) == (ir.DataType.FLOAT, (4, "N"))
+    unknown = ir.node("Relu", [ir.Value(name="u")])
+    infer_node(unknown)
+    assert unknown.outputs[0].type is None
