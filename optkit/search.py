@@ -272,7 +272,11 @@ def _next(work: Compilation, order: Sequence[Built]) -> Built:
         return alike[0]
     for built in alike:
         if built.sqnr is None:
-            built.sqnr = work.closeness(built)
+            try:
+                built.sqnr = work.closeness(built)
+            except OptkitError as error:
+                logger.warning("%s: %s", built.name, error)
+                built.sqnr = -math.inf
     return max(alike, key=lambda b: b.sqnr or 0.0)
 
 
@@ -391,24 +395,25 @@ def repair(
         ignoring = quantizer.model_copy(update={"ignore": (*quantizer.ignore, *kept)})
         passes = (*built.recipe.passes[:index], ignoring, *built.recipe.passes[index + 1 :])
         name = f"{built.name}-mixed-{count}"
-        fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
-        fixed.speedup = work.measure(fixed, rounds=_RANK[0], budget=_RANK[1])
-        if not fixed.lossy or _ratio(fixed) < faster_than * _CLEARLY:
-            logger.info(
-                "%s: with %d of %d layers in float nothing is gained over float",
-                built.name,
-                count,
-                len(layers),
-            )
-            shutil.rmtree(fixed.folder)
-            return None
-        work.judge(fixed, recipe.limits)
-        reasons = shortfalls(fixed, recipe, strict=strict)
-        if not reasons:
+        fixed: Built | None = None
+        try:
+            fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
+            fixed.speedup = work.measure(fixed, rounds=_RANK[0], budget=_RANK[1])
+            if not fixed.lossy or _ratio(fixed) < faster_than * _CLEARLY:
+                logger.info(
+                    "%s: with %d of %d layers in float nothing is gained", built.name, count, len(layers)
+                )
+                return None
+            work.judge(fixed, recipe.limits)
+            reasons = shortfalls(fixed, recipe, strict=strict)
+        except OptkitError as error:
+            reasons = [str(error)]
+        if fixed is not None and not reasons:
             fixed.layers = [r.model_copy(update={"kept_float": i < count}) for i, r in enumerate(layers)]
             return fixed
         logger.info("%s: %s", name, "; ".join(reasons))
-        shutil.rmtree(fixed.folder)
+        if fixed is not None:
+            shutil.rmtree(fixed.folder)
     return None
 
 

@@ -1,0 +1,584 @@
+"""What is chosen, given what was measured: times and scores are planted, everything else is the real code."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.backends.onnxruntime import OnnxRuntime
+from optkit.bench import Speedup, Timing
+from optkit.compiler import Compilation
+from optkit.data import CalibrationData
+from optkit.errors import DataError, ModelError, PassError
+from optkit.evaluate import Budget, Evaluator, Fidelity, compare
+from optkit.frontend import read
+from optkit.passes.base import Silent
+from optkit.recipe import Recipe
+from optkit.report import PassRecord
+from optkit.search import Built, carry_out, choose, repair, sensitivities
+from optkit.targets import target
+from optkit.testing import parse
+
+MEAN = Evaluator(samples=list, score=lambda outputs, label: 0.0, metric="points")
+EXACT = Recipe.load({"recipe": 1, "passes": ["remove-dead"]})
+LOSSY = Recipe.load({"recipe": 1, "passes": ["remove-dead", "quantize-dynamic"]})
+
+
+def _speedup(ratio: float, spread: float = 0.001, candidate: float = 0.001) -> Speedup:
+    def time(seconds):
+        return Timing(median=seconds, p99=seconds, wall=seconds, runs=40, warmup=2)
+
+    return Speedup(
+        reference=time(candidate * ratio),
+        candidate=time(candidate),
+        ratio=ratio,
+        ci95=(ratio - spread, ratio + spread),
+        threads=1,
+        loaded=False,
+    )
+
+
+@dataclass
+class _Plan:
+    """What a candidate will be found to be.
+
+    Attributes:
+        ratio: Speed-up; a list gives one for each measurement in turn, the last again and again.
+        drop: Of every score, or None for no evaluator.
+        cosine: Where there is no evaluator.
+    """
+
+    ratio: float | list[float] = 1.0
+    drop: float | None = 0.0
+    wobble: float = 0.0
+    cosine: float = 1.0
+    sqnr: float = 100.0
+    bytes: int = 1000
+    lossy: bool = True
+    same_as: str | None = None
+    fails: Exception | None = None
+    unfit: Exception | None = None
+    seconds: float = 0.001
+    spread: float = 0.001
+    variants: list[float] = field(default_factory=list)
+
+
+class _Engine:
+    name = "onnxruntime"
+    options = OnnxRuntime.options
+
+    def __init__(self, work):
+        self._work = work
+
+    def variants(self, model, target, options):
+        count = len(self._work.plans[model].variants)
+        return [options.model_copy(update={"threads": i + 1}) for i in range(count)]
+
+
+class _Work:
+    """Stands in for ``Compilation``: builds nothing, finds what was planned, and writes down what it was asked."""
+
+    def __init__(self, folder: Path, plans: dict[str, _Plan], budget: str | None = "1%"):
+        self.folder, self.plans, self.budget = folder, plans, budget
+        self.log: list[tuple[str, str]] = []
+        self.loaded = type("Loaded", (), {"name": "model.onnx"})
+        self.target = target("cpu")
+        self.last = ""
+
+    def build(self, name, recipe):
+        self.log.append(("build", name))
+        plan = self.plans[name]
+        if plan.fails:
+            raise plan.fails
+        folder = self.folder / f"{len(self.log):03d}-{name}"
+        folder.mkdir()
+        (folder / "model.onnx").write_text(plan.same_as or name)
+        return Built(
+            name=name, recipe=recipe, folder=folder,
+            records=[PassRecord(name=p.name, nodes_before=1, nodes_after=1, changes=1) for p in recipe.passes],
+            seconds={}, bytes=plan.bytes, lossy=plan.lossy and any(not p.exact for p in recipe.passes), scheme="", weights={},
+        )  # fmt: skip
+
+    def measure(self, built, *, rounds, budget, options=None):
+        self.log.append(("measure", built.name))
+        plan = self.plans[built.name]
+        if options is not None:
+            return _speedup(plan.variants[options.threads - 1])
+        ratio = plan.ratio
+        if isinstance(ratio, list):
+            ratio = ratio.pop(0) if len(ratio) > 1 else ratio[0]
+        return _speedup(ratio, plan.spread, plan.seconds)
+
+    def judge(self, built, limits):
+        self.log.append(("judge", built.name))
+        plan = self.plans[built.name]
+        if plan.unfit:
+            raise plan.unfit
+        if plan.drop is None:
+            built.fidelity = Fidelity(
+                cosine=plan.cosine, sqnr=plan.sqnr, agreement=None, n=1, shapes_equal=True
+            )
+            return
+        reference = np.full(100, 0.5)
+        wobble = np.where(np.arange(100) % 2, 1, -1) * plan.wobble
+        budget = None if limits.max_drop is None else Budget.parse(limits.max_drop)
+        built.accuracy = compare(MEAN, reference.tolist(), (reference - plan.drop - wobble).tolist(), budget)
+
+    def closeness(self, built):
+        self.log.append(("closeness", built.name))
+        return self.plans[built.name].sqnr
+
+    def engine(self, recipe):
+        return _Engine(self)
+
+    def exact(self, recipe):
+        return recipe.passes
+
+    def prepare(self, passes):
+        # The variants of the one whose turn it is; the engine asks the graph, which here is the name.
+        return self.log[-1][1] if self.log[-1][0] != "closeness" else self._asked(), [], {}, {}
+
+    def _asked(self):
+        names = [name for what, name in self.log if what == "closeness"]
+        return max(names, key=lambda n: self.plans[n].sqnr)
+
+    def asked(self, what):
+        return [name for kind, name in self.log if kind == what]
+
+
+def _choose(tmp_path, plans, *, strict=False, **limits):
+    work = _Work(tmp_path, plans)
+    evaluated = not any(p.drop is None for p in plans.values())
+    if evaluated:
+        limits.setdefault("max_drop", "1%")
+    recipe = Recipe.load({"recipe": 1, "candidates": list(plans), "limits": limits})
+    recipes = [(n, EXACT if i == 0 else LOSSY) for i, n in enumerate(plans) if n != "as-given"]
+    return choose(work, recipe, recipes, strict=strict), work
+
+
+def _verdicts(choice):
+    return {r.name: r.verdict for r in choice.records}
+
+
+# choose
+
+
+def test_the_fastest_that_keeps_the_limits_ships(tmp_path):
+    choice, work = _choose(
+        tmp_path, {"fp32": _Plan(1.1), "slow": _Plan(1.5, drop=0.001), "fast": _Plan(2.5, drop=0.002)}
+    )
+    assert choice.best.name == "fast"
+    assert _verdicts(choice) == {"fp32": "slower", "slow": "slower", "fast": "shipped"}
+    assert (choice.missed, choice.inconclusive) == ([], [])
+    # The metric is computed for no more than it has to be.
+    assert work.asked("judge") == ["fast"]
+
+
+def test_one_that_loses_too_much_is_passed_over(tmp_path):
+    choice, work = _choose(tmp_path, {"fp32": _Plan(1.1), "good": _Plan(1.5), "ruined": _Plan(3.0, drop=0.2)})
+    assert choice.best.name == "good"
+    assert _verdicts(choice) == {"fp32": "slower", "good": "shipped", "ruined": "missed"}
+    assert work.asked("judge") == ["ruined", "good"]
+    (reason,) = (r.reason for r in choice.records if r.name == "ruined")
+    assert "points 0.5000 -> 0.3000, drop 0.2000" in reason
+    assert "allowed 1%: missed" in reason
+
+
+def test_float_ships_when_nothing_else_keeps_the_limits(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.1), "a": _Plan(2, drop=0.2), "b": _Plan(3, drop=0.3)})
+    assert choice.best.name == "fp32"
+    assert choice.missed == []
+    assert _verdicts(choice) == {"fp32": "shipped", "a": "missed", "b": "missed"}
+
+
+def test_of_equally_fast_ones_the_closest_ships(tmp_path):
+    choice, work = _choose(
+        tmp_path, {"fp32": _Plan(1.0), "near": _Plan(2.0, sqnr=30), "far": _Plan(2.05, sqnr=10), "slow": _Plan(1.8, sqnr=90)}
+    )  # fmt: skip
+    assert choice.best.name == "near"
+    assert _verdicts(choice) == {"fp32": "slower", "near": "shipped", "far": "farther", "slow": "slower"}
+    assert sorted(work.asked("closeness")) == ["far", "near"]
+
+
+def test_one_that_is_hardly_faster_than_float_does_not_ship(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0, sqnr=120), "int8": _Plan(1.03, sqnr=30)})
+    assert choice.best.name == "fp32"
+
+
+def test_one_whose_closeness_cannot_be_told_comes_last(tmp_path):
+    class Broken(_Work):
+        def closeness(self, built):
+            if built.name == "odd":
+                raise ModelError("it stopped")
+            return super().closeness(built)
+
+    work = Broken(tmp_path, {"fp32": _Plan(1.0), "odd": _Plan(2.0, sqnr=200), "even": _Plan(2.0, sqnr=20)})
+    recipe = Recipe.load({"recipe": 1, "limits": {"max_drop": "1%"}})
+    choice = choose(work, recipe, [("fp32", EXACT), ("odd", LOSSY), ("even", LOSSY)], strict=False)
+    assert choice.best.name == "even"
+
+
+@pytest.mark.parametrize("when", ["fails", "unfit"])
+@pytest.mark.parametrize("error", [ModelError("it stopped"), DataError("the score of sample 3 is nan")])
+def test_one_that_cannot_be_built_or_judged_is_left_out(tmp_path, when, error):
+    plans = {"fp32": _Plan(1.0), "good": _Plan(1.5), "bad": _Plan(3.0, **{when: error})}
+    choice, _ = _choose(tmp_path, plans)
+    assert choice.best.name == "good"
+    (record,) = (r for r in choice.records if r.name == "bad")
+    assert (record.verdict, record.reason) == ("failed", str(error))
+
+
+@pytest.mark.parametrize("when", ["fails", "unfit"])
+def test_a_floor_that_cannot_be_built_or_judged_ends_it(tmp_path, when):
+    with pytest.raises(ModelError):
+        _choose(tmp_path, {"fp32": _Plan(9.0, **{when: ModelError("it stopped")}), "good": _Plan(1.5)})
+
+
+def test_one_that_found_nothing_to_quantize_is_not_timed(tmp_path):
+    choice, work = _choose(tmp_path, {"fp32": _Plan(1.0), "idle": _Plan(5.0, lossy=False)})
+    assert choice.best.name == "fp32"
+    assert _verdicts(choice)["idle"] == "not needed"
+    assert "idle" not in work.asked("measure")
+
+
+def test_the_same_file_is_timed_once(tmp_path):
+    choice, work = _choose(
+        tmp_path,
+        {"fp32": _Plan(1.0), "one": _Plan(2.0), "two": _Plan(9.0, same_as="one"), "other": _Plan(1.5)},
+    )
+    assert choice.best.name == "one"
+    assert _verdicts(choice)["two"] == "not needed"
+    assert "two" not in work.asked("measure")
+
+
+def test_what_ships_is_measured_again(tmp_path):
+    choice, work = _choose(tmp_path, {"fp32": _Plan(1.0), "int8": _Plan([3.0, 2.5])})
+    assert choice.best.speedup.ratio == 2.5
+    assert work.asked("measure") == ["fp32", "int8", "int8"]
+
+
+def test_options_that_are_clearly_faster_are_taken_for_the_candidate_whose_turn_it_is(tmp_path):
+    class Turn(_Work):
+        def prepare(self, passes):
+            return "int8", [], {}, {}
+
+    for variants, threads in (([2.02], 0), ([2.5, 2.3], 1), ([1.0, 2.5], 2)):
+        folder = tmp_path / str(variants)
+        folder.mkdir()
+        work = Turn(folder, {"fp32": _Plan(1.0), "int8": _Plan(2.0, variants=variants)})
+        recipe = Recipe.load({"recipe": 1, "limits": {"max_drop": "1%"}})
+        best = choose(work, recipe, [("fp32", EXACT), ("int8", LOSSY)], strict=False).best
+        assert best.recipe.options.get("threads", 0) == threads
+
+
+# Limits
+
+
+def test_without_an_evaluator_the_cosine_decides(tmp_path):
+    plans = {
+        n: _Plan(r, drop=None, cosine=c) for n, r, c in (("fp32", 1, 1), ("a", 3, 0.98), ("b", 2, 0.995))
+    }
+    choice, _ = _choose(tmp_path, plans)
+    assert choice.best.name == "b"
+    assert "cosine to the fp32 reference 0.9800, at least 0.99" in next(
+        r.reason for r in choice.records if r.name == "a"
+    )
+
+
+def test_a_size_that_only_a_slower_one_keeps_makes_it_ship(tmp_path):
+    plans = {
+        "fp32": _Plan(1.0, bytes=4_000_000),
+        "big": _Plan(3.0, bytes=2_000_000),
+        "small": _Plan(2.0, bytes=900_000),
+    }
+    choice, _ = _choose(tmp_path, plans, max_size_mb=1)
+    assert choice.best.name == "small"
+    assert "2.00 MB, allowed 1" in next(r.reason for r in choice.records if r.name == "big")
+
+
+def test_a_size_that_none_keeps_is_missed_and_float_ships(tmp_path):
+    choice, _ = _choose(
+        tmp_path, {"fp32": _Plan(1.0, bytes=4_000_000), "a": _Plan(2.0, bytes=2_000_000)}, max_size_mb=1
+    )
+    assert choice.best.name == "fp32"
+    assert choice.missed == ["4.00 MB, allowed 1"]
+
+
+def test_a_latency_counts_in_milliseconds(tmp_path):
+    plans = {"fp32": _Plan(1.0, seconds=0.004), "int8": _Plan(2.0, seconds=0.002)}
+    assert _choose(tmp_path, plans, max_latency_ms=3)[0].missed == []
+    (tmp_path / "again").mkdir()
+    choice, _ = _choose(tmp_path / "again", plans, max_latency_ms=1)
+    assert choice.missed == ["4.000 ms, allowed 1"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "missed"), [(2.0, 0.01, False), (1.98, 0.05, False), (1.9, 0.05, True)]
+)
+def test_a_least_speedup_is_missed_when_the_interval_lies_below_it(tmp_path, ratio, spread, missed):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0), "int8": _Plan(ratio, spread=spread)}, min_speedup=2)
+    assert choice.best.name == "int8"
+    assert bool(choice.missed) == missed
+    if missed:
+        assert choice.missed == ["speed-up 1.90x (95% 1.85 to 1.95), at least 2x is asked for"]
+
+
+# Never slower in silence
+
+
+def test_where_even_the_exact_passes_are_slower_the_graph_ships_as_it_was_given(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(0.8), "int8": _Plan(0.7), "as-given": _Plan(1.0)})
+    assert choice.best.name == "as-given"
+    assert choice.best.recipe.passes == ()
+    assert choice.missed == []
+    assert _verdicts(choice) == {"fp32": "slower", "int8": "slower", "as-given": "shipped"}
+
+
+def test_where_all_candidates_are_slower_the_graph_ships_as_it_was_given(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(0.7), "int8": _Plan(0.8), "as-given": _Plan(1.0)})
+    assert choice.best.name == "as-given"
+    assert choice.missed == []
+
+
+def test_what_is_slower_all_the_same_ships_with_a_word(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(0.8), "as-given": _Plan(0.7)})
+    assert choice.best.name == "fp32"
+    assert choice.missed == ["speed-up 0.80x (95% 0.80 to 0.80), at least 1x is asked for"]
+
+
+# Verdicts that the samples leave open
+
+
+def test_an_open_verdict_ships_with_a_word(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0), "int8": _Plan(2.0, drop=0.001, wobble=0.04)})
+    assert choice.best.name == "int8"
+    assert (choice.missed, choice.inconclusive) == ([], [])
+    (word,) = choice.advice
+    assert "100 samples do not decide it; about" in word
+
+
+def test_strict_refuses_an_open_verdict(tmp_path):
+    choice, _ = _choose(
+        tmp_path, {"fp32": _Plan(1.0), "int8": _Plan(2.0, drop=0.001, wobble=0.04)}, strict=True
+    )
+    assert choice.best.name == "fp32"
+    assert (choice.missed, choice.inconclusive) == ([], [])
+    assert _verdicts(choice) == {"fp32": "shipped", "int8": "missed"}
+
+
+def test_strict_with_nothing_but_open_verdicts_is_inconclusive_and_not_missed(tmp_path):
+    plans = {"fp32": _Plan(1.0, drop=0.001, wobble=0.04), "int8": _Plan(2.0, drop=0.001, wobble=0.04)}
+    choice, _ = _choose(tmp_path, plans, strict=True)
+    assert choice.best.name == "fp32"
+    assert choice.missed == []
+    assert len(choice.inconclusive) == 1
+
+
+# carry_out
+
+
+def _carry_out(tmp_path, asked, floor=None, *, strict=False, recipe=LOSSY, **limits):
+    work = _Work(tmp_path, {"recipe": asked, "float": floor or _Plan(1.0)})
+    if asked.drop is not None:
+        limits.setdefault("max_drop", "1%")
+    recipe = recipe.model_copy(update={"limits": recipe.limits.model_copy(update=limits)})
+    return carry_out(work, recipe, strict=strict), work
+
+
+def test_an_explicit_recipe_that_keeps_its_limits_ships(tmp_path):
+    choice, work = _carry_out(tmp_path, _Plan(2.0, drop=0.001))
+    assert (choice.best.name, choice.missed, _verdicts(choice)) == ("recipe", [], {"recipe": "shipped"})
+    assert work.asked("build") == ["recipe"]
+
+
+def test_one_that_loses_too_much_gives_way_to_its_exact_passes_and_is_missed(tmp_path):
+    choice, _ = _carry_out(tmp_path, _Plan(2.0, drop=0.2))
+    assert choice.best.name == "float"
+    assert [p.name for p in choice.best.recipe.passes] == ["remove-dead"]
+    assert _verdicts(choice) == {"recipe": "missed", "float": "shipped"}
+    assert "drop 0.2000" in choice.missed[0]
+
+
+def test_one_that_cannot_be_judged_gives_way_too(tmp_path):
+    choice, _ = _carry_out(tmp_path, _Plan(2.0, unfit=DataError("the score of sample 3 is nan")))
+    assert choice.best.name == "float"
+    assert choice.missed == ["it cannot be judged: the score of sample 3 is nan"]
+
+
+def test_one_that_is_slower_gives_way_to_float_where_that_is_faster(tmp_path):
+    choice, _ = _carry_out(tmp_path, _Plan(0.5), _Plan(1.1))
+    assert choice.best.name == "float"
+    assert choice.missed == ["speed-up 0.50x (95% 0.50 to 0.50), at least 1x is asked for"]
+
+
+def test_one_that_is_slower_ships_with_a_word_where_float_is_no_faster(tmp_path):
+    choice, _ = _carry_out(tmp_path, _Plan(0.9), _Plan(0.8))
+    assert choice.best.name == "recipe"
+    assert _verdicts(choice) == {"recipe": "shipped", "float": "slower"}
+    assert len(choice.missed) == 1
+
+
+def test_an_exact_recipe_that_misses_a_limit_ships_with_a_word(tmp_path):
+    choice, work = _carry_out(tmp_path, _Plan(1.0, bytes=2_000_000), recipe=EXACT, max_size_mb=1)
+    assert (choice.best.name, choice.missed) == ("recipe", ["2.00 MB, allowed 1"])
+    assert _verdicts(choice) == {"recipe": "shipped"}
+    assert work.asked("build") == ["recipe"]
+
+
+def test_a_recipe_that_quantizes_nothing_is_an_error(tmp_path):
+    with pytest.raises(PassError, match=r"quantize-dynamic: nothing in model\.onnx was changed") as caught:
+        _carry_out(tmp_path, _Plan(1.0, lossy=False))
+    assert "optkit inspect" in caught.value.hint
+
+
+def test_strict_makes_an_open_verdict_of_an_explicit_recipe_inconclusive(tmp_path):
+    open_ = _Plan(2.0, drop=0.001, wobble=0.04)
+    assert _carry_out(tmp_path, open_)[0].best.name == "recipe"
+    (tmp_path / "strict").mkdir()
+    choice, _ = _carry_out(tmp_path / "strict", open_, strict=True)
+    assert choice.best.name == "float"
+    assert choice.missed == []
+    assert len(choice.inconclusive) == 1
+
+
+# Repair, on a real model: of four layers one has weights that int8 ruins
+
+LAYERS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[4, 32] x, float[32, 32] a, float[32, 32] b, float[32, 32] c, float[32, 8] d) => (float[4, 8] y) {
+  p = MatMul(x, a)
+  q = MatMul(p, b)
+  r = MatMul(q, c)
+  y = MatMul(r, d)
+}
+"""
+
+
+def _layers() -> ir.Model:
+    model, random = parse(LAYERS), np.random.default_rng(0)
+    for value in list(model.graph.inputs)[1:]:
+        weights = random.normal(size=value.shape.numpy()) / 6
+        if value.name == "c":
+            # One outlier in each column takes the grid from the values that matter: its input is always 0.
+            weights[3] = 300
+        if value.name == "b":
+            weights[:, 3] = 0
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(weights.astype(np.float32), name=value.name)
+        model.graph.register_initializer(value)
+    for node, name in zip(model.graph, ("first", "second", "blocks[2]/MatMul", "fourth"), strict=True):
+        node.name = name
+    return model
+
+
+class _Real(Compilation):
+    """The real compilation with planted times: the more layers in float, the slower."""
+
+    each: float = 0.5
+
+    def measure(self, built, *, rounds, budget, options=None):
+        quantized = sum(r.changes for r in built.records if r.name.startswith("quantize"))
+        return _speedup(1 + self.each * quantized)
+
+
+def _real(tmp_path, **more):
+    batches = [{"x": np.random.default_rng(i).normal(size=(4, 32)).astype(np.float32)} for i in range(8)]
+    return _Real(
+        read(_layers()), target("cpu"), OnnxRuntime(), CalibrationData(batches), None, seed=0, folder=tmp_path,
+        progress=Silent(), **more,
+    )  # fmt: skip
+
+
+DYNAMIC = Recipe.load({"recipe": 1, "repair": True, "passes": [{"quantize-dynamic": {"smallest": 1}}]})
+STATIC = Recipe.load({"recipe": 1, "repair": True, "passes": [{"quantize-static": {"placement": "linear"}}]})
+
+
+@pytest.mark.parametrize("recipe", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_the_layer_that_int8_ruins_is_the_noisiest(tmp_path, recipe):
+    work = _real(tmp_path)
+    found = sensitivities(work, work.build("int8", recipe))
+    assert found[0].node == "blocks[2]/MatMul"
+    assert found[0].sqnr_db < 10
+    assert sorted(r.node for r in found[1:]) == ["first", "fourth", "second"]
+    assert all(r.sqnr_db > 30 for r in found[1:])
+
+
+@pytest.mark.parametrize("recipe", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_repair_returns_that_layer_and_no_other_to_float(tmp_path, recipe):
+    work = _real(tmp_path)
+    built = work.build("int8", recipe)
+    fixed = repair(work, recipe, built, strict=False, faster_than=1.0)
+    assert fixed.name == "int8-mixed-1"
+    assert fixed.recipe.passes[-1].ignore == ("=blocks[2]/MatMul",)
+    assert [r.node for r in fixed.layers if r.kept_float] == ["blocks[2]/MatMul"]
+    assert fixed.fidelity.cosine > 0.998
+    assert fixed.speedup.ratio == 2.5
+    # What the recipe says is what was built.
+    assert work.build("again", Recipe.load(fixed.recipe.dump())).bytes == fixed.bytes
+
+
+def test_an_explicit_recipe_that_misses_is_repaired_and_ships_repaired(tmp_path):
+    choice = carry_out(_real(tmp_path), STATIC, strict=False)
+    assert choice.best.name == "recipe-mixed-1"
+    assert _verdicts(choice) == {"recipe": "missed", "recipe-mixed-1": "shipped"}
+    assert choice.missed == []
+
+
+def test_a_repaired_recipe_that_is_slower_than_asked_for_says_so(tmp_path):
+    recipe = STATIC.model_copy(update={"limits": STATIC.limits.model_copy(update={"min_speedup": 2.8})})
+    choice = carry_out(_real(tmp_path), recipe, strict=False)
+    assert choice.best.name == "recipe-mixed-1"
+    assert choice.missed == ["speed-up 2.50x (95% 2.50 to 2.50), at least 2.8x is asked for"]
+
+
+def test_repair_gives_up_where_nothing_is_gained_over_float(tmp_path):
+    work = _real(tmp_path)
+    work.each = 0.005
+    assert repair(work, STATIC, work.build("int8", STATIC), strict=False, faster_than=1.0) is None
+
+
+def test_a_recipe_without_repair_is_not_repaired(tmp_path):
+    choice = carry_out(_real(tmp_path), STATIC.model_copy(update={"repair": False}), strict=False)
+    assert choice.best.name == "float"
+    assert len(choice.missed) == 1
+
+
+def test_a_size_that_is_missed_is_not_repaired(tmp_path):
+    recipe = STATIC.model_copy(
+        update={"limits": STATIC.limits.model_copy(update={"max_size_mb": 1e-6, "min_cosine": -1})}
+    )
+    work = _real(tmp_path)
+    assert carry_out(work, recipe, strict=False).best.name == "float"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["001-recipe", "002-float"]
+
+
+def test_the_repaired_candidate_competes_with_the_others(tmp_path):
+    recipe = Recipe.load({"recipe": 1, "repair": True})
+    candidates = [("fp32", EXACT), ("static", STATIC), ("dynamic", DYNAMIC)]
+    choice = choose(_real(tmp_path), recipe, candidates, strict=False)
+    assert choice.best.name in ("static-mixed-1", "dynamic-mixed-1")
+    assert choice.best.fidelity.cosine > 0.998
+    verdicts = _verdicts(choice)
+    assert verdicts["fp32"] == "slower"
+    assert "missed" in (verdicts["static"], verdicts["dynamic"])
+
+
+def test_progress_of_long_work_is_told(tmp_path):
+    told = []
+
+    class Told(Silent):
+        @contextlib.contextmanager
+        def task(self, what, total=None):
+            told.append(what)
+            with super().task(what, total) as task:
+                yield task
+
+    work = _real(tmp_path)
+    work.progress = Told()
+    carry_out(work, STATIC, strict=False)
+    assert {"calibrate", "measure layers", "build recipe"} <= set(told)
