@@ -23,7 +23,7 @@ from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
 from optkit.data import CalibrationData, specs
-from optkit.errors import BackendUnavailableError, DataError, ModelError, UsageError
+from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.frontend import Loaded, read
@@ -32,8 +32,8 @@ from optkit.legalize import legalize
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
-from optkit.recipe import Recipe, condition, shipped
-from optkit.reference import ReferenceSession
+from optkit.recipe import Recipe, condition, shipped, validated
+from optkit.reference import LARGE, ReferenceSession
 from optkit.report import (
     AccuracyRecord,
     Achieved,
@@ -102,6 +102,7 @@ class Compilation:
             self.inputs = "held-out calibration data"
         elif data is None:
             self.held_out = CalibrationData.random_batches(loaded.model, 4, seed=seed)
+        if data is None or data.random:
             self.inputs = "inputs drawn from the input specification"
         self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
         self._built = 0
@@ -117,7 +118,10 @@ class Compilation:
     @cached_property
     def reference(self) -> ReferenceSession:
         """The session that everything is held against."""
-        return ReferenceSession(self.loaded.path if self.loaded.path is not None else self.loaded.model)
+        return ReferenceSession(
+            self.loaded.path if self.loaded.path is not None else self.loaded.model,
+            large=weight_bytes(self.loaded.model) > LARGE,
+        )
 
     @cached_property
     def reference_scores(self) -> list[Any]:
@@ -147,7 +151,7 @@ class Compilation:
         """A few inputs that calibration has not seen, and what the reference gives for them."""
         source: Iterable[Mapping[str, np.ndarray]]
         if self.evaluator is not None:
-            source = (feeds for feeds, _ in self.evaluator.samples())
+            source = (feeds for feeds, _ in self.evaluator.pairs())
         else:
             assert self.held_out is not None
             source = self.held_out
@@ -474,7 +478,8 @@ def request(
     evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
     if evaluator is not None and plan.limits.max_drop is None:
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
-    candidates = _candidates(plan)
+    validated(engine.options, "options", plan.options)
+    candidates = _candidates(plan, engine)
     needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
     if data is None and needy and len(needy) >= len(candidates) - 1:
         _refuse(plan, needy)
@@ -512,6 +517,8 @@ def _plan(
             hint="leave one out; --set changes single options of a recipe",
         )
     plan = Recipe.load(recipe if recipe is not None else recipe_for(precision), overrides)
+    if seed is not None and seed < 0:
+        raise UsageError(f"seed {seed} is negative")
     name = target.name if isinstance(target, Target) else target
     changes: dict[str, Any] = {
         k: v for k, v in (("target", name), ("backend", backend), ("seed", seed)) if v is not None
@@ -537,7 +544,7 @@ def recipe_for(precision: str | None) -> str:
         ("fp16", False): "fp16",
         ("bf16", False): "bf16",
     }.get((wanted.base, wanted.dynamic))
-    if name is None or wanted.group is not None or name not in shipped():
+    if name is None or wanted.group is not None or wanted.symmetric is not None or name not in shipped():
         raise UsageError(
             f"precision {precision!r}: no backend of this version makes it",
             hint=f"available: fp32, int8, int8-dyn; recipes: {', '.join(shipped())}",
@@ -555,10 +562,22 @@ def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationD
     return found if plan.samples is None else found.limit(plan.samples)
 
 
-def _candidates(plan: Recipe) -> list[tuple[str, Recipe]]:
-    """The recipes that ``plan`` tries, with its own limits."""
+def _candidates(plan: Recipe, engine: Backend) -> list[tuple[str, Recipe]]:
+    """The recipes that ``plan`` tries, with its own limits and options on top; the first is exact."""
     shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
-    return [(name, Recipe.load(name).model_copy(update=shared)) for name in plan.candidates]
+    found = []
+    for name in plan.candidates:
+        candidate = Recipe.load(name)
+        if candidate.candidates:
+            raise RecipeError(f"candidates: {name} has candidates itself", hint="name those instead")
+        options = {**candidate.options, **plan.options}
+        validated(engine.options, f"{name}: options", options)
+        found.append((name, candidate.model_copy(update={**shared, "options": options})))
+    if found and not all(p.exact for p in found[0][1].passes):
+        # What ships where nothing keeps the limits.
+        floor = Recipe.load("fp32").model_copy(update={**shared, "options": plan.options})
+        found = [("fp32", floor), *((n, r) for n, r in found if n != "fp32")]
+    return found
 
 
 def _refuse(plan: Recipe, needy: Sequence[str]) -> None:

@@ -312,15 +312,25 @@ def _build(where: str, raw: dict[str, Any]) -> Recipe:
             kind = PASSES[name]
         except UnknownNameError as error:
             raise RecipeError(f"{where}: passes.{index}: {error}", hint=error.hint) from error
-        passes.append(_validated(kind, f"{where}: passes.{index}: {kind.name}", options))
-    recipe: Recipe = _validated(Recipe, where, {**raw, "passes": tuple(passes)})
+        passes.append(validated(kind, f"{where}: passes.{index}: {kind.name}", options))
+    recipe: Recipe = validated(Recipe, where, {**raw, "passes": tuple(passes)})
     stages = [p.stage for p in recipe.passes]
-    if "torch" in stages[stages.index("graph") :] if "graph" in stages else False:
+    if "graph" in stages and "torch" in stages[stages.index("graph") :]:
         raise RecipeError(f"{where}: passes over a torch module must come before passes over the graph")
+    if recipe.passes and recipe.candidates:
+        raise RecipeError(
+            f"{where}: passes and candidates are both given",
+            hint="candidates are whole recipes: put the passes into a recipe of their own and name it",
+        )
     return recipe
 
 
-def _validated(kind: type[BaseModel], where: str, values: Mapping[str, Any]) -> Any:
+def validated(kind: type[BaseModel], where: str, values: Mapping[str, Any]) -> Any:
+    """An instance of ``kind``.
+
+    Raises:
+        RecipeError: Names ``where``, the option and, for unknown ones, the nearest known.
+    """
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
