@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from optkit.errors import DataError, ModelError
+from optkit.graph import weight_bytes
+from optkit.store import detached
 
-# Protobuf ends at 2 GiB; below, bytes spare a file.
-_LARGEST_MESSAGE = 1_500_000_000
+# Beyond, a second, packed copy of the weights would cost more memory than it saves time.
+LARGE = 1_500_000_000
 
 
 class ReferenceSession:
@@ -38,26 +39,16 @@ class ReferenceSession:
         disabled: Sequence[str] = (),
         large: bool | None = None,
     ) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        if isinstance(model, Path):
-            source: bytes | str = str(model)
-            large = model.stat().st_size > _LARGEST_MESSAGE if large is None else large
-            where = model.name
-        else:
-            from optkit.graph import weight_bytes
-
-            where = model.graph.name or "model"
-            if outputs is not None:
-                model = with_outputs(model, outputs)
-            size = weight_bytes(model)
-            large = size > _LARGEST_MESSAGE if large is None else large
-            if size > _LARGEST_MESSAGE:
-                self._folder = tempfile.TemporaryDirectory(prefix="optkit-")
-                source = str(Path(self._folder.name) / "model.onnx")
-                ir.save(model, source, external_data="model.onnx.data")
-            else:
-                source = ir.to_proto(model).SerializeToString()
-        options = session_options(threads=threads, optimize=optimize, large=large)
+        if outputs is not None:
+            assert isinstance(model, ir.Model), "outputs are values of a graph"
+            model = with_outputs(model, outputs)
+        self._weights: list[ort.OrtValue] = []
+        where = model.name if isinstance(model, Path) else model.graph.name or "model"
+        size = model.stat().st_size if isinstance(model, Path) else weight_bytes(model)
+        options = session_options(
+            threads=threads, optimize=optimize, large=size > LARGE if large is None else large
+        )
+        source: str | bytes = str(model) if isinstance(model, Path) else self._take(model, options)
         try:
             self._session = ort.InferenceSession(
                 source,
@@ -80,18 +71,25 @@ class ReferenceSession:
         try:
             results = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
-            raise DataError(
-                f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}"
-            ) from error
+            raise DataError(f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}") from error
         except Exception as error:
             raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 
+    def _take(self, model: ir.Model, options: ort.SessionOptions) -> bytes:
+        """The graph as bytes; its weights are handed over where they lie, without a copy in the message."""
+        graph, weights = detached(model)
+        # ONNX Runtime reads this memory for as long as the session lives.
+        self._weights = [
+            ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w.numpy())) for w in weights.values()
+        ]
+        options.add_external_initializers(list(weights), self._weights)
+        return graph
+
     def close(self) -> None:
-        """Free the session and its temporary files."""
+        """Free the session."""
         del self._session
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._weights.clear()
 
 
 def session_options(*, threads: int, optimize: bool = True, large: bool = False) -> ort.SessionOptions:

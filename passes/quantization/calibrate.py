@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.errors import DataError
+from optkit.graph import rank, scalar
 from optkit.passes.quantization.observers import Method, Range, observer
 from optkit.reference import ReferenceSession, with_outputs
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Bytes of observed values that may be alive at a time; what does not fit is observed in a further run.
 WINDOW = 256 << 20
+
+_ZERO = np.zeros(1, np.float32)
 
 
 def observe(
@@ -45,15 +48,55 @@ def observe(
     missing = [name for name in names if name not in known]
     observers = {name: observer(method, percentile) for name in missing}
     for window in _windows(model, missing, next(iter(data))) if missing else ():
-        session = ReferenceSession(model, outputs=window)
+        copy = with_outputs(model, window)
+        pools = _pool(copy) if method == "min-max" else {}
+        session = ReferenceSession(copy)
         with context.progress.task("calibrate", len(data)) as task:
             for batch in data:
                 for name, array in session.run(batch).items():
-                    observers[name].add(array)
+                    observers[pools.get(name, name)].add(array)
                 task.advance()
         session.close()
+        for name in set(pools.values()):
+            observers[name].add(_ZERO)
     (ranges if method == "min-max" else histograms).update(observers)
     return {name: (known.get(name) or observers[name]).by(method, percentile) for name in names}
+
+
+def _pool(model: ir.Model) -> dict[str, str]:
+    """Give back channel maxima and means instead of feature maps that cannot be negative.
+
+    The range, from 0 to the largest maximum, is the same, and a mean tells of NaN, which a maximum may hide. ONNX Runtime
+    takes both in its blocked layout, where it would have to undo the blocks to give back the map.
+
+    Returns:
+        New output -> the value that it stands for.
+    """
+    pools: dict[str, str] = {}
+    outputs: list[ir.Value] = []
+    for value in model.graph.outputs:
+        node = value.producer()
+        if node is None or rank(value) != 4 or not _positive(node):
+            outputs.append(value)
+            continue
+        for op in ("GlobalMaxPool", "GlobalAveragePool"):
+            pool = ir.node(op, [value], name=f"{value.name}/{op}")
+            pool.outputs[0].name, pool.outputs[0].type = pool.name, value.type
+            node.append(pool)
+            outputs.append(pool.outputs[0])
+            pools[str(pool.name)] = str(value.name)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
+    return pools
+
+
+def _positive(node: ir.Node) -> bool:
+    if node.domain != "":
+        return False
+    if node.op_type == "Clip":
+        low = scalar(node.inputs[1]) if len(node.inputs) > 1 else None
+        return low is not None and low >= 0
+    return node.op_type in ("Relu", "Sigmoid", "HardSigmoid")
 
 
 def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> list[list[str]]:
@@ -71,15 +114,26 @@ def _windows(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]
 
 
 def _sizes(model: ir.Model, names: Sequence[str], batch: dict[str, np.ndarray]) -> dict[str, int]:
-    """Bytes of the values on ``batch``; the graph gives their shapes back, so that none of them is kept."""
-    shapes = with_outputs(model, names)
-    for index, value in enumerate(tuple(shapes.graph.outputs)):
-        node = ir.node("Shape", [value])
-        node.outputs[0].name = f"optkit/shape/{index}"
-        node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        shapes.graph.append(node)
-        shapes.graph.outputs[index] = node.outputs[0]
-    session = ReferenceSession(shapes)
-    found = session.run(batch).values()
-    session.close()
-    return {name: 4 * math.prod(shape.tolist()) for name, shape in zip(names, found, strict=True)}
+    """Bytes of each value on ``batch``: from the inferred shapes, or by running it where those leave something open."""
+    bound: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for axis, size in zip(value.shape or (), np.shape(batch.get(str(value.name), ())), strict=False):
+            if isinstance(axis, ir.SymbolicDim) and axis.value is not None:
+                bound[axis.value] = size
+    shapes = {str(v.name): v.shape for node in model.graph for v in node.outputs}
+    shapes |= {str(v.name): v.shape for v in model.graph.inputs}
+    sizes: dict[str, int] = {}
+    for name in names:
+        shape = shapes.get(name)
+        known = (
+            None
+            if shape is None
+            else [bound.get(str(d.value)) if isinstance(d, ir.SymbolicDim) else d for d in shape]
+        )
+        if known is None or any(d is None for d in known):
+            session = ReferenceSession(model, outputs=names)
+            sizes = {k: array.nbytes for k, array in session.run(batch).items()}
+            session.close()
+            return sizes
+        sizes[name] = 4 * math.prod(d for d in known if d is not None)
+    return sizes

@@ -15,7 +15,7 @@ Method = Literal["min-max", "percentile", "entropy", "mse"]
 BINS = 2048
 # Values of a tensor that enter the histogram a batch, evenly spread: a 2048-bin histogram of 64 Ki values places the
 # 99.99th percentile within a bin, and counting them costs less than the convolution that made them.
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
 
 
 class Range:
@@ -69,7 +69,7 @@ class Histogram(Range):
             return
         flat = x.ravel()
         if flat.size > SAMPLE:
-            flat = flat[:: _stride(flat.size)]
+            flat = np.ascontiguousarray(flat[:: _stride(flat.size)])
         low, high = float(flat.min()), float(flat.max())
         if self._width == 0.0:
             if low == high == 0.0:
@@ -82,8 +82,11 @@ class Histogram(Range):
         while not (self._first * self._width <= low and high < (self._first + BINS) * self._width):
             self._double(low)
         # A power of two divides float64 exactly, denormals of float32 included.
-        index = np.floor(flat.astype(np.float64) / self._width).astype(np.int64) - self._first
-        self.counts += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+        place = flat.astype(np.float64)
+        place *= 1 / self._width
+        np.floor(place, out=place)
+        place -= self._first
+        self.counts += np.bincount(place.astype(np.intp), minlength=BINS)
 
     def _double(self, low: float) -> None:
         counts = np.zeros(BINS + 2, np.int64)

@@ -671,7 +671,9 @@ def test_every_method_quantizes(method):
 def test_values_are_observed_a_window_at_a_time_with_the_same_result(monkeypatch):
     model = _model(RESIDUAL)
     batches = _batches(model)
-    at_once = text(_quantized(model, batches))
+    quantizer = QuantizeStatic(method="mse")
+    once = model.clone()
+    quantizer.run(once, _context(batches))
     asked = []
     run = ReferenceSession.run
 
@@ -684,9 +686,21 @@ def test_values_are_observed_a_window_at_a_time_with_the_same_result(monkeypatch
     monkeypatch.setattr(calibrate, "WINDOW", 2 * size)
     monkeypatch.setattr(ReferenceSession, "run", counted)
     after = model.clone()
-    QuantizeStatic().run(after, _context(batches))
-    assert text(after) == at_once
+    quantizer.run(after, _context(batches))
+    assert text(after) == text(once)
     assert max(asked) == 2 * size
+
+
+def test_channel_maxima_give_the_range_of_the_whole_map():
+    model = _model(RESIDUAL)
+    batches = _batches(model)
+    names = [str(n.outputs[0].name) for n in model.graph if n.op_type == "Relu"]
+    assert names
+    exact = ReferenceSession(model, outputs=names)
+    found = calibrate.observe(model, names, "min-max", 99.99, _context(batches))
+    for name in names:
+        maps = [exact.run(batch)[name] for batch in batches]
+        assert (found[name].low, found[name].high) == (0.0, max(m.max() for m in maps))
 
 
 def test_what_was_observed_on_a_graph_is_not_observed_again():
