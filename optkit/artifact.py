@@ -51,10 +51,9 @@ class Artifact:
             return Manifest.model_validate_json(file.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
+            place = ": ".join((str(file), *filter(None, [".".join(str(p) for p in first["loc"])])))
             raise UsageError(
-                f"{file}: {place}: {first['msg'].lower()}",
-                hint="it was edited, or written by another version",
+                f"{place}: {first['msg'].lower()}", hint="it was edited, or written by another version"
             ) from error
 
     def verify(self) -> None:
