@@ -44,7 +44,7 @@ _EVALUATION_ERRORS = (
     ort_errors.NotImplemented, ort_errors.RuntimeException, ort_errors.EPFail,
 )  # fmt: skip
 # Bytes of constants that one evaluation may hold beside the model.
-_BATCH = 64 << 20
+_BATCH = 8 << 20
 # An unknown result of inputs below this is computed to see how large it is.
 _TINY = 64 << 10
 
@@ -239,6 +239,31 @@ def known_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     )
 
 
+def _view(node: ir.Node) -> ir.TensorProtocol | None:
+    """The result of moving a large tensor about, read from where that tensor lies whenever it is asked for.
+
+    A model's weights in a mapped file stay there, and no second copy of them is made.
+    """
+    tensor = known_tensor(node.inputs[0])
+    shape = node.outputs[0].shape
+    if tensor is None or tensor.nbytes <= _BATCH or shape is None or not shape.is_static():
+        return None
+    if node.op_type == "Transpose":
+        permutation = node.attributes.get_ints("perm", tuple(range(len(tensor.shape)))[::-1])
+        return ir.LazyTensor(
+            lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(permutation))),
+            dtype=tensor.dtype,
+            shape=ir.Shape(shape.numpy()),
+        )
+    if node.op_type in ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"):
+        return ir.LazyTensor(
+            lambda: ir.tensor(tensor.numpy().reshape(shape.numpy())),
+            dtype=tensor.dtype,
+            shape=ir.Shape(shape.numpy()),
+        )
+    return None
+
+
 def _batches(nodes: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
     """Nodes that are evaluated together: many small ones, or one large one."""
     batch: list[ir.Node] = []
@@ -256,6 +281,8 @@ def _batches(nodes: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
 
 def _evaluate(nodes: Sequence[ir.Node]) -> list[list[ir.TensorProtocol | None] | None]:
     """The outputs of each node, None where nothing reads one; None for nodes that cannot be evaluated."""
+    if len(nodes) == 1 and (view := _view(nodes[0])) is not None:
+        return [[view]]
     try:
         return _run(nodes)
     except _EVALUATION_ERRORS as error:

@@ -245,6 +245,9 @@ def fold_behind(chain: Sequence[Affine], names: Names) -> Change | None:
     if any(port is None for port in ports):
         return None
     known = [port for port in ports if port is not None]
+    # Runtimes fuse a norm that is written out together with its scale, and without it they do not.
+    if _normalizes(chain[0].x):
+        return None
     for start in range(len(chain)):
         total = _joined(chain[start:])
         vectors = [_vectors(total, port) for port in known] if total is not None else [None]
@@ -262,6 +265,30 @@ def fold_behind(chain: Sequence[Affine], names: Names) -> Change | None:
             if np.all(np.isfinite(rest.shift)) and _store_all(edits, names):
                 return _replace(total, rest, names, f"scale {where}")
     return None
+
+
+def _normalizes(x: ir.Value) -> bool:
+    """Whether ``x`` is something divided by the root of a mean."""
+    node = x.producer()
+    if node is None or node.op_type not in ("Mul", "Div"):
+        return False
+    for value in node.inputs:
+        root = value.producer() if value is not None else None
+        if root is not None and root.op_type in ("Reciprocal", "Div"):
+            root = next(
+                (v.producer() for v in root.inputs if v is not None and v.producer() is not None), None
+            )
+        if root is None or root.op_type not in ("Sqrt", "Pow") or root.inputs[0] is None:
+            continue
+        total = root.inputs[0].producer()
+        operands = (
+            total.inputs if total is not None and total.op_type in ("Add", "Max", "Clip") else root.inputs[:1]
+        )
+        if any(
+            v is not None and (n := v.producer()) is not None and n.op_type == "ReduceMean" for v in operands
+        ):
+            return True
+    return False
 
 
 def _store_all(edits: Sequence[list[Edit] | None], names: Names) -> bool:

@@ -129,6 +129,20 @@ def test_rounding_by_a_large_number_is_kept():
     )
 
 
+@pytest.mark.parametrize(
+    "tail",
+    ["i = Div(one, r) n = Mul(x, i)", "i = Reciprocal(r) n = Mul(i, x)", "n = Div(x, r)"],
+)
+def test_the_scale_of_a_norm_stays_with_it(tail):
+    body = f"q = Mul(x, x) m = ReduceMean(q, last) e = Add(m, eps) r = Sqrt(e) {tail} s = Mul(n, g) y = MatMul(s, w)"
+    source = parse(
+        f"{HEADER} g (float[N, 6] x) => (float[N, 4] y) <float one = {{1}}, float eps = {{1e-6}}, int64[1] last = {{-1}}> {{ {body} }}",
+        w=floats(6, 4),
+        g=floats(6),
+    )
+    check_pass(FoldAffine(), source, ops=[node.op_type for node in source.graph])
+
+
 def test_integers_are_left_alone():
     check_pass(
         FoldAffine(),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from optkit.graph import walk
@@ -203,3 +204,18 @@ def test_an_initializer_that_is_also_an_input_is_not_constant():
         """
     )
     assert not FoldConstants().run(model, CONTEXT)
+
+
+def test_large_weights_are_moved_about_where_they_lie():
+    weights = np.random.default_rng(0).standard_normal((1600, 1400)).astype(np.float32)
+    source = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 1400] x) => (float[N, 1600] y) { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }
+        """,
+        w=weights,
+    )
+    after = check_pass(FoldConstants(), source, ops=["MatMul"], atol=1e-3)
+    tensor = after.graph.initializers["t"].const_value
+    assert isinstance(tensor, ir.LazyTensor)
+    np.testing.assert_array_equal(tensor.numpy(), weights.T)
