@@ -97,7 +97,8 @@ class Compilation:
         data = None if data is None else data.remembered()
         self.data, self.held_out = data, data
         self.inputs = "calibration data"
-        if data is not None and evaluator is None and len(data) >= 4:
+        # With an evaluator too, so that what it is for does not change what is built.
+        if data is not None and len(data) >= 4:
             self.data, self.held_out = data.split()
             self.inputs = "held-out calibration data"
         elif data is None:

@@ -226,16 +226,9 @@ def _too_slow(built: Built, recipe: Recipe) -> list[str]:
 
 def _settled(best: Built, records: list[CandidateRecord], missed: list[str], strict: bool) -> Choice:
     """The choice, with undecided gates apart from missed limits."""
-    a = best.accuracy
-    undecided = []
-    if a is not None and a.verdict == "inconclusive":
-        more = f"; about {a.needed} samples would decide" if a.needed else ""
-        undecided.append(
-            f"{a.metric}: drop {a.drop:.4f}, 95% up to {a.ci95[1]:.4f}, allowed {a.budget}: {a.n} samples do not decide it{more}"
-        )
     if strict and missed and all(m.endswith("inconclusive") for m in missed):
         return Choice(best=best, records=records, inconclusive=missed)
-    return Choice(best=best, records=records, missed=missed, advice=undecided)
+    return Choice(best=best, records=records, missed=missed)
 
 
 def _same(one: Built, other: Built) -> bool:
