@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -89,13 +89,8 @@ def _share_initializers(model: ir.Model) -> list[Change]:
             tensor = value.const_value
             alike.setdefault((tensor.dtype, tuple(tensor.shape)), []).append(value)
     for group in alike.values():
-        if len(group) == 1:
-            continue
-        by_content: dict[str, list[ir.Value]] = {}
-        for value in group:
-            assert value.const_value is not None
-            by_content.setdefault(_digest(value.const_value), []).append(value)
-        for equal in by_content.values():
+        # Most weights of one shape differ in the first elements, so few are read whole.
+        for equal in (equal for few in _split(group, _sample) for equal in _split(few, _digest)):
             # The outermost graphs come first, so what a body can see is already there.
             kept: list[ir.Value] = []
             for value in equal:
@@ -109,6 +104,28 @@ def _share_initializers(model: ir.Model) -> list[Change]:
                 value.replace_all_uses_with(first)
                 value.graph.initializers.pop(value.name)
     return changes
+
+
+def _split(values: Sequence[ir.Value], key: Callable[[ir.TensorProtocol], Hashable]) -> list[list[ir.Value]]:
+    """Those of ``values`` that have the same key, where there are two or more."""
+    if len(values) < 2:
+        return []
+    found: dict[Hashable, list[ir.Value]] = {}
+    for value in values:
+        assert value.const_value is not None
+        found.setdefault(key(value.const_value), []).append(value)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _sample(tensor: ir.TensorProtocol) -> Hashable:
+    """Some bytes of the beginning, the middle and the end."""
+    if tensor.dtype == ir.DataType.STRING or tensor.dtype.itemsize < 1:
+        return None
+    flat = np.asarray(tensor.numpy()).reshape(-1)
+    middle, few = flat.size // 2, 256
+    return b"".join(
+        flat[part].tobytes() for part in (slice(few), slice(middle, middle + few), slice(-few, None))
+    )
 
 
 def _scopes(graph: ir.Graph, outer: tuple[ir.Graph, ...]) -> dict[ir.Graph | None, tuple[ir.Graph, ...]]:
