@@ -13,7 +13,7 @@ from pydantic import Field
 
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.onnxruntime.placement import PLACEMENTS
-from optkit.backends.onnxruntime.profile import read_profile
+from optkit.backends.onnxruntime.profile import conv_weights, read_profile
 from optkit.backends.onnxruntime.session import OnnxRuntimeSession
 from optkit.graph import walk
 from optkit.store import save
@@ -81,7 +81,7 @@ class OnnxRuntime(Backend):
             session.run(feeds)
             file = session.end_profiling()
             session.close()
-            return read_profile(json.loads(file.read_text()))
+            return read_profile(json.loads(file.read_text()), conv_weights(ir.load(path / MODEL)))
 
     def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[OnnxRuntimeOptions]:
         """SkipLayerNormFusion on, where the graph has layer norms that it could take."""
