@@ -214,26 +214,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.only or ():
         if name not in SUITE:
             raise UnknownNameError("model", name, SUITE)
-    found, code = {}, 0
+    machine = Machine(processor=processor(), versions=versions())
+    found, code = [], 0
     for name in options.only or SUITE:
         print(name, file=sys.stderr)
         # A process each: a crash costs one model, and no model's memory or caches reach the next.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                found[name] = pool.submit(_measure, name).result()
+                found.append(pool.submit(_measure, name).result())
             except (OptkitError, BrokenProcessPool) as error:
                 print(f"error: {name}: {error}", file=sys.stderr)
                 if isinstance(error, OptkitError) and error.hint:
                     print(f"hint: {error.hint}", file=sys.stderr)
                 code = 1
+                continue
+        # Written after each model: the whole suite takes long.
+        file, result = options.out / "cpu.json", CpuResult(machine=machine, models=(found[-1],))
+        write(result.merged_into(read(file)) if file.exists() else result, options.out)
     if found:
-        result = CpuResult(
-            machine=Machine(processor=processor(), versions=versions()), models=tuple(found.values())
-        )
-        file = options.out / "cpu.json"
-        result = result.merged_into(read(file)) if file.exists() else result
-        write(result, options.out)
-        render(CpuResult(machine=result.machine, models=tuple(found.values())))
+        render(CpuResult(machine=machine, models=tuple(found)))
     return code
 
 
