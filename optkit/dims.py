@@ -6,15 +6,31 @@ from collections import Counter
 
 import onnx_ir as ir
 
+_NO_NAMES = frozenset({"none", "nan", "any", "dyn", "dynamic", "unk", "unknown", "undefined"})
+
 Dim = int | str
 """A size: a number, or a name that stands for the same number everywhere in the model."""
 
 
 def shape_of(value: ir.Value | None) -> tuple[Dim | None, ...] | None:
-    """The shape of a value as plain numbers and names; None where the rank is unknown."""
+    """The shape of a value as plain numbers and names; None where the rank is unknown.
+
+    ``?``, ``-1``, ``None`` and the like are what exporters write for any size: such axes of an input or output of a
+    graph are called ``<value>.<axis>``, so that two of them are not taken for equal.
+    """
     if value is None or value.shape is None:
         return None
-    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return tuple(
+        d
+        if isinstance(d, int)
+        else (d.value if is_name(d.value) else None if d.value is None else f"{value.name}.{i}")
+        for i, d in enumerate(value.shape)
+    )
+
+
+def is_name(name: str | None) -> bool:
+    """Whether a symbolic axis has a name that says which size it is."""
+    return name is not None and any(c.isalpha() for c in name) and name.lower() not in _NO_NAMES
 
 
 def _factors(dim: Dim) -> tuple[int, Counter[str]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
-from optkit.dims import Dim, shape_of
+from optkit.dims import Dim, is_name, shape_of
 from optkit.graph import OPSET, constant, graphs, subgraphs
 from optkit.propagation import Known, evaluate, shape
 
@@ -45,7 +45,7 @@ def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
         for v in graph.inputs
         if v.shape is not None
         for d in v.shape
-        if isinstance(d, ir.SymbolicDim)
+        if isinstance(d, ir.SymbolicDim) and is_name(d.value)
     }
     _forget_names(model, declared)
     _infer_with_onnx(model, declared)

@@ -133,6 +133,18 @@ def test_inference_twice_says_the_same_and_forgets_stale_names():
     assert [shape_of(node.outputs[0]) for node in model.graph][2] == ("N", 8)
 
 
+@pytest.mark.parametrize(("name", "equal"), [("?", False), ("-1", False), ("None", False), ("n", True)])
+def test_what_stands_for_any_size_is_no_name(name, equal):
+    model = parse(f"{HEADER} g (float[1, 2] x) => (float[A, B] y) {{ r = Relu(x) y = Transpose(r) }}")
+    model.graph.inputs[0].shape = ir.Shape([name, name])
+    for node in model.graph:
+        node.outputs[0].shape = None
+    infer(model)
+    first, second = shape_of(model.graph[0].outputs[0])
+    assert (first == second) == equal
+    assert [d.value for d in model.graph.inputs[0].shape] == [name, name]
+
+
 def test_what_outputs_were_declared_with_stays():
     model = parse(f"{HEADER} g (float[N, 8] x) => (float[out, B] y) {{ y = Relu(x) }}")
     assert shape_of(model.graph.outputs[0]) == ("out", "B")

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optkit.dims import shape_of
 from optkit.graph import attribute, constant, graphs, users
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Change, label, remove_unused, replaceable, substitute
@@ -48,11 +49,8 @@ class RemoveNoops(GraphPass):
 
 def same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
     """Whether two values are known to have the same shape: equal numbers, equal names of symbolic axes."""
-    if a is None or b is None or a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
-        return False
-    return all(
-        x == y and (isinstance(x, int) or x.value is not None) for x, y in zip(a.shape, b.shape, strict=True)
-    )
+    x, y = shape_of(a), shape_of(b)
+    return x is not None and x == y and None not in x
 
 
 def fits_into(small: Sequence[int | ir.SymbolicDim], value: ir.Value | None) -> bool:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from optkit.inference import infer
 from optkit.passes.cleanup.noops import RemoveNoops
 from optkit.testing import check_pass, parse
 
@@ -259,4 +261,21 @@ def test_expanding_what_broadcasts_anyway(body, ops):
         rtol=0,
         x=np.ones((3, 4), np.float32),
         u=np.ones((3, 4), np.float32),
+    )
+
+
+def test_axes_of_any_size_are_not_taken_for_equal():
+    source = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, M] x) => (float[A, B] y) { a = Neg(x) t = Transpose(a) s = Shape(t) b = Reshape(a, s) y = Exp(b) }
+        """
+    )
+    source.graph.inputs[0].shape = ir.Shape(["?", "?"])
+    for node in source.graph:
+        if not node.outputs[0].is_graph_output():
+            node.outputs[0].shape = None
+    infer(source)
+    check_pass(
+        RemoveNoops(), source, ops=[node.op_type for node in source.graph], x=np.ones((2, 3), np.float32)
     )
