@@ -326,6 +326,9 @@ def scheme(model: ir.Model) -> str:
                 kinds.add(
                     f"{role} {stored} {grain}, {'symmetric' if stored.startswith('int') else 'asymmetric'}"
                 )
+            elif node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+                if node.inputs[0].dtype == ir.DataType.INT8:
+                    kinds.add("embeddings int8 per row, symmetric")
             elif node.op_type == "MatMulInteger":
                 kinds.add("weights int8 per channel, symmetric")
                 kinds.add("activations uint8 per tensor, asymmetric, computed in each run")

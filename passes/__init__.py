@@ -24,6 +24,7 @@ PASSES = Registry(
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "cast": "optkit.passes.lowering.cast:CastFloats",
         "quantize-static": "optkit.passes.quantization.static:QuantizeStatic",
+        "quantize-embedding": "optkit.passes.quantization.embedding:QuantizeEmbedding",
         "quantize-dynamic": "optkit.passes.quantization.dynamic:QuantizeDynamic",
     },
     group="optkit.passes",
