@@ -53,13 +53,15 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     if value.is_initializer() and not value.is_graph_input():
         return None if value.const_value is None else value.const_value.numpy()
     node = value.producer()
-    if (
-        node is not None
-        and node.op_type == "Constant"
-        and node.domain == ""
-        and value.const_value is not None
-    ):
+    if node is None or node.op_type != "Constant" or node.domain != "":
+        return None
+    if value.const_value is not None:
         return value.const_value.numpy()
+    for attribute in node.attributes.values():
+        if attribute.name == "value":
+            return attribute.as_tensor().numpy()
+        if attribute.name.startswith(("value_float", "value_int")):
+            return np.asarray(attribute.value, np.float32 if "float" in attribute.name else np.int64)
     return None
 
 
