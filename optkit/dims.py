@@ -16,14 +16,14 @@ def shape_of(value: ir.Value | None) -> tuple[Dim | None, ...] | None:
     """The shape of a value as plain numbers and names; None where the rank is unknown.
 
     ``?``, ``-1``, ``None`` and the like are what exporters write for any size: such axes of an input or output of a
-    graph are called ``<value>.<axis>``, so that two of them are not taken for equal.
+    graph are called ``<value>.d<axis>``, so that two of them are not taken for equal.
     """
     if value is None or value.shape is None:
         return None
     return tuple(
         d
         if isinstance(d, int)
-        else (d.value if is_name(d.value) else None if d.value is None else f"{value.name}.{i}")
+        else (d.value if is_name(d.value) else None if d.value is None else f"{value.name}.d{i}")
         for i, d in enumerate(value.shape)
     )
 

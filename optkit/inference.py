@@ -33,7 +33,7 @@ _SAME_SHAPE = frozenset(
 def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
     """Fill in types and shapes of all values; inputs and outputs of graphs keep what they were declared with.
 
-    Axes that nothing is known about get names of their own, ``<value>.<axis>``, so that equal names mean equal sizes.
+    Axes that nothing is known about get names of their own, ``<value>.d<axis>``, so that equal names mean equal sizes.
     No weight is read or copied.
 
     Returns:
@@ -206,7 +206,7 @@ class _Walk:
             if not _complete(output) and output.shape is not None and not output.is_graph_output():
                 output.shape = ir.Shape(
                     [
-                        d if isinstance(d, int) or d.value is not None else f"{output.name}.{i}"
+                        d if isinstance(d, int) or d.value is not None else f"{output.name}.d{i}"
                         for i, d in enumerate(output.shape)
                     ]
                 )

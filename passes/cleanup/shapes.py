@@ -15,7 +15,7 @@ from optkit.inference import infer
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.cleanup.constants import FoldConstants, become_constant
 from optkit.passes.cleanup.dead import remove_nodes
-from optkit.propagation import Known
+from optkit.propagation import Known, shape
 from optkit.rewrite import Builder, Change, Names, label, register, remove_unused, replaceable, substitute
 
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -58,7 +58,7 @@ def _fold(graph: ir.Graph, known: Mapping[ir.Value, Known], names: Names) -> Ite
         if node.domain != "" or node.op_type == "Constant" or node.graph is not graph:
             continue
         if node.op_type == "Reshape":
-            change = _fix_target(node, names)
+            change = _fix_target(node, known, names)
             if change is not None:
                 yield change
         if len(node.outputs) != 1:
@@ -94,11 +94,14 @@ def constant_target(x: Sequence[Dim | None] | None, y: Sequence[Dim | None] | No
     return target if missing <= 1 and 0 not in (d for d in y if isinstance(d, int)) else None
 
 
-def _fix_target(node: ir.Node, names: Names) -> Change | None:
+def _fix_target(node: ir.Node, known: Mapping[ir.Value, Known], names: Names) -> Change | None:
     """Make the target of a Reshape constant."""
-    if node.inputs[1] is None or constant(node.inputs[1]) is not None or node.outputs[0].is_graph_output():
+    if node.inputs[1] is None or constant(node.inputs[1]) is not None:
         return None
-    target = constant_target(shape_of(node.inputs[0]), shape_of(node.outputs[0]))
+    # An output of the graph keeps the shape that it was declared with, which need not be the one that it has.
+    declared = node.outputs[0].is_graph_output()
+    y = shape(node, known.get) if declared else shape_of(node.outputs[0])  # type: ignore[arg-type]
+    target = constant_target(shape_of(node.inputs[0]), y)
     if target is None:
         return None
     node.attributes.pop("allowzero", None)

@@ -190,3 +190,15 @@ def test_arithmetic_that_a_body_does():
         ops=["If", "Reshape", "Relu", "Identity"],
         b=np.array(True),
     )
+
+
+def test_the_target_of_an_output_is_found_without_what_it_was_declared_with():
+    after = check_pass(
+        FoldShapes(),
+        model(
+            "(float[N, T, 8] x) => (float[A, B] y)",
+            "a = Relu(x) s = Shape(a) n = Slice(s, z, o) e = Concat<axis = 0>(n, m) y = Reshape(a, e)",
+        ),
+        ops=["Relu", "Reshape"],
+    )
+    assert constant(after.graph[1].inputs[1]).tolist() == [0, -1]
