@@ -121,7 +121,7 @@ def _infer_with_onnx(model: ir.Model, declared: set[str | None]) -> None:
         inferred = onnx.shape_inference.infer_shapes(
             proto, check_type=False, strict_mode=False, data_prop=False
         )
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
         logger.debug("shape inference stopped: %s", error)
         return
     known: dict[str, onnx.TypeProto | None] = {}
@@ -279,7 +279,7 @@ def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:
     imports = [onnx.helper.make_opsetid("", opset)]
     try:
         found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
         logger.debug("no shapes for %s: %s", node.op_type, error)
         return []
     return [found.get(f"o{i}", onnx.TypeProto()) for i in range(len(node.outputs))]

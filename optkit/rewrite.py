@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import attribute, describe, graphs, scalar, users
+from optkit.graph import attribute, describe, graphs, scalar, subgraphs, users, walk
 from optkit.inference import infer_node
 
 logger = logging.getLogger(__name__)
@@ -410,6 +410,19 @@ def _replace(rule: Rule, root: ir.Node, bound: dict[str, Any], state: _State, na
     remove_unused(state.nodes)
 
 
+def remove(node: ir.Node) -> None:
+    """Take a node that nothing reads out of its graph, with all that its bodies read.
+
+    Nodes of a body would go on counting as readers of values outside.
+    """
+    assert node.graph is not None
+    for body in subgraphs(node):
+        for inner in walk(body):
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+    node.graph.remove(node, safe=True)
+
+
 def remove_unused(nodes: Iterable[ir.Node]) -> None:
     """Remove those of ``nodes`` that nothing reads any more, also those that only removed ones read."""
     left = list(dict.fromkeys(nodes))
@@ -417,8 +430,7 @@ def remove_unused(nodes: Iterable[ir.Node]) -> None:
         n for n in left if n.graph is not None and not any(o.uses() or o.is_graph_output() for o in n.outputs)
     ]:
         for node in unused:
-            assert node.graph is not None
-            node.graph.remove(node, safe=True)
+            remove(node)
 
 
 def substitute(old: ir.Value, new: ir.Value) -> None:

@@ -16,7 +16,7 @@ from optkit.graph import IR_VERSION, OPSET, attribute, constant, graphs, subgrap
 from optkit.inference import infer_node
 from optkit.passes.base import Context, GraphPass
 from optkit.reference import first_line, session_options
-from optkit.rewrite import Change, label, register, replaceable, substitute
+from optkit.rewrite import Change, label, register, remove, replaceable, substitute
 
 logger = logging.getLogger(__name__)
 
@@ -147,13 +147,13 @@ class FoldConstants(GraphPass):
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Fold until nothing more is constant."""
         changes: list[Change] = []
-        folded = True
-        while folded:
-            folded = False
-            for graph in tuple(graphs(model)):
-                changes += (found := [*self._fold(graph), *_inline_branches(graph)])
-                folded |= bool(found)
-        return changes
+        while True:
+            found = [change for graph in graphs(model) for change in self._fold(graph)]
+            # Inlining takes bodies apart, so the bodies are looked up again after each graph.
+            found += next((inlined for graph in graphs(model) if (inlined := _inline_branches(graph))), [])
+            if not found:
+                return changes
+            changes += found
 
     def _fold(self, graph: ir.Graph) -> list[Change]:
         changes: list[Change] = []
@@ -363,4 +363,4 @@ def _inline(node: ir.Node, branch: ir.Graph, graph: ir.Graph) -> None:
             node.prepend(copy)
             result = copy.outputs[0]
         substitute(output, result)
-    graph.remove(node, safe=True)
+    remove(node)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from optkit.graph import OPSET, attribute, graphs, subgraphs, walk
 from optkit.passes.base import Context, GraphPass
-from optkit.rewrite import Change, label
+from optkit.rewrite import Change, label, remove
 
 
 class RemoveDead(GraphPass):
@@ -38,7 +38,7 @@ def remove_nodes(graph: ir.Graph) -> list[Change]:
     for node in tuple(reversed(graph)):
         if not any(o.uses() or o.is_graph_output() for o in node.outputs):
             changes.append(Change(rule="remove-node", node=label(node), detail=node.op_type))
-            graph.remove(node, safe=True)
+            remove(node)
             continue
         for body in subgraphs(node):
             changes += remove_nodes(body)

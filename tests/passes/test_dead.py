@@ -95,3 +95,22 @@ def test_functions_that_nothing_calls_go():
         ops=["outer"],
     )
     assert [name for _, name, _ in model.functions] == ["outer", "inner"]
+
+
+def test_what_only_a_dead_body_read_goes_too():
+    check_pass(
+        RemoveDead(),
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N] x, bool b) => (float[N] y) {
+          s = Exp(x)
+          d = If (b) <
+            then_branch = yes () => (float[N] t) { t = Neg(s) },
+            else_branch = no () => (float[N] e) { e = Abs(s) }
+          >
+          y = Relu(x)
+        }
+        """,
+        ops=["Relu"],
+        b=np.array(True),
+    )
