@@ -13,6 +13,7 @@ import numpy as np
 
 from optkit.errors import OptkitError, PassError
 from optkit.graph import digest
+from optkit.passes.base import GraphPass
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.report import CandidateRecord, LayerRecord, PassRecord
@@ -35,6 +36,8 @@ _CLEARLY = 1.03
 _ALIKE = 1.05
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
 _GROUPS = 64
+# Operators whose weights are worth returning to float.
+_WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "Gather"})
 # Shares of the quantization noise that successive repairs take away.
 _REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
 
@@ -318,21 +321,25 @@ def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
 
     SQNR of all float outputs together against the float candidate's own, on a few batches.
     """
-    index, quantizer = _quantizer(built.recipe)
-    names = _quantized_nodes(work, built)
-    exact, _, _ = work.transform(built.recipe.model_copy(update={"passes": built.recipe.passes[:index]}))
+    steps, nodes = built.recipe.passes, _quantized_nodes(work, built)
+    exact, _, _ = work.transform(
+        built.recipe.model_copy(update={"passes": tuple(p for p in steps if p.exact)})
+    )
     session = ReferenceSession(exact)
     expected = [session.run(feeds) for feeds in work.feeds]
     session.close()
     floats = {k for k, v in expected[0].items() if v.dtype.kind == "f"}
-    if not names or not floats:
+    if not floats:
         return []
-    groups = [list(g) for g in np.array_split(np.asarray(names, dtype=object), min(_GROUPS, len(names)))]
+    groups: list[tuple[int, list[str]]] = []
+    for index in dict.fromkeys(nodes.values()):
+        names = np.asarray([n for n, i in nodes.items() if i == index], dtype=object)
+        groups += [(index, list(g)) for g in np.array_split(names, min(_GROUPS, len(names)))]
     records = []
     with work.progress.task("measure layers", len(groups)) as task:
-        for group in groups:
-            alone = quantizer.model_copy(update={"targets": tuple(f"={n}" for n in group)})
-            passes = (*built.recipe.passes[:index], alone, *built.recipe.passes[index + 1 :])
+        for index, group in groups:
+            alone = steps[index].model_copy(update={"targets": tuple(f"={n}" for n in group)})
+            passes = tuple(alone if i == index else p for i, p in enumerate(steps) if p.exact or i == index)
             model, _, _ = work.transform(built.recipe.model_copy(update={"passes": passes}))
             session = ReferenceSession(model)
             shares = []
@@ -356,15 +363,19 @@ def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
     return min(1e20, float(((x - y) ** 2).sum()) / (float((x * x).sum()) or 1.0))
 
 
-def _quantizer(recipe: Recipe) -> tuple[int, Any]:
-    return next((i, p) for i, p in enumerate(recipe.passes) if not p.exact)
-
-
-def _quantized_nodes(work: Compilation, built: Built) -> list[str]:
-    index, quantizer = _quantizer(built.recipe)
-    model, _, _, memo = work.prepare(built.recipe.passes[:index])
-    changes = quantizer.run(model, work.context(work.engine(built.recipe), memo))
-    return [c.node for c in changes if c.detail.split()[0] in ("Conv", "Gemm", "MatMul")]
+def _quantized_nodes(work: Compilation, built: Built) -> dict[str, int]:
+    """Nodes with weights that the recipe quantizes, and which of its passes does; none where a pass cannot leave any out."""
+    steps, found = built.recipe.passes, dict[str, int]()
+    for index, step in enumerate(steps):
+        if step.exact:
+            continue
+        if not isinstance(step, GraphPass) or not {"targets", "ignore"} <= set(type(step).model_fields):
+            return {}
+        model, _, _, memo = work.prepare(tuple(p for p in steps[:index] if p.exact))
+        for change in step.run(model, work.context(work.engine(built.recipe), memo)):
+            if change.detail.split()[0] in _WEIGHTED:
+                found[change.node] = index
+    return found
 
 
 def repair(
@@ -374,23 +385,23 @@ def repair(
 
     Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
     """
-    index, quantizer = _quantizer(built.recipe)
-    if "ignore" not in type(quantizer).model_fields:
-        return None
-    layers = sensitivities(work, built)
+    owner = _quantized_nodes(work, built)
+    layers = sensitivities(work, built) if owner else []
     if not layers:
         return None
     noise = np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
     share = np.cumsum(noise) / noise.sum()
     counts = sorted({min(int(np.searchsorted(share, removed)) + 1, len(layers)) for removed in _REMOVED})
     for count in counts:
-        kept = [f"={r.node}" for r in layers[:count]]
-        ignoring = quantizer.model_copy(update={"ignore": (*quantizer.ignore, *kept)})
-        passes = (*built.recipe.passes[:index], ignoring, *built.recipe.passes[index + 1 :])
+        passes = list[Any](built.recipe.passes)
+        for record in layers[:count]:
+            step = passes[owner[record.node]]
+            ignore = (*step.ignore, f"={record.node}")
+            passes[owner[record.node]] = step.model_copy(update={"ignore": ignore})
         name = f"{built.name}-mixed-{count}"
         fixed: Built | None = None
         try:
-            fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
+            fixed = work.build(name, built.recipe.model_copy(update={"passes": tuple(passes)}))
             fixed.speedup = work.measure(fixed, rounds=_RANK[0], budget=_RANK[1])
             if not fixed.lossy or _ratio(fixed) < faster_than * _CLEARLY:
                 logger.info(

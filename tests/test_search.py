@@ -522,6 +522,52 @@ def test_repair_returns_that_layer_and_no_other_to_float(tmp_path, recipe):
     assert work.build("again", Recipe.load(fixed.recipe.dump())).bytes == fixed.bytes
 
 
+def test_a_table_is_a_layer_like_others(tmp_path):
+    model = _layers()
+    random = np.random.default_rng(0)
+    table = ir.Value(name="t", shape=ir.Shape([16, 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    table.const_value = ir.tensor(random.normal(size=(16, 32)).astype(np.float32), name="t")
+    model.graph.register_initializer(table)
+    index = ir.Value(name="i", shape=ir.Shape([4]), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.append(index)
+    look, add = (
+        ir.node("Gather", [table, index], name="look"),
+        ir.node("Add", [model.graph.inputs[0], None], name="add"),
+    )
+    for node, name in ((look, "row"), (add, "sum")):
+        node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape([4, 32])
+    add.replace_input_with(1, look.outputs[0])
+    first = model.graph[0]
+    model.graph.insert_before(first, [look, add])
+    first.replace_input_with(0, add.outputs[0])
+    batches = [
+        {"x": np.random.default_rng(i).normal(size=(4, 32)).astype(np.float32), "i": np.arange(4) + i}
+        for i in range(8)
+    ]
+    work = _Real(
+        read(model), target("cpu"), OnnxRuntime(), CalibrationData(batches), None, seed=0, folder=tmp_path, progress=Silent()
+    )  # fmt: skip
+    passes = [{"quantize-dynamic": {"smallest": 1}}, {"quantize-embedding": {"smallest": 1}}]
+    recipe = Recipe.load({"recipe": 1, "repair": True, "passes": passes})
+    built = work.build("int8", recipe)
+    found = sensitivities(work, built)
+    assert sorted(r.node for r in found) == ["blocks[2]/MatMul", "first", "fourth", "look", "second"]
+    assert found[0].node == "blocks[2]/MatMul"
+    # Measured without the noise of the layers that other passes quantize.
+    assert next(r.sqnr_db for r in found if r.node == "look") > 35
+    fixed = repair(work, recipe, built, strict=False, faster_than=1.0)
+    assert [p.ignore for p in fixed.recipe.passes] == [("=blocks[2]/MatMul",), ()]
+
+
+def test_a_recipe_whose_passes_leave_nothing_out_is_not_repaired(tmp_path):
+    work = _real(tmp_path)
+    recipe = Recipe.load({"recipe": 1, "passes": ["cast"]})
+    assert not recipe.passes[0].exact
+    built = work.build("fp16", recipe)
+    assert repair(work, recipe, built, strict=False, faster_than=0.0) is None
+
+
 def test_an_explicit_recipe_that_misses_is_repaired_and_ships_repaired(tmp_path):
     choice = carry_out(_real(tmp_path), STATIC, strict=False)
     assert choice.best.name == "recipe-mixed-1"
