@@ -158,7 +158,7 @@ def _lower(
         tensor = ir.LazyTensor(
             lambda: ir.Tensor(source.numpy().astype(dtype.numpy()), dtype=dtype),
             dtype=dtype,
-            shape=ir.Shape(source.shape),
+            shape=ir.Shape(source.shape.numpy()),
             name=value.name,
         )
         assert isinstance(value.graph, ir.Graph)

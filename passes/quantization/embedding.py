@@ -12,8 +12,8 @@ from optkit.formats import FORMATS
 from optkit.graph import attribute, constant, drop_unused_initializers, graphs, rank
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.plan import selects
-from optkit.qdq import quantized_tensor, register, scale_zero, weight_range
-from optkit.rewrite import Builder, Change, Names, substitute
+from optkit.qdq import quantized_tensor, scale_zero, weight_range
+from optkit.rewrite import Builder, Change, Names, register, substitute
 
 _FORMAT = FORMATS["s8"]
 
