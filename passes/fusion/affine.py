@@ -194,24 +194,42 @@ def _joined(parts: Sequence[Affine]) -> Affine | None:
     return total
 
 
-def _vectors(affine: Affine, port: Port) -> tuple[np.ndarray, np.ndarray] | None:
+def _vectors(affine: Affine, port: Port, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and shift for each channel at ``port``, whose axes are those of ``affine.x`` in another ``order``."""
     axes = rank(affine.x)
-    scale, shift = per_channel(affine.scale, port, axes), per_channel(affine.shift, port, axes)
-    return None if scale is None or shift is None else (scale, shift)
+    found = []
+    for array in (affine.scale, affine.shift):
+        if order and array.size > 1:
+            array = array.reshape((1,) * (len(order) - array.ndim) + array.shape).transpose(order)
+        found.append(per_channel(array, port, axes))
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+
+def _order(node: ir.Node | None) -> list[int]:
+    """How a Transpose orders the axes; empty for everything else."""
+    if node is None or node.op_type != "Transpose" or node.domain != "":
+        return []
+    axes = rank(node.inputs[0])
+    return list(node.attributes.get_ints("perm", range(axes - 1, -1, -1) if axes is not None else ()))
 
 
 def fold_before(chain: Sequence[Affine], names: Names) -> Change | None:
     """Let the layer that computes ``x`` take in as much of the beginning of the chain as it can."""
     x = chain[0].x
     layer = x.producer()
-    if layer is None or layer.graph is not chain[0].nodes[0].graph or not _alone(x):
+    alone = _alone(x)
+    order = [int(i) for i in np.argsort(_order(layer))]
+    if order and layer is not None and layer.inputs[0] is not None:
+        alone = alone and _alone(layer.inputs[0])
+        layer = layer.inputs[0].producer()
+    if layer is None or layer.graph is not chain[0].nodes[0].graph or not alone:
         return None
     port = output_port(layer)
     if port is None:
         return None
     for length in range(len(chain), 0, -1):
         total = _joined(chain[:length])
-        vectors = _vectors(total, port) if total is not None else None
+        vectors = _vectors(total, port, order) if total is not None else None
         if total is None or vectors is None:
             continue
         scale, shift = vectors
@@ -232,30 +250,20 @@ def fold_before(chain: Sequence[Affine], names: Names) -> Change | None:
 def fold_behind(chain: Sequence[Affine], names: Names) -> Change | None:
     """Let all layers that read ``y`` take in as much of the end of the chain as they can."""
     y = chain[-1].y
-    readers = users(y)
-    if (
-        not readers
-        or y.is_graph_output()
-        or any(reader.graph is not chain[0].nodes[0].graph for reader in readers)
-    ):
+    known = _ports_behind(y, ())
+    if not known or y.is_graph_output() or any(p.node.graph is not chain[0].nodes[0].graph for p, _ in known):
         return None
-    if any(use.idx != 0 for use in y.uses()):
-        return None
-    ports = [input_port(reader) for reader in readers]
-    if any(port is None for port in ports):
-        return None
-    known = [port for port in ports if port is not None]
     # Runtimes fuse a norm that is written out together with its scale, and without it they do not.
     if _normalizes(chain[0].x):
         return None
     for start in range(len(chain)):
         total = _joined(chain[start:])
-        vectors = [_vectors(total, port) for port in known] if total is not None else [None]
+        vectors = [_vectors(total, port, order) for port, order in known] if total is not None else [None]
         if total is None or any(v is None for v in vectors):
             continue
-        pairs = [(port, *v) for port, v in zip(known, vectors, strict=True) if v is not None]
-        where = f"into {', '.join(label(reader) for reader in readers)}"
-        if not total.shifts or all(port.shifts for port in known):
+        pairs = [(port, *v) for (port, _), v in zip(known, vectors, strict=True) if v is not None]
+        where = f"into {', '.join(label(port.node) for port, _ in known)}"
+        if not total.shifts or all(port.shifts for port, _ in known):
             edits = [take_input(port, scale, shift) for port, scale, shift in pairs]
             if _store_all(edits, names):
                 return _gone(total, total.x, where)
@@ -265,6 +273,22 @@ def fold_behind(chain: Sequence[Affine], names: Names) -> Change | None:
             if np.all(np.isfinite(rest.shift)) and _store_all(edits, names):
                 return _replace(total, rest, names, f"scale {where}")
     return None
+
+
+def _ports_behind(y: ir.Value, order: Sequence[int]) -> list[tuple[Port, Sequence[int]]]:
+    """The layers that read ``y``, also through a Transpose; none if anything else reads it."""
+    found: list[tuple[Port, Sequence[int]]] = []
+    for use in y.uses():
+        port = input_port(use.node) if use.idx == 0 else None
+        if port is not None:
+            found.append((port, order))
+            continue
+        moved = _order(use.node)
+        behind = _ports_behind(use.node.outputs[0], moved) if moved and not order else []
+        if not behind or use.node.outputs[0].is_graph_output():
+            return []
+        found += behind
+    return found
 
 
 def _normalizes(x: ir.Value) -> bool:

@@ -49,6 +49,17 @@ g (float[N, 6, 9, 9] x) => (float[A, B, C, D] y) <float s = {0.5}, float[1] t = 
         # Constants that vary over the image are none of the layer's.
         ("a = Conv(x, w1) z = Mul(a, image)", ["Conv", "Mul"]),
         ("a = Conv(x, w1) c = Mul(a, s) z = Add(c, image)", ["Conv", "Add"]),
+        # Channels that lie elsewhere.
+        ("a = Conv(x, w1) d = Transpose<perm = [0, 2, 3, 1]>(a) z = Mul(d, six)", ["Conv", "Transpose"]),
+        (
+            "a = Conv(x, w1) d = Transpose<perm = [0, 2, 3, 1]>(a) c = Mul(d, six) z = Add(c, six)",
+            ["Conv", "Transpose"],
+        ),
+        ("a = Conv(x, w1) d = Transpose<perm = [0, 2, 3, 1]>(a) z = Mul(d, tall)", ["Conv", "Transpose", "Mul"]),
+        (
+            "c = Transpose<perm = [0, 2, 3, 1]>(x) d = Mul(c, six) e = Transpose<perm = [0, 3, 1, 2]>(d) z = Conv(e, w)",
+            ["Transpose", "Transpose", "Conv"],
+        ),
         # A different number on each row widens nothing but is not one for each channel either.
         ("a = Conv(x, w1) z = Mul(a, row)", ["Conv", "Mul"]),
     ],
@@ -61,6 +72,8 @@ def test_next_to_convolutions(body, ops):
         wt=floats(6, 8, 3, 3),
         b=floats(8),
         u=floats(6, 1, 1),
+        six=floats(6),
+        tall=floats(9, 1),
         v=floats(1, 8, 1, 1),
         image=floats(9, 9),
         row=floats(1, 9),
