@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -27,24 +27,28 @@ class RemoveNoops(GraphPass):
     name: ClassVar[str] = "remove-noops"
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
-        """Remove what returns its input."""
-        changes = []
-        for graph in graphs(model):
-            for node in tuple(graph):
-                if node.domain == "" and node.op_type in _RECURRENT and _drop_zero_states(node):
-                    changes.append(Change(rule="drop-zero-states", node=label(node), detail=node.op_type))
-                rule = _RULES.get(node.op_type) if node.domain == "" else None
-                same = rule(node) if rule is not None else None
-                if same is None or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
-                    continue
-                if not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
-                    continue
-                if not replaceable(node.outputs[0], same):
-                    continue
-                changes.append(Change(rule="remove-noop", node=label(node), detail=node.op_type))
-                substitute(node.outputs[0], same)
-                remove_unused([node])
+        """Remove what returns its input, until nothing does."""
+        changes: list[Change] = []
+        while found := [change for graph in graphs(model) for change in _remove(graph)]:
+            changes += found
         return changes
+
+
+def _remove(graph: ir.Graph) -> Iterator[Change]:
+    for node in tuple(graph):
+        if node.domain != "":
+            continue
+        if node.op_type in _RECURRENT and _drop_zero_states(node):
+            yield Change(rule="drop-zero-states", node=label(node), detail=node.op_type)
+        rule = _RULES.get(node.op_type)
+        output = node.outputs[0]
+        same = rule(node) if rule is not None and (output.uses() or output.is_graph_output()) else None
+        if same is None or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+            continue
+        if replaceable(output, same):
+            yield Change(rule="remove-noop", node=label(node), detail=node.op_type)
+            substitute(output, same)
+            remove_unused([node])
 
 
 def same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
