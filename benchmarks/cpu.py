@@ -88,12 +88,11 @@ def measure(name: str) -> ModelResult:
     try:
         reference = ReferenceSession(path)
         variants = [_variant(_REFERENCE, lambda: (reference.run, path.stat().st_size, ""))]
+        data = f"{file}:calibration"
         gate = {"evaluate": file, "max_drop": BUDGET} if evaluator else {}
+        variants.append(_variant("optkit", lambda: _compile(path, folder / "auto", data=data, **gate)))
         variants.append(
-            _variant("optkit", lambda: _compile(path, folder / "auto", data=f"{file}:calibration", **gate))
-        )
-        variants.append(
-            _variant("optkit, exact only", lambda: _compile(path, folder / "exact", recipe="fp32"))
+            _variant("optkit, exact only", lambda: _compile(path, folder / "exact", data=data, recipe="fp32"))
         )
         for peer in PEERS:
             variants.append(_variant(peer.name, partial(_peer, peer, path, calibration, folder)))
