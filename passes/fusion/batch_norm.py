@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -24,12 +24,14 @@ class FoldBatchNorm(GraphPass):
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Fold each normalization that a neighbour can take in."""
-        names, changes = Names(model), []
-        for graph in graphs(model):
-            for node in tuple(graph):
-                found = affine_of(node) if node.op_type == "BatchNormalization" else None
-                if found is not None and (
-                    change := fold_before([found], names) or fold_behind([found], names)
-                ):
-                    changes.append(Change(rule="fold-batch-norm", node=change.node, detail=change.detail))
+        names, changes = Names(model), list[Change]()
+        while found := [change for graph in graphs(model) for change in _fold(graph, names)]:
+            changes += found
         return changes
+
+
+def _fold(graph: ir.Graph, names: Names) -> Iterator[Change]:
+    for node in tuple(graph):
+        found = affine_of(node) if node.op_type == "BatchNormalization" else None
+        if found is not None and (change := fold_before([found], names) or fold_behind([found], names)):
+            yield Change(rule="fold-batch-norm", node=change.node, detail=change.detail)
