@@ -41,7 +41,7 @@ def scale_zero(
     steps = fmt.high if fmt.symmetric else fmt.steps
     scale = (wide / steps).astype(np.float32)
     # Rounded down: ONNX Runtime drops a Clip in front of a Quantize only if the grid does not reach beyond its bound.
-    scale = np.where(scale * np.float64(steps) > wide, np.nextafter(scale, np.float32(0)), scale)
+    scale = np.where(scale.astype(np.float64) * steps > wide, np.nextafter(scale, np.float32(0)), scale)
     scale = np.where(wide > 0, np.maximum(scale, np.finfo(np.float32).tiny), np.float32(1))
     if fmt.symmetric:
         return scale, np.zeros(scale.shape, fmt.dtype.numpy())

@@ -35,7 +35,9 @@ FLOATS = st.floats(-(2.0**127), 2.0**127, width=32)
 VALUES = st.one_of(
     st.floats(-100, 100, width=32),
     FLOATS,
-    st.sampled_from([0.0, -0.0, 3.38e38, -3.38e38, SMALLEST, -SMALLEST, 1e-38, 1e-40]),
+    st.sampled_from(
+        [float(np.float32(x)) for x in (0, -0.0, 3.38e38, -3.38e38, 1e-38, 1e-40, SMALLEST, -SMALLEST)]
+    ),
 )
 ARRAYS = arrays(np.float32, array_shapes(min_dims=1, max_dims=3, max_side=5), elements=VALUES)
 

@@ -342,6 +342,8 @@ def _check(value, rules, whole):
     """What of JSON Schema the recipe's uses: enough to say whether a file fits."""
     if "$ref" in rules:
         rules = functools.reduce(lambda v, k: v[k], rules["$ref"].removeprefix("#/").split("/"), whole)
+    if "allOf" in rules:
+        return all(_check(value, r, whole) for r in rules["allOf"])
     if "anyOf" in rules:
         return any(_check(value, r, whole) for r in rules["anyOf"])
     if "const" in rules:

@@ -19,7 +19,12 @@ SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 NUMBERS = st.one_of(
     st.floats(-10, 10, width=32),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1024.0, LARGEST, -LARGEST, SMALLEST, -SMALLEST, 1e-40, 1e30]),
+    st.sampled_from(
+        [
+            float(np.float32(x))
+            for x in (0, -0.0, 1, -1, 1024, LARGEST, -LARGEST, SMALLEST, -SMALLEST, 1e-40, 1e30)
+        ]
+    ),
 )
 BATCHES = st.lists(
     st.lists(NUMBERS, min_size=1, max_size=6).map(lambda x: np.array(x, np.float32)), min_size=1, max_size=6
