@@ -74,11 +74,13 @@ class Backend(ABC):
         name: As in ``--backend``.
         options: The type of its options.
         placements: Rows for the placement pass, by name.
+        packages: Distributions whose versions the manifest names, besides optkit's own requirements.
     """
 
     name: ClassVar[str]
     options: ClassVar[type[Options]]
     placements: ClassVar[Mapping[str, Placement]] = {}
+    packages: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def available(self) -> str | None:
@@ -101,6 +103,10 @@ class Backend(ABC):
         self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
         """Run once with the runtime's own profiler, and give back what was executed."""
+
+    def exact(self, options: Any) -> Any:
+        """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
+        return options
 
     def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[Any]:
         """Other options worth measuring for this graph; may be empty."""

@@ -23,9 +23,10 @@ from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
 from optkit.data import CalibrationData, specs
-from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
+from optkit.errors import BackendUnavailableError, DataError, RecipeError, UsageError
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
+from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded, read
 from optkit.graph import count_nodes, count_parameters, digest, graphs, weight_bytes
 from optkit.legalize import legalize
@@ -160,9 +161,9 @@ class Compilation:
         return feeds, [self.reference.run(batch) for batch in feeds]
 
     @cached_property
-    def expected(self) -> list[dict[str, np.ndarray]]:
-        """What the reference gives for ``feeds``."""
-        return [self.reference.run(feeds) for feeds in self.feeds]
+    def trials(self) -> list[Trial]:
+        """What every candidate must get through before it is timed."""
+        return trials(self.reference.run, specs(self.loaded.model)[0], self.feeds)
 
     def context(self, engine: Backend, memo: dict[Any, Any]) -> Context:
         """What passes get to know."""
@@ -201,10 +202,10 @@ class Compilation:
         return model, [*records, *more], seconds
 
     def build(self, name: str, recipe: Recipe) -> Built:
-        """Carry ``recipe`` out in a fresh folder, load what was written, and run it once.
+        """Carry ``recipe`` out in a fresh folder, load what was written, and run it at several shapes.
 
         Raises:
-            ModelError: The written file does not load or run, or its outputs have other names or shapes.
+            ModelError: The written file does not load or run, or an output is missing, stale or wrong.
         """
         with self.progress.task(f"build {name}"):
             model, records, seconds = self.transform(recipe)
@@ -222,7 +223,9 @@ class Compilation:
             }
         )
         engine.lower(model, self.target, options, folder)
-        lossy = any(r.changes for r, p in zip(records, recipe.passes, strict=True) if not p.exact)
+        lossy = engine.exact(options) != options or any(
+            r.changes for r, p in zip(records, recipe.passes, strict=True) if not p.exact
+        )
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         built = Built(
             name=name,
@@ -236,12 +239,7 @@ class Compilation:
             weights=weights(model),
         )
         with self.session(built) as session:
-            outputs = session.run(self.feeds[0])
-        for key, array in self.expected[0].items():
-            if key not in outputs or outputs[key].shape != array.shape:
-                raise ModelError(
-                    f"{name}: output {key!r} came out as {outputs[key].shape if key in outputs else 'nothing'}, the reference gives {array.shape}"
-                )
+            check(session.run, self.trials, name=name, lossy=lossy)
         return built
 
     def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
@@ -567,21 +565,31 @@ def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationD
 
 
 def _candidates(plan: Recipe, engine: Backend) -> list[tuple[str, Recipe]]:
-    """The recipes that ``plan`` tries, with its own limits and options on top; the first is exact."""
+    """The recipes that ``plan`` tries, with its own limits and options on top; the first is exact.
+
+    A recipe for another backend keeps its own options; it is left out where the backend was asked for by name.
+    """
     shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
-    found = []
+    found: list[tuple[str, Recipe]] = []
     for name in plan.candidates:
         candidate = Recipe.load(name)
         if candidate.candidates:
             raise RecipeError(f"candidates: {name} has candidates itself", hint="name those instead")
-        options = {**candidate.options, **plan.options}
-        validated(engine.options, f"{name}: options", options)
+        if candidate.backend is None or candidate.backend.lower() == engine.name:
+            options = {**candidate.options, **plan.options}
+            validated(engine.options, f"{name}: options", options)
+        elif plan.backend is None:
+            options = candidate.options
+        else:
+            continue
         found.append((name, candidate.model_copy(update={**shared, "options": options})))
     if found and not all(p.exact for p in found[0][1].passes):
         # What ships where nothing keeps the limits.
         floor = Recipe.load("fp32").model_copy(update={**shared, "options": plan.options})
         found = [("fp32", floor), *((n, r) for n, r in found if n != "fp32")]
-    return found
+    # A recipe for any backend and one for this backend may say the same.
+    said = {repr((r.backend or engine.name, r.passes, r.options)): n for n, r in reversed(found)}
+    return [(n, r) for n, r in found if n in said.values()]
 
 
 def _refuse(plan: Recipe, needy: Sequence[str]) -> None:
@@ -625,7 +633,7 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
         achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
         evidence=Evidence(emitted=True, compiled=True, inspected=True, executed_cpu=True, ran_on_device=True, timed_on_device=best.speedup is not None),
-        notes=tuple(work.loaded.notes), versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime")} | {"optkit": optkit.__version__},
+        notes=tuple(work.loaded.notes), versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -161,7 +161,8 @@ class CandidateRecord(_Record):
     """One thing that was tried.
 
     Attributes:
-        verdict: ``shipped``, ``slower``, ``farther``, ``missed``, ``inconclusive``, ``not needed`` or ``failed``.
+        verdict: ``shipped``, ``slower``, ``farther``, ``missed``, ``inconclusive``, ``not needed``,
+            ``unavailable`` (a package or the processor lacks what it needs) or ``failed``.
     """
 
     name: str

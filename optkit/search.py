@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optkit.errors import OptkitError, PassError
+from optkit.errors import BackendUnavailableError, ModelError, OptkitError, PassError, UnsupportedOpError
 from optkit.graph import digest
 from optkit.passes.base import GraphPass
 from optkit.recipe import Recipe
@@ -93,7 +93,7 @@ def choose(
     built: list[Built] = []
     for name, candidate in recipes:
         try:
-            one = work.build(name, candidate)
+            one = work.build(name, candidate) if built else _floor(work, name, candidate, tried)
             if built and not one.lossy and any(not p.exact for p in candidate.passes):
                 tried[name] = _record(name, one, "not needed", "it found nothing to quantize")
                 continue
@@ -104,8 +104,7 @@ def choose(
         except OptkitError as error:
             if not built:
                 raise
-            logger.warning("%s: left out: %s", name, error)
-            tried[name] = _record(name, None, "failed", str(error))
+            tried[name] = _left_out(name, error)
             continue
         built.append(one)
     floor = built[0]
@@ -154,6 +153,26 @@ def choose(
         best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")
     return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
+
+
+def _floor(work: Compilation, name: str, recipe: Recipe, tried: dict[str, CandidateRecord]) -> Built:
+    """The first candidate or, where exact passes made the runtime compute something else, the graph as it was given."""
+    try:
+        return work.build(name, recipe)
+    except ModelError as error:
+        if isinstance(error, UnsupportedOpError) or not recipe.passes:
+            raise
+        tried[name] = _left_out(name, error)
+        return work.build("as-given", recipe.model_copy(update={"passes": ()}))
+
+
+def _left_out(name: str, error: OptkitError) -> CandidateRecord:
+    """A candidate that could not be built; for want of a package, that is no reason to warn."""
+    if isinstance(error, BackendUnavailableError):
+        logger.info("%s: left out: %s", name, error)
+        return _record(name, None, "unavailable", f"{error}: {error.hint}" if error.hint else str(error))
+    logger.warning("%s: left out: %s", name, error)
+    return _record(name, None, "failed", str(error))
 
 
 def _as_given(work: Compilation, best: Built, recipe: Recipe, tried: dict[str, CandidateRecord]) -> Built:
@@ -205,9 +224,10 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
             fixed.speedup = work.measure(fixed, rounds=_FINAL[0], budget=_FINAL[1])
             shipped = _record(fixed.name, fixed, "shipped", "")
             return _settled(fixed, [record, shipped], _too_slow(fixed, recipe), strict)
-    floor = work.build(
-        "float", recipe.model_copy(update={"passes": tuple(p for p in recipe.passes if p.exact)})
-    )
+    engine = work.engine(recipe)
+    options = engine.exact(engine.options.model_validate(recipe.options)).model_dump(mode="json")
+    exact = {"passes": tuple(p for p in recipe.passes if p.exact), "options": options}
+    floor = work.build("float", recipe.model_copy(update=exact))
     floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
     work.judge(floor, recipe.limits)
     if not reasons and _ratio(floor) <= _ratio(asked):

@@ -14,7 +14,7 @@ from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
 from optkit.compiler import Compilation
 from optkit.data import CalibrationData
-from optkit.errors import DataError, ModelError, PassError
+from optkit.errors import BackendUnavailableError, DataError, ModelError, PassError
 from optkit.evaluate import Budget, Evaluator, Fidelity, compare
 from optkit.frontend import read
 from optkit.passes.base import Silent
@@ -74,6 +74,9 @@ class _Engine:
 
     def __init__(self, work):
         self._work = work
+
+    def exact(self, options):
+        return options
 
     def variants(self, model, target, options):
         count = len(self._work.plans[model].variants)
@@ -235,8 +238,26 @@ def test_one_that_cannot_be_built_or_judged_is_left_out(tmp_path, when, error):
 
 @pytest.mark.parametrize("when", ["fails", "unfit"])
 def test_a_floor_that_cannot_be_built_or_judged_ends_it(tmp_path, when):
+    bad = _Plan(9.0, **{when: ModelError("it stopped")})
     with pytest.raises(ModelError):
-        _choose(tmp_path, {"fp32": _Plan(9.0, **{when: ModelError("it stopped")}), "good": _Plan(1.5)})
+        _choose(tmp_path, {"fp32": bad, "as-given": bad, "good": _Plan(1.5)})
+
+
+def test_a_floor_whose_passes_break_it_gives_way_to_the_graph_as_it_was_given(tmp_path):
+    broken = _Plan(9.0, fails=ModelError("output 'y' differs"))
+    plans = {"fp32": broken, "as-given": _Plan(1.0), "slow": _Plan(0.5)}
+    choice, _ = _choose(tmp_path, plans)
+    assert choice.best.name == "as-given"
+    (record,) = (r for r in choice.records if r.name == "fp32")
+    assert (record.verdict, record.reason) == ("failed", "output 'y' differs")
+
+
+def test_one_whose_runtime_is_not_installed_is_listed_with_what_installs_it(tmp_path):
+    missing = _Plan(9.0, fails=BackendUnavailableError("it needs other", hint="pip install other"))
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0), "other": missing})
+    assert choice.best.name == "fp32"
+    (record,) = (r for r in choice.records if r.name == "other")
+    assert (record.verdict, record.reason) == ("unavailable", "it needs other: pip install other")
 
 
 def test_one_that_found_nothing_to_quantize_is_not_timed(tmp_path):

@@ -1,0 +1,167 @@
+"""Sessions that go wrong on purpose, and the check that must notice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from optkit.data import TensorSpec
+from optkit.errors import ModelError
+from optkit.freshness import check, trials
+
+INPUTS = (
+    TensorSpec(name="x", dtype=np.dtype(np.float32), shape=("batch", "length", 4)),
+    TensorSpec(name="mask", dtype=np.dtype(np.int64), shape=("batch", "length")),
+)
+
+
+def _feeds(batch: int, length: int) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(length).normal(size=(batch, length, 4)).astype(np.float32)
+    return {"x": x, "mask": np.ones((batch, length), np.int64)}
+
+
+def _reference(feeds):
+    return {"y": feeds["x"] * 2 + 1, "n": feeds["mask"].sum(axis=1)}
+
+
+def _trials(batch=2, length=6, reference=_reference, inputs=INPUTS):
+    return trials(reference, inputs, [_feeds(batch, length)])
+
+
+class _Session:
+    """Computes as the reference, but for what ``fault(number of the run, outputs, outputs of the run before)`` changes."""
+
+    def __init__(self, fault=lambda run, now, before: now):
+        self.runs, self.before, self.fault, self.shapes = 0, {}, fault, []
+
+    def run(self, feeds):
+        now = self.fault(self.runs, _reference(feeds), self.before)
+        self.runs, self.before = self.runs + 1, now
+        self.shapes.append(feeds["x"].shape)
+        return now
+
+
+def _shapes(*args, **kwargs):
+    return [t.feeds["x"].shape for t in _trials(*args, **kwargs)]
+
+
+# Trials
+
+
+def test_the_batch_becomes_1_and_then_the_length_is_halved():
+    assert _shapes(2, 6) == [(2, 6, 4), (1, 6, 4), (2, 3, 4)]
+
+
+def test_a_batch_of_1_becomes_2_and_a_length_of_1_doubles():
+    assert _shapes(1, 1) == [(1, 1, 4), (2, 1, 4), (1, 2, 4)]
+
+
+def test_where_the_reference_refuses_half_a_multiple_of_32_is_tried():
+    def picky(feeds):
+        if feeds["x"].shape[1] % 32:
+            raise ModelError("32 at a time")
+        return _reference(feeds)
+
+    assert _shapes(2, 96, picky) == [(2, 96, 4), (1, 96, 4), (2, 64, 4)]
+
+
+def test_shapes_that_the_reference_refuses_are_left_out():
+    def picky(feeds):
+        if feeds["x"].shape != (2, 6, 4):
+            raise ModelError("no")
+        return _reference(feeds)
+
+    assert _shapes(2, 6, picky) == [(2, 6, 4)]
+
+
+def test_with_fixed_shapes_the_other_input_is_another_batch_or_the_same_backwards():
+    fixed = tuple(TensorSpec(name=s.name, dtype=s.dtype, shape=(2, 6, 4)[: len(s.shape)]) for s in INPUTS)
+    one, other = _feeds(2, 6), _feeds(2, 6)
+    other["x"] = other["x"] + 1
+    found = trials(_reference, fixed, [one, other])
+    assert [t.feeds["x"] is f["x"] for t, f in zip(found, (one, other), strict=True)] == [True, True]
+    found = trials(_reference, fixed, [one])
+    np.testing.assert_array_equal(found[1].feeds["x"], one["x"][::-1, ::-1, ::-1])
+
+
+# Check
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_sound_session_runs_in_the_order_a_b_a_c(lossy):
+    session = _Session()
+    check(session.run, _trials(), name="it", lossy=lossy)
+    assert session.shapes == [(2, 6, 4), (1, 6, 4), (2, 6, 4), (2, 3, 4)]
+
+
+def _from(number, fault):
+    return lambda run, now, before: fault(now, before) if run >= number else now
+
+
+FAULTS = {
+    "stale": (_from(1, lambda now, before: {**now, "y": before["y"]}), "output 'y' with x .1, 6, 4., mask .1, 6. came out as .2, 6, 4., the reference gives .1, 6, 4."),
+    "empty": (_from(1, lambda now, before: {**now, "n": now["n"][:0]}), "output 'n' .* came out as .0., the reference gives .1."),
+    "missing": (_from(0, lambda now, before: {"y": now["y"]}), "output 'n' .* came out as nothing"),
+    "another after B": (_from(2, lambda now, before: {**now, "y": now["y"] * 1.01}), "output 'y' .* is not what the same input gave before"),
+    "nan": (_from(3, lambda now, before: {**now, "y": now["y"] * np.nan}), "output 'y' with x .2, 3, 4.* differs from the reference by inf%"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_runtime_may_do_without_an_error_is_an_error_that_names_the_output(fault, lossy):
+    planted, message = FAULTS[fault]
+    with pytest.raises(ModelError, match=f"it: {message}"):
+        check(_Session(planted).run, _trials(), name="it", lossy=lossy)
+
+
+def test_an_output_of_the_same_shape_that_is_the_one_before_is_called_stale():
+    fixed = tuple(TensorSpec(name=s.name, dtype=s.dtype, shape=(2, 6, 4)[: len(s.shape)]) for s in INPUTS)
+    found = trials(_reference, fixed, [_feeds(2, 6)])
+    session = _Session(_from(1, lambda now, before: {**now, "y": before["y"]}))
+    with pytest.raises(ModelError, match=r"output 'y' .* still holds what the call before gave"):
+        check(session.run, found, name="it", lossy=False)
+
+
+def test_wrong_numbers_are_an_error_where_the_graph_is_exact_alone():
+    planted = _from(0, lambda now, before: {**now, "y": now["y"] * 1.2})
+    with pytest.raises(ModelError, match="differs from the reference by 20% of its size"):
+        check(_Session(planted).run, _trials(), name="it", lossy=False)
+    check(_Session(planted).run, _trials(), name="it", lossy=True)
+
+
+def test_a_lossy_session_that_is_right_at_the_shape_of_the_data_alone_is_an_error():
+    planted = _from(3, lambda now, before: {**now, "y": -2 * now["y"]})
+    with pytest.raises(ModelError, match=r"with x .2, 3, 4.* differs from the reference by 300%"):
+        check(_Session(planted).run, _trials(), name="it", lossy=True)
+
+
+def test_a_lossy_session_that_gives_the_same_for_all_inputs_is_left_to_the_metric():
+    planted = _from(0, lambda now, before: {"y": np.zeros_like(now["y"]), "n": np.zeros_like(now["n"])})
+    check(_Session(planted).run, _trials(), name="it", lossy=True)
+
+
+def test_what_the_reference_draws_at_random_is_not_compared():
+    random = np.random.default_rng(0)
+
+    def drawing(feeds):
+        return {"y": random.normal(size=feeds["x"].shape), "n": feeds["mask"].sum(axis=1)}
+
+    found = _trials(reference=drawing)
+    assert found[0].steady == {"n"}
+    check(_Session().run, found, name="it", lossy=False)
+
+
+def test_what_stops_a_session_names_the_shape():
+    def stops(run, now, before):
+        if run == 1:
+            raise ModelError("no kernel")
+        return now
+
+    with pytest.raises(ModelError, match=r"it: does not run with x .1, 6, 4., mask .1, 6.: no kernel"):
+        check(_Session(stops).run, _trials(), name="it", lossy=True)
+
+
+def test_rounding_around_zero_is_no_difference():
+    zeros = _trials(reference=lambda feeds: {"y": np.zeros(feeds["x"].shape, np.float32)})
+    check(lambda feeds: {"y": np.full(feeds["x"].shape, 1e-8, np.float32)}, zeros, name="it", lossy=False)
