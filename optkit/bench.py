@@ -11,6 +11,9 @@ import numpy as np
 
 from optkit.evaluate import Run
 
+# Two sessions of the same file differ by up to this share: where their memory lies decides what collides in the caches.
+NOISE = 0.02
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:

@@ -22,8 +22,8 @@ import optkit
 from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
-from optkit.data import CalibrationData, specs
-from optkit.errors import BackendUnavailableError, DataError, RecipeError, UsageError
+from optkit.data import CalibrationData, specs, trial_sizes
+from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
@@ -102,13 +102,42 @@ class Compilation:
         if data is not None and len(data) >= 4:
             self.data, self.held_out = data.split()
             self.inputs = "held-out calibration data"
-        elif data is None:
-            self.held_out = CalibrationData.random_batches(loaded.model, 4, seed=seed)
         if data is None or data.random:
             self.inputs = "inputs drawn from the input specification"
         self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
         self._built = 0
         self._engines = {backend.name: backend}
+
+    @cached_property
+    def unseen(self) -> CalibrationData:
+        """Inputs that calibration does not see: held-out batches, or inputs drawn from the input specification.
+
+        Raises:
+            DataError: The reference runs with none of the sizes tried for the free axes of drawn inputs.
+        """
+        if self.held_out is not None:
+            return self.held_out
+        reason = ""
+        for sizes in trial_sizes(specs(self.loaded.model)[0]):
+            drawn = CalibrationData.random_batches(self.loaded.model, 4, seed=self.seed, sizes=sizes)
+            try:
+                self.reference.run(next(iter(drawn)))
+            except ModelError as error:
+                reason = reason or str(error)
+            else:
+                return drawn
+        raise DataError(
+            f"{self.loaded.name} runs with none of the inputs drawn from its input specification: {reason}",
+            hint="give --calib with inputs that it takes",
+        )
+
+    @cached_property
+    def repeatable(self) -> bool:
+        """Whether the reference gives the same outputs for the same inputs; a model that draws random numbers does not."""
+        again = self.reference.run(self.feeds[0])
+        return all(
+            np.array_equal(a, again[k], equal_nan=a.dtype.kind == "f") for k, a in self.expected[0].items()
+        )
 
     def engine(self, recipe: Recipe) -> Backend:
         """The backend that ``recipe`` names, else the one of the compilation."""
@@ -141,8 +170,7 @@ class Compilation:
         elif self.evaluator is not None:
             source = (feeds for feeds, _ in self.evaluator.pairs())
         else:
-            assert self.held_out is not None
-            source = self.held_out
+            source = self.unseen
         feeds = [dict(batch) for batch, _ in zip(source, range(_TIMED_BATCHES), strict=False)]
         if not feeds:
             raise DataError("there is not one batch to run")
@@ -151,12 +179,8 @@ class Compilation:
     @cached_property
     def probes(self) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
         """A few inputs that calibration has not seen, and what the reference gives for them."""
-        source: Iterable[Mapping[str, np.ndarray]]
-        if self.evaluator is not None:
-            source = (feeds for feeds, _ in self.evaluator.pairs())
-        else:
-            assert self.held_out is not None
-            source = self.held_out
+        evaluator = self.evaluator
+        source = self.unseen if evaluator is None else (feeds for feeds, _ in evaluator.pairs())
         feeds = [dict(batch) for batch, _ in zip(source, range(_TIMED_BATCHES), strict=False)]
         return feeds, [self.reference.run(batch) for batch in feeds]
 
@@ -187,6 +211,12 @@ class Compilation:
             self._cleaned[key] = (model, records, seconds, {})
         model, records, seconds, memo = self._cleaned[key]
         return model.clone(), list(records), dict(seconds), memo
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What loading did, and what could not be compared."""
+        random = "it draws random numbers, so its outputs were not compared with the reference's"
+        return (*self.loaded.notes, *([] if self.evaluator is not None or self.repeatable else [random]))
 
     def exact(self, recipe: Recipe) -> tuple[Pass, ...]:
         """The passes of ``recipe`` before the first that changes numbers."""
@@ -264,13 +294,14 @@ class Compilation:
 
     def judge(self, built: Built, limits_: Any) -> None:
         """Fill in accuracy where there is an evaluator, else fidelity."""
+        if self.evaluator is None and not self.repeatable:
+            return
         with self.session(built) as session:
             if self.evaluator is not None:
                 budget = None if limits_.max_drop is None else Budget.parse(limits_.max_drop)
                 built.accuracy = self._accuracy(built, session, budget)
             else:
-                assert self.held_out is not None
-                built.fidelity = fidelity(self.reference.run, session.run, self.held_out)
+                built.fidelity = fidelity(self.reference.run, session.run, self.unseen)
 
     def _accuracy(self, built: Built, session: Session, budget: Budget | None) -> Comparison:
         evaluator, before = self.evaluator, self.reference_scores
@@ -633,7 +664,7 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
         achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
         evidence=Evidence(emitted=True, compiled=True, inspected=True, executed_cpu=True, ran_on_device=True, timed_on_device=best.speedup is not None),
-        notes=tuple(work.loaded.notes), versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
+        notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from optkit.bench import NOISE
 from optkit.report import AccuracyRecord, CandidateRecord, Evidence, FidelityRecord, Latency, Report
 
 # Of the candidate: what ``CandidateRecord.verdict`` says.
@@ -71,11 +72,11 @@ def shipped(report: Report) -> CandidateRecord | None:
 
 
 def faster(latency: Latency) -> str:
-    """``2.41x faster``, where the interval says so."""
+    """``2.41x faster``, where the interval lies beyond what two sessions of the same file differ by."""
     low, high = latency.ci95
-    if low > 1:
+    if low > 1 + NOISE:
         return f"{latency.speedup:.2f}x faster"
-    if high < 1:
+    if high < 1 - NOISE:
         return f"{1 / latency.speedup:.2f}x slower"
     return "as fast"
 
