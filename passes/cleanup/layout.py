@@ -45,7 +45,7 @@ class CancelLayout(GraphPass):
     """Merge Transposes, Reshapes and Slices that follow each other, also with elementwise operators in between.
 
     * Reshape, Flatten, Squeeze, Unsqueeze, and Transposes that move nothing but axes of size 1, in a row: one Reshape,
-      or nothing where the shape comes out as it went in.
+      or nothing where the shape comes out as it went in; also with elementwise operators in between.
     * ``Transpose(Transpose(x))``: one, or nothing.
     * Transposes move through elementwise operators where they meet their inverses, if that leaves fewer nodes.
     * ``Slice(Slice(x))`` along different axes: one Slice. ``Concat(Concat(a, b), c)``: one Concat.
@@ -135,6 +135,61 @@ def _merge_reshapes(node: ir.Node, names: Names) -> bool:
         substitute(reader.outputs[0], new)
         remove_unused([reader])
     remove_unused([node])
+    return True
+
+
+def _merge_across(node: ir.Node, names: Names) -> bool:
+    """``node`` and a Reshape with elementwise operators between them: these work in the shape before."""
+    if not _keeps_order(node) or node.inputs[0] is None:
+        return False
+    between: list[ir.Node] = []
+    value, y = node.inputs[0], node.outputs[0]
+    while (above := value.producer()) is not None and _alone(value) and above.graph is node.graph:
+        if between and _keeps_order(above):
+            break
+        operand = _carried(above)
+        if operand is None:
+            return False
+        between.append(above)
+        value = operand
+    x = above.inputs[0] if above is not None and between and _keeps_order(above) and _alone(value) else None
+    if x is None or x.shape is None or above is None or not all(_works_on(n, x, value) for n in between):
+        return False
+    target = None if _comes_back(x, y) else constant_target(shape_of(x), shape_of(y))
+    last = between[0].outputs[0]
+    if (target is None and not _comes_back(x, y)) or (target is None and not replaceable(y, last)):
+        return False
+    first = between[-1]
+    for index, read in enumerate(first.inputs):
+        if read is value:
+            first.replace_input_with(index, x)
+    for inner in between:
+        inner.outputs[0].shape = ir.Shape(list(x.shape))
+    new = last if target is None else Builder(node, names).Reshape(last, np.array(target, np.int64))
+    substitute(y, new)
+    remove_unused([node, above])
+    return True
+
+
+def _carried(node: ir.Node) -> ir.Value | None:
+    """The one operand of an elementwise node that is not constant."""
+    if node.op_type not in _ELEMENTWISE or node.domain != "" or len(node.outputs) != 1:
+        return None
+    varying = [v for v in node.inputs if v is not None and constant(v) is None]
+    return varying[0] if len(varying) == 1 else None
+
+
+def _works_on(node: ir.Node, x: ir.Value, value: ir.Value) -> bool:
+    """Whether the constants of ``node`` mean the same in the shape of ``x`` as in that of ``value``."""
+    before, after = shape_of(value), shape_of(x)
+    for operand in node.inputs:
+        held = operand.const_value if operand is not None else None
+        if operand is value or held is None or operand is None or constant(operand) is None:
+            continue
+        if not before or not after or len(held.shape) > 1:
+            return False
+        if held.size != 1 and (before[-1] != after[-1] or before[-1] != held.size):
+            return False
     return True
 
 
@@ -397,6 +452,7 @@ def _merge_concats(node: ir.Node, names: Names) -> bool:
 
 _RULES = {
     "merge-reshapes": _merge_reshapes,
+    "merge-reshapes-across": _merge_across,
     "merge-transposes": _merge_transposes,
     "move-transpose": _move_transpose,
     "merge-slices": _merge_slices,

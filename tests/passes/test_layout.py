@@ -51,6 +51,28 @@ def test_reshapes_in_a_row(out, body, ops):
     check(f"{X} => (float[{out}] y)", body, ["Relu", *ops, "Abs"], "int64[1] t = {3}")
 
 
+@pytest.mark.parametrize(
+    ("body", "ops"),
+    [
+        ("b = Reshape(x, flat) c = Relu(b) d = Reshape(c, back) y = Abs(d)", ["Relu"]),
+        ("b = Reshape(x, flat) c = Relu(b) d = Exp(c) e = Unsqueeze(d, o) y = Abs(e)", ["Relu", "Exp", "Reshape"]),
+        ("b = Reshape(x, rows) c = Mul(b, v) d = Relu(c) e = Reshape(d, split) y = Abs(e)", ["Mul", "Relu"]),
+        ("b = Reshape(x, flat) c = Add(s, b) d = Reshape(c, back) y = Abs(d)", ["Add"]),
+        # The vector lies along an axis that the other shape does not have.
+        ("b = Reshape(x, flat) c = Mul(b, wide) d = Reshape(c, back) y = Abs(d)", ["Reshape", "Mul", "Reshape"]),
+        # Others read what is in between, or another value comes in.
+        ("b = Reshape(x, flat) c = Relu(b) d = Reshape(c, back) e = Neg(c) f = Reshape(e, back) g = Add(d, f) y = Abs(g)",
+         ["Reshape", "Relu", "Reshape", "Neg", "Reshape", "Add"]),
+        ("b = Reshape(x, flat) e = Flatten(x) c = Mul(b, e) d = Reshape(c, back) y = Abs(d)", ["Reshape", "Flatten", "Mul", "Reshape"]),
+        ("b = Reshape(x, flat) c = Softmax(b) d = Reshape(c, back) y = Abs(d)", ["Reshape", "Softmax", "Reshape"]),
+    ],
+)  # fmt: skip
+def test_reshapes_with_elementwise_operators_in_between(body, ops):
+    numbers = ", ".join(map(str, range(24)))
+    weights = f"float[1] s = {{2}}, float[8] v = {{1, 2, 3, 4, 5, 6, 7, 8}}, int64[2] rows = {{-1, 8}}, int64[3] split = {{-1, 3, 8}}, float[24] wide = {{{numbers}}}"
+    check(f"{X} => (float[A, B, C] y)", body, [*ops, "Abs"], weights)
+
+
 def test_reshapes_that_others_read():
     # Both readers go around it.
     check(
