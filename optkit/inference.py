@@ -48,7 +48,9 @@ def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
         if isinstance(d, ir.SymbolicDim) and is_name(d.value)
     }
     _forget_names(model, declared)
-    _infer_with_onnx(model, declared)
+    if not any(_constant_bytes(node) > _SMALL for graph in graphs(model) for node in graph):
+        # What ONNX is given is a copy, which weights must not be part of.
+        _infer_with_onnx(model, declared)
     walk = _Walk()
     walk.graph(model.graph)
     return walk.known
@@ -140,6 +142,11 @@ def _forget_new_names(found: onnx.TypeProto, declared: set[str | None]) -> None:
             dim.Clear()
 
 
+def _constant_bytes(node: ir.Node) -> int:
+    held = node.attributes.get("value") if node.op_type == "Constant" else None
+    return 0 if held is None or held.type != ir.AttributeType.TENSOR else int(held.as_tensor().nbytes)
+
+
 def _collect(graph: onnx.GraphProto, known: dict[str, onnx.TypeProto | None]) -> None:
     """Types by value name; a name that bodies use for different values is not known."""
     for info in (*graph.value_info, *graph.output):
@@ -178,6 +185,9 @@ class _Walk:
         return self.known.get(value)
 
     def _node(self, node: ir.Node) -> None:
+        if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
+            tensor, output = node.attributes["value"].as_tensor(), node.outputs[0]
+            output.type, output.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         if any(v in self._changed for v in node.inputs) or any(not _complete(o) for o in node.outputs):
             self._shapes(node)
         if node.domain == "" and len(node.outputs) == 1 and (found := evaluate(node, self.of)) is not None:

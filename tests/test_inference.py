@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -191,3 +192,20 @@ def test_one_new_node():
     unknown = ir.node("Relu", [ir.Value(name="u")])
     infer_node(unknown)
     assert unknown.outputs[0].type is None
+
+
+def test_weights_in_constant_nodes_are_not_copied():
+    class Untouchable(ir.Tensor):
+        def tobytes(self) -> bytes:
+            raise AssertionError("read")
+
+        def tofile(self, file) -> None:
+            raise AssertionError("read")
+
+    weight = Untouchable(np.zeros((64, 64), np.float32), name="w")
+    model = parse(f"{HEADER} g (float[N, 64] x) => (float[A, B] y) {{ r = Relu(x) y = Abs(r) }}")
+    constant = ir.node("Constant", [], {"value": weight})
+    product = ir.node("MatMul", [model.graph[0].outputs[0], constant.outputs[0]])
+    model.graph.insert_after(model.graph[0], [constant, product])
+    infer(model)
+    assert shape_of(product.outputs[0]) == ("N", 64)

@@ -29,10 +29,8 @@ _KEPT = RANDOM | {
     "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase", "SequenceAt", "SequenceLength",
     "SequenceMap", "SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement",
 }  # fmt: skip
-# The size of the result is in the data of an input, so an unknown shape may mean any size.
-_GROWING = frozenset(
-    {"ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Pad", "OneHot", "EyeLike", "Upsample"}
-)
+# Results that depend on the data, but are no larger than a few times the input. Any other unknown shape may be any size.
+_BOUNDED = frozenset({"NonZero", "Unique", "Compress", "Slice", "Reshape", "Squeeze"})
 _NUMPY_TYPES = frozenset(
     getattr(ir.DataType, name)
     for name in (
@@ -214,7 +212,7 @@ class FoldConstants(GraphPass):
             ):
                 return False
             if output.shape is None or not output.shape.is_static():
-                if node.op_type in _GROWING or sum(t.nbytes for t in tensors) > _TINY:
+                if node.op_type not in _BOUNDED or sum(t.nbytes for t in tensors) > _TINY:
                     return False
                 continue
             added += math.prod(output.shape.numpy()) * int(output.dtype.itemsize)
