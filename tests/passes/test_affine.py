@@ -55,7 +55,10 @@ g (float[N, 6, 9, 9] x) => (float[A, B, C, D] y) <float s = {0.5}, float[1] t = 
             "a = Conv(x, w1) d = Transpose<perm = [0, 2, 3, 1]>(a) c = Mul(d, six) z = Add(c, six)",
             ["Conv", "Transpose"],
         ),
-        ("a = Conv(x, w1) d = Transpose<perm = [0, 2, 3, 1]>(a) z = Mul(d, tall)", ["Conv", "Transpose", "Mul"]),
+        (
+            "a = Conv(x, w1) d = Transpose<perm = [0, 2, 3, 1]>(a) z = Mul(d, tall)",
+            ["Conv", "Transpose", "Mul"],
+        ),
         (
             "c = Transpose<perm = [0, 2, 3, 1]>(x) d = Mul(c, six) e = Transpose<perm = [0, 3, 1, 2]>(d) z = Conv(e, w)",
             ["Transpose", "Transpose", "Conv"],

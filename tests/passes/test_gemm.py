@@ -59,13 +59,10 @@ def test_a_product_that_is_an_output_keeps_its_name():
 
 @pytest.mark.parametrize("weight", ["x", "v"])
 def test_products_of_two_activations_and_of_stacks_of_matrices_stay(weight):
-    text = (
-        """
+    text = f"""
     <ir_version: 10, opset_import: ["" : 21]>
-    g (float[2, 4, 4] x) => (float[2, 4, 4] y) { y = MatMul(x, %s) }
+    g (float[2, 4, 4] x) => (float[2, 4, 4] y) {{ y = MatMul(x, {weight}) }}
     """
-        % weight
-    )
     weights = {"v": np.ones((2, 4, 4), np.float32)} if weight == "v" else {}
     model = parse(text, **weights)
     check_pass(MatMulToGemm(), model, ops=["MatMul"])
