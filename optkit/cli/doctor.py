@@ -214,18 +214,23 @@ def _runs(loaded: Loaded) -> tuple[str, str]:
     import numpy as np
 
     from optkit import sentences
-    from optkit.data import draw
+    from optkit.data import draw, specs, trial_sizes
     from optkit.reference import ReferenceSession
 
     session = ReferenceSession(loaded.path if loaded.path is not None else loaded.model)
+    outputs, reason = None, ""
     try:
-        feeds = draw(loaded.model, np.random.default_rng(0))
-        outputs = session.run(feeds)
-    except OptkitError as error:
-        # Free axes of size 1 are a guess: many models do not take it.
-        return "note", f"not on inputs drawn with every free axis at 1: {error}"
+        for sizes in trial_sizes(specs(loaded.model)[0]):
+            try:
+                outputs = session.run(draw(loaded.model, np.random.default_rng(0), sizes))
+                break
+            except OptkitError as error:
+                # Sizes of free axes are a guess: many models take few of them.
+                reason = reason or str(error)
     finally:
         session.close()
+    if outputs is None:
+        return "note", f"on none of the inputs drawn at random, with several sizes of the free axes: {reason}"
     bad = [
         name for name, array in outputs.items() if array.dtype.kind == "f" and not np.isfinite(array).all()
     ]
