@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Options(BaseModel):
     """How a backend builds and runs; part of a recipe, and kept in the manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

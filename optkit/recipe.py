@@ -74,7 +74,7 @@ class Limits(BaseModel):
         max_size_mb: Largest artifact, in 10^6 bytes.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     max_drop: Annotated[
         str | None,
@@ -102,7 +102,9 @@ class Recipe(BaseModel):
         require: What the built artifact must show, as in ``formats.int8: ">=0.9"``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, ser_json_inf_nan="constants"
+    )
 
     recipe: Literal[1] = 1
     description: str = ""

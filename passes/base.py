@@ -68,7 +68,9 @@ class Context:
 class Pass(BaseModel, ABC):
     """A step of a recipe. Its fields are its options; instances are frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
     name: ClassVar[str]
     stage: ClassVar[Stage]

@@ -6,9 +6,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 _ROOT = Path(__file__).resolve().parent.parent
+# The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fixed")
 sys.path[:] = [p for p in sys.path if p not in ("", str(_ROOT))]
 
 
