@@ -190,7 +190,7 @@ def _prune_dangling(plan: Plan, grid: dict[ir.Value, ir.Value]) -> None:
     while changed:
         changed = False
         for node, row in tuple(plan.nodes.items()):
-            if row.role == "between" and not any(user in plan.nodes for user in users(node.outputs[0])):
+            if row.role == "between" and not any(user in plan.nodes for user in users(plan.ends[node])):
                 del plan.nodes[node]
-                grid.pop(node.outputs[0], None)
+                grid.pop(plan.ends.pop(node), None)
                 changed = True

@@ -203,6 +203,20 @@ g (float[1, 8, 8, 8] x, float[8, 8, 3, 3] w, float[8] b, float[8, 8, 3, 3] v) =>
   y = Conv<pads = [1, 1, 1, 1]>(t, w, b)
 }
 """
+# The second sum reads what is behind the first one's activation, which is its own value only if the first sum is taken.
+RESIDUALS = """
+g (float[1, 8, 8, 8] x, float[8, 8, 3, 3] w, float[8] b, float[8, 8, 3, 3] v) => (float[1, 8, 8, 8] y) {
+  a = Conv<pads = [1, 1, 1, 1]>(x, w, b)
+  r = Relu(a)
+  d = Conv<pads = [1, 1, 1, 1]>(r, v)
+  s = Add(d, r)
+  t = Relu(s)
+  e = Conv<pads = [1, 1, 1, 1]>(t, v)
+  u = Add(e, t)
+  o = Relu(u)
+  y = Conv<pads = [1, 1, 1, 1]>(o, w, b)
+}
+"""
 DEPTHWISE = """
 g (float[1, 8, 8, 8] x, float[8, 1, 3, 3] w, float[8] b, float[4, 8, 1, 1] v, float low, float high)
   => (float[1, 4, 8, 8] y) {
@@ -258,6 +272,12 @@ g (float[1, 8, 8, 8] x, float[8, 8, 1, 1] w, float[8] b, float[8, 8, 1, 1] v) =>
 CASES = {
     "chain": (CHAIN, {}, ["QLinearConv"] * 2, 2),
     "residual": (RESIDUAL, {}, ["QLinearConv", "QLinearConv", "QLinearAdd", "QLinearConv"], 4),
+    "residuals": (
+        RESIDUALS,
+        {},
+        ["QLinearConv", "QLinearConv", "QLinearAdd", "QLinearConv", "QLinearAdd", "QLinearConv"],
+        8,
+    ),
     "depthwise": (DEPTHWISE, {"low": 0, "high": 1.1}, ["QLinearConv"] * 2, 2),
     "pools": (
         POOLS,
