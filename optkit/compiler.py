@@ -106,6 +106,7 @@ class Compilation:
             self.inputs = "inputs drawn from the input specification"
         self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
         self._built = 0
+        self.evaluation_seconds = 0.0
         self._engines = {backend.name: backend}
 
     @cached_property
@@ -156,8 +157,11 @@ class Compilation:
     def reference_scores(self) -> list[Any]:
         """The evaluator's scores of the reference, once."""
         assert self.evaluator is not None
+        start = time.process_time()
         with self.progress.task("evaluate reference") as task:
-            return self.evaluator.scores(self.reference.run, progress=task.advance)
+            scores = self.evaluator.scores(self.reference.run, progress=task.advance)
+        self.evaluation_seconds = time.process_time() - start
+        return scores
 
     @cached_property
     def feeds(self) -> list[dict[str, np.ndarray]]:

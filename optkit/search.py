@@ -35,6 +35,8 @@ _FINAL = (40, 3.0)
 _CLEARLY = 1.03
 # Candidates whose speeds differ by less are alike: the more accurate one is taken.
 _ALIKE = 1.05
+# CPU seconds that one evaluation may take for candidates that are as fast to be evaluated too.
+_CHEAP = 10.0
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
 _GROUPS = 64
 # Operators whose weights are worth returning to float.
@@ -137,13 +139,14 @@ def choose(
             if fixed is not None:
                 # It goes back into the line: what comes next may be faster than the repaired one.
                 order = sorted([*order, fixed], key=lambda b: -_ratio(b))
+    if best is not None:
+        best = _more_accurate(work, recipe, best, order, strict=strict)
     for one in order:
         assert best is not None
         alike = _ratio(one) * _ALIKE >= _ratio(best)
+        gain = "loses less" if one.accuracy is not None else "closer to the reference"
         reason = (
-            f"{best.name} is as fast and closer to the reference"
-            if alike
-            else f"{best.name} is faster and keeps the limits"
+            f"{best.name} is as fast and {gain}" if alike else f"{best.name} is faster and keeps the limits"
         )
         tried[one.name] = _record(one.name, one, "farther" if alike else "slower", reason)
     missed: list[str] = []
@@ -154,6 +157,25 @@ def choose(
         best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")
     return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
+
+
+def _more_accurate(
+    work: Compilation, recipe: Recipe, best: Built, order: list[Built], *, strict: bool
+) -> Built:
+    """Where the metric costs little, compute it for what is as fast too, and take what loses least."""
+    if best.accuracy is None or not best.lossy or work.evaluation_seconds > _CHEAP:
+        return best
+    for one in [b for b in order if b.lossy and b.accuracy is None and _ratio(b) * _ALIKE >= _ratio(best)]:
+        try:
+            _tune(work, one)
+            work.judge(one, recipe.limits)
+        except OptkitError as error:
+            logger.warning("%s: left out: %s", one.name, error)
+            continue
+        assert one.accuracy is not None
+        if one.accuracy.drop < best.accuracy.drop and not shortfalls(one, recipe, strict=strict):
+            order[order.index(one)], best = best, one
+    return best
 
 
 def _floor(work: Compilation, name: str, recipe: Recipe, tried: dict[str, CandidateRecord]) -> Built:

@@ -91,6 +91,7 @@ class _Work:
         self.log: list[tuple[str, str]] = []
         self.loaded = type("Loaded", (), {"name": "model.onnx"})
         self.target = target("cpu")
+        self.evaluation_seconds = 1e3
         self.last = ""
 
     def build(self, name, recipe):
@@ -154,8 +155,9 @@ class _Work:
         return [name for kind, name in self.log if kind == what]
 
 
-def _choose(tmp_path, plans, *, strict=False, **limits):
+def _choose(tmp_path, plans, *, strict=False, evaluation_seconds=1e3, **limits):
     work = _Work(tmp_path, plans)
+    work.evaluation_seconds = evaluation_seconds
     evaluated = not any(p.drop is None for p in plans.values())
     if evaluated:
         limits.setdefault("max_drop", "1%")
@@ -649,3 +651,19 @@ def test_progress_of_long_work_is_told(tmp_path):
     work.progress = Told()
     carry_out(work, STATIC, strict=False)
     assert {"calibrate", "measure layers", "build recipe"} <= set(told)
+
+
+# What is as fast
+
+
+@pytest.mark.parametrize(("seconds", "shipped"), [(0.0, "mse"), (1e3, "int8")])
+def test_where_the_metric_is_cheap_what_is_as_fast_and_loses_less_ships(tmp_path, seconds, shipped):
+    plans = {
+        "fp32": _Plan(1.0),
+        "int8": _Plan(2.0, drop=0.003, sqnr=30),
+        "mse": _Plan(1.98, drop=0.001, sqnr=20),
+        "slow": _Plan(1.5, drop=0.0),
+    }
+    choice, work = _choose(tmp_path, plans, evaluation_seconds=seconds)
+    assert choice.best.name == shipped
+    assert ("judge", "slow") not in work.log
