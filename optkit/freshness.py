@@ -46,10 +46,10 @@ class Trial:
 
 
 def trials(reference: Run, inputs: Sequence[TensorSpec], feeds: Sequence[Feeds]) -> list[Trial]:
-    """A, B and C: the data as it is; another batch size; another size of all other free axes.
+    """A, B and C: the data as it is; another batch size; another size of the longest other free axis.
 
-    With no free axis, B is another batch of the data, or the same one backwards. Shapes that the reference refuses are
-    left out, so there may be one trial alone.
+    With no free axis, B is another batch of the data, or the same one backwards. Shapes that the reference refuses, or of
+    which it makes nothing or NaN, are left out, so there may be one trial alone.
 
     Args:
         inputs: Of the model; free axes have a symbol.
@@ -66,9 +66,15 @@ def trials(reference: Run, inputs: Sequence[TensorSpec], feeds: Sequence[Feeds])
             except OptkitError as error:
                 logger.debug("the reference refuses a shape: %s", error)
                 continue
+            if any(_sound(first[name]) and not _sound(array) for name, array in expected.items()):
+                continue
             found.append(Trial(feeds=candidate, expected=expected, steady=steady))
             break
     return found
+
+
+def _sound(array: np.ndarray) -> bool:
+    return array.size > 0 and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
 
 
 def _others(inputs: Sequence[TensorSpec], feeds: Sequence[Feeds]) -> Iterator[Iterator[Feeds]]:
@@ -78,7 +84,9 @@ def _others(inputs: Sequence[TensorSpec], feeds: Sequence[Feeds]) -> Iterator[It
             if isinstance(symbol, str):
                 sizes.setdefault(symbol, feeds[0][spec.name].shape[axis])
     batch = {s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], str)}
-    lengths = [symbol for symbol in sizes if symbol not in batch]
+    # The longest alone, under whatever names: what is small may be a height or a window that is free by name only.
+    longest = max((size for symbol, size in sizes.items() if symbol not in batch), default=0)
+    lengths = [symbol for symbol, size in sizes.items() if symbol not in batch and size == longest]
     if batch:
         yield iter([_resized(feeds[0], inputs, {s: 1 if sizes[s] != 1 else 2 for s in batch})])
     if lengths:

@@ -56,6 +56,16 @@ def test_a_batch_of_1_becomes_2_and_a_length_of_1_doubles():
     assert _shapes(1, 1) == [(1, 1, 4), (2, 1, 4), (1, 2, 4)]
 
 
+def test_of_two_free_axes_the_longer_changes_and_others_of_its_size_with_it():
+    inputs = tuple(
+        TensorSpec(name=name, dtype=np.dtype(np.float32), shape=("n", "height", axis))
+        for name, axis in (("x", "width"), ("mask", "s95"))
+    )
+    feeds = {s.name: np.ones((1, 6, 20), np.float32) for s in inputs}
+    found = trials(lambda feeds: {"y": feeds["x"] * feeds["mask"]}, inputs, [feeds])
+    assert [t.feeds["mask"].shape for t in found] == [(1, 6, 20), (2, 6, 20), (1, 6, 10)]
+
+
 def test_where_the_reference_refuses_half_a_multiple_of_32_is_tried():
     def picky(feeds):
         if feeds["x"].shape[1] % 32:
@@ -72,6 +82,15 @@ def test_shapes_that_the_reference_refuses_are_left_out():
         return _reference(feeds)
 
     assert _shapes(2, 6, picky) == [(2, 6, 4)]
+
+
+@pytest.mark.parametrize("nothing", [lambda y: y * np.nan, lambda y: y[:, :0]])
+def test_shapes_of_which_the_reference_makes_nothing_are_left_out(nothing):
+    def lenient(feeds):
+        found = _reference(feeds)
+        return {**found, "y": nothing(found["y"])} if feeds["x"].shape[1] < 6 else found
+
+    assert _shapes(2, 6, lenient) == [(2, 6, 4), (1, 6, 4), (2, 32, 4)]
 
 
 def test_with_fixed_shapes_the_other_input_is_another_batch_or_the_same_backwards():
