@@ -6,7 +6,10 @@ from optkit.registry import Registry
 
 BACKENDS = Registry(
     "backend",
-    {"onnxruntime": "optkit.backends.onnxruntime:OnnxRuntime"},
+    {
+        "onnxruntime": "optkit.backends.onnxruntime:OnnxRuntime",
+        "openvino": "optkit.backends.openvino.lower:OpenVino",
+    },
     group="optkit.backends",
-    extras={},
+    extras={"openvino": "openvino"},
 )

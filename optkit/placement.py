@@ -19,6 +19,7 @@ class Row:
             ``between``: joins only where all its inputs are on a grid already, so that integers flow through.
         output: Whether its output gets a pair. A backend whose integer kernel cannot give float asks for it.
         absorbs: Activations right after it that its integer kernel applies for free; the pair goes behind them.
+            ``Swish`` also stands for ``x * Sigmoid(x)``.
         max_rank: Highest rank of the weights, or of the output of operators between, for which the kernel exists.
     """
 

@@ -144,6 +144,8 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
     """The value behind ``node`` and the activation that its kernel absorbs."""
     value = node.outputs[0]
     readers = users(value)
+    if len(readers) == 2 and "Swish" in row.absorbs and not value.is_graph_output():
+        return _swish(value) or value
     if len(readers) != 1 or value.is_graph_output():
         return value
     reader = readers[0]
@@ -156,6 +158,17 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
         if scalar(low) != 0 or (high is not None and scalar(high) is None):
             return value
     return reader.outputs[0]
+
+
+def _swish(x: ir.Value) -> ir.Value | None:
+    """``x * Sigmoid(x)``, where nothing else reads ``x`` or the sigmoid."""
+    sigmoid = next((n for n in users(x) if n.op_type == "Sigmoid" and n.domain == ""), None)
+    if sigmoid is None or sigmoid.outputs[0].is_graph_output():
+        return None
+    y = sigmoid.outputs[0]
+    products = [n for n in users(x) if n is not sigmoid and n.op_type == "Mul" and n.domain == ""]
+    alone = bool(products) and users(y) == tuple(products) and set(products[0].inputs) == {x, y}
+    return products[0].outputs[0] if alone else None
 
 
 def _spread(

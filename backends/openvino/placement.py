@@ -1,0 +1,49 @@
+"""Where OpenVINO's CPU plugin wants Q/DQ pairs."""
+
+from __future__ import annotations
+
+from optkit.placement import Placement, Row, rows
+
+# What the plugin's convolution applies before it stores: as post-operations of oneDNN, in any number. "Swish" stands for
+# x * Sigmoid(x) too, which ONNX has no operator for before opset 24.
+_ABSORBED = frozenset(
+    {
+        "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Sigmoid", "Softplus", "Swish",
+        "Tanh",
+    }
+)  # fmt: skip
+_WHY = "OpenVINO's low-precision transformations and the runtime graphs of both spellings (2026.4)"
+
+_LINEAR = (Row(op="Gemm", output=False), Row(op="MatMul", output=False, max_rank=2))
+
+# Integers from layer to layer: additions, concatenations and pools run on them too.
+DEFAULT = Placement(
+    name="default",
+    activation="u8",
+    weight="s8",
+    rows=rows(
+        Row(op="Conv", absorbs=_ABSORBED),
+        *_LINEAR,
+        Row(op="Add", role="between"),
+        Row(op="Concat", role="between"),
+        Row(op="MaxPool", role="between"),
+        Row(op="AveragePool", role="between"),
+        Row(op="GlobalAveragePool", role="between"),
+        *(Row(op=op, role="between") for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")),
+    ),
+    source=_WHY,
+)
+
+# Pairs in front of convolutions and linear layers alone. Whatever lies between is float and becomes their
+# post-operations; the kernel of the layer before stores integers where the next one reads nothing else.
+CONV = Placement(
+    name="conv",
+    activation="u8",
+    weight="s8",
+    rows=rows(Row(op="Conv", output=False), *_LINEAR),
+    source=_WHY,
+)
+
+LINEAR = Placement(name="linear", activation="u8", weight="s8", rows=rows(*_LINEAR), source=_WHY)
+
+PLACEMENTS = {p.name: p for p in (DEFAULT, CONV, LINEAR)}

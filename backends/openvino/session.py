@@ -1,0 +1,176 @@
+"""A model running in OpenVINO."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from optkit.backends.base import Session
+from optkit.backends.openvino.convert import SUFFIX
+from optkit.backends.openvino.messages import reason
+from optkit.backends.openvino.quiet import core, ov
+from optkit.data import TensorSpec
+from optkit.errors import DataError, ModelError
+
+# Elements of an output that are marked before a run, and the byte written to them; a second one for types so narrow that
+# a computed value may well be the first.
+_MARKS, _PATTERNS, _WIDE = 16, (0xA5, 0x5A), 4
+# Shapes of inputs that are remembered as fit.
+_SHAPES = 4096
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class OpenVinoSession(Session):
+    """``model.xml`` on the CPU plugin; several threads may call ``run`` at the same time.
+
+    The plugin (2026.4) takes inputs whose shapes do not fit inside the model: it reports success, and the outputs are empty or
+    what the call before left in them. So shapes that are new are first inferred through the graph, which does notice. What
+    depends on values is not seen there; so elements of the outputs are overwritten before each run, and must have changed
+    after it.
+
+    Raises:
+        ModelError: OpenVINO does not take the file.
+    """
+
+    def __init__(self, file: Path, settings: Mapping[str, object]) -> None:
+        self._file, self._settings = file, dict(settings)
+        self.compiled = self._compile()
+        self.inputs = tuple(_spec(port, file) for port in self.compiled.inputs)
+        self.outputs = tuple(_spec(port, file) for port in self.compiled.outputs)
+        self._free = any(s.shape is None or None in s.shape for s in self.inputs)
+        self._idle: list[Any] = []
+        self._fit: set[tuple[tuple[int, ...], ...]] = set()
+        self._graph: Any = None
+        self._lock = threading.Lock()
+
+    def _compile(self) -> Any:
+        try:
+            return core().compile_model(str(self._file), "CPU", self._settings)
+        except RuntimeError as error:
+            raise ModelError(f"{self._file.name}: OpenVINO cannot load it: {reason(error)}") from error
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name.
+
+        Raises:
+            DataError: Names, types or shapes are not those of the inputs.
+            ModelError: The shapes do not fit inside the model, or OpenVINO fails, with an error or without.
+        """
+        names = [s.name for s in self.inputs]
+        if set(feeds) != set(names):
+            raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
+        arrays = [_array(feeds[s.name], s) for s in self.inputs]
+        if self._free:
+            self._check_shapes(arrays)
+        tensors = [_tensor(a) for a in arrays]
+        request = self._idle.pop() if self._idle else self.compiled.create_infer_request()
+        try:
+            for index, tensor in enumerate(tensors):
+                request.set_input_tensor(index, tensor)
+            if stale := self._infer(request):
+                # The state of the compiled model is not to be trusted either.
+                self._idle.clear()
+                self.compiled = self._compile()
+                raise ModelError(
+                    f"{self._file.name}: OpenVINO reported success and did not compute {', '.join(stale)} "
+                    f"for {self._shapes(arrays)}",
+                    hint="leave the model to --backend onnxruntime",
+                )
+            results = [request.get_output_tensor(index) for index in range(len(self.outputs))]
+            outputs = {s.name: _copy(t, s.dtype) for s, t in zip(self.outputs, results, strict=True)}
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO stopped: {reason(error)}") from error
+        self._idle.append(request)
+        return outputs
+
+    def _shapes(self, arrays: list[np.ndarray]) -> str:
+        return ", ".join(f"{s.name} {list(a.shape)}" for s, a in zip(self.inputs, arrays, strict=True))
+
+    def _check_shapes(self, arrays: list[np.ndarray]) -> None:
+        shapes = tuple(a.shape for a in arrays)
+        if shapes in self._fit:
+            return
+        with self._lock:
+            if self._graph is None:
+                self._graph = core().read_model(str(self._file))
+            try:
+                self._graph.reshape(dict(enumerate(map(list, shapes))))
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{self._file.name}: {self._shapes(arrays)} does not fit inside the model: {reason(error)}"
+                ) from error
+            if len(self._fit) < _SHAPES:
+                self._fit.add(shapes)
+
+    def _infer(self, request: Any) -> list[str]:
+        """Run; the outputs that were not written."""
+        stale = _run_marked(request, range(len(self.outputs)), _PATTERNS[0])
+        narrow = [i for i in stale if self.outputs[i].dtype.itemsize < _WIDE]
+        if narrow and narrow == stale:
+            stale = _run_marked(request, narrow, _PATTERNS[1])
+        return [self.outputs[i].name for i in stale]
+
+    def close(self) -> None:
+        """Free the model."""
+        self._idle.clear()
+        self._graph = None
+        del self.compiled
+
+
+def _spec(port: Any, file: Path) -> TensorSpec:
+    name, kind = str(port.get_node().friendly_name).removesuffix(SUFFIX), port.element_type
+    try:
+        dtype = _BFLOAT16 if kind == ov.Type.bf16 else np.dtype(kind.to_dtype())
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{file.name}: {name} has a type that NumPy does not: {kind}") from error
+    shape = port.partial_shape
+    axes = (
+        None if shape.rank.is_dynamic else tuple(int(d.get_length()) if d.is_static else None for d in shape)
+    )
+    return TensorSpec(name=name, dtype=dtype, shape=axes)
+
+
+def _array(value: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype != spec.dtype:
+        raise DataError(f"input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}")
+    axes = array.shape if spec.shape is None else spec.shape
+    if len(axes) != array.ndim or any(d not in (None, n) for d, n in zip(axes, array.shape, strict=True)):
+        raise DataError(f"input {spec.name!r} is {list(array.shape)}, the model takes {spec}")
+    return array
+
+
+def _tensor(array: np.ndarray) -> Any:
+    if array.dtype == _BFLOAT16:
+        tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(array.shape)))
+        tensor.data.view(np.uint16)[...] = np.ascontiguousarray(array).view(np.uint16)
+        return tensor
+    # OpenVINO shares the memory of arrays that lie in order and may be written; it does not write to them.
+    shared = array.flags.c_contiguous and array.flags.writeable
+    return ov.Tensor(array if shared else np.array(array, order="C"), shared_memory=True)
+
+
+def _copy(tensor: Any, dtype: np.dtype[Any]) -> np.ndarray:
+    data = np.array(tensor.data)
+    return data.view(_BFLOAT16) if dtype == _BFLOAT16 else data
+
+
+def _run_marked(request: Any, outputs: range | list[int], pattern: int) -> list[int]:
+    """Run; those of ``outputs`` in which all marks are left."""
+    for index in outputs:
+        _marks(request.get_output_tensor(index))[...] = pattern
+    request.infer()
+    marks = {index: _marks(request.get_output_tensor(index)) for index in outputs}
+    return [index for index, found in marks.items() if found.size and (found == pattern).all()]
+
+
+def _marks(tensor: Any) -> np.ndarray:
+    """The bytes of a few elements spread over the tensor, ``[n, bytes]``; a view."""
+    data: np.ndarray = tensor.data
+    flat = data.reshape(-1).view(np.uint8).reshape(data.size, data.itemsize)
+    return flat[:: max(1, data.size // _MARKS)] if data.size else flat
