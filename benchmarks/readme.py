@@ -12,7 +12,7 @@ from optkit.benchmarks.results import ModelResult, Row, read
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
-_HEAD = "| model | metric: original → optkit (drop at most) | speed-up | size | best stock int8 that keeps 1 % | stock int8 that does not |"
+_HEAD = "| model | metric: original → optkit (drop at most) | speed-up | size | best stock int8 within 1 %, or undecided | stock int8 beyond 1 % |"
 
 
 def table(models: tuple[ModelResult, ...]) -> str:

@@ -36,7 +36,7 @@ _CLEARLY = 1.03
 # Candidates whose speeds differ by less are alike: the more accurate one is taken.
 _ALIKE = 1.05
 # CPU seconds that one evaluation may take for candidates that are as fast to be evaluated too.
-_CHEAP = 10.0
+_CHEAP = 15.0
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
 _GROUPS = 64
 # Operators whose weights are worth returning to float.
