@@ -1,11 +1,9 @@
-"""Known hardware: what it can do, with the source of every number beside it."""
+"""What is known about a piece of hardware."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from optkit.errors import UnknownNameError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,33 +33,3 @@ class Target:
     bandwidth: float | None = None
     peak: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
-
-
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        Target(
-            name="cpu",
-            vendor="any",
-            arch="this machine",
-            backends=("onnxruntime", "openvino"),
-            formats=frozenset({"fp32", "int8"}),
-            runs_here=True,
-            source="measured where it runs",
-        ),
-    )
-}
-
-
-def target(name: str | Target) -> Target:
-    """The target called ``name``, in any case.
-
-    Raises:
-        UnknownNameError: Names the nearest one.
-    """
-    if isinstance(name, Target):
-        return name
-    found = TARGETS.get(name.lower())
-    if found is None:
-        raise UnknownNameError("target", name, TARGETS)
-    return found

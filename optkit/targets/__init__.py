@@ -1,0 +1,25 @@
+"""Known hardware: what it can do, with the source of every number beside it. A file a vendor or family."""
+
+from __future__ import annotations
+
+from optkit.errors import UnknownNameError
+from optkit.targets import cpu
+from optkit.targets.spec import Target
+
+__all__ = ["TARGETS", "Target", "target"]
+
+TARGETS: dict[str, Target] = {target.name: target for target in (*cpu.ROWS,)}
+
+
+def target(name: str | Target) -> Target:
+    """The target called ``name``, in any case.
+
+    Raises:
+        UnknownNameError: Names the nearest one.
+    """
+    if isinstance(name, Target):
+        return name
+    found = TARGETS.get(name.lower())
+    if found is None:
+        raise UnknownNameError("target", name, TARGETS)
+    return found
