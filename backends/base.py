@@ -46,6 +46,23 @@ class Executed:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """How long a run takes on hardware that is not at hand: computed, never measured.
+
+    Attributes:
+        floor: Seconds that arithmetic and memory traffic need at the target's peak rates (roofline).
+        low: Seconds, the optimistic end of what is expected.
+        high: Seconds, the pessimistic end.
+        bound: What the floor comes from: ``compute``, ``memory`` or ``launch``.
+    """
+
+    floor: float
+    low: float
+    high: float
+    bound: str
+
+
 class Session(ABC):
     """A loaded artifact."""
 
@@ -103,6 +120,21 @@ class Backend(ABC):
         self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
         """Run once with the runtime's own profiler, and give back what was executed."""
+
+    def estimate(self, model: ir.Model, target: Target, options: Any) -> Estimate | None:
+        """How long a run of ``model``, as it would be lowered, takes on ``target``; None where nothing is known."""
+        return None
+
+    def evidence(self, path: Path, target: Target, options: Any) -> frozenset[str]:
+        """For a target that is not at hand: what was done all the same, by the names of ``optkit.report.Evidence``.
+
+        That the files were written and that ``load`` ran them here, optkit knows by itself.
+        """
+        return frozenset()
+
+    def deferred(self, path: Path, target: Target, options: Any) -> Sequence[str]:
+        """For a target that is not at hand: what is left to do there, each step in words with its command."""
+        return ()
 
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""

@@ -39,6 +39,7 @@ from optkit.report import (
     AccuracyRecord,
     Achieved,
     DataFacts,
+    EstimateRecord,
     Evidence,
     FidelityRecord,
     FileRecord,
@@ -272,6 +273,8 @@ class Compilation:
         )
         with self.session(built) as session:
             check(session.run, self.trials, name=name, lossy=lossy)
+        if not self.target.runs_here:
+            built.estimate = engine.estimate(model, self.target, options)
         return built
 
     def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
@@ -280,8 +283,10 @@ class Compilation:
         chosen = engine.options.model_validate(built.recipe.options) if options is None else options
         return engine.load(built.folder, self.target, chosen, threads=threads)
 
-    def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup:
-        """Time ``built`` in turn with the reference."""
+    def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup | None:
+        """Time ``built`` in turn with the reference; None for a target that is not at hand."""
+        if not self.target.runs_here:
+            return None
         with self.progress.task(f"time {built.name}"), self.session(built, options) as session:
             return speedup(
                 self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed
@@ -378,7 +383,7 @@ def weights(model: ir.Model) -> dict[str, int]:
 
 
 def achieved(executed: Sequence[Executed], built: Built) -> Achieved:
-    """Summarize what ran."""
+    """Summarize what ran or, for a target that is not at hand, what was built."""
     total = sum(e.macs for e in executed)
     formats: dict[str, float] = {}
     for e in executed:
@@ -500,10 +505,8 @@ def request(
         BackendUnavailableError: A package is missing.
     """
     plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed)
-    where = find_target(plan.target or "cpu")
+    where = target if isinstance(target, Target) else find_target(plan.target or "cpu")
     engine = available(plan.backend or where.backends[0])
-    if not where.runs_here:
-        raise UsageError(f"target {where.name}: artifacts for it can't be run on this machine yet")
     if (
         out is not None
         and out.exists()
@@ -514,7 +517,7 @@ def request(
     if evaluator is not None and plan.limits.max_drop is None:
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
     validated(engine.options, "options", plan.options)
-    candidates = _candidates(plan, engine)
+    candidates = _candidates(plan, engine, where)
     needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
     if data is None and needy and len(needy) >= len(candidates) - 1:
         _refuse(plan, needy)
@@ -597,10 +600,11 @@ def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationD
     return found if plan.samples is None else found.limit(plan.samples)
 
 
-def _candidates(plan: Recipe, engine: Backend) -> list[tuple[str, Recipe]]:
+def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str, Recipe]]:
     """The recipes that ``plan`` tries, with its own limits and options on top; the first is exact.
 
-    A recipe for another backend keeps its own options; it is left out where the backend was asked for by name.
+    A recipe for another backend keeps its own options; it is left out where the backend was asked for by name, or
+    cannot serve the target.
     """
     shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
     found: list[tuple[str, Recipe]] = []
@@ -611,7 +615,7 @@ def _candidates(plan: Recipe, engine: Backend) -> list[tuple[str, Recipe]]:
         if candidate.backend is None or candidate.backend.lower() == engine.name:
             options = {**candidate.options, **plan.options}
             validated(engine.options, f"{name}: options", options)
-        elif plan.backend is None:
+        elif plan.backend is None and candidate.backend.lower() in where.backends:
             options = candidate.options
         else:
             continue
@@ -665,13 +669,13 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
         data=None if work.data is None else DataFacts(sha256=work.data.digest(), batches=len(work.data), random=work.data.random),
         achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
-        evidence=Evidence(emitted=True, compiled=True, inspected=True, executed_cpu=True, ran_on_device=True, timed_on_device=best.speedup is not None),
+        evidence=_evidence(work, best), deferred=_deferred(work, best),
         notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
     usage = resource.getrusage(resource.RUSAGE_SELF)
     report = Report(
-        schema=1, manifest=manifest, latency=_latency(best, work), candidates=tuple(choice.records), layers=tuple(best.layers),
+        schema=1, manifest=manifest, latency=_latency(best, work), estimate=_estimate(best), candidates=tuple(choice.records), layers=tuple(best.layers),
         pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
         missed=tuple(choice.missed), inconclusive=tuple(choice.inconclusive), advice=tuple(choice.advice),
         resources=Resources(cpu_seconds=time.process_time() - started[0], wall_seconds=time.perf_counter() - started[1], peak_rss_bytes=usage.ru_maxrss * 1024),
@@ -681,6 +685,37 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
     (best.folder / REPORT).write_text(dump(report), encoding="utf-8")
     (best.folder / PAGE).write_text(page(report), encoding="utf-8")
     return report
+
+
+def _evidence(work: Compilation, best: Built) -> Evidence:
+    """What was done. What runs here was run and timed; of other targets the backend knows."""
+    if work.target.runs_here:
+        everything = dict.fromkeys(
+            ("emitted", "compiled", "inspected", "executed_cpu", "ran_on_device"), True
+        )
+        return Evidence(**everything, timed_on_device=best.speedup is not None)
+    engine = work.engine(best.recipe)
+    options = engine.options.model_validate(best.recipe.options)
+    found = engine.evidence(best.folder, work.target, options) - {"ran_on_device", "timed_on_device"}
+    return Evidence(**dict.fromkeys(sorted(found | {"emitted", "executed_cpu"}), True))
+
+
+def _deferred(work: Compilation, best: Built) -> tuple[str, ...]:
+    if work.target.runs_here:
+        return ()
+    engine, limits = work.engine(best.recipe), best.recipe.limits
+    options = engine.options.model_validate(best.recipe.options)
+    steps = list(engine.deferred(best.folder, work.target, options))
+    if limits.max_latency_ms is not None or limits.min_speedup > 1:
+        steps.append(f"hold the limits on speed against a measurement: there is no {work.target.name} here")
+    return tuple(steps)
+
+
+def _estimate(best: Built) -> EstimateRecord | None:
+    e = best.estimate
+    if e is None:
+        return None
+    return EstimateRecord(floor_ms=e.floor * 1e3, low_ms=e.low * 1e3, high_ms=e.high * 1e3, bound=e.bound)
 
 
 _HOLDS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}

@@ -146,9 +146,7 @@ def _tiles(report: Report) -> str:
         )
     if manifest.achieved is not None and manifest.achieved.formats:
         name, most = max(manifest.achieved.formats.items(), key=lambda kv: kv[1])
-        tiles.append(
-            (sentences.percent(most), f"of the products in {name}", "read back from the running artifact")
-        )
+        tiles.append((sentences.percent(most), f"of the products in {name}", sentences.read_back(report)))
     cells = "".join(
         f"<div class=tile><b>{_e(big)}</b>{_e(what)}<div class=soft>{_e(small)}</div></div>"
         for big, what, small in tiles
@@ -188,7 +186,8 @@ def _row(cells: Iterable[tuple[str, str]], kind: str = "") -> str:
 def _latency(report: Report) -> str:
     found = report.latency
     if found is None:
-        return "<h2>Latency</h2><p>Not measured.</p>"
+        first, *rest = sentences.untimed(report)
+        return f"<h2>Latency</h2><p>{_e(first.capitalize())}.</p>{_paragraphs([f'{line.capitalize()}.' for line in rest])}"
     figures, how = sentences.latency(found)
     bars = _bars(
         [
@@ -403,7 +402,9 @@ def _evidence(report: Report) -> str:
         )
         for name, meaning, done in sentences.evidence(report.manifest.evidence)
     ]
-    return f"<h2>Evidence</h2>{_paragraphs(('Each step stands for itself; what says “not done” was not done.',), 'soft')}{_table(('', 'Step', 'What it means'), rows)}"
+    left = "".join(f"<li>{_e(step)}</li>" for step in report.manifest.deferred)
+    more = f"<p><strong>{_e(sentences.deferred(report))}</strong></p><ul>{left}</ul>" if left else ""
+    return f"<h2>Evidence</h2>{_paragraphs(('Each step stands for itself; what says “not done” was not done.',), 'soft')}{_table(('', 'Step', 'What it means'), rows)}{more}"
 
 
 def _again(report: Report) -> str:

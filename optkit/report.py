@@ -119,7 +119,11 @@ class Size(_Record):
 
 
 class Manifest(_Record):
-    """What an artifact is. The same model, recipe, data and versions give the same bytes."""
+    """What an artifact is. The same model, recipe, data and versions give the same bytes.
+
+    Attributes:
+        deferred: Steps that only the target itself can do, in words.
+    """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     model: ModelFacts
@@ -134,6 +138,7 @@ class Manifest(_Record):
     fidelity: FidelityRecord | None
     size: Size
     evidence: Evidence
+    deferred: tuple[str, ...] = ()
     notes: tuple[str, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]
@@ -155,6 +160,15 @@ class Latency(_Record):
     threads: int
     loaded: bool
     inputs: str
+
+
+class EstimateRecord(_Record):
+    """For a target that is not at hand: computed from its data sheet, never measured."""
+
+    floor_ms: float
+    low_ms: float
+    high_ms: float
+    bound: str
 
 
 class CandidateRecord(_Record):
@@ -198,6 +212,7 @@ class Report(_Record):
     schema_: Literal[1] = Field(default=1, alias="schema")
     manifest: Manifest
     latency: Latency | None
+    estimate: EstimateRecord | None = None
     candidates: tuple[CandidateRecord, ...]
     layers: tuple[LayerRecord, ...]
     pass_seconds: dict[str, float]

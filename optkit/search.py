@@ -22,6 +22,7 @@ from optkit.report import CandidateRecord, LayerRecord, PassRecord
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from optkit.backends.base import Estimate
     from optkit.bench import Speedup
     from optkit.compiler import Compilation
     from optkit.evaluate import Comparison, Fidelity
@@ -60,6 +61,7 @@ class Built:
     weights: dict[str, int]
     sqnr: float | None = None
     speedup: Speedup | None = None
+    estimate: Estimate | None = None
     accuracy: Comparison | None = None
     fidelity: Fidelity | None = None
     layers: list[LayerRecord] = field(default_factory=list)
@@ -146,14 +148,16 @@ def choose(
         alike = _ratio(one) * _ALIKE >= _ratio(best)
         gain = "loses less" if one.accuracy is not None else "closer to the reference"
         reason = (
-            f"{best.name} is as fast and {gain}" if alike else f"{best.name} is faster and keeps the limits"
+            f"{best.name} is as {_faster(best).replace('er', '', 1)} and {gain}"
+            if alike
+            else f"{best.name} is {_faster(best)} and keeps the limits"
         )
         tried[one.name] = _record(one.name, one, "farther" if alike else "slower", reason)
     missed: list[str] = []
     if best is None:
         best, missed = floor, shortfalls(floor, recipe, strict=strict)
     best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
-    if _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
+    if best.speedup is not None and _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
         best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")
     return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
@@ -242,7 +246,7 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
         return _settled(asked, [_record(name, asked, "shipped", "")], reasons + slow, strict)
     record = _record(name, asked, "missed", "; ".join(reasons + slow))
     if recipe.repair and losses(asked, recipe, strict=strict):
-        fixed = repair(work, recipe, asked, strict=strict, faster_than=1.0)
+        fixed = repair(work, recipe, asked, strict=strict, faster_than=0.0 if asked.speedup is None else 1.0)
         if fixed is not None:
             fixed.speedup = work.measure(fixed, rounds=_FINAL[0], budget=_FINAL[1])
             shipped = _record(fixed.name, fixed, "shipped", "")
@@ -300,12 +304,13 @@ def _rank(work: Compilation, built: Built) -> None:
 
 def _tune(work: Compilation, built: Built) -> None:
     """Time the other options that the backend proposes for the graph; take those that are clearly faster."""
-    assert built.speedup is not None
+    if built.speedup is None:
+        return
     engine = work.engine(built.recipe)
     model, _, _, _ = work.prepare(work.exact(built.recipe))
     for other in engine.variants(model, work.target, engine.options.model_validate(built.recipe.options)):
         found = work.measure(built, rounds=_RANK[0], budget=_RANK[1], options=other)
-        if found.ratio > _CLEARLY * built.speedup.ratio:
+        if found is not None and found.ratio > _CLEARLY * built.speedup.ratio:
             built.speedup = found
             built.recipe = built.recipe.model_copy(update={"options": other.model_dump(mode="json")})
 
@@ -326,7 +331,19 @@ def _next(work: Compilation, order: Sequence[Built]) -> Built:
 
 
 def _ratio(built: Built) -> float:
-    return built.speedup.ratio if built.speedup is not None else 0.0
+    """What candidates are ordered by: the measured speed-up; where the target is not at hand, one over the estimate or the size."""
+    if built.speedup is not None:
+        return built.speedup.ratio
+    if built.estimate is not None:
+        return 1 / math.sqrt(built.estimate.low * built.estimate.high)
+    return 1 / max(built.bytes, 1)
+
+
+def _faster(best: Built) -> str:
+    """In which sense ``best`` comes before the others."""
+    if best.speedup is not None:
+        return "faster"
+    return "smaller" if best.estimate is None else "faster by the estimate"
 
 
 def shortfalls(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:

@@ -123,6 +123,8 @@ def prose(report: Report) -> str:
 def outcome(report: Report) -> str:
     """Whether the request was met."""
     one, a = shipped(report), report.manifest.accuracy
+    if (steps := report.manifest.deferred) and not report.missed and not report.inconclusive:
+        return f"What can be checked here was met; {count(len(steps), 'step')} must be done on {report.manifest.target}."
     what = f"{one.name} was shipped" if one is not None else "an artifact was written"
     if report.missed:
         return f"The request was not met; {what}, the best that is feasible."
@@ -170,6 +172,24 @@ def latency(record: Latency) -> tuple[str, str]:
     return figures, how
 
 
+def untimed(report: Report) -> tuple[str, ...]:
+    """Why there is no latency, and what is known instead."""
+    e, target = report.estimate, report.manifest.target
+    said = f"not measured: there is no {target} here"
+    if e is None:
+        return (said,)
+    return (
+        said,
+        f"floor {milliseconds(e.floor_ms)} (bound by {e.bound}), estimate {milliseconds(e.low_ms)} to {milliseconds(e.high_ms)}: "
+        "computed from the data sheet",
+    )
+
+
+def deferred(report: Report) -> str:
+    """``DEFERRED: 2 steps``."""
+    return f"DEFERRED: {count(len(report.manifest.deferred), 'step')} that need {report.manifest.target}"
+
+
 def judged(a: AccuracyRecord) -> str:
     """``met``, ``missed`` or what is undecided, against the budget."""
     if a.met is None:
@@ -212,7 +232,14 @@ def formats(report: Report) -> tuple[str, ...]:
         return ("not read back",)
     shares = sorted(achieved.formats.items(), key=lambda kv: -kv[1])
     ran = ", ".join(f"{name} {percent(share)}" for name, share in shares) or "no products"
-    return (f"{ran} of the multiply-accumulates, as the runtime's profile shows", achieved.scheme)
+    return (f"{ran} of the multiply-accumulates, {read_back(report)}", achieved.scheme)
+
+
+def read_back(report: Report) -> str:
+    """Where the formats are known from."""
+    if report.manifest.evidence.ran_on_device:
+        return "as the runtime's profile shows"
+    return "as read back from what was built"
 
 
 def evidence(record: Evidence) -> tuple[tuple[str, str, bool], ...]:

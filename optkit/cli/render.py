@@ -55,7 +55,7 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
     if report.latency is not None:
         rows.append(("Latency", sentences.latency(report.latency)))
     else:
-        rows.append(("Latency", ("not measured",)))
+        rows.append(("Latency", sentences.untimed(report)))
     if manifest.accuracy is not None:
         rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
     if manifest.fidelity is not None:
@@ -97,7 +97,10 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
     parts: list[str | Table] = [sentences.headline(report), ""]
     if len(report.candidates) > 1:
         parts += [*candidates(report), ""]
-    return [*parts, facts(rows), "", sentences.outcome(report), f"Report: {folder / 'report.html'}"]
+    end: list[str | Table] = ["", sentences.outcome(report), f"Report: {folder / 'report.html'}"]
+    if manifest.deferred:
+        end += [sentences.deferred(report), *(f"  {step}" for step in manifest.deferred)]
+    return [*parts, facts(rows), *end]
 
 
 def candidates(report: Report) -> list[str | Table]:
