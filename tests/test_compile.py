@@ -29,7 +29,7 @@ from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.report import Achieved, Manifest, Report, dump
 from optkit.search import Built
-from optkit.targets import TARGETS, Target, target
+from optkit.targets import TARGETS, target
 from optkit.testing import parse
 
 # Two convolutions, a residual connection and a linear layer: what a real network is made of, small enough to compile
