@@ -20,6 +20,8 @@ class Row:
         output: Whether its output gets a pair. A backend whose integer kernel cannot give float asks for it.
         absorbs: Activations right after it that its integer kernel applies for free; the pair goes behind them.
             ``Swish`` also stands for ``x * Sigmoid(x)``.
+        into: Operators whose kernel computes this one before it stores: of two operands, the one that the later of such
+            nodes makes for this one alone stays float.
         max_rank: Highest rank of the weights, or of the output of operators between, for which the kernel exists.
     """
 
@@ -27,6 +29,7 @@ class Row:
     role: Role = "compute"
     output: bool = True
     absorbs: frozenset[str] = frozenset()
+    into: frozenset[str] = frozenset()
     max_rank: int | None = None
 
 
@@ -37,6 +40,7 @@ class Placement:
     Attributes:
         activation: Format of activations, per tensor.
         weight: Format of weights, per output channel where ``per_channel``.
+        bias: Whether biases become int32 on the grid of the products; else they stay float.
         source: Why these rows: a measurement or a document.
     """
 
@@ -45,6 +49,7 @@ class Placement:
     activation: str
     weight: str
     per_channel: bool = True
+    bias: bool = True
     source: str = ""
 
 

@@ -16,15 +16,17 @@ _WHY = "OpenVINO's low-precision transformations and the runtime graphs of both 
 
 _LINEAR = (Row(op="Gemm", output=False), Row(op="MatMul", output=False, max_rank=2))
 
-# Integers from layer to layer: additions, concatenations and pools run on them too.
+# Integers from layer to layer: concatenations and pools run on them too. The convolution in front of a sum adds what the
+# other branch stored, and applies the activation, before it stores: a pair between the two would take that from it.
 DEFAULT = Placement(
     name="default",
     activation="u8",
     weight="s8",
+    bias=False,
     rows=rows(
         Row(op="Conv", absorbs=_ABSORBED),
         *_LINEAR,
-        Row(op="Add", role="between"),
+        Row(op="Add", role="between", absorbs=_ABSORBED, into=frozenset({"Conv"})),
         Row(op="Concat", role="between"),
         Row(op="MaxPool", role="between"),
         Row(op="AveragePool", role="between"),
@@ -40,10 +42,11 @@ CONV = Placement(
     name="conv",
     activation="u8",
     weight="s8",
+    bias=False,
     rows=rows(Row(op="Conv", output=False), *_LINEAR),
     source=_WHY,
 )
 
-LINEAR = Placement(name="linear", activation="u8", weight="s8", rows=rows(*_LINEAR), source=_WHY)
+LINEAR = Placement(name="linear", activation="u8", weight="s8", bias=False, rows=rows(*_LINEAR), source=_WHY)
 
 PLACEMENTS = {p.name: p for p in (DEFAULT, CONV, LINEAR)}

@@ -24,12 +24,14 @@ class Plan:
         nodes: Quantized nodes with their rows, in graph order.
         pairs: Values that get a pair, with the value whose range they take (themselves, or where the grid came from).
         owners: Values of ``pairs`` whose every reader reads the integers, because an integer kernel gives no float.
-        ends: The value behind each node, and behind the activation that its kernel absorbs.
+        ends: The value behind each node, and behind what its kernel computes before it stores.
+        inside: Values that exist only inside a kernel, by the node that reads them there.
         left: ``(node, reason)`` for nodes that have a row but stay as they are.
     """
 
     nodes: dict[ir.Node, Row] = field(default_factory=dict)
     ends: dict[ir.Node, ir.Value] = field(default_factory=dict)
+    inside: dict[ir.Node, ir.Value] = field(default_factory=dict)
     pairs: dict[ir.Value, ir.Value] = field(default_factory=dict)
     owners: set[ir.Value] = field(default_factory=set)
     left: list[tuple[str, str]] = field(default_factory=list)
@@ -98,6 +100,8 @@ def make_plan(
         known = spec(node)
         assert known is not None
         for value in known.operands(node):
+            if value is plan.inside.get(node):
+                continue
             if known.weight is None or value is not node.inputs[known.weight] or constant(value) is None:
                 plan.pairs.setdefault(value, grid.get(value, value))
         if row.output:
@@ -195,6 +199,34 @@ def _spread(
         plan.nodes[node], plan.ends[node] = row, end
         same = known.keeps_grid(node) and end is node.outputs[0]
         grid[end] = grid[operands[0]] if same else end
+        if (value := _last_made(operands, row, plan)) is not None:
+            plan.inside[node] = value
+            del grid[value]
+            plan.ends[_maker(value)] = end
+
+
+def _last_made(operands: Sequence[ir.Value], row: Row, plan: Plan) -> ir.Value | None:
+    """The operand that a kernel has not stored yet when it can compute the node with ``row`` too."""
+    if len(operands) != 2 or operands[0] is operands[1]:
+        return None
+    order = list(plan.nodes)
+    made = [
+        (order.index(node), value)
+        for value in operands
+        if (node := value.producer()) in plan.nodes
+        and node is not None
+        and node.op_type in row.into
+        and plan.ends[node] is value
+        and len(value.uses()) == 1
+        and not value.is_graph_output()
+    ]
+    return max(made, key=lambda m: m[0])[1] if made else None
+
+
+def _maker(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
 
 
 def _prune_dangling(plan: Plan, grid: dict[ir.Value, ir.Value]) -> None:
@@ -206,4 +238,6 @@ def _prune_dangling(plan: Plan, grid: dict[ir.Value, ir.Value]) -> None:
             if row.role == "between" and not any(user in plan.nodes for user in users(plan.ends[node])):
                 del plan.nodes[node]
                 grid.pop(plan.ends.pop(node), None)
+                if (value := plan.inside.pop(node, None)) is not None:
+                    plan.ends[_maker(value)] = grid[value] = value
                 changed = True

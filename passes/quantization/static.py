@@ -121,6 +121,7 @@ class _Weights:
 
     def __init__(self, placement: Placement, names: Names) -> None:
         self._fmt, self._per_channel, self.names = FORMATS[placement.weight], placement.per_channel, names
+        self._bias = placement.bias
         self._ranges: dict[tuple[ir.Value, int | None], np.ndarray] = {}
         self._stored: dict[tuple[ir.Value, int | None, bytes], Stored] = {}
 
@@ -157,7 +158,7 @@ class _Weights:
         assert known.weight is not None
         assert isinstance(node.graph, ir.Graph)
         top = self._range(weight, axis).astype(np.float64)
-        if bias is not None:
+        if bias is not None and self._bias:
             # The bias must fit into int32 on the grid x_scale * w_scale: channels whose weights are nearly 0 get a
             # coarser grid. Half of int32 is left to the products.
             smallest = np.maximum(np.abs(bias.astype(np.float64)) / 2.0**30, np.finfo(np.float32).tiny)
@@ -170,7 +171,7 @@ class _Weights:
             tensor = quantized_tensor(weight.const_value, scale, zero, self._fmt, axis, str(weight.name))
             self._stored[key] = store(node.graph, str(weight.name), tensor, scale, zero, axis, self.names)
         dequantize_constant(node, known.weight, self._stored[key], f"{node.name}/weight", self.names)
-        if bias is not None:
+        if bias is not None and self._bias:
             assert known.bias is not None
             b_scale = (x_scale * scale).astype(np.float32)
             q = np.round(bias.astype(np.float64) / b_scale).astype(np.int32)

@@ -184,8 +184,6 @@ def test_pairs_lie_between_the_layers_or_in_front_of_them_alone():
             "Q",
             "DQ",
             "Conv",
-            "Q",
-            "DQ",
             "Add",
             "Q",
             "DQ",
@@ -200,6 +198,71 @@ def test_pairs_lie_between_the_layers_or_in_front_of_them_alone():
         ]
     )
     assert _ops(_quantized(_mobile(), "linear"))[-5:] == ["Reshape", "Q", "DQ", "MatMul", "Softmax"]
+
+
+RESIDUAL = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[1, 4, 8, 8] x) => (%s)
+<float[4, 4, 3, 3] w, float[4] b>
+{ [first] a = Conv<pads = [1, 1, 1, 1]>(x, w, b)
+  [first_relu] r = Relu(a)
+  [second] c = Conv<pads = [1, 1, 1, 1]>(r, w, b)
+  %s
+  [relu] t = Relu(s)
+  [last] y = Conv<pads = [1, 1, 1, 1]>(t, w, b) }
+"""
+_Y = "float[1, 4, 8, 8] y"
+
+
+def _residual(body: str, outputs: str = _Y) -> ir.Model:
+    random = np.random.default_rng(0)
+    weights = {
+        "w": random.normal(size=(4, 4, 3, 3)).astype(np.float32), "b": random.normal(size=4).astype(np.float32)
+    }  # fmt: skip
+    return parse(RESIDUAL % (outputs, body), **weights)
+
+
+def _unpaired(model: ir.Model) -> set[str]:
+    """Operands of the sum that no pair lies in front of, by the node that makes them."""
+    add = next(n for n in model.graph if n.op_type == "Add")
+    makers = [v.producer() for v in add.inputs]
+    return {str(n.name) for n in makers if n is not None and n.op_type != "DequantizeLinear"}
+
+
+@pytest.mark.parametrize(
+    ("body", "unpaired"),
+    [
+        ("[add] s = Add(c, r)", {"second"}),
+        ("[add] s = Add(r, c)", {"second"}),
+        ("[short] d = Conv<pads = [1, 1, 1, 1]>(x, w, b)  [add] s = Add(c, d)", {"short"}),
+    ],
+)
+def test_the_convolution_made_last_adds_what_the_other_branch_stored(body, unpaired):
+    assert _unpaired(_quantized(_residual(body), "default")) == unpaired
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs"),
+    [
+        ("[act] e = Relu(c)  [add] s = Add(e, r)", _Y),
+        ("[add] s = Add(c, c)", _Y),
+        ("[add] s = Add(c, r)", f"{_Y}, float[1, 4, 8, 8] c"),
+        ("[add] s = Add(c, r)  [other] z = Conv<pads = [1, 1, 1, 1]>(c, w, b)", f"{_Y}, float[1, 4, 8, 8] z"),
+    ],
+)
+def test_a_sum_of_what_is_stored_anyway_has_a_pair_before_each_operand(body, outputs):
+    assert _unpaired(_quantized(_residual(body, outputs), "default")) == set()
+
+
+def test_a_sum_that_nothing_quantized_reads_leaves_the_convolution_its_own_pair():
+    after = _quantized(_residual("[add] u = Add(c, r)  [sine] s = Sin(u)"), "default")
+    assert _ops(after)[:10] == ["Q", "DQ", "Conv", "Relu", "Q", "DQ", "Conv", "Q", "DQ", "Add"]
+
+
+def test_biases_stay_in_float_where_the_placement_says_so():
+    after = _quantized(_residual("[add] s = Add(c, r)"), "default")
+    assert {str(n.inputs[2].name) for n in after.graph if n.op_type == "Conv"} == {"b"}
+    assert "int32" not in {str(v.dtype).lower() for v in after.graph.initializers.values()}
 
 
 SWISH = (
