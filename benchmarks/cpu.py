@@ -14,161 +14,172 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
-import re
+import math
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-import optkit
 from optkit.bench import interleave
 from optkit.benchmarks import suite
+from optkit.benchmarks.bounded import bounded
 from optkit.benchmarks.machine import processor, versions
-from optkit.benchmarks.peers import PEERS, Batches, Peer
-from optkit.benchmarks.results import CpuResult, Machine, ModelResult, Row, read, render, write
+from optkit.benchmarks.peers import peers
+from optkit.benchmarks.results import CpuResult, Machine, ModelResult, Row, Versus, read, render, write
 from optkit.benchmarks.suite import EVALUATORS, SUITE
+from optkit.benchmarks.variants import OURS, OURS_EXACT, OURS_ORT, REFERENCE, Variant, Work, brief, variants
 from optkit.errors import OptkitError, UnknownNameError
 from optkit.evaluate import Budget, Evaluator, Run, compare, load_python
 from optkit.reference import ReferenceSession
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("optkit.benchmarks.cpu")  # also where this is the main module
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = "1%"
-_REFERENCE = "ORT fp32"
-_RANDOM_WEIGHTS = 0.95
-_FEEDS, _ROUNDS, _WARMUP, _CPU_SECONDS = 16, 60, 3, 60.0
+# Of the cosine, where weights are random: quantization noise adds up through layers that nothing trained to bear it.
+_CLOSE = "0.05"
+_FEEDS, _WARMUP = 16, 3
 
 
-@dataclass(slots=True)
-class _Variant:
-    """A way to run the model, or why there is none."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much measuring is done.
 
-    name: str
-    run: Run | None = None
-    bytes: int | None = None
-    note: str = ""
-    error: str | None = None
-    seconds: float = 0.0
+    Attributes:
+        cpu_seconds: Of all timing rounds of a model together.
+        samples: Of an evaluation, at most; None for all.
+        evaluation: CPU seconds after which the evaluation of a row stops and says on how many samples it stands.
+        seconds: Wall-clock of a model, after which it is given up.
+    """
 
-
-def _variant(name: str, make: Callable[[], tuple[Run, int, str]]) -> _Variant:
-    variant, start = _Variant(name), time.process_time()
-    try:
-        variant.run, variant.bytes, variant.note = make()
-    except Exception as error:  # noqa: BLE001  (the quantizers raise anything; the row says what)
-        variant.error = _brief(f"{type(error).__name__}: {error}")
-    variant.seconds = time.process_time() - start
-    return variant
+    rounds: int
+    cpu_seconds: float
+    samples: int | None
+    evaluation: float
+    seconds: float
+    exact: bool
 
 
-def _brief(message: str) -> str:
-    """One line without folders, which differ from machine to machine."""
-    return re.sub(r"(?:/[\w.@+~-]+)+/", "", " ".join(message.split()))[:300]
+FULL = Effort(rounds=60, cpu_seconds=60.0, samples=None, evaluation=120.0, seconds=1800.0, exact=True)
+QUICK = Effort(rounds=20, cpu_seconds=20.0, samples=120, evaluation=15.0, seconds=420.0, exact=False)
 
 
-def measure(name: str) -> ModelResult:
+def measure(name: str, effort: Effort = FULL) -> ModelResult:
     """Everything about one model of the suite."""
     entry, path = SUITE[name], suite.fetch(name)
     file = EVALUATORS / entry.evaluator
-    evaluator = Evaluator.load(file) if entry.accurate else None
-    calibration = list(load_python(file, "evaluator").calibration())
+    module = load_python(file, "evaluator")
+    calibration = list(module.calibration())
     folder = Path(tempfile.mkdtemp(prefix=f"optkit-{name}-"))
     try:
         reference = ReferenceSession(path)
-        variants = [_variant(_REFERENCE, lambda: (reference.run, path.stat().st_size, ""))]
+        # Random weights have no metric, and their outputs are no classes: closeness takes the place of accuracy.
+        evaluator = (
+            _limited(Evaluator.load(file), effort.samples)
+            if entry.accurate
+            else _closeness(module, reference)
+        )
+        budget = BUDGET if entry.accurate else _CLOSE
+        gate: dict[str, Any] = {"evaluate": evaluator, "max_drop": BUDGET}
+        if not entry.accurate:
+            gate = {"overrides": [f"limits.min_cosine={1 - float(_CLOSE)}"]}
         data = f"{file}:calibration"
-        # Random weights have no metric, and their outputs are no classes: only speed is compared, at a looser closeness.
-        loose = {"overrides": [f"limits.min_cosine={_RANDOM_WEIGHTS}"]}
-        gate = {"evaluate": file, "max_drop": BUDGET} if evaluator else loose
-        variants.append(_variant("optkit", lambda: _compile(path, folder / "auto", data=data, **gate)))
-        variants.append(
-            _variant("optkit, exact only", lambda: _compile(path, folder / "exact", data=data, recipe="fp32"))
-        )
-        for peer in PEERS:
-            variants.append(_variant(peer.name, partial(_peer, peer, path, calibration, folder)))
-        feeds = [f for f, _ in islice(evaluator.samples(), _FEEDS)] if evaluator else calibration[:_FEEDS]
-        _check(variants, feeds[0])
+        ours: dict[str, dict[str, Any]] = {
+            OURS: {"data": data, **gate},
+            OURS_ORT: {"data": data, "backend": "onnxruntime", **gate},
+        }
+        if effort.exact:
+            ours[OURS_EXACT] = {"data": data, "recipe": "fp32"}
+        work = Work(model=path, batches=calibration, folder=folder, reference=reference)
+        found = list(variants(work, ours, peers(transformer=entry.transformer)))
+        feeds = [f for f, _ in islice(evaluator.samples(), _FEEDS)]
+        _check(found, feeds[0])
+        logger.info("  timing")
         times = interleave(
-            {v.name: v.run for v in variants if v.run is not None},
+            {v.name: v.run for v in found if v.run is not None},
             feeds,
-            rounds=_ROUNDS,
+            rounds=effort.rounds,
             warmup=_WARMUP,
-            budget=_CPU_SECONDS,
+            budget=effort.cpu_seconds,
         )
-        rows = _rows(variants, times, evaluator)
-        runs = len(times[_REFERENCE])
+        rows = _rows(found, times, evaluator, budget, effort.evaluation)
+        return ModelResult(
+            name=name,
+            kind=entry.kind,
+            requirement=entry.requirement,
+            accurate=entry.accurate,
+            metric=evaluator.metric,
+            calibration=len(calibration),
+            rounds=len(times[REFERENCE]),
+            rows=rows,
+            versus=tuple(_versus(rows, times)),
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return ModelResult(
-        name=name,
-        kind=entry.kind,
-        requirement=entry.requirement,
-        accurate=entry.accurate,
-        metric=evaluator.metric if evaluator else None,
-        calibration=len(calibration),
-        rounds=runs,
-        rows=rows,
-    )
 
 
-def _compile(path: Path, out: Path, **options: Any) -> tuple[Run, int, str]:
-    artifact, report = optkit.compile(path, target="cpu", out=out, **options)
-    size = sum(f.bytes for f in artifact.manifest.files)
-    shipped = next((c.name for c in report.candidates if c.verdict == "shipped"), "")
-    note = "; ".join(
-        filter(None, [shipped if shipped != "recipe" else "", *report.missed, *report.inconclusive])
-    )
-    return artifact.session(threads=1).run, size, note
+def _limited(evaluator: Evaluator, most: int | None) -> Evaluator:
+    return replace(evaluator, samples=lambda: islice(evaluator.samples(), most))
 
 
-def _peer(peer: Peer, model: Path, batches: Batches, folder: Path) -> tuple[Run, int, str]:
-    path = peer.make(model, batches, folder)
-    return ReferenceSession(path).run, path.stat().st_size, ""
+def _closeness(module: ModuleType, reference: ReferenceSession) -> Evaluator:
+    """Cosine of all outputs to the reference's own, a sample at a time, on inputs that calibration did not see."""
+    pairs = [(feeds, _flat(reference.run(feeds))) for feeds in module.unseen()]
+
+    def score(outputs: dict[str, np.ndarray], label: np.ndarray) -> float:
+        x = _flat(outputs)
+        lengths = float(np.linalg.norm(x) * np.linalg.norm(label))
+        return float(x @ label) / lengths if lengths and math.isfinite(lengths) else 0.0
+
+    return Evaluator(samples=lambda: pairs, score=score, metric="cosine to fp32")
 
 
-def _check(variants: Sequence[_Variant], feeds: Mapping[str, np.ndarray]) -> None:
+def _flat(outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([y.reshape(-1).astype(np.float64) for y in outputs.values()])
+
+
+def _check(found: Sequence[Variant], feeds: Mapping[str, np.ndarray]) -> None:
     """A variant that cannot run is an error row, not the end."""
-    for variant in variants:
+    for variant in found:
         if variant.run is not None:
             try:
                 variant.run(feeds)
             except OptkitError as error:
-                variant.run, variant.error = None, _brief(str(error))
+                variant.run, variant.error = None, brief(str(error))
 
 
 def _rows(
-    variants: Sequence[_Variant], times: Mapping[str, np.ndarray], evaluator: Evaluator | None
+    found: Sequence[Variant],
+    times: Mapping[str, np.ndarray],
+    evaluator: Evaluator,
+    budget: str,
+    seconds: float,
 ) -> tuple[Row, ...]:
     rows: list[Row] = []
     before: list[Any] | None = None
-    for v in variants:
+    for v in found:
         facts: dict[str, Any] = {}
         if v.run is not None:
             cpu = times[v.name][:, 0]
             facts = {"cpu_ms": float(np.median(cpu) * 1e3), "p99_ms": float(np.percentile(cpu, 99) * 1e3)}
-            if v.name != _REFERENCE:
-                facts["speedup"], facts["speedup_ci95"] = _ratio(times[_REFERENCE][:, 0] / cpu)
-        if v.run is not None and evaluator is not None:
+            if v.name != REFERENCE:
+                facts["speedup"], facts["speedup_ci95"] = _ratio(times[REFERENCE][:, 0] / cpu)
             logger.info("  evaluating %s", v.name)
             try:
-                scores = evaluator.scores(v.run)
+                scores = _scores(evaluator, v.run, before, Budget.parse(budget), seconds)
             except OptkitError as error:
-                v.error = _brief(str(error))
+                v.error = brief(str(error))
             else:
-                facts |= _judged(evaluator, before, scores)
+                facts |= _judged(evaluator, before, scores, budget)
                 before = scores if before is None else before
         rows.append(
             Row(name=v.name, bytes=v.bytes, note=v.note, make_seconds=v.seconds, error=v.error, **facts)
@@ -176,11 +187,32 @@ def _rows(
     return tuple(rows)
 
 
-def _judged(evaluator: Evaluator, before: list[Any] | None, scores: list[Any]) -> dict[str, Any]:
+def _scores(
+    evaluator: Evaluator, run: Run, before: Sequence[Any] | None, budget: Budget, seconds: float
+) -> list[Any]:
+    """Scores of all samples; of fewer where time is up or the metric is beyond saving."""
+    start, scores = time.process_time(), list[Any]()
+    probe = 0 if before is None else max(32, len(before) // 5)
+    for score in evaluator.stream(run):
+        scores.append(score)
+        if before is None:
+            continue
+        if len(scores) == probe < len(before):
+            early = compare(evaluator, before[:probe], scores, budget)
+            if early.ci95[0] > 3 * budget.absolute(early.reference):
+                break
+        if len(scores) == len(before) or time.process_time() - start > seconds:
+            break
+    return scores
+
+
+def _judged(
+    evaluator: Evaluator, before: Sequence[Any] | None, scores: Sequence[Any], budget: str
+) -> dict[str, Any]:
     """The metric, and against ``before``, the reference's scores, what was lost."""
     if before is None:
         return {"metric": evaluator.total(scores), "n": len(scores)}
-    compared = compare(evaluator, before, scores, Budget.parse(BUDGET))
+    compared = compare(evaluator, before[: len(scores)], scores, Budget.parse(budget))
     return {
         "metric": compared.candidate,
         "drop": compared.drop,
@@ -188,6 +220,21 @@ def _judged(evaluator: Evaluator, before: list[Any] | None, scores: list[Any]) -
         "n": compared.n,
         "verdict": compared.verdict,
     }
+
+
+def _versus(rows: Sequence[Row], times: Mapping[str, np.ndarray]) -> Iterator[Versus]:
+    """Each of optkit's own against the fastest stock peer whose metric is not beyond the budget."""
+    stock = [
+        r for r in rows if not r.name.startswith(OURS) and r.cpu_ms is not None and r.verdict != "missed"
+    ]
+    for ours, rivals in (
+        (OURS, stock),
+        (OURS_ORT, [r for r in stock if r.name.startswith("ORT ")]),
+    ):
+        if ours in times and rivals:
+            best = min(rivals, key=lambda r: r.cpu_ms or math.inf)
+            ratio, ci95 = _ratio(times[best.name][:, 0] / times[ours][:, 0])
+            yield Versus(ours=ours, peer=best.name, ratio=ratio, ci95=ci95)
 
 
 def _ratio(ratios: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -210,7 +257,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="FOLDER", help="where cpu.json and cpu.md go"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds and samples: all rows in half an hour"
+    )
+    parser.add_argument("--seconds", type=float, help="wall-clock that one model may take")
+    parser.add_argument("--memory", type=float, default=8.0, metavar="GB", help="that one model may hold")
     options = parser.parse_args(arguments)
+    effort = QUICK if options.quick else FULL
+    if options.seconds is not None:
+        effort = replace(effort, seconds=options.seconds)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("optkit.benchmarks").setLevel(logging.INFO)
     for name in options.only or ():
@@ -220,16 +275,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, code = [], 0
     for name in options.only or SUITE:
         print(name, file=sys.stderr)
-        # A process each: a crash costs one model, and no model's memory or caches reach the next.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                found.append(pool.submit(_measure, name).result())
-            except (OptkitError, BrokenProcessPool) as error:
-                print(f"error: {name}: {error}", file=sys.stderr)
-                if isinstance(error, OptkitError) and error.hint:
-                    print(f"hint: {error.hint}", file=sys.stderr)
-                code = 1
-                continue
+        start = time.monotonic()
+        try:
+            one, peak = bounded(
+                _measure, name, effort, seconds=effort.seconds, memory=int(options.memory * 1e9)
+            )
+        except OptkitError as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            if error.hint:
+                print(f"hint: {error.hint}", file=sys.stderr)
+            code = 1
+            continue
+        print(f"  {time.monotonic() - start:.0f} s, {peak / 1e9:.1f} GB", file=sys.stderr)
+        found.append(one)
         # Written after each model: the whole suite takes long.
         file, result = options.out / "cpu.json", CpuResult(machine=machine, models=(found[-1],))
         write(result.merged_into(read(file)) if file.exists() else result, options.out)
@@ -238,11 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _measure(name: str) -> ModelResult:
+def _measure(name: str, effort: Effort) -> ModelResult:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("optkit.benchmarks").setLevel(logging.INFO)
     ort.set_default_logger_severity(4)
-    return measure(name)
+    return measure(name, effort)
 
 
 if __name__ == "__main__":

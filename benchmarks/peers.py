@@ -1,4 +1,4 @@
-"""What a user gets from ONNX Runtime's own quantizers, on the same file with the same calibration data."""
+"""What a user gets from other tools, on the same file with the same calibration data; here ONNX Runtime's own quantizers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from onnx import version_converter
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from optkit.benchmarks import peers_openvino
 
 Batches = Sequence[Mapping[str, np.ndarray]]
 
@@ -23,14 +25,20 @@ _OPSET = 17
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """One way to quantize.
+    """One way to make a model faster, and to run it.
 
     Args:
         make: ``make(model, batches, folder)`` gives the file it wrote in ``folder``.
+        runtime: What runs it.
+        precision: OpenVINO's hint; None is its own default.
+        like: Name of the peer whose file this one runs too.
     """
 
     name: str
     make: Callable[[Path, Batches, Path], Path]
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    precision: str | None = None
+    like: str | None = None
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -104,7 +112,7 @@ def _quiet() -> Iterator[None]:
         logging.root.setLevel(level)
 
 
-PEERS = (
+ORT_PEERS = (
     Peer(name="ORT static, defaults", make=_static_defaults),
     Peer(name="ORT static, U8S8 per channel", make=_static_u8s8),
     Peer(name="ORT dynamic", make=lambda m, _, folder: _dynamic(m, folder, "dynamic")),
@@ -113,3 +121,20 @@ PEERS = (
         make=lambda m, _, folder: _dynamic(m, folder, "dynamic-matmul", op_types_to_quantize=["MatMul"]),
     ),
 )
+
+
+def peers(*, transformer: bool) -> tuple[Peer, ...]:
+    """All of them, for a model that is an encoder or not."""
+
+    def fp32(model: Path, batches: Batches, folder: Path) -> Path:
+        return peers_openvino.convert(model, folder)
+
+    def nncf(model: Path, batches: Batches, folder: Path) -> Path:
+        return peers_openvino.quantize(model, batches, folder, transformer=transformer)
+
+    return (
+        *ORT_PEERS,
+        Peer(name="OpenVINO fp32", make=fp32, runtime="openvino", precision="f32"),
+        Peer(name="NNCF, hint f32", make=nncf, runtime="openvino", precision="f32"),
+        Peer(name="NNCF, defaults", make=nncf, runtime="openvino", like="NNCF, hint f32"),
+    )

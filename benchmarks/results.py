@@ -49,6 +49,19 @@ class Row(_Record):
     verdict: Literal["met", "missed", "inconclusive"] | None = None
 
 
+class Versus(_Record):
+    """One of optkit's own against the fastest peer that stays within the accuracy budget, or may: rounds in turn.
+
+    Attributes:
+        ratio: Median over rounds of ``peer / ours``.
+    """
+
+    ours: str
+    peer: str
+    ratio: float
+    ci95: tuple[float, float]
+
+
 class ModelResult(_Record):
     """All ways to run a model, the reference first."""
 
@@ -60,6 +73,7 @@ class ModelResult(_Record):
     calibration: int
     rounds: int
     rows: tuple[Row, ...]
+    versus: tuple[Versus, ...] = ()
 
 
 class CpuResult(_Record):

@@ -34,7 +34,9 @@ class Entry:
         builder: ``module:function``, called with the folder of ``files`` and the file to write.
         evaluator: File below ``evaluators/``; it holds ``calibration``, and ``samples`` and ``score`` for trained weights.
         data: Datasets that the evaluator or the builder reads.
-        accurate: Whether the weights are trained. Where they are not, only the speed means anything.
+        accurate: Whether the weights are trained. Where they are not, only speed and closeness mean anything, and the
+            evaluator holds ``calibration`` and ``unseen``.
+        transformer: Whether it is an encoder of text or patches; NNCF asks for that.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Entry:
     evaluator: str
     data: tuple[str, ...] = ()
     accurate: bool = True
+    transformer: bool = False
     note: str = ""
 
 
@@ -157,6 +160,7 @@ SUITE = {
             },
             builder="optkit.benchmarks.builders.minilm:build",
             evaluator="minilm_l6.py",
+            transformer=True,
             note="exported with torch.onnx; batch and length dynamic, additive mask with the largest negative float",
         ),
         Entry(
@@ -219,10 +223,41 @@ SUITE = {
             kind="image classification",
             licence="Apache-2.0",
             builder="optkit.benchmarks.builders.resnet50:build",
-            evaluator="resnet50_shaped.py",
+            evaluator="photographs.py",
             data=("photos",),
             accurate=False,
             note="random weights: speed and agreement only; batch normalisation warmed on photographs",
+        ),
+        Entry(
+            name="mobilenetv2_shaped",
+            kind="image classification",
+            licence="Apache-2.0",
+            builder="optkit.benchmarks.builders.mobilenetv2:build",
+            evaluator="photographs.py",
+            data=("photos",),
+            accurate=False,
+            note="random weights; depthwise convolutions, ReLU6; exported with TorchScript",
+        ),
+        Entry(
+            name="vit_s_shaped",
+            kind="image classification",
+            licence="Apache-2.0",
+            builder="optkit.benchmarks.builders.vit_s:build",
+            evaluator="photographs.py",
+            data=("photos",),
+            accurate=False,
+            transformer=True,
+            note="random weights; pre-normalised encoder, attention written out, 197 tokens",
+        ),
+        Entry(
+            name="yolov8n_shaped",
+            kind="object detection",
+            licence="Apache-2.0",
+            builder="optkit.benchmarks.builders.yolov8n:build",
+            evaluator="photographs_640.py",
+            data=("photos",),
+            accurate=False,
+            note="random weights; SiLU, splits and concatenations, boxes decoded in the graph",
         ),
     )
 }
