@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,14 +85,17 @@ def _static_u8s8(model: Path, batches: Batches, folder: Path) -> Path:
 
 def prepare(model: Path, path: Path) -> None:
     """Opset 17 at least, then ONNX Runtime's own preparation; without symbolic shapes where those fail."""
+    path = path.resolve()
     graph = onnx.load(model)
     opset = next(o.version for o in graph.opset_import if o.domain in ("", "ai.onnx"))
     raised = path.with_suffix(".raised.onnx")
     onnx.save(graph if opset >= _OPSET else version_converter.convert_version(graph, _OPSET), raised)
-    try:
-        quant_pre_process(str(raised), str(path))
-    except Exception:  # noqa: BLE001  (symbolic shape inference raises bare Exception)
-        quant_pre_process(str(raised), str(path), skip_symbolic_shape=True)
+    # It leaves files in the working directory where it fails.
+    with contextlib.chdir(path.parent):
+        try:
+            quant_pre_process(str(raised), str(path))
+        except Exception:  # noqa: BLE001  (symbolic shape inference raises bare Exception)
+            quant_pre_process(str(raised), str(path), skip_symbolic_shape=True)
 
 
 def _dynamic(model: Path, folder: Path, name: str, **options: Any) -> Path:

@@ -103,7 +103,7 @@ def write(result: CpuResult, folder: Path) -> None:
     (folder / "cpu.md").write_text(markdown(result), "utf-8")
 
 
-HEAD = ("variant", "CPU ms", "speed-up [95 %]", "metric", "drop [95 %]", "1 % kept", "MB", "note")
+HEAD = ("variant", "CPU ms", "speed-up [95 %]", "metric", "drop [95 %]", "budget kept", "MB", "note")
 
 
 def markdown(result: CpuResult) -> str:
@@ -153,7 +153,9 @@ def render(result: CpuResult) -> None:
 def _caption(model: ModelResult) -> str:
     origin = f" ({model.requirement})" if model.requirement else ""
     samples = next((row.n for row in model.rows if row.n), None)
-    judged = f"{model.metric}, n = {samples}" if model.accurate else "random weights: speed only"
+    judged = f"{model.metric}, n = {samples}"
+    if not model.accurate:
+        judged += ", random weights: no accuracy"
     return f"{model.kind}{origin}; {judged}; {model.calibration} calibration batches; {model.rounds} rounds."
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import optkit
 from optkit.backends import BACKENDS
-from optkit.backends.base import Executed
+from optkit.backends.base import Backend, Executed
 from optkit.benchmarks.peers import Batches, Peer
 from optkit.benchmarks.peers_openvino import Session
 from optkit.errors import BackendUnavailableError
@@ -147,5 +147,5 @@ def _stock(work: Work, peer: Peer) -> Variant:
 
 
 def _executed(backend: str, folder: Path, options: Mapping[str, Any], feeds: Feeds) -> Sequence[Executed]:
-    engine = BACKENDS[backend]()
+    engine: Backend = BACKENDS[backend]()
     return engine.executed(folder, target("cpu"), engine.options.model_validate(options), feeds)

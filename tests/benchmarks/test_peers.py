@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from optkit.benchmarks.cpu import _brief, _ratio
-from optkit.benchmarks.peers import PEERS, Peer, prepare
+from optkit.benchmarks.cpu import _ratio
+from optkit.benchmarks.peers import ORT_PEERS, Peer, prepare
+from optkit.benchmarks.variants import brief
 from optkit.reference import ReferenceSession
 
 # Opset 12 has no per-channel DequantizeLinear: the one that needs it must raise it first.
@@ -33,7 +34,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "linear.onnx"
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", ORT_PEERS, ids=lambda peer: peer.name)
 def test_a_peer_quantizes_close_to_the_original(peer: Peer, model: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     batches = [{"x": rng.uniform(-1, 1, (4, 8)).astype(np.float32)} for _ in range(4)]
@@ -58,7 +59,7 @@ def test_preparing_raises_an_old_opset(model: Path, tmp_path: Path) -> None:
 
 def test_an_error_names_no_folder() -> None:
     assert (
-        _brief("cannot open /home/someone/zoo/model.onnx:\n it is\tempty")
+        brief("cannot open /home/someone/zoo/model.onnx:\n it is\tempty")
         == "cannot open model.onnx: it is empty"
     )
 
