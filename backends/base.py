@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -135,6 +135,12 @@ class Backend(ABC):
     def deferred(self, path: Path, target: Target, options: Any) -> Sequence[str]:
         """For a target that is not at hand: what is left to do there, each step in words with its command."""
         return ()
+
+    def runner(
+        self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str
+    ) -> Callable[[], object] | None:
+        """A small ONNX file, ready to run on one thread with products in ``precision``; None where that is not on offer."""
+        return None
 
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""

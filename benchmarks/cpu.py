@@ -3,8 +3,8 @@
     python -m optkit.benchmarks.cpu --only ppocr4_rec --out results/
 
 Method: batch as the evaluator gives it, one thread, all variants of a model in turn in one process, random order in
-each round, on inputs that no calibration saw; CPU time of the process (a busy machine stretches wall-clock, not CPU
-time), median over rounds. Speed-ups are ratios within a round to ONNX Runtime, fp32, default settings, on the file as
+each round, each after one call that is not counted, on inputs that no calibration saw; CPU time of the process (a busy
+machine stretches wall-clock, not CPU time), median over rounds. Speed-ups are ratios within a round to ONNX Runtime, fp32, default settings, on the file as
 published, with a 95 % interval from a bootstrap over rounds. Every quantizer gets the same calibration data. Metrics
 are compared sample by sample with the original's. A peer that fails is a row with its error. Each model has a process
 of its own.
@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 
 from optkit.bench import interleave
@@ -40,6 +41,8 @@ from optkit.benchmarks.variants import OURS, OURS_EXACT, OURS_ORT, REFERENCE, Va
 from optkit.errors import OptkitError, UnknownNameError
 from optkit.evaluate import Budget, Evaluator, Run, compare, load_python
 from optkit.reference import ReferenceSession
+from optkit.report import Ceilings
+from optkit.roofline import ceilings, moved, share, weights_read
 
 logger = logging.getLogger("optkit.benchmarks.cpu")  # also where this is the main module
 
@@ -109,9 +112,12 @@ def measure(name: str, effort: Effort = FULL) -> ModelResult:
             feeds,
             rounds=effort.rounds,
             warmup=_WARMUP,
+            settle=1,
             budget=effort.cpu_seconds,
         )
-        rows = _rows(found, times, evaluator, budget, effort.evaluation)
+        peaks = ceilings(str(processor()["name"]))
+        reached = _roofline(path, found, feeds, times, peaks)
+        rows = _rows(found, times, evaluator, budget, effort.evaluation, reached)
         return ModelResult(
             name=name,
             kind=entry.kind,
@@ -122,6 +128,7 @@ def measure(name: str, effort: Effort = FULL) -> ModelResult:
             rounds=len(times[REFERENCE]),
             rows=rows,
             versus=tuple(_versus(rows, times)),
+            ceilings=peaks,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,12 +164,45 @@ def _check(found: Sequence[Variant], feeds: Mapping[str, np.ndarray]) -> None:
                 variant.run, variant.error = None, brief(str(error))
 
 
+def _roofline(
+    path: Path,
+    found: Sequence[Variant],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    times: Mapping[str, np.ndarray],
+    peaks: Ceilings,
+) -> dict[str, dict[str, Any]]:
+    """What each variant really computes in, and its share of the roofline, for the first inputs and others of their shapes."""
+    first = feeds[0]
+    alike = [all(f[k].shape == first[k].shape for k in first) for f in feeds]
+    rounds = [i for i in range(len(times[REFERENCE])) if alike[i % len(feeds)]]
+    weights = weights_read(ir.load(path))
+    facts = {}
+    for v in found:
+        if v.run is None or v.executed is None:
+            continue
+        try:
+            ran, outputs = v.executed(first), v.run(first)
+        except Exception as error:  # noqa: BLE001  (a peer's file; without its profile there is no share, and that is all)
+            logger.info("  no profile of %s: %s", v.name, brief(str(error)))
+            continue
+        seconds = float(np.median(times[v.name][rounds, 0]))
+        one = share(ran, weights, moved(first, outputs), seconds, peaks)
+        total = sum(e.macs for e in ran)
+        formats: dict[str, float] = {}
+        for e in ran:
+            if e.macs:
+                formats[e.format] = round(formats.get(e.format, 0.0) + e.macs / total, 4)
+        facts[v.name] = {"roofline": None if one is None else one.share, "formats": formats}
+    return facts
+
+
 def _rows(
     found: Sequence[Variant],
     times: Mapping[str, np.ndarray],
     evaluator: Evaluator,
     budget: str,
     seconds: float,
+    reached: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Row, ...]:
     rows: list[Row] = []
     before: list[Any] | None = None
@@ -173,6 +213,7 @@ def _rows(
             facts = {"cpu_ms": float(np.median(cpu) * 1e3), "p99_ms": float(np.percentile(cpu, 99) * 1e3)}
             if v.name != REFERENCE:
                 facts["speedup"], facts["speedup_ci95"] = _ratio(times[REFERENCE][:, 0] / cpu)
+            facts |= reached.get(v.name, {})
             logger.info("  evaluating %s", v.name)
             try:
                 scores = _scores(evaluator, v.run, before, Budget.parse(budget), seconds)
@@ -287,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 1
             continue
         print(f"  {time.monotonic() - start:.0f} s, {peak / 1e9:.1f} GB", file=sys.stderr)
-        found.append(one)
+        found.append(one.model_copy(update={"peak_bytes": peak}))
         # Written after each model: the whole suite takes long.
         file, result = options.out / "cpu.json", CpuResult(machine=machine, models=(found[-1],))
         write(result.merged_into(read(file)) if file.exists() else result, options.out)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from optkit.report import Ceilings
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -30,6 +32,8 @@ class Row(_Record):
         error: Why there is no more to say.
         speedup: Median over rounds of ``reference / this``.
         drop: ``reference - this`` in units of the metric.
+        roofline: Share of this machine's roofline that it reaches, for the first inputs; None where nothing tells.
+        formats: Share of the multiply-accumulates by arithmetic, read back from the runtime.
         verdict: Of the drop against 1 % of the reference's metric: met, missed, or inconclusive with these samples.
     """
 
@@ -47,6 +51,8 @@ class Row(_Record):
     drop_ci95: tuple[float, float] | None = None
     n: int | None = None
     verdict: Literal["met", "missed", "inconclusive"] | None = None
+    roofline: float | None = None
+    formats: dict[str, float] | None = None
 
 
 class Versus(_Record):
@@ -74,6 +80,8 @@ class ModelResult(_Record):
     rounds: int
     rows: tuple[Row, ...]
     versus: tuple[Versus, ...] = ()
+    peak_bytes: int | None = None
+    ceilings: Ceilings | None = None
 
 
 class CpuResult(_Record):
@@ -103,7 +111,17 @@ def write(result: CpuResult, folder: Path) -> None:
     (folder / "cpu.md").write_text(markdown(result), "utf-8")
 
 
-HEAD = ("variant", "CPU ms", "speed-up [95 %]", "metric", "drop [95 %]", "budget kept", "MB", "note")
+HEAD = (
+    "variant",
+    "CPU ms",
+    "speed-up [95 %]",
+    "metric",
+    "drop [95 %]",
+    "budget kept",
+    "roofline",
+    "MB",
+    "note",
+)
 
 
 def markdown(result: CpuResult) -> str:
@@ -164,11 +182,7 @@ def _cells(model: ModelResult) -> Iterator[tuple[str, ...]]:
         if row.cpu_ms is None:
             yield (
                 row.name,
-                "-",
-                "-",
-                "-",
-                "-",
-                "-",
+                *["-"] * 6,
                 _megabytes(row.bytes),
                 f"failed: {row.error}".replace("|", "/"),
             )
@@ -181,6 +195,7 @@ def _cells(model: ModelResult) -> Iterator[tuple[str, ...]]:
             "-" if row.metric is None else f"{row.metric:.4f}",
             "-" if row.drop is None else f"{row.drop:+.4f}{_interval(row.drop_ci95, '+.4f')}",
             row.verdict or "-",
+            "-" if row.roofline is None else f"{row.roofline * 100:.0f} %",
             _megabytes(row.bytes),
             note,
         )

@@ -38,6 +38,7 @@ from optkit.reference import LARGE, ReferenceSession
 from optkit.report import (
     AccuracyRecord,
     Achieved,
+    Ceilings,
     DataFacts,
     EstimateRecord,
     Evidence,
@@ -49,9 +50,11 @@ from optkit.report import (
     PassRecord,
     Report,
     Resources,
+    Roofline,
     Size,
     dump,
 )  # fmt: skip
+from optkit.roofline import ceilings, moved, share, weights_read
 from optkit.search import Built, Choice, carry_out, choose
 from optkit.store import replace_folder, temporary_folder
 from optkit.targets import Target
@@ -324,11 +327,11 @@ class Compilation:
                         return early
         return compare(evaluator, before, after, budget, seed=self.seed)
 
-    def executed(self, built: Built) -> Sequence[Executed]:
-        """What the runtime really ran."""
+    def executed(self, built: Built, feeds: Mapping[str, np.ndarray] | None = None) -> Sequence[Executed]:
+        """What the runtime really ran, for the first inputs or for others."""
         engine = self.engine(built.recipe)
         options = engine.options.model_validate(built.recipe.options)
-        return engine.executed(built.folder, self.target, options, self.feeds[0])
+        return engine.executed(built.folder, self.target, options, self.feeds[0] if feeds is None else feeds)
 
 
 def available(name: str) -> Backend:
@@ -674,12 +677,14 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    host = machine()
+    peaks = ceilings(host.get("processor", ""))
     report = Report(
-        schema=1, manifest=manifest, latency=_latency(best, work), estimate=_estimate(best), candidates=tuple(choice.records), layers=tuple(best.layers),
+        schema=1, manifest=manifest, latency=_latency(best, work, executed, peaks), ceilings=peaks, estimate=_estimate(best), candidates=tuple(choice.records), layers=tuple(best.layers),
         pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
         missed=tuple(choice.missed), inconclusive=tuple(choice.inconclusive), advice=tuple(choice.advice),
         resources=Resources(cpu_seconds=time.process_time() - started[0], wall_seconds=time.perf_counter() - started[1], peak_rss_bytes=usage.ru_maxrss * 1024),
-        machine=machine(),
+        machine=host,
     )  # fmt: skip
     (best.folder / MANIFEST).write_text(dump(manifest), encoding="utf-8")
     (best.folder / REPORT).write_text(dump(report), encoding="utf-8")
@@ -776,16 +781,36 @@ def _fidelity_record(built: Built, work: Compilation) -> FidelityRecord | None:
     )  # fmt: skip
 
 
-def _latency(built: Built, work: Compilation) -> Latency | None:
+def _latency(
+    built: Built, work: Compilation, executed: Sequence[Executed], peaks: Ceilings
+) -> Latency | None:
     s = built.speedup
     if s is None:
         return None
+    # The ceilings are those of one thread.
+    reached = _reached(built, work, executed, s.candidate.median, peaks) if s.threads == 1 else None
     shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in work.feeds[0].items())
     return Latency(
         reference_ms=s.reference.median * 1e3, candidate_ms=s.candidate.median * 1e3, candidate_p99_ms=s.candidate.p99 * 1e3,
         wall_reference_ms=s.reference.wall * 1e3, wall_candidate_ms=s.candidate.wall * 1e3, speedup=s.ratio, ci95=s.ci95,
-        runs=s.candidate.runs, threads=s.threads, loaded=s.loaded, inputs=shapes,
+        runs=s.candidate.runs, threads=s.threads, loaded=s.loaded, inputs=shapes, roofline=reached,
     )  # fmt: skip
+
+
+def _reached(
+    built: Built, work: Compilation, executed: Sequence[Executed], seconds: float, peaks: Ceilings
+) -> Roofline | None:
+    """The median over the inputs that were timed, as the latency is."""
+    weights, found, ran = weights_read(work.loaded.model), list[Roofline](), {}
+    for feeds in work.feeds:
+        shapes = tuple(x.shape for x in feeds.values())
+        if shapes not in ran:
+            ran[shapes] = executed if feeds is work.feeds[0] else work.executed(built, feeds)
+        one = share(ran[shapes], weights, moved(feeds, work.reference.run(feeds)), seconds, peaks)
+        if one is None:
+            return None
+        found.append(one)
+    return sorted(found, key=lambda r: r.floor_ms)[len(found) // 2]
 
 
 def machine() -> dict[str, str]:

@@ -423,6 +423,10 @@ def _again(report: Report) -> str:
     )
 
 
+def _ceilings(report: Report) -> tuple[str, ...]:
+    return () if report.ceilings is None else sentences.peaks(report.ceilings)
+
+
 def _machine(report: Report) -> str:
     spent, manifest = report.resources, report.manifest
     data = (
@@ -439,6 +443,7 @@ def _machine(report: Report) -> str:
             f"{manifest.backend}: "
             + (", ".join(f"{k} = {v}" for k, v in manifest.options.items()) or "defaults"),
         ),
+        *((("ceilings" if i == 0 else ""), line) for i, line in enumerate(_ceilings(report))),
         ("calibration data", data),
         (
             "cost",

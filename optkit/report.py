@@ -146,6 +146,38 @@ class Manifest(_Record):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class Ceilings(_Record):
+    """What the machine does at best, on one thread.
+
+    Attributes:
+        operations: Operations a second, two for each multiply-accumulate, by arithmetic: the fastest product of any runtime.
+        sources: Whose product that was.
+        bytes: Read from memory a second.
+        stretched: Wall-clock over CPU time while this was measured.
+        loaded: Whether that is so much that others were using the machine.
+    """
+
+    operations: dict[str, float]
+    sources: dict[str, str]
+    bytes: float
+    stretched: float
+    loaded: bool
+
+
+class Roofline(_Record):
+    """A latency against the ceilings.
+
+    Attributes:
+        floor_ms: What operations or bytes take at the ceiling, whichever is more.
+        share: ``floor / latency``.
+        bound: Which of the two it is.
+    """
+
+    floor_ms: float
+    share: float
+    bound: Literal["compute", "memory"]
+
+
 class Latency(_Record):
     """Measured in turn with the reference: ONNX Runtime, fp32, default settings, the model as it was given."""
 
@@ -160,6 +192,7 @@ class Latency(_Record):
     threads: int
     loaded: bool
     inputs: str
+    roofline: Roofline | None = None
 
 
 class EstimateRecord(_Record):
@@ -222,6 +255,7 @@ class Report(_Record):
     advice: tuple[str, ...]
     resources: Resources
     machine: dict[str, str]
+    ceilings: Ceilings | None = None
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 

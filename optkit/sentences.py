@@ -6,7 +6,16 @@ import math
 from collections.abc import Mapping
 
 from optkit.bench import NOISE
-from optkit.report import AccuracyRecord, CandidateRecord, Evidence, FidelityRecord, Latency, Report
+from optkit.report import (
+    AccuracyRecord,
+    CandidateRecord,
+    Ceilings,
+    Evidence,
+    FidelityRecord,
+    Latency,
+    Report,
+    Roofline,
+)
 
 # Of the candidate: what ``CandidateRecord.verdict`` says.
 SHIPPED = "shipped"
@@ -167,6 +176,8 @@ def latency(record: Latency) -> tuple[str, str]:
     threads = count(record.threads, "thread")
     clock = "CPU time" if record.threads == 1 else "wall-clock time"
     how = f"measured on this machine, {threads}, {clock}, {record.runs} runs in turn with ONNX Runtime fp32; inputs {record.inputs}"
+    if record.roofline is not None:
+        figures += f"; {reached(record.roofline)}"
     if record.loaded:
         how += "; others were using the machine"
     return figures, how
@@ -188,6 +199,23 @@ def untimed(report: Report) -> tuple[str, ...]:
 def deferred(report: Report) -> str:
     """``DEFERRED: 2 steps``."""
     return f"DEFERRED: {count(len(report.manifest.deferred), 'step')} that need {report.manifest.target}"
+
+
+def reached(found: Roofline) -> str:
+    """``62% of this machine's roofline (floor 1.27 ms, bound by compute)``."""
+    return f"{percent(found.share)} of this machine's roofline (floor {milliseconds(found.floor_ms)}, bound by {found.bound})"
+
+
+def peaks(found: Ceilings) -> tuple[str, ...]:
+    """The ceilings that a roofline is made of, and where they come from."""
+    rates = [
+        f"{fmt} {_digits(rate / 1e9)} G operations/s ({found.sources[fmt]})"
+        for fmt, rate in sorted(found.operations.items())
+    ]
+    note = "measured on this machine, one thread by CPU time, best of several runs"
+    if found.loaded:
+        note += f"; others were using the machine (wall-clock {found.stretched:.1f} times CPU time)"
+    return f"{', '.join(rates)}; memory {_digits(found.bytes / 1e9)} GB/s", note
 
 
 def judged(a: AccuracyRecord) -> str:

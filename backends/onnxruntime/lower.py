@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
+import onnxruntime as ort
 from pydantic import Field
 
 from optkit.backends.base import Backend, Executed, Options
@@ -16,6 +18,7 @@ from optkit.backends.onnxruntime.placement import PLACEMENTS
 from optkit.backends.onnxruntime.profile import conv_weights, read_profile
 from optkit.backends.onnxruntime.session import OnnxRuntimeSession
 from optkit.graph import walk
+from optkit.reference import session_options
 from optkit.store import save
 
 if TYPE_CHECKING:
@@ -82,6 +85,15 @@ class OnnxRuntime(Backend):
             file = session.end_profiling()
             session.close()
             return read_profile(json.loads(file.read_text()), conv_weights(ir.load(path / MODEL)))
+
+    def runner(
+        self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str
+    ) -> Callable[[], object] | None:
+        """A session on the bytes; float32 and int8 are what its kernels multiply in."""
+        if precision not in ("fp32", "int8"):
+            return None
+        session = ort.InferenceSession(model, session_options(threads=1), providers=["CPUExecutionProvider"])
+        return partial(session.run, None, dict(feeds))
 
     def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[OnnxRuntimeOptions]:
         """SkipLayerNormFusion on, where the graph has layer norms that it could take."""

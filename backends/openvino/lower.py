@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -123,6 +124,19 @@ class OpenVino(Backend):
         if options.cache and (kept := cache.folder(path, (MODEL, WEIGHTS), machine)) is not None:
             chosen["CACHE_DIR"] = str(kept)
         return OpenVinoSession(path / MODEL, chosen)
+
+    def runner(
+        self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str
+    ) -> Callable[[], object] | None:
+        """A request on the bytes; bfloat16 only where the processor has instructions for it."""
+        if precision not in ("fp32", "int8", "bf16"):
+            return None
+        able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in able:
+            return None
+        options = OpenVinoOptions(precision="bf16" if precision == "bf16" else "f32")
+        compiled = core().compile_model(core().read_model(model), "CPU", settings(options, 1))
+        return partial(compiled.create_infer_request().infer, dict(feeds))
 
     def executed(
         self, path: Path, target: Target, options: OpenVinoOptions, feeds: Mapping[str, np.ndarray]

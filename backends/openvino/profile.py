@@ -18,6 +18,8 @@ _FORMATS = {
     "i64": "int64",
 }
 _NOT_RUN = "not_executed"
+# What the low-precision transformations append to the name of a product when they put its scale behind it.
+_SCALED = "/DequantizationMultiply"
 _FILLED = ("Const", "Input", "Output")
 
 
@@ -94,7 +96,8 @@ def read_runtime(nodes: Sequence[Mapping[str, str]], macs: Mapping[str, int]) ->
     ran = [n for n in nodes if n["layerType"] not in _FILLED and n.get("execTimeMcs", _NOT_RUN) != _NOT_RUN]
     for node in ran:
         originals = node.get("originalLayersNames", "").split(",")
-        counts.append(sum(left.pop(name, 0) for name in (node["name"], *originals)))
+        names = dict.fromkeys(n.removesuffix(_SCALED) for n in (node["name"], *originals))
+        counts.append(sum(left.pop(name, 0) for name in names))
     inside = [i for i, node in enumerate(ran) if node["layerType"] == "Subgraph" and counts[i]]
     for i in inside:
         counts[i] += sum(left.values()) // len(inside)
