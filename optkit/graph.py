@@ -23,15 +23,19 @@ IR_VERSION = 10
 
 def walk(scope: ir.Model | ir.Graph) -> Iterator[ir.Node]:
     """Every node, bodies of If, Loop and Scan included, in the order of the graphs; functions are left out."""
-    graph = scope.graph if isinstance(scope, ir.Model) else scope
-    yield from ir.traversal.RecursiveGraphIterator(graph)
+    # onnx_ir's own iterator does the same and checks the type of every attribute on the way: seven times slower.
+    for node in scope.graph if isinstance(scope, ir.Model) else scope:
+        yield node
+        for body in subgraphs(node):
+            yield from walk(body)
 
 
 def graphs(scope: ir.Model | ir.Graph) -> Iterator[ir.Graph]:
     """The main graph, then the body of every If, Loop and Scan below it, outermost first."""
     graph = scope.graph if isinstance(scope, ir.Model) else scope
     yield graph
-    yield from graph.subgraphs()
+    # Collected first: who reads them takes bodies apart.
+    yield from [inner for node in graph for body in subgraphs(node) for inner in graphs(body)]
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

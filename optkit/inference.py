@@ -284,7 +284,7 @@ def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:
     proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
     proto.input.extend("" if v is None else names[v] for v in node.inputs)
     proto.output.extend(f"o{i}" for i in range(len(node.outputs)))
-    proto.attribute.extend(ir.to_proto(a) for a in node.attributes.values())
+    proto.attribute.extend(ir.serde.serialize_attribute(a) for a in node.attributes.values())
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     imports = [onnx.helper.make_opsetid("", opset)]
     try:
