@@ -20,6 +20,7 @@ PASSES = Registry(
         "fold-affine": "optkit.passes.fusion.affine:FoldAffine",
         "fuse-hard-swish": "optkit.passes.fusion.hard_swish:FuseHardSwish",
         "fuse-gelu": "optkit.passes.fusion.gelu:FuseGelu",
+        "clean-attention": "optkit.passes.fusion.attention:CleanAttention",
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "cast": "optkit.passes.lowering.cast:CastFloats",
