@@ -57,7 +57,7 @@ from optkit.report import (
 from optkit.roofline import ceilings, moved, share, weights_read
 from optkit.search import Built, Choice, carry_out, choose
 from optkit.store import replace_folder, temporary_folder
-from optkit.targets import Target
+from optkit.targets import Target, host
 from optkit.targets import target as find_target
 
 if TYPE_CHECKING:
@@ -816,14 +816,7 @@ def _reached(
 def machine() -> dict[str, str]:
     """The processor that measurements were taken on; no host name."""
     facts = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = dict(
-            line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line
-        )
-        fields = {key.strip(): value.strip() for key, value in lines.items()}
-        facts["processor"] = fields.get("model name", "")
-        wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
-        flags = (fields.get("flags") or fields.get("Features") or "").split()
-        facts["features"] = " ".join(f for f in wanted if f in flags)
+    if known := host.fields():
+        facts["processor"] = known.get("model name", "")
+        facts["features"] = " ".join(f for f in host.TOLD if f in host.features())
     return facts

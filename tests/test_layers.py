@@ -16,7 +16,7 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference",
+        "propagation", "inference", "saturation",
     ],
     3: ["kernels"],
     4: ["passes", "backends"],

@@ -22,6 +22,7 @@ def targets(terminal: Terminal, json: options.Json = False) -> int:
                     "backends": list(t.backends),
                     "formats": sorted(t.formats),
                     "runs_here": t.runs_here,
+                    "saturates": t.saturates,
                     "memory": t.memory,
                     "bandwidth": t.bandwidth,
                     "peak": dict(t.peak),

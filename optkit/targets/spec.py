@@ -17,6 +17,8 @@ class Target:
         backends: What can lower for it, best first.
         formats: Number formats with hardware support.
         runs_here: Whether an artifact for it can be run and timed on this machine.
+        features: Instruction sets by Linux's names: the processor has all of at least one group.
+        saturates: Whether products of u8 and s8 are added in pairs that saturate in 16 bits before they are accumulated.
         memory: Bytes, or None where it depends on the machine.
         bandwidth: Bytes per second, or None where it has to be measured.
         peak: Operations per second by format; empty where it has to be measured.
@@ -29,6 +31,8 @@ class Target:
     backends: tuple[str, ...]
     formats: frozenset[str]
     runs_here: bool = False
+    features: tuple[frozenset[str], ...] = ()
+    saturates: bool = False
     memory: int | None = None
     bandwidth: float | None = None
     peak: Mapping[str, float] = field(default_factory=dict)
