@@ -609,7 +609,7 @@ def test_compile_for_it_writes_an_artifact_that_loads_from_the_cache_the_second_
     assert "openvino" in manifest.versions
     assert {f.path for f in manifest.files} == {"model.xml", "model.bin", "recipe.yaml"}
     assert not any("onnxruntime" in c.name for c in report.candidates)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "openvino").exists()
     feeds = _batches()[0]
     expected = artifact.run(feeds)["y"]
     blobs = list((tmp_path / "cache" / "openvino").rglob("*.blob"))
