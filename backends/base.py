@@ -142,6 +142,10 @@ class Backend(ABC):
         """A small ONNX file, ready to run on one thread with products in ``precision``; None where that is not on offer."""
         return None
 
+    def fit(self, options: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
+        """``options`` for inputs that usually have ``shapes``; None where they have no usual shape."""
+        return options
+
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
         return options

@@ -8,6 +8,7 @@ import operator
 import platform
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,6 +184,15 @@ class Compilation:
         return feeds
 
     @cached_property
+    def usual_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the inputs in more than half of the batches that calibrate; None where there are no such."""
+        if self.data is None or self.data.random:
+            return None
+        seen = Counter(tuple((k, v.shape) for k, v in sorted(batch.items())) for batch in self.data)
+        shapes, count = seen.most_common(1)[0]
+        return dict(shapes) if count * 2 > len(self.data) else None
+
+    @cached_property
     def probes(self) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
         """A few inputs that calibration has not seen, and what the reference gives for them."""
         evaluator = self.evaluator
@@ -250,7 +260,7 @@ class Compilation:
         self._built += 1
         folder = self.folder / f"{self._built:03d}-{name}"
         folder.mkdir()
-        options = engine.options.model_validate(recipe.options)
+        options = engine.fit(engine.options.model_validate(recipe.options), self.usual_shapes)
         recipe = recipe.model_copy(
             update={
                 "options": options.model_dump(mode="json"),

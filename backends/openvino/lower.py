@@ -44,6 +44,8 @@ class OpenVinoOptions(Options):
         hint: What to compile for.
         streams: Requests that run at the same time; 0 leaves it to the hint.
         threads: Of all streams together; 0 leaves it to OpenVINO (one for each core).
+        shapes: Of all inputs, as they usually are: they run in a compiled model without free axes. None takes them from the
+            calibration data where most batches are alike; inputs of other shapes run all the same.
         cache: Keep the compiled model of a finished artifact in ``$OPTKIT_CACHE``.
     """
 
@@ -51,6 +53,7 @@ class OpenVinoOptions(Options):
     hint: Literal["latency", "throughput"] = "latency"
     streams: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
+    shapes: dict[str, tuple[int, ...]] | None = None
     cache: bool = True
 
 
@@ -123,7 +126,13 @@ class OpenVino(Backend):
         machine = f"{ov.get_version()} {core().get_property('CPU', 'FULL_DEVICE_NAME')}"
         if options.cache and (kept := cache.folder(path, (MODEL, WEIGHTS), machine)) is not None:
             chosen["CACHE_DIR"] = str(kept)
-        return OpenVinoSession(path / MODEL, chosen)
+        return OpenVinoSession(path / MODEL, chosen, options.shapes)
+
+    def fit(self, options: OpenVinoOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> OpenVinoOptions:
+        """With the usual shapes, where the options leave them open."""
+        if shapes is None or options.shapes is not None:
+            return options
+        return options.model_copy(update={"shapes": dict(shapes)})
 
     def runner(
         self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str
@@ -143,6 +152,8 @@ class OpenVino(Backend):
     ) -> Sequence[Executed]:
         """One run with performance counters, read from the runtime graph that it leaves."""
         session = OpenVinoSession(path / MODEL, settings(options, 1) | {"PERF_COUNT": "YES"})
+        # The first run packs the weights.
+        session.run(feeds)
         session.run(feeds)
         nodes = runtime_nodes(session.compiled)
         session.close()

@@ -25,6 +25,42 @@ _SHAPES = 4096
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+class _Compiled:
+    """The model compiled, on demand, with its requests that are free."""
+
+    def __init__(self, file: Path, settings: Mapping[str, object], shape: Mapping[int, list[int]]) -> None:
+        self._file, self._settings, self._shape = file, settings, shape
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was compiled."""
+        self.idle: list[Any] = []
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The compiled model.
+
+        Raises:
+            ModelError: OpenVINO does not take the file.
+        """
+        with self._lock:
+            if self._model is None:
+                self._model = self._compile()
+        return self._model
+
+    def _compile(self) -> Any:
+        try:
+            if not self._shape:
+                return core().compile_model(str(self._file), "CPU", self._settings)
+            fixed = core().read_model(str(self._file))
+            fixed.reshape(self._shape)
+            return core().compile_model(fixed, "CPU", self._settings)
+        except RuntimeError as error:
+            raise ModelError(f"{self._file.name}: OpenVINO cannot load it: {reason(error)}") from error
+
+
 class OpenVinoSession(Session):
     """``model.xml`` on the CPU plugin; several threads may call ``run`` at the same time.
 
@@ -33,24 +69,41 @@ class OpenVinoSession(Session):
     depends on values is not seen there; so elements of the outputs are overwritten before each run, and must have changed
     after it.
 
+    Args:
+        usual: Shapes of all inputs that get a compiled model without free axes, which runs faster; the one that takes any
+            shape is compiled when another comes.
+
     Raises:
         ModelError: OpenVINO does not take the file.
     """
 
-    def __init__(self, file: Path, settings: Mapping[str, object]) -> None:
-        self._file, self._settings = file, dict(settings)
-        self.compiled = self._compile()
-        self.inputs = tuple(_spec(port, file) for port in self.compiled.inputs)
-        self.outputs = tuple(_spec(port, file) for port in self.compiled.outputs)
+    def __init__(
+        self, file: Path, settings: Mapping[str, object], usual: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        self._file = file
+        self._any = _Compiled(file, dict(settings), {})
+        ports = self._read() if usual else self._any.model
+        self.inputs = tuple(_spec(port, file) for port in ports.inputs)
+        self.outputs = tuple(_spec(port, file) for port in ports.outputs)
         self._free = any(s.shape is None or None in s.shape for s in self.inputs)
-        self._idle: list[Any] = []
+        self._usual, self._fixed = None, self._any
+        if usual and self._free:
+            shapes = {i: list(usual[s.name]) for i, s in enumerate(self.inputs)}
+            self._usual = tuple(tuple(shape) for shape in shapes.values())
+            self._fixed = _Compiled(file, dict(settings), shapes)
+        _ = self._fixed.model
         self._fit: set[tuple[tuple[int, ...], ...]] = set()
         self._graph: Any = None
         self._lock = threading.Lock()
 
-    def _compile(self) -> Any:
+    @property
+    def compiled(self) -> Any:
+        """The compiled model that usual inputs run in."""
+        return self._fixed.model
+
+    def _read(self) -> Any:
         try:
-            return core().compile_model(str(self._file), "CPU", self._settings)
+            return core().read_model(str(self._file))
         except RuntimeError as error:
             raise ModelError(f"{self._file.name}: OpenVINO cannot load it: {reason(error)}") from error
 
@@ -65,17 +118,17 @@ class OpenVinoSession(Session):
         if set(feeds) != set(names):
             raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
         arrays = [_array(feeds[s.name], s) for s in self.inputs]
-        if self._free:
+        where = self._fixed if tuple(a.shape for a in arrays) == self._usual else self._any
+        if self._free and where is self._any:
             self._check_shapes(arrays)
         tensors = [_tensor(a) for a in arrays]
-        request = self._idle.pop() if self._idle else self.compiled.create_infer_request()
+        request = where.idle.pop() if where.idle else where.model.create_infer_request()
         try:
             for index, tensor in enumerate(tensors):
                 request.set_input_tensor(index, tensor)
             if stale := self._infer(request):
                 # The state of the compiled model is not to be trusted either.
-                self._idle.clear()
-                self.compiled = self._compile()
+                where.reset()
                 raise ModelError(
                     f"{self._file.name}: OpenVINO reported success and did not compute {', '.join(stale)} "
                     f"for {self._shapes(arrays)}",
@@ -85,7 +138,7 @@ class OpenVinoSession(Session):
             outputs = {s.name: _copy(t, s.dtype) for s, t in zip(self.outputs, results, strict=True)}
         except RuntimeError as error:
             raise ModelError(f"OpenVINO stopped: {reason(error)}") from error
-        self._idle.append(request)
+        where.idle.append(request)
         return outputs
 
     def _shapes(self, arrays: list[np.ndarray]) -> str:
@@ -97,7 +150,7 @@ class OpenVinoSession(Session):
             return
         with self._lock:
             if self._graph is None:
-                self._graph = core().read_model(str(self._file))
+                self._graph = self._read()
             try:
                 self._graph.reshape(dict(enumerate(map(list, shapes))))
             except RuntimeError as error:
@@ -117,9 +170,9 @@ class OpenVinoSession(Session):
 
     def close(self) -> None:
         """Free the model."""
-        self._idle.clear()
+        self._any.reset()
+        self._fixed.reset()
         self._graph = None
-        del self.compiled
 
 
 def _spec(port: Any, file: Path) -> TensorSpec:

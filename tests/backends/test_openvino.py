@@ -662,3 +662,32 @@ def test_nothing_is_sent_and_no_process_started_when_openvino_is_imported(tmp_pa
     )
     assert done.stdout.strip() == "quiet", done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_openvino
+def test_usual_shapes_have_a_model_of_their_own_and_others_run_all_the_same(tmp_path):
+    model = _mobile()
+    backend, options = _lower(model, tmp_path, shapes={"x": (2, 3, 16, 16)})
+    reference = ReferenceSession(model)
+    with backend.load(tmp_path, CPU, options, threads=1) as session:
+        assert session.compiled.inputs[0].partial_shape.is_static
+        assert session.inputs[0].shape[0] is None
+        for size in (2, 1, 2, 3):
+            feeds = {"x": random_feeds(model, size=size, seed=size)["x"]}
+            np.testing.assert_allclose(
+                session.run(feeds)["y"], reference.run(feeds)["y"], rtol=1e-4, atol=1e-5
+            )
+        with pytest.raises(DataError, match="'x' is"):
+            session.run({"x": np.zeros((2, 3, 16), np.float32)})
+
+
+@needs_openvino
+@pytest.mark.parametrize(("sizes", "usual"), [((2, 2, 2, 1), (2, 3, 16, 16)), ((1, 2, 3, 4), None)])
+def test_what_most_batches_look_like_is_the_usual_shape(tmp_path, sizes, usual):
+    batches = [random_feeds(_mobile(), size=size, seed=i) for i, size in enumerate(sizes)]
+    artifact, _ = optkit.compile(
+        _mobile(), recipe="openvino-fp32", data=[*batches, batches[0]], overrides=["limits.min_speedup=0"], out=tmp_path / "o"
+    )  # fmt: skip
+    found = artifact.manifest.options["shapes"]
+    assert found == (None if usual is None else {"x": list(usual)})
+    assert Recipe.load(tmp_path / "o" / "recipe.yaml").options["shapes"] == found
