@@ -13,7 +13,8 @@ from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Change, Match, Rule, apply
 
 
-def _normalized(op: Any, x: Any, axes: Any, epsilon: Any) -> Any:
+def normalized(op: Any, x: Any, axes: Any, epsilon: Any) -> Any:
+    """``(x - mean) / sqrt(variance + epsilon)`` over ``axes``, in the ways that exporters write it."""
     centred = op.Sub(x, op.ReduceMean(x, axes))
     square = op.any(op.Pow(centred, 2), op.Mul(centred, centred))
     variance = op.Add(op.ReduceMean(square, axes), epsilon)
@@ -25,15 +26,15 @@ def _normalized(op: Any, x: Any, axes: Any, epsilon: Any) -> Any:
 
 
 def _whole_pattern(op: Any, x: Any, axes: Any, epsilon: Any, scale: Any, bias: Any) -> Any:
-    return op.Add(op.Mul(_normalized(op, x, axes, epsilon), scale), bias)
+    return op.Add(op.Mul(normalized(op, x, axes, epsilon), scale), bias)
 
 
 def _scaled_pattern(op: Any, x: Any, axes: Any, epsilon: Any, scale: Any) -> Any:
-    return op.Mul(_normalized(op, x, axes, epsilon), scale)
+    return op.Mul(normalized(op, x, axes, epsilon), scale)
 
 
 def _bare_pattern(op: Any, x: Any, axes: Any, epsilon: Any) -> Any:
-    return _normalized(op, x, axes, epsilon)
+    return normalized(op, x, axes, epsilon)
 
 
 def _folded_pattern(op: Any, x: Any, axes: Any, epsilon: Any, scale: Any, bias: Any) -> Any:
