@@ -14,9 +14,8 @@ from optkit.cli.terminal import Terminal, command
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from optkit.cost import Costs
     from optkit.report import Manifest
-
-_INTEGER_PRODUCTS = frozenset({"MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul"})
 
 
 @command
@@ -37,14 +36,19 @@ def inspect(
     backend: options.Backend = None,
     json: options.Json = False,
 ) -> int:
-    """Show inputs, outputs, operators, parameters, multiply-accumulates and bytes of MODEL."""
+    """Show what MODEL is made of: operators, parameters, multiply-accumulates, bytes; with a target also the least time there."""
     from optkit.cli.render import facts, table
     from optkit.cli.running import graph, shaped
+    from optkit.cost import costs
 
     loaded = graph(model)
     free = shaped(loaded, shape or ())
-    macs = _macs_by_node(loaded.model)
+    cost = costs(loaded.model)
+    macs = {node: c.macs for node, c in cost.nodes.items()}
     found = _facts(loaded.model, macs)
+    found["families"] = _families(loaded.model, cost)
+    if target is not None:
+        found["floor"] = _floor(loaded.model, cost, target)
     found = {"name": model, "opset": loaded.opset, "notes": list(loaded.notes), **found}
     manifest = _manifest(model)
     if manifest is not None:
@@ -63,6 +67,13 @@ def inspect(
         for op, f in found["operators"].items()
     ]
     terminal.result(table(("Operator", ">Nodes", ">Parameters", ">MACs", ">Share"), rows))
+    terminal.result("")
+    by_family = [
+        (name, str(f["nodes"]), _n(f["parameters"]), _macs(f["macs"]), _bytes(f["bytes"]), _intensity(f["intensity"]))
+        for name, f in found["families"].items()
+    ]  # fmt: skip
+    head = ("Family", ">Nodes", ">Parameters", ">MACs", ">Bytes moved", ">Operations/byte")
+    terminal.result(table(head, by_family))
     if nodes:
         terminal.result("")
         listed = [
@@ -81,6 +92,7 @@ def inspect(
 
 
 def _facts(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> dict[str, Any]:
+    from optkit.cost import is_integer
     from optkit.data import specs
     from optkit.graph import count_nodes, count_parameters, graphs, walk, weight_bytes
 
@@ -103,7 +115,7 @@ def _facts(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> dict[str,
         elif row["macs"] is not None:
             row["macs"] += macs
             products += macs
-            integer += macs if _is_integer(node) else 0
+            integer += macs if is_integer(node) else 0
     complete = all(row["macs"] is not None for row in operators.values())
     weights: dict[str, int] = {}
     for part in graphs(model):
@@ -126,46 +138,50 @@ def _facts(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> dict[str,
     }
 
 
-def _macs_by_node(model: ir.Model) -> dict[str, int | None]:
-    """Multiply-accumulates of one run by node; None where they depend on free axes."""
-    from optkit.graph import walk
-    from optkit.passes import PASSES
-    from optkit.passes.base import Context
-    from optkit.pipeline import run_passes
-    from optkit.targets import target
+def _families(model: ir.Model, found: Costs) -> dict[str, Any]:
+    from optkit.cost import by_family
 
-    found = {str(node.name): _macs_of(node) for node in walk(model)}
-    if None in found.values():
-        # Shapes that the graph computes for itself are numbers once its arithmetic on shapes is folded.
-        folded = model.clone()
-        steps = [PASSES[name]() for name in ("lift-constants", "fold-constants", "fold-shapes")]
-        run_passes(folded, steps, Context(target=target("cpu")))
-        later = {str(node.name): _macs_of(node) for node in walk(folded)}
-        found = {name: later.get(name) if macs is None else macs for name, macs in found.items()}
-    return found
+    return {
+        name: {
+            "nodes": f.nodes,
+            "parameters": f.parameters,
+            "macs": f.macs,
+            "bytes": f.bytes,
+            "intensity": f.intensity,
+        }
+        for name, f in by_family(model, found).items()
+    }
 
 
-def _macs_of(node: ir.Node) -> int | None:
-    from optkit.ops import spec
+def _floor(model: ir.Model, found: Costs, name: str) -> dict[str, Any]:
+    """The least time on a target, and the ceilings that it comes from; or why it is not known."""
+    from optkit.cost import floor
+    from optkit.targets import target as find_target
 
-    known = spec(node)
-    return _products(node) if known is None or known.macs is None else known.macs(node)
+    where = find_target(name)
+    peak, bandwidth, source = dict(where.peak), where.bandwidth, where.source
+    if (not peak or bandwidth is None) and where.runs_here:
+        from optkit.roofline import ceilings
 
-
-def _products(node: ir.Node) -> int | None:
-    """Multiply-accumulates of the operators on integers that the table of operators leaves out."""
-    from optkit.ops.spec import conv_macs, matmul_macs
-
-    if node.op_type == "MatMulInteger":
-        return matmul_macs(node)
-    return conv_macs(node) if node.op_type == "ConvInteger" else 0
-
-
-def _is_integer(node: ir.Node) -> bool:
-    if node.op_type in _INTEGER_PRODUCTS:
-        return True
-    read = [v.producer() for v in node.inputs[:2] if v is not None]
-    return len(read) == 2 and all(n is not None and n.op_type == "DequantizeLinear" for n in read)
+        machine = ceilings()
+        peak, bandwidth, source = dict(machine.operations), machine.bytes, "measured here, one thread"
+    shown: dict[str, Any] = {"target": where.name, "peak": peak, "bandwidth": bandwidth, "source": source}
+    needed = found.operations
+    missing = sorted(fmt for fmt in needed or () if fmt not in peak)
+    if bandwidth is None or missing:
+        what = f"no peak of {', '.join(missing)}" if missing else "no bandwidth"
+        return shown | {"ms": None, "why": f"nothing is known about {where.name}: {what}"}
+    least = floor(model, found, peak, bandwidth)
+    if least is None:
+        return shown | {"ms": None, "why": "depends on free axes (--shape INPUT=SIZES fixes them)"}
+    formats = {fmt: count / sum(needed.values()) for fmt, count in needed.items()} if needed else {}
+    return shown | {
+        "ms": least.seconds * 1e3,
+        "bound": least.bound,
+        "bytes": least.bytes,
+        "intensity": least.intensity,
+        "formats": formats,
+    }
 
 
 def _nodes(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> list[dict[str, Any]]:
@@ -251,6 +267,8 @@ def _lines(
             else f", {sentences.percent(found['int8_share'])} of them between int8 tensors"
         )
         rows.append(("MACs", (f"{_macs(found['macs'])} a run{share}",)))
+    if "floor" in found:
+        rows.append(("Floor", _floor_lines(found["floor"])))
     if found["notes"]:
         rows.append(("Loading", found["notes"]))
     if manifest is not None:
@@ -273,6 +291,29 @@ def _lines(
         if manifest.fidelity is not None:
             rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
     return rows
+
+
+def _floor_lines(found: dict[str, Any]) -> tuple[str, ...]:
+    from optkit import sentences
+
+    if found["ms"] is None:
+        return (f"not known on {found['target']}: {found['why']}",)
+    used = [f"{fmt} {_macs(int(found['peak'][fmt])).strip()}op/s" for fmt in found["formats"]]
+    peaks = ", ".join([*used, f"memory {_macs(int(found['bandwidth'])).strip()}B/s"])
+    return (
+        f"{sentences.milliseconds(found['ms'])} a run on {found['target']}, bound by {found['bound']}: no kernel can be faster",
+        f"{found['intensity']:.3g} operations a byte of weights, inputs and outputs; {peaks} ({found['source']})",
+    )
+
+
+def _bytes(n: int | None) -> str:
+    if not n:
+        return _macs(n)
+    return f"{_macs(n)}B" if n >= 1e3 else f"{n} B"
+
+
+def _intensity(x: float | None) -> str:
+    return f"{x:.3g}" if x else ""
 
 
 def _n(n: int) -> str:

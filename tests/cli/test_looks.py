@@ -48,6 +48,30 @@ def test_inspect_counts_by_operator(optkit, given):
     assert document["nodes_listed"][0]["name"] == "first"
 
 
+def test_inspect_adds_up_by_family(optkit, given):
+    document = optkit("inspect", given / "model.onnx", "--shape", "x=2x32", "--json").json
+    (product,) = [f for name, f in document["families"].items() if name == "matmul"]
+    assert product["macs"] == document["macs"]
+    moved = 4 * (
+        2 * 32 + 32 * 128 + 2 * 128 + 2 * 128 + 128 * 128 + 2 * 128 + 2 * 128 + 128 * 10 + 10 + 2 * 10
+    )
+    assert product["bytes"] == moved
+    assert product["intensity"] == pytest.approx(2 * document["macs"] / moved)
+    assert "floor" not in document
+    assert "Operations/byte" in optkit("inspect", given / "model.onnx", "--shape", "x=2x32").out
+
+
+def test_inspect_knows_the_floor_on_a_target(optkit, given):
+    shaped = ("inspect", given / "model.onnx", "--shape", "x=2x32", "--target", "cpu")
+    least = optkit(*shaped, "--json").json["floor"]
+    macs = 2 * (32 * 128 + 128 * 128 + 128 * 10)
+    compute = 2 * macs / least["peak"]["fp32"]
+    assert least["ms"] == pytest.approx(1e3 * max(compute, least["bytes"] / least["bandwidth"]))
+    assert "no kernel can be faster" in optkit(*shaped).out
+    free = optkit("inspect", given / "model.onnx", "--target", "cpu")
+    assert "not known on cpu: depends on free axes" in free.out
+
+
 def test_inspect_of_an_artifact_tells_what_ran(optkit, artifact):
     document = optkit("inspect", artifact, "--shape", "x=1x32", "--json").json
     assert document["int8_share"] == 1

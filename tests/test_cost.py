@@ -1,0 +1,125 @@
+"""Costs against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from optkit.cost import by_family, costs, floor
+from optkit.testing import parse
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
+MODEL = (
+    HEADER
+    + """
+g (float[2, 3, 8, 8] x, int64[5] i) => (float[2, 16] y, float[5, 4] r)
+<float[16, 3, 3, 3] w, float[1000, 4] table> {
+  [conv] c = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w)
+  [relu] a = Relu (c)
+  [pool] p = GlobalAveragePool (a)
+  [view] y = Flatten (p)
+  [look] r = Gather (table, i)
+}
+"""
+)
+PEAK, BANDWIDTH = {"fp32": 1e9}, 1e8
+
+
+def _model():
+    import numpy as np
+
+    return parse(
+        MODEL.replace("<float[16, 3, 3, 3] w, float[1000, 4] table>", ""),
+        w=np.zeros((16, 3, 3, 3), np.float32),
+        table=np.zeros((1000, 4), np.float32),
+    )
+
+
+def test_each_node_reads_and_writes_what_it_touches():
+    found = costs(_model())
+    assert found.nodes["conv"].macs == 2 * 16 * 64 * 27
+    assert found.nodes["conv"].bytes == 4 * (2 * 3 * 64 + 16 * 27 + 2 * 16 * 64)
+    assert found.nodes["relu"].bytes == 2 * 4 * 2 * 16 * 64
+    assert (found.nodes["view"].macs, found.nodes["view"].bytes) == (0, 0)
+    # Of a table, the rows that are looked up, not all.
+    assert found.nodes["look"].bytes == 4 * 20 + 8 * 5 + 4 * 20
+
+
+def test_families_add_up():
+    model = _model()
+    found = by_family(model, costs(model))
+    assert next(iter(found)) == "conv"
+    assert found["conv"].intensity == pytest.approx(2 * 55296 / (4 * (384 + 432 + 2048 + 2048 + 32)))
+    assert found["shape"].parameters == 4000
+    assert found["elementwise"].intensity == 0
+    assert sum(f.nodes for f in found.values()) == 5
+
+
+def test_the_floor_is_the_slower_of_operations_and_bytes():
+    model = _model()
+    found = costs(model)
+    assert found.operations == {"fp32": 2 * 55296}
+    outside = 4 * 384 + 8 * 5 + 4 * 32 + 4 * 20
+    least = floor(model, found, PEAK, BANDWIDTH)
+    assert least is not None
+    assert (least.bytes, least.bound) == (4 * 432 + outside, "compute")
+    assert least.seconds == pytest.approx(2 * 55296 / 1e9)
+    slow = floor(model, found, PEAK, 1e3)
+    assert slow is not None
+    assert slow.bound == "memory"
+    assert slow.seconds == pytest.approx(least.bytes / 1e3)
+
+
+def test_outputs_have_the_sizes_that_follow_from_the_inputs():
+    model = parse(HEADER + "g (float[2, 3] x) => (float[?, M] y) { y = Relu (x) }")
+    assert costs(model).outside == 2 * 4 * 6
+
+
+def test_free_axes_leave_costs_open():
+    model = parse(
+        HEADER + "g (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w> { [p] y = MatMul (x, w) }".replace(
+            "<float[4, 4] w>", "<float[4] w = {1, 2, 3, 4}>"
+        ).replace("float[N, 4] y", "float[N] y")
+    )  # fmt: skip
+    found = costs(model)
+    assert (found.nodes["p"].macs, found.nodes["p"].bytes) == (None, None)
+    assert found.operations is None
+    assert floor(model, found, PEAK, BANDWIDTH) is None
+    assert by_family(model, found)["matmul"].macs is None
+
+
+def test_recurrent_steps_multiply_with_both_weights():
+    import numpy as np
+
+    source = (
+        HEADER
+        + """
+        g (float[7, 2, 5] x) => (float[7, 1, 2, 3] y) {
+          [rnn] y = LSTM <hidden_size = 3> (x, w, r)
+        }
+        """
+    )
+    model = parse(source, w=np.zeros((1, 12, 5), np.float32), r=np.zeros((1, 12, 3), np.float32))
+    assert costs(model).nodes["rnn"].macs == 7 * 2 * (12 * 5 + 12 * 3)
+    assert list(by_family(model, costs(model))) == ["recurrent"]
+
+
+def test_products_between_int8_are_told_apart():
+    import numpy as np
+
+    source = (
+        HEADER
+        + """
+        g (uint8[2, 4] x, float s, uint8 z) => (float[2, 3] y) {
+          a = DequantizeLinear (x, s, z)
+          b = DequantizeLinear (w, s)
+          [p] y = MatMul (a, b)
+        }
+        """
+    )
+    model = parse(source, w=np.zeros((4, 3), np.int8))
+    found = costs(model)
+    assert found.nodes["p"].format == "int8"
+    least = floor(model, found, {"int8": 1e9}, BANDWIDTH)
+    assert least is not None
+    # One byte a weight; the scalars that come from outside count with the inputs.
+    assert least.bytes == 12 + 8 + 4 + 1 + 24
