@@ -357,7 +357,9 @@ def _find(rule: Rule, root: ir.Node, trail: _Trail) -> tuple[dict[str, Any], _St
         verdict = rule.check(**bound) if rule.check is not None else Match()
         if verdict:
             return bound, state
-        trail.miss(len(state.nodes) + 1, verdict.reason or "the check failed")
+        # Of a single node that is everywhere, that it is not the one looked for tells nothing.
+        depth = len(state.nodes) + 1 if len(state.nodes) > 1 else 1
+        trail.miss(depth, verdict.reason or "the check failed")
     return None
 
 

@@ -26,6 +26,7 @@ PASSES = Registry(
         "fuse-rms-norm": "optkit.passes.fusion.rms_norm:FuseRmsNorm",
         "fuse-depth-to-space": "optkit.passes.fusion.depth_to_space:FuseDepthToSpace",
         "clean-attention": "optkit.passes.fusion.attention:CleanAttention",
+        "group-heads": "optkit.passes.fusion.grouped_heads:GroupHeads",
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "cast": "optkit.passes.lowering.cast:CastFloats",
