@@ -17,6 +17,7 @@ from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.onnxruntime.placement import PLACEMENTS
 from optkit.backends.onnxruntime.profile import conv_weights, read_profile
 from optkit.backends.onnxruntime.session import OnnxRuntimeSession
+from optkit.backends.onnxruntime.spelling import spelled
 from optkit.graph import walk
 from optkit.reference import session_options
 from optkit.store import save
@@ -66,7 +67,7 @@ class OnnxRuntime(Backend):
 
     def lower(self, model: ir.Model, target: Target, options: OnnxRuntimeOptions, path: Path) -> None:
         """Write ``model.onnx``, with weights beside it where they do not fit into one file."""
-        save(model, path / MODEL)
+        save(spelled(model), path / MODEL)
 
     def load(
         self, path: Path, target: Target, options: OnnxRuntimeOptions, *, threads: int | None = None
