@@ -114,6 +114,36 @@ IDIOMS = {
         """,
         {"w": (1, 24, 4), "r": (1, 24, 6)},
     ),
+    # PyTorch 2.13, torch.onnx.export(dynamo=True) of a decoder layer of transformers 5: root-mean-square norm, two heads of
+    # keys and values for four of queries, boolean mask, guarded softmax.
+    "torch_grouped_attention": (
+        """
+        g (float[batch, tokens, 16] x, bool[batch, 1, tokens, tokens] mask) => (float[batch, tokens, 16] y) {
+          two = Constant<value_float = 2.0>() eps = Constant<value_float = 1e-6>() last = Constant<value_ints = [-1]>()
+          at = Constant<value_ints = [2]>() zero = Constant<value_float = 0.0>() low = Constant<value_float = -3.4028235e38>()
+          f4 = Constant<value_ints = [4]>() f2 = Constant<value_ints = [2]>() f16 = Constant<value_ints = [16]>()
+          scale = Constant<value_float = 0.70710678>()
+          b = Shape<start = 0, end = 1>(x) t = Shape<start = 1, end = 2>(x)
+          p = Pow(x, two) m = ReduceMean(p, last) e = Add(m, eps) r = Sqrt(e) i = Reciprocal(r) n0 = Mul(x, i)
+          n = Mul(gain, n0)
+          heads = Concat<axis = 0>(b, t, last, f4)
+          q0 = MatMul(n, wq) q1 = Reshape(q0, heads) q = Transpose<perm = [0, 2, 1, 3]>(q1)
+          k0 = MatMul(n, wk) k1 = Reshape(k0, heads) k = Transpose<perm = [0, 2, 1, 3]>(k1)
+          v0 = MatMul(n, wv) v1 = Reshape(v0, heads) v = Transpose<perm = [0, 2, 1, 3]>(v1)
+          five = Concat<axis = 0>(b, f2, f2, t, f4) four = Concat<axis = 0>(b, f4, t, f4)
+          ku = Unsqueeze(k, at) ke = Expand(ku, five) kr = Reshape(ke, four)
+          vu = Unsqueeze(v, at) ve = Expand(vu, five) vr = Reshape(ve, four)
+          flat = Concat<axis = 0>(last, t, f4) kf = Reshape(kr, flat) kt = Transpose<perm = [0, 2, 1]>(kf)
+          whole = Concat<axis = 0>(b, f4, f4, t) kw = Reshape(kt, whole)
+          qs = Mul(q, scale) ks = Mul(kw, scale) s = MatMul(qs, ks)
+          w = Where(mask, zero, low) a = Add(s, w) o = Softmax<axis = -1>(a) c = IsNaN(o) g = Where(c, zero, o)
+          h = MatMul(g, vr) back = Transpose<perm = [0, 2, 1, 3]>(h)
+          joined = Concat<axis = 0>(b, t, f16) h2 = Reshape(back, joined)
+          l = MatMul(h2, wo) y = Add(x, l)
+        }
+        """,
+        {"gain": (16,), "wq": (16, 16), "wk": (16, 8), "wv": (16, 8), "wo": (16, 16)},
+    ),
 }
 
 
