@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # own fusions still recognise.
 OPSET = 21
 IR_VERSION = 10
+# The standard operators with bodies; looking through the attributes of every node would take longer than most passes.
+_WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 
 def walk(scope: ir.Model | ir.Graph) -> Iterator[ir.Node]:
@@ -40,6 +42,8 @@ def graphs(scope: ir.Model | ir.Graph) -> Iterator[ir.Graph]:
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The bodies that ``node`` itself holds."""
+    if node.domain == "" and node.op_type not in _WITH_BODIES:
+        return
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield attribute.as_graph()
@@ -63,7 +67,7 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
         return value.const_value.numpy()
     for attribute in node.attributes.values():
         if attribute.name == "value":
-            return attribute.as_tensor().numpy()
+            return attribute.value.numpy()  # type: ignore[no-any-return]
         if attribute.name.startswith(("value_float", "value_int")):
             return np.asarray(attribute.value, np.float32 if "float" in attribute.name else np.int64)
     return None

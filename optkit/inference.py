@@ -144,7 +144,7 @@ def _forget_new_names(found: onnx.TypeProto, declared: set[str | None]) -> None:
 
 def _constant_bytes(node: ir.Node) -> int:
     held = node.attributes.get("value") if node.op_type == "Constant" else None
-    return 0 if held is None or held.type != ir.AttributeType.TENSOR else int(held.as_tensor().nbytes)
+    return 0 if held is None or held.type != ir.AttributeType.TENSOR else int(held.value.nbytes)
 
 
 def _collect(graph: onnx.GraphProto, known: dict[str, onnx.TypeProto | None]) -> None:
@@ -186,7 +186,7 @@ class _Walk:
 
     def _node(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
-            tensor, output = node.attributes["value"].as_tensor(), node.outputs[0]
+            tensor, output = node.attributes["value"].value, node.outputs[0]
             output.type, output.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         if any(v in self._changed for v in node.inputs) or any(not _complete(o) for o in node.outputs):
             self._shapes(node)
