@@ -20,6 +20,7 @@ _FORMATS = {
 _NOT_RUN = "not_executed"
 # What the low-precision transformations append to the name of a product when they put its scale behind it.
 _SCALED = "/DequantizationMultiply"
+_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _FILLED = ("Const", "Input", "Output")
 
 
@@ -30,7 +31,7 @@ def products(model: Any) -> dict[str, int]:
         model: An ``openvino.Model``, reshaped to the shapes of the run.
     """
     found = {}
-    for op in model.get_ops():
+    for op in model.get_ordered_ops():
         count = _COUNTS.get(op.get_type_name())
         ports = [*op.inputs(), *op.outputs()]
         if count is not None and all(p.get_partial_shape().is_static for p in ports):
@@ -89,8 +90,9 @@ def read_runtime(nodes: Sequence[Mapping[str, str]], macs: Mapping[str, int]) ->
 
     Args:
         nodes: What the runtime graph says of each node, after a run with performance counters; in the order of execution.
-        macs: As ``products`` gives them. A product that no node names was fused away by name only: it is inside the
-            attention or elementwise subgraphs that hold other products.
+        macs: As ``products`` gives them. Products that no node names belong, in their order, to as many nodes that compute
+            one and name none; else they were fused away by name only, into the attention or elementwise subgraphs that
+            hold other products.
     """
     left, counts = dict(macs), []
     ran = [n for n in nodes if n["layerType"] not in _FILLED and n.get("execTimeMcs", _NOT_RUN) != _NOT_RUN]
@@ -98,6 +100,11 @@ def read_runtime(nodes: Sequence[Mapping[str, str]], macs: Mapping[str, int]) ->
         originals = node.get("originalLayersNames", "").split(",")
         names = dict.fromkeys(n.removesuffix(_SCALED) for n in (node["name"], *originals))
         counts.append(sum(left.pop(name, 0) for name in names))
+    # A convolution whose batch normalisation is folded into it may go by the latter's name.
+    unnamed = [i for i, node in enumerate(ran) if node["layerType"] in _PRODUCTS and not counts[i]]
+    if len(unnamed) == len(left):
+        for i, name in zip(unnamed, tuple(left), strict=True):
+            counts[i] = left.pop(name)
     inside = [i for i, node in enumerate(ran) if node["layerType"] == "Subgraph" and counts[i]]
     for i in inside:
         counts[i] += sum(left.values()) // len(inside)
