@@ -35,9 +35,9 @@ def core() -> Any:
 
 def convert(model: Path, folder: Path) -> Path:
     """OpenVINO's own file of ``model``, in float32."""
+    read = core().read_model(str(model))
     from optkit.backends.openvino.quiet import ov
 
-    read = core().read_model(str(model))
     ov.save_model(read, str(folder / MODEL), compress_to_fp16=False)
     return folder / MODEL
 
@@ -50,11 +50,11 @@ def quantize(
     Raises:
         BackendUnavailableError: NNCF is not installed.
     """
-    from optkit.backends.openvino.quiet import ov
-
+    read = core().read_model(str(model))
     if find_spec("nncf") is None:
         raise BackendUnavailableError("nncf is not installed", hint="pip install nncf")
-    read = core().read_model(str(model))
+    from optkit.backends.openvino.quiet import ov
+
     with _quiet():
         nncf = importlib.import_module("nncf")
         found = nncf.quantize(

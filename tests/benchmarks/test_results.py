@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optkit.benchmarks import goals
 from optkit.benchmarks.machine import processor, versions
-from optkit.benchmarks.results import CpuResult, Machine, ModelResult, Row, markdown, read, write
+from optkit.benchmarks.results import CpuResult, Machine, ModelResult, Row, Versus, markdown, read, write
 
 
 def _result(speedup: float, *, models: tuple[str, ...] = ("a",), version: str = "1") -> CpuResult:
@@ -34,6 +35,8 @@ def _result(speedup: float, *, models: tuple[str, ...] = ("a",), version: str = 
         drop_ci95=(-0.01, 0.02),
         n=9,
         verdict="inconclusive",
+        roofline=0.62,
+        formats={"int8": 1.0},
     )
     failed = Row(name="peer", bytes=None, note="", make_seconds=0.1, error="ValueError: no | shape")
     kept = {
@@ -43,6 +46,7 @@ def _result(speedup: float, *, models: tuple[str, ...] = ("a",), version: str = 
         "metric": "accuracy",
         "calibration": 4,
         "rounds": 9,
+        "versus": (Versus(ours="optkit", peer="NNCF, hint f32", ratio=1.2, ci95=(1.1, 1.3)),),
     }
     return CpuResult(
         machine=machine,
@@ -58,12 +62,40 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_the_page_shows_speed_metric_and_failure() -> None:
     page = markdown(_result(2.0))
-    assert "| ORT fp32 | 3.00 | 1 | 0.5000 | - | - | 2.00 |  |" in page
+    assert "| ORT fp32 | 3.00 | 1 | 0.5000 | - | - | - | 2.00 |  |" in page
     assert (
-        "| optkit | 1.50 | 2.00 [1.90, 2.10] | 0.4900 | +0.0100 [-0.0100, +0.0200] | inconclusive | 1.00 |  |"
+        "| optkit | 1.50 | 2.00 [1.90, 2.10] | 0.4900 | +0.0100 [-0.0100, +0.0200] | inconclusive | 62 % | 1.00 |  |"
         in page
     )
-    assert "| peer | - | - | - | - | - | - | failed: ValueError: no / shape |" in page
+    assert "| peer | - | - | - | - | - | - | - | failed: ValueError: no / shape |" in page
+
+
+def test_the_table_of_goals_says_what_is_reached_and_what_is_not() -> None:
+    models = _result(2.0, models=("other", "mobilenetv2_shaped")).models
+    first, second = goals.table(models).splitlines()[2:]
+    assert first.startswith(
+        "| mobilenetv2_shaped | 2.00x [1.90, 2.10] (goal 2.9) | 1.20x [1.10, 1.30] (goal 1.5), NNCF, hint f32 | - | "
+    )
+    assert "+0.0100 [-0.0100, +0.0200] of accuracy, n = 9: inconclusive | 62 % |" in first
+    assert first.endswith("| ORT fp32, peer, accuracy (inconclusive) |")
+    assert second.startswith("| other | 2.00x [1.90, 2.10] (goal 1) |")
+    assert second.endswith("| accuracy (inconclusive) |")
+
+
+@pytest.mark.parametrize(("ratio", "missed"), [(1.0, []), (0.985, []), (0.97, ["peer"])])
+def test_a_goal_is_reached_up_to_what_two_sessions_differ_by(ratio: float, missed: list[str]) -> None:
+    (model,) = _result(2.0).models
+    row = model.rows[1].model_copy(update={"verdict": "met"})
+    versus = (model.versus[0].model_copy(update={"ratio": ratio}),)
+    model = model.model_copy(update={"rows": (model.rows[0], row), "versus": versus})
+    assert goals.short(model) == missed
+
+
+def test_a_model_that_optkit_failed_on_is_a_row_too() -> None:
+    (model,) = _result(2.0).models
+    failed = Row(name="optkit", bytes=None, note="", make_seconds=0, error="no | way")
+    model = model.model_copy(update={"rows": (model.rows[0], failed)})
+    assert goals.table([model]).splitlines()[2].endswith("| failed: no / way |")
 
 
 def test_a_new_run_replaces_its_models_and_keeps_the_rest() -> None:
