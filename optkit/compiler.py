@@ -688,7 +688,8 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
     )  # fmt: skip
     usage = resource.getrusage(resource.RUSAGE_SELF)
     host = machine()
-    peaks = ceilings(host.get("processor", ""))
+    # Ceilings of this machine say nothing of a target that is elsewhere, and matter only beside a latency.
+    peaks = None if best.speedup is None else ceilings(host.get("processor", ""))
     report = Report(
         schema=1, manifest=manifest, latency=_latency(best, work, executed, peaks), ceilings=peaks, estimate=_estimate(best), candidates=tuple(choice.records), layers=tuple(best.layers),
         pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
@@ -792,10 +793,10 @@ def _fidelity_record(built: Built, work: Compilation) -> FidelityRecord | None:
 
 
 def _latency(
-    built: Built, work: Compilation, executed: Sequence[Executed], peaks: Ceilings
+    built: Built, work: Compilation, executed: Sequence[Executed], peaks: Ceilings | None
 ) -> Latency | None:
     s = built.speedup
-    if s is None:
+    if s is None or peaks is None:
         return None
     # The ceilings are those of one thread.
     reached = _reached(built, work, executed, s.candidate.median, peaks) if s.threads == 1 else None
