@@ -115,6 +115,17 @@ class Backend(ABC):
     def load(self, path: Path, target: Target, options: Any, *, threads: int | None = None) -> Session:
         """Open what ``lower`` wrote. ``threads`` overrides what the options say."""
 
+    def predict(self, path: Path, target: Target, options: Any, *, threads: int | None = None) -> Session:
+        """Open what ``lower`` wrote so that it gives the numbers that ``target`` gives, at whatever speed.
+
+        Where the arithmetic of a target that is not at hand differs from this machine's, this is where it is emulated.
+        """
+        return self.load(path, target, options, threads=threads)
+
+    def prediction(self, target: Target) -> str | None:
+        """What ``predict`` does to give the numbers of ``target``, in words; None where it runs what is there as it is."""
+        return None
+
     @abstractmethod
     def executed(
         self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]

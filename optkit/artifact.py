@@ -71,15 +71,23 @@ class Artifact:
                     f"{self.folder}: {record.path} is not the file that was written", hint="compile again"
                 )
 
-    def session(self, *, threads: int | None = None) -> Session:
+    def session(self, *, threads: int | None = None, predict: bool = False) -> Session:
         """Load it with the options that the manifest holds.
 
         Args:
             threads: Instead of the number in the options; 0 leaves it to the runtime.
+            predict: Give the numbers that the target gives, where this machine's differ; slower.
         """
         backend = BACKENDS[self.manifest.backend]()
         options = backend.options.model_validate(self.manifest.options)
-        return backend.load(self.folder, target(self.manifest.target), options, threads=threads)  # type: ignore[no-any-return]
+        opened = backend.predict if predict else backend.load
+        return opened(self.folder, target(self.manifest.target), options, threads=threads)  # type: ignore[no-any-return]
+
+    @property
+    def prediction(self) -> str | None:
+        """What ``session(predict=True)`` does to give the target's numbers on this machine; None where nothing is needed."""
+        backend = BACKENDS[self.manifest.backend]()
+        return backend.prediction(target(self.manifest.target))  # type: ignore[no-any-return]
 
     @cached_property
     def _session(self) -> Session:

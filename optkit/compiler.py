@@ -52,10 +52,12 @@ from optkit.report import (
     Report,
     Resources,
     Roofline,
+    SaturationRecord,
     Size,
     dump,
 )  # fmt: skip
 from optkit.roofline import ceilings, moved, share, weights_read
+from optkit.saturation import narrowed, products
 from optkit.search import Built, Choice, carry_out, choose
 from optkit.store import replace_folder, temporary_folder
 from optkit.targets import Target, host
@@ -283,9 +285,10 @@ class Compilation:
             lossy=lossy,
             scheme=scheme(model),
             weights=weights(model),
+            saturation=saturation(model, self.target),
         )
         with self.session(built) as session:
-            check(session.run, self.trials, name=name, lossy=lossy)
+            check(session.run, self.trials, name=name, lossy=built.differs)
         if not self.target.runs_here:
             built.estimate = engine.estimate(model, self.target, options)
         return built
@@ -294,7 +297,7 @@ class Compilation:
         """Open what was built, on one thread unless said otherwise."""
         engine = self.engine(built.recipe)
         chosen = engine.options.model_validate(built.recipe.options) if options is None else options
-        return engine.load(built.folder, self.target, chosen, threads=threads)
+        return engine.predict(built.folder, self.target, chosen, threads=threads)
 
     def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup | None:
         """Time ``built`` in turn with the reference; None for a target that is not at hand."""
@@ -393,6 +396,17 @@ def weights(model: ir.Model) -> dict[str, int]:
                 kind = value.const_value.dtype.name.lower()
                 found[kind] = found.get(kind, 0) + value.const_value.nbytes
     return found
+
+
+def saturation(model: ir.Model, target: Target) -> SaturationRecord | None:
+    """Which products of a finished graph can saturate on ``target``; None where none ever does."""
+    if not target.saturates:
+        return None
+    found = list(products(model))
+    return SaturationRecord(
+        layers=len(found), at_risk=tuple(str(p.node.name) for p in found if p.at_risk.any()),
+        narrowed={str(p.node.name): told for p in found if (told := narrowed(p.node)) is not None},
+    )  # fmt: skip
 
 
 def achieved(executed: Sequence[Executed], built: Built) -> Achieved:
@@ -683,6 +697,7 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
         achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
         evidence=_evidence(work, best), deferred=_deferred(work, best),
+        predicted=work.engine(best.recipe).prediction(work.target), saturation=best.saturation,
         notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip

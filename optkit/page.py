@@ -61,6 +61,8 @@ def page(report: Report) -> str:
         _tiles(report),
         _latency(report),
         _accuracy(manifest.accuracy) if manifest.accuracy is not None else _fidelity(manifest.fidelity),
+        _paragraphs(sentences.predicted(report), "soft"),
+        _saturation(report),
         _size(report),
         _formats(manifest.achieved, report),
         _candidates(report),
@@ -246,6 +248,11 @@ def _fidelity(f: FidelityRecord | None) -> str:
         return "<h2>Accuracy</h2><p>Neither accuracy nor fidelity was measured.</p>"
     lines = sentences.fidelity(f)
     return f"<h2>Fidelity</h2><p>{_e(lines[0])}</p>{_paragraphs(lines[1:], 'soft')}"
+
+
+def _saturation(report: Report) -> str:
+    lines = sentences.saturation(report)
+    return f"<h2>Saturation</h2>{_paragraphs(lines)}" if lines else ""
 
 
 def _size(report: Report) -> str:

@@ -103,6 +103,21 @@ class Evidence(_Record):
     timed_on_device: bool = False
 
 
+class SaturationRecord(_Record):
+    """On a target whose u8 x s8 products saturate in 16 bits: what of the artifact does.
+
+    Attributes:
+        layers: Products of u8 activations with s8 weights.
+        at_risk: Those with a pair of weights that saturates for some activations.
+        narrowed: Those whose weights hold 7 bits, and in how many output channels (``3 of 64``), because they saturated on
+            the calibration data.
+    """
+
+    layers: int
+    at_risk: tuple[str, ...]
+    narrowed: dict[str, str]
+
+
 class FileRecord(_Record):
     """A file of the artifact."""
 
@@ -123,6 +138,8 @@ class Manifest(_Record):
 
     Attributes:
         deferred: Steps that only the target itself can do, in words.
+        predicted: Where accuracy and fidelity were not taken from the target's own arithmetic: what gave its numbers instead.
+        saturation: For targets that saturate.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -139,6 +156,8 @@ class Manifest(_Record):
     size: Size
     evidence: Evidence
     deferred: tuple[str, ...] = ()
+    predicted: str | None = None
+    saturation: SaturationRecord | None = None
     notes: tuple[str, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]

@@ -27,6 +27,8 @@ from optkit.rewrite import Names, register
 LOW, HIGH = -32768, 32767
 # The largest weight of which no pair leaves 16 bits: 255 * (64 + 64) = 32640.
 SAFE = 64
+# Where a node keeps how many of its channels hold weights in 7 bits.
+_NARROWED = "optkit.narrowed"
 # Pairs of one channel that are computed at a time: bounds the memory of a layer with many.
 _CHUNK = 8
 # ONNX Runtime applies these in the integer kernel or drops them in front of a QuantizeLinear.
@@ -285,14 +287,24 @@ def _take_over(old: ir.Value, new: ir.Value, names: Names) -> None:
             producer.graph.outputs[index] = new
 
 
+def note_narrowed(node: ir.Node, channels: np.ndarray) -> None:
+    """Write down at ``node`` that its weights in ``channels``, ``[N]`` truth values, were quantized to 7 bits."""
+    node.metadata_props[_NARROWED] = f"{int(channels.sum())} of {len(channels)}"
+
+
+def narrowed(node: ir.Node) -> str | None:
+    """In how many channels the weights of ``node`` were quantized to 7 bits, as ``3 of 64``; None where in none."""
+    return node.metadata_props.get(_NARROWED)
+
+
 def saturated(model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Which output channels of which nodes of the main graph saturate on ``batches``, were the arithmetic before them exact.
+    """Nodes of the main graph that saturate on ``batches``, were the arithmetic before them exact.
 
     Returns:
-        Node name -> ``[N]`` truth values, at least one true.
+        Node name -> ``[N]``: which of its output channels could, for some input; those that did are among them.
     """
     probe = model.clone()
-    names, outputs = Names(probe), dict[str, str]()
+    names, outputs, risk = Names(probe), dict[str, str](), dict[str, np.ndarray]()
     for product in tuple(products(probe)):
         if product.node.graph is not probe.graph or not product.at_risk.any():
             continue
@@ -303,14 +315,12 @@ def saturated(model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]]) -> d
         if product.node.op_type == "Conv":
             axes = [0, *range(2, 2 + len(product.kernel))]
         else:
-            total, axes = (
-                new("Reshape", total, new.constant("rows", np.asarray([-1, n], np.int64)), dtype=_FLOAT),
-                [0],
-            )
-        count = new(
-            "ReduceSum", total, new.constant("axes", np.asarray(axes, np.int64)), dtype=_FLOAT, keepdims=0
-        )
+            rows = new.constant("rows", np.asarray([-1, n], np.int64))
+            total, axes = new("Reshape", total, rows, dtype=_FLOAT), [0]
+        others = new.constant("others", np.asarray(axes, np.int64))
+        count = new("ReduceSum", total, others, dtype=_FLOAT, keepdims=0)
         outputs[str(count.name)] = str(product.node.name)
+        risk[str(product.node.name)] = np.asarray(product.at_risk.any(1))
     found: dict[str, np.ndarray] = {}
     if not outputs:
         return found
@@ -318,21 +328,9 @@ def saturated(model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]]) -> d
     try:
         for batch in batches:
             for output, sums in session.run(batch).items():
-                name = outputs[output]
-                found[name] = found.get(name, np.zeros(sums.shape, bool)) | (sums > 0)
+                if (sums > 0).any():
+                    name = outputs[output]
+                    found[name] = risk[name]
     finally:
         session.close()
-    return {name: channels for name, channels in found.items() if channels.any()}
-
-
-__all__ = [
-    "HIGH",
-    "LOW",
-    "SAFE",
-    "Product",
-    "emulate",
-    "kernel_order",
-    "pairs_at_risk",
-    "products",
-    "saturated",
-]
+    return found

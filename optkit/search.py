@@ -17,7 +17,7 @@ from optkit.graph import digest
 from optkit.passes.base import GraphPass
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
-from optkit.report import CandidateRecord, LayerRecord, PassRecord
+from optkit.report import CandidateRecord, LayerRecord, PassRecord, SaturationRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,9 +62,15 @@ class Built:
     sqnr: float | None = None
     speedup: Speedup | None = None
     estimate: Estimate | None = None
+    saturation: SaturationRecord | None = None
     accuracy: Comparison | None = None
     fidelity: Fidelity | None = None
     layers: list[LayerRecord] = field(default_factory=list)
+
+    @property
+    def differs(self) -> bool:
+        """Whether its outputs may differ from the reference's: by what was done to it, or by what the target makes of it."""
+        return self.lossy or (self.saturation is not None and bool(self.saturation.at_risk))
 
 
 @dataclass(slots=True)
@@ -375,7 +381,7 @@ def losses(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
         reasons.append(
             "the model gives other outputs each time, so what quantization does to them can't be seen"
         )
-    if built.fidelity is not None and built.lossy:
+    if built.fidelity is not None and built.differs:
         f = built.fidelity
         if not f.shapes_equal:
             reasons.append("outputs of other shapes than the reference's")

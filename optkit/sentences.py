@@ -17,6 +17,8 @@ from optkit.report import (
     Roofline,
 )
 
+# Layers that are named one by one.
+_LISTED = 6
 # Of the candidate: what ``CandidateRecord.verdict`` says.
 SHIPPED = "shipped"
 
@@ -99,10 +101,13 @@ def headline(report: Report) -> str:
             f"{faster(report.latency)} {'than' if faster(report.latency) != 'as fast' else 'as'} ONNX Runtime fp32"
         )
     parts.append(smaller(report))
+    how = "" if manifest.predicted is None else " as predicted"
     if manifest.accuracy is not None:
-        parts.append(f"{manifest.accuracy.metric} {judged(manifest.accuracy)}")
+        parts.append(f"{manifest.accuracy.metric} {judged(manifest.accuracy)}{how}")
     elif manifest.fidelity is not None:
-        parts.append(f"fidelity {'met' if manifest.fidelity.met else 'missed'} (accuracy was not measured)")
+        parts.append(
+            f"fidelity {'met' if manifest.fidelity.met else 'missed'}{how} (accuracy was not measured)"
+        )
     return f"{manifest.model.name} for {manifest.target}: {', '.join(parts)}"
 
 
@@ -216,6 +221,32 @@ def peaks(found: Ceilings) -> tuple[str, ...]:
     if found.loaded:
         note += f"; others were using the machine (wall-clock {found.stretched:.1f} times CPU time)"
     return f"{', '.join(rates)}; memory {_digits(found.bytes / 1e9)} GB/s", note
+
+
+def predicted(report: Report) -> tuple[str, ...]:
+    """What accuracy and fidelity are, where they are no measurement of the target; empty where they are."""
+    manifest = report.manifest
+    if manifest.predicted is None:
+        return ()
+    return (f"predicted by emulation for {manifest.target}: {manifest.predicted}",)
+
+
+def saturation(report: Report) -> tuple[str, ...]:
+    """Which layers saturate in 16 bits and what was done about it; empty for targets where none does."""
+    manifest, s = report.manifest, report.manifest.saturation
+    if s is None:
+        return ()
+    if not s.layers:
+        return (f"no product runs in int8, so nothing saturates on {manifest.target}",)
+    kept = (
+        f"{len(s.narrowed)} of {count(s.layers, 'int8 layer')} saturated on the calibration data: 7-bit weights in "
+        + "; ".join(f"{name} ({channels} channels)" for name, channels in list(s.narrowed.items())[:_LISTED])
+        + (f" and {len(s.narrowed) - _LISTED} more" if len(s.narrowed) > _LISTED else "")
+        if s.narrowed
+        else f"none of {count(s.layers, 'int8 layer')} was narrowed to 7 bits"
+    )
+    left = f"{len(s.at_risk)} could saturate on other inputs" if s.at_risk else "none can saturate any more"
+    return kept, f"{left}, by their weights alone"
 
 
 def judged(a: AccuracyRecord) -> str:

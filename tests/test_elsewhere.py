@@ -51,6 +51,7 @@ def batches() -> list[dict[str, np.ndarray]]:
 def far(monkeypatch) -> None:
     monkeypatch.setitem(TARGETS, FAR.name, FAR)
     monkeypatch.setattr(OnnxRuntime, "deferred", lambda *_: STEPS)
+    monkeypatch.setattr(OnnxRuntime, "evidence", lambda *_: frozenset())
 
 
 def _compile(model, batches, tmp_path, **options):

@@ -20,7 +20,9 @@ from optkit.backends.onnxruntime.session import OnnxRuntimeSession
 from optkit.backends.onnxruntime.spelling import spelled
 from optkit.graph import walk
 from optkit.reference import session_options
+from optkit.saturation import emulate
 from optkit.store import save
+from optkit.targets import target as find_target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +76,43 @@ class OnnxRuntime(Backend):
     ) -> Session:
         """Open the file with the options."""
         return OnnxRuntimeSession(path / MODEL, options, threads=threads)
+
+    def predict(
+        self, path: Path, target: Target, options: OnnxRuntimeOptions, *, threads: int | None = None
+    ) -> Session:
+        """With the saturation in 16 bits that the target has and this machine has not, or without it the other way round."""
+        here = find_target("cpu").saturates
+        if target.saturates == here or target.runs_here:
+            return self.load(path, target, options, threads=threads)
+        if here:
+            return OnnxRuntimeSession(path / MODEL, options, threads=threads, precise=True)
+        model = ir.load(path / MODEL)
+        if not emulate(model):
+            return self.load(path, target, options, threads=threads)
+        # Open files outlive their names, so the session keeps weights that lie beside the graph.
+        with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
+            save(model, Path(folder) / MODEL)
+            return OnnxRuntimeSession(Path(folder) / MODEL, options, threads=threads)
+
+    def prediction(self, target: Target) -> str | None:
+        """Whether ``predict`` adds saturation or takes it away."""
+        here = find_target("cpu").saturates
+        if target.saturates == here or target.runs_here:
+            return None
+        if here:
+            return "products of u8 by s8 computed without the saturation in 16 bits that this processor has"
+        return "saturation of vpmaddubsw in 16 bits, which this processor does not have, emulated"
+
+    def evidence(self, path: Path, target: Target, options: OnnxRuntimeOptions) -> frozenset[str]:
+        """The same ONNX Runtime took the file, for another processor; its operators were read back there."""
+        return frozenset({"inspected", "proxy_compiled"})
+
+    def deferred(self, path: Path, target: Target, options: OnnxRuntimeOptions) -> Sequence[str]:
+        """Time it, and hold the numbers against the prediction."""
+        return (
+            f"time it on a processor of the kind {target.name}: optkit bench FOLDER --against MODEL",
+            "hold the metric there against what was found here: optkit eval FOLDER --against MODEL --eval FILE",
+        )
 
     def executed(
         self, path: Path, target: Target, options: OnnxRuntimeOptions, feeds: Mapping[str, np.ndarray]

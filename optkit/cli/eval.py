@@ -40,7 +40,8 @@ def evaluate(
 ) -> int:
     """Compute the metric of MODEL over the samples of an evaluator file.
 
-    With --against and --max-drop it is a gate: exit code 0 met, 3 missed, 5 when the samples do not decide.
+    The metric of an artifact for another processor is what that processor gives, where it differs: then it is predicted
+    by emulation, and said to be. With --against and --max-drop it is a gate: exit code 0 met, 3 missed, 5 when the samples do not decide.
     """  # fmt: skip
     from optkit.cli.render import facts, table
     from optkit.cli.running import opened
@@ -51,16 +52,22 @@ def evaluate(
         raise UsageError("--max-drop needs --against: a drop is between two models")
     judge = Evaluator.load(evaluator)
     scores: list[list[Any]] = []
+    said: dict[str, str] = {}
     for name in (against, model):
         if name is not None:
             with ExitStack() as stack:
-                one = stack.enter_context(opened(name))
+                one = stack.enter_context(opened(name, predict=True))
+                if one.predicted is not None:
+                    said[name] = f"predicted for {one.target}: {one.predicted}"
                 scores.append(_scores(terminal, judge.checked(one.inputs), one.name, one.run))
     *before, after = scores
+    for name, words in said.items():
+        terminal.say(f"{name}: {words}")
+    more = {"predicted": said} if said else {}
     value = judge.total(after)
     if not before:
         if json:
-            terminal.json({"model": model, "metric": judge.metric, "value": value, "n": len(after)})
+            terminal.json({"model": model, "metric": judge.metric, "value": value, "n": len(after), **more})
         else:
             terminal.result(table(("Model", judge.metric, ">n"), [(model, f"{value:.4f}", str(len(after)))]))
         return 0
@@ -80,7 +87,13 @@ def evaluate(
             "needed",
         )
         terminal.json(
-            {"model": model, "against": against, **{f: getattr(found, f) for f in fields}, "exit_code": code}
+            {
+                "model": model,
+                "against": against,
+                **{f: getattr(found, f) for f in fields},
+                **more,
+                "exit_code": code,
+            }
         )
         return code
     rows = [

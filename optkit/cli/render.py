@@ -57,9 +57,11 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
     else:
         rows.append(("Latency", sentences.untimed(report)))
     if manifest.accuracy is not None:
-        rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
+        rows.append(("Accuracy", (*sentences.accuracy(manifest.accuracy), *sentences.predicted(report))))
     if manifest.fidelity is not None:
-        rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
+        rows.append(("Fidelity", (*sentences.fidelity(manifest.fidelity), *sentences.predicted(report))))
+    if lines := sentences.saturation(report):
+        rows.append(("Saturation", lines))
     rows.append(("Formats", sentences.formats(report)))
     if kept := sentences.kept_float(report):
         rows.append(

@@ -28,16 +28,24 @@ class Opened:
         name: As the user wrote it.
         inputs: What it takes.
         run: Takes a batch, gives all outputs.
+        target: What an artifact was compiled for; None for a model.
+        predicted: What was done to give the numbers of that target on this machine; None where nothing was.
     """
 
     name: str
     inputs: Sequence[TensorSpec]
     run: Run
+    target: str | None = None
+    predicted: str | None = None
 
 
 @contextlib.contextmanager
-def opened(model: str, *, threads: int = 1) -> Iterator[Opened]:
+def opened(model: str, *, threads: int | None = 1, predict: bool = False) -> Iterator[Opened]:
     """Open an artifact with its own options, or an .onnx file in ONNX Runtime with default ones.
+
+    Args:
+        threads: Of one operator; None keeps what the artifact's options say.
+        predict: Give the numbers of the artifact's target where this machine's differ.
 
     Raises:
         UsageError: There is no such file, or the folder is not an artifact.
@@ -47,8 +55,11 @@ def opened(model: str, *, threads: int = 1) -> Iterator[Opened]:
         from optkit.artifact import load
 
         artifact = load(model)
-        with artifact.session(threads=threads) as session:
-            yield Opened(name=model, inputs=session.inputs, run=session.run)
+        said = artifact.prediction if predict else None
+        with artifact.session(threads=threads, predict=predict) as session:
+            yield Opened(
+                name=model, inputs=session.inputs, run=session.run, target=artifact.manifest.target, predicted=said
+            )  # fmt: skip
         return
     from optkit.data import specs
     from optkit.frontend import load as load_graph
@@ -56,7 +67,7 @@ def opened(model: str, *, threads: int = 1) -> Iterator[Opened]:
 
     path = options.source(model)
     inputs, _ = specs(load_graph(path, check=False))
-    reference = ReferenceSession(path, threads=threads)
+    reference = ReferenceSession(path, threads=1 if threads is None else threads)
     try:
         yield Opened(name=model, inputs=inputs, run=reference.run)
     finally:

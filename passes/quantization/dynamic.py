@@ -13,8 +13,9 @@ from optkit.formats import FORMATS
 from optkit.graph import attribute, constant, describe, drop_unused_initializers, graphs, rank, users
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.plan import selects
-from optkit.qdq import Stored, quantized_tensor, scale_zero, store, weight_range
+from optkit.qdq import Stored, quantize, quantized_tensor, scale_zero, store, weight_range
 from optkit.rewrite import Change, Names, substitute
+from optkit.saturation import SAFE, note_narrowed, pairs_at_risk
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ class QuantizeDynamic(GraphPass):
     ``y = (q(x) - z_x) @ q(w) * (s_x * s_w) + b`` with ``q(x)`` in uint8 per tensor, chosen for each run, and ``q(w)`` in
     int8 per output channel. It needs no data and enters bodies of If and Loop. Convolutions are left alone: their
     dynamic integer kernels are slower than float on every CPU measured.
+
+    On a target whose u8 x s8 products saturate in 16 bits, output channels with a pair of weights that could do so get
+    weights in 7 bits (-63 to 63): without data nobody knows whether they would, and each run stretches its activations
+    over all of u8.
 
     Attributes:
         targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize; ``=name`` is the one
@@ -46,7 +51,7 @@ class QuantizeDynamic(GraphPass):
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Replace every suitable MatMul and Gemm."""
         changes: list[Change] = []
-        weights = _Weights(Names(model))
+        weights = _Weights(Names(model), context.target.saturates)
         for graph in graphs(model):
             quantized: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
             for node in tuple(graph):
@@ -88,10 +93,11 @@ def _transposed(node: ir.Node) -> bool:
 class _Weights:
     """Weights on their way to integers, ``[in, out]``; what several nodes read alike is stored once."""
 
-    def __init__(self, names: Names) -> None:
-        self.names = names
+    def __init__(self, names: Names, saturates: bool) -> None:
+        self.names, self._saturates = names, saturates
         self._ranges: dict[tuple[ir.Value, int], np.ndarray] = {}
         self._stored: dict[tuple[ir.Value, int], Stored] = {}
+        self._narrow: dict[ir.Value, np.ndarray] = {}
 
     def _range(self, node: ir.Node) -> tuple[ir.Value, int, np.ndarray]:
         weight, axis = node.inputs[1], 0 if _transposed(node) else 1
@@ -112,13 +118,25 @@ class _Weights:
             assert weight.const_value is not None
             assert isinstance(weight.graph, ir.Graph)
             scale, zero = scale_zero(-top, top, _FORMAT)
+            narrow = None
+            if self._saturates:
+                q = quantize(weight.const_value.numpy(), scale, zero, _FORMAT, axis)
+                narrow = np.asarray(pairs_at_risk(q if axis == 0 else q.T).any(1))
+                top = np.where(narrow, top * (_FORMAT.high / (SAFE - 1)), top)
+                scale, zero = scale_zero(-top, top, _FORMAT)
             tensor = quantized_tensor(weight.const_value, scale, zero, _FORMAT, axis, str(weight.name))
             if axis == 0:
                 tensor = _turned(tensor)
             self._stored[weight, axis] = store(
                 weight.graph, str(weight.name), tensor, scale, zero, 1, self.names
             )
+            if narrow is not None and narrow.any():
+                self._narrow[self._stored[weight, axis].integers] = narrow
         return self._stored[weight, axis]
+
+    def narrow(self, stored: Stored) -> np.ndarray | None:
+        """The output channels of which the weights hold 7 bits, ``[out]`` truth values, or None."""
+        return self._narrow.get(stored.integers)
 
 
 def _turned(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -161,6 +179,10 @@ def _replace(
         return value
 
     product = make("MatMulInteger", [q_x, w.integers, z_x, w.zero], ir.DataType.INT32, out.shape)
+    if (narrow := weights.narrow(w)) is not None:
+        made_of = product.producer()
+        assert made_of is not None
+        note_narrowed(made_of, narrow)
     real = make("Cast", [product], ir.DataType.FLOAT, out.shape, to=int(ir.DataType.FLOAT))
     factor = make("Mul", [s_x, w.scale], ir.DataType.FLOAT, w.scale.shape)
     result = make("Mul", [real, factor], ir.DataType.FLOAT, out.shape)

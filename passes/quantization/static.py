@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from optkit.qdq import (
     weight_range,
 )
 from optkit.rewrite import Change, Names
+from optkit.saturation import SAFE, narrowed, note_narrowed, saturated
 
 if TYPE_CHECKING:
     from optkit.placement import Placement
@@ -41,6 +43,9 @@ class QuantizeStatic(GraphPass):
     Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
     arXiv:1712.05877: affine activations per tensor, symmetric weights per output channel, bias in int32 with
     ``scale = scale_x * scale_w``. Bodies of If and Loop are left in float: calibration can't look into them.
+
+    On a target whose u8 x s8 products saturate in 16 bits, layers that do so on the calibration data get weights in 7 bits
+    (-63 to 63), in those output channels that could: then they cannot any more.
 
     Attributes:
         placement: Name of the backend's rows.
@@ -67,7 +72,7 @@ class QuantizeStatic(GraphPass):
         if self.placement not in context.placements:
             raise UnknownNameError("placement", self.placement, context.placements, where=self.name)
         placement = context.placements[self.placement]
-        weights = _Weights(placement, Names(model))
+        weights = _Weights(placement, Names(model), self._saturating(model, context))
         plan, limits = self._plan(model, placement, weights, context)
         for name, reason in plan.left:
             logger.debug("%s stays in float: %s", name, reason)
@@ -80,6 +85,8 @@ class QuantizeStatic(GraphPass):
                 assert x is not None
                 weights.quantize(node, scales[plan.pairs[x]][0])
             detail = f"{node.op_type} to {placement.weight} x {placement.activation}"
+            if node.name in weights.narrow:
+                detail += f", {narrowed(node)} channels in 7 bits"
             changes.append(Change(rule=self.name, node=str(node.name), detail=detail))
         for value, origin in plan.pairs.items():
             owned = value in plan.owners
@@ -88,6 +95,14 @@ class QuantizeStatic(GraphPass):
         if changes:
             drop_unused_initializers(model)
         return changes
+
+    def _saturating(self, model: ir.Model, context: Context) -> Mapping[str, np.ndarray]:
+        """Nodes that saturate on the calibration data once quantized, with the output channels that can; 8 bits in all others."""
+        if not context.target.saturates or context.data is None:
+            return {}
+        trial = model.clone()
+        self.run(trial, replace(context, target=replace(context.target, saturates=False)))
+        return saturated(trial, context.data)
 
     def _plan(
         self, model: ir.Model, placement: Placement, weights: _Weights, context: Context
@@ -119,7 +134,8 @@ class QuantizeStatic(GraphPass):
 class _Weights:
     """Weights and biases on their way to integers; what several nodes read alike is stored once."""
 
-    def __init__(self, placement: Placement, names: Names) -> None:
+    def __init__(self, placement: Placement, names: Names, narrow: Mapping[str, np.ndarray]) -> None:
+        self.narrow = narrow
         self._fmt, self._per_channel, self.names = FORMATS[placement.weight], placement.per_channel, names
         self._bias = placement.bias
         self._ranges: dict[tuple[ir.Value, int | None], np.ndarray] = {}
@@ -164,6 +180,11 @@ class _Weights:
             smallest = np.maximum(np.abs(bias.astype(np.float64)) / 2.0**30, np.finfo(np.float32).tiny)
             need = smallest / float(x_scale) * self._fmt.high
             top = np.maximum(top, need if top.ndim else need.max(initial=0.0))
+        channels = self.narrow.get(str(node.name))
+        if channels is not None:
+            # One step less than what is safe: the bias may have made the grid of a channel coarser, never finer.
+            top = np.where(channels if top.ndim else channels.any(), top * self._fmt.high / (SAFE - 1), top)
+            note_narrowed(node, channels if top.ndim else np.ones_like(channels))
         scale, zero = scale_zero(-top, top, self._fmt)
         key = (weight, axis, scale.tobytes())
         if key not in self._stored:
