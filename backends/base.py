@@ -157,6 +157,14 @@ class Backend(ABC):
         """``options`` for inputs that usually have ``shapes``; None where they have no usual shape."""
         return options
 
+    def parallel(self, options: Any, *, threads: int, streams: int) -> Any | None:
+        """``options`` for ``streams`` requests at the same time on ``threads`` threads in all; None where that cannot be set."""
+        return None
+
+    def parallelism(self, options: Any) -> tuple[int, int]:
+        """Threads (0: not fixed) and streams that ``options`` stand for."""
+        return 0, 1
+
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
         return options

@@ -42,7 +42,7 @@ from optkit.errors import OptkitError, UnknownNameError
 from optkit.evaluate import Budget, Evaluator, Run, compare, load_python
 from optkit.reference import ReferenceSession
 from optkit.report import Ceilings
-from optkit.roofline import ceilings, moved, share, weights_read
+from optkit.roofline import against, ceilings, moved, weights_read
 
 logger = logging.getLogger("optkit.benchmarks.cpu")  # also where this is the main module
 
@@ -186,7 +186,7 @@ def _roofline(
             logger.info("  no profile of %s: %s", v.name, brief(str(error)))
             continue
         seconds = float(np.median(times[v.name][rounds, 0]))
-        one = share(ran, weights, moved(first, outputs), seconds, peaks)
+        one = against(ran, weights, moved(first, outputs), seconds, peaks)
         total = sum(e.macs for e in ran)
         formats: dict[str, float] = {}
         for e in ran:

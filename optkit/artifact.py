@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,17 +73,28 @@ class Artifact:
                     f"{self.folder}: {record.path} is not the file that was written", hint="compile again"
                 )
 
-    def session(self, *, threads: int | None = None, predict: bool = False) -> Session:
+    def session(
+        self, *, threads: int | None = None, streams: int | None = None, predict: bool = False
+    ) -> Session:
         """Load it with the options that the manifest holds.
 
         Args:
             threads: Instead of the number in the options; 0 leaves it to the runtime.
+            streams: Requests at the same time, on one thread each, instead of what the options say.
             predict: Give the numbers that the target gives, where this machine's differ; slower.
         """
         backend = BACKENDS[self.manifest.backend]()
         options = backend.options.model_validate(self.manifest.options)
+        if streams is not None:
+            options = backend.parallel(options, threads=streams, streams=streams) or options
         opened = backend.predict if predict else backend.load
         return opened(self.folder, target(self.manifest.target), options, threads=threads)  # type: ignore[no-any-return]
+
+    @cached_property
+    def streams(self) -> int:
+        """How many requests it is meant to run at the same time."""
+        backend = BACKENDS[self.manifest.backend]()
+        return int(backend.parallelism(backend.options.model_validate(self.manifest.options))[1])
 
     @property
     def prediction(self) -> str | None:
@@ -96,6 +109,18 @@ class Artifact:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name for one batch; the session is opened at the first call and kept."""
         return self._session.run(feeds)
+
+    def run_all(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        """The outputs of every batch, in order, with as many requests at the same time as the artifact has streams."""
+        waiting: deque[Future[dict[str, np.ndarray]]] = deque()
+        with ThreadPoolExecutor(self.streams) as pool:
+            for feeds in batches:
+                waiting.append(pool.submit(self._session.run, feeds))
+                # As many again as run lie ready, so that no stream waits for the reader.
+                if len(waiting) > 2 * self.streams:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
 
 def load(folder: str | Path, *, verify: bool = True) -> Artifact:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,12 +134,77 @@ def speedup(
     )
     a, b = times["reference"], times["candidate"]
     clock = 0 if threads == 1 else 1
-    ratios = a[:, clock] / np.maximum(b[:, clock], 1e-9)
+    ratio, ci95 = median_ratio(a[:, clock], b[:, clock], seed=seed)
+    wall, cpu = float(np.median(a[:, 1])), float(np.median(a[:, 0]))
+    return Speedup(
+        reference=timing(a, threads=threads), candidate=timing(b, threads=threads), ratio=ratio, ci95=ci95, threads=threads,
+        loaded=threads == 1 and wall > 1.2 * cpu,
+    )  # fmt: skip
+
+
+def samples(feeds: Mapping[str, np.ndarray]) -> int:
+    """How many samples a batch holds: the first axis of its first input that has one."""
+    return next((len(x) for x in feeds.values() if np.ndim(x) > 0), 1)
+
+
+def rate(run: Run, feeds: Sequence[Mapping[str, np.ndarray]], *, streams: int, seconds: float) -> float:
+    """Samples a second of wall-clock time with ``streams`` requests in flight, each batch as soon as the one before is done.
+
+    Args:
+        run: May be called by several threads at the same time.
+        feeds: Inputs, which every stream takes in turn.
+        seconds: How long requests are started; those in flight are then finished and count, with the time that they take.
+
+    What a run raises ends the measurement.
+    """
+    gate = threading.Barrier(streams + 1)
+
+    def work(stream: int) -> int:
+        gate.wait()
+        end, done = time.perf_counter() + seconds, 0
+        for index in itertools.count(stream):
+            run(feeds[index % len(feeds)])
+            done += samples(feeds[index % len(feeds)])
+            if time.perf_counter() >= end:
+                break
+        return done
+
+    with ThreadPoolExecutor(streams) as pool:
+        working = [pool.submit(work, k) for k in range(streams)]
+        gate.wait()
+        start = time.perf_counter()
+        total = sum(w.result() for w in working)
+        return total / (time.perf_counter() - start)
+
+
+def rates(
+    runs: Mapping[str, tuple[Run, int]],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    rounds: int = 5,
+    seconds: float = 0.3,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The ``rate`` of every run, with its number of streams, once a round, in random order.
+
+    Returns:
+        ``[rounds]`` samples a second for each name.
+    """
+    rng, names = np.random.default_rng(seed), list(runs)
+    for run, _ in runs.values():
+        run(feeds[0])
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for k in rng.permutation(len(names)):
+            run, streams = runs[names[k]]
+            found[names[k]].append(rate(run, feeds, streams=streams, seconds=seconds))
+    return {name: np.asarray(r) for name, r in found.items()}
+
+
+def median_ratio(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Median over rounds of ``a / b`` within a round, and its 95 % interval from a bootstrap over rounds."""
+    ratios = a / np.maximum(b, 1e-9)
     rng = np.random.default_rng(seed)
     medians = np.median(ratios[rng.integers(len(ratios), size=(1000, len(ratios)))], axis=1)
     low, high = np.percentile(medians, (2.5, 97.5))
-    wall, cpu = float(np.median(a[:, 1])), float(np.median(a[:, 0]))
-    return Speedup(
-        reference=timing(a, threads=threads), candidate=timing(b, threads=threads), ratio=float(np.median(ratios)), ci95=(float(low), float(high)), threads=threads,
-        loaded=threads == 1 and wall > 1.2 * cpu,
-    )  # fmt: skip
+    return float(np.median(ratios)), (float(low), float(high))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,14 @@ from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
 from optkit.data import CalibrationData, specs, trial_sizes
-from optkit.errors import BackendUnavailableError, DataError, ModelError, RecipeError, UsageError
+from optkit.errors import (
+    BackendUnavailableError,
+    DataError,
+    ModelError,
+    RecipeError,
+    UnknownNameError,
+    UsageError,
+)
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
@@ -34,7 +41,7 @@ from optkit.legalize import legalize
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
-from optkit.recipe import Recipe, condition, shipped, validated
+from optkit.recipe import Goal, Recipe, condition, shipped, validated
 from optkit.reference import LARGE, ReferenceSession
 from optkit.report import (
     AccuracyRecord,
@@ -53,12 +60,14 @@ from optkit.report import (
     Resources,
     Roofline,
     SaturationRecord,
+    ScenarioRecord,
     Size,
     dump,
 )  # fmt: skip
-from optkit.roofline import ceilings, moved, share, weights_read
+from optkit.roofline import against, ceilings, moved, weights_read
 from optkit.saturation import narrowed, products
 from optkit.search import Built, Choice, carry_out, choose
+from optkit.sharing import share
 from optkit.store import replace_folder, temporary_folder
 from optkit.targets import Target, host
 from optkit.targets import target as find_target
@@ -440,6 +449,7 @@ def compile(
     out: str | Path = "build",
     overrides: Sequence[str] = (),
     seed: int | None = None,
+    goal: str | None = None,
     strict: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Artifact, Report]:
@@ -456,6 +466,7 @@ def compile(
         backend: Runtime; the recipe's, or the target's best.
         out: Folder to write; an artifact that is there is replaced when the new one is complete.
         overrides: ``key=value`` changes of the recipe.
+        goal: ``latency`` (the default), ``throughput`` or ``size``: what is wanted most among what keeps the limits.
         seed: For random choices; the recipe's.
         strict: Whether a gate that the samples cannot decide counts as missed.
         progress: Where to say how far long work is.
@@ -473,12 +484,13 @@ def compile(
     destination = Path(out)
     asked = request(
         source, target=target, recipe=recipe, precision=precision, data=data, evaluate=evaluate, max_drop=max_drop,
-        backend=backend, out=destination, overrides=overrides, seed=seed,
+        backend=backend, out=destination, overrides=overrides, seed=seed, goal=goal,
     )  # fmt: skip
     with temporary_folder(destination) as folder:
         work = asked.work(folder, progress or Silent())
         choice = _choose(work, asked, strict=strict)
-        report = _finish(work, asked.recipe, choice, started)
+        scenario = share(work, asked.recipe, choice.best)
+        report = _finish(work, asked.recipe, choice, scenario, started)
         replace_folder(choice.best.folder, destination)
     return Artifact(destination), report
 
@@ -523,6 +535,7 @@ def request(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     seed: int | None = None,
+    goal: str | None = None,
 ) -> Request:
     """Resolve and check the arguments of ``compile``; nothing is built.
 
@@ -531,7 +544,7 @@ def request(
         ModelError: The model cannot be read.
         BackendUnavailableError: A package is missing.
     """
-    plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed)
+    plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed, goal)
     where = target if isinstance(target, Target) else find_target(plan.target or "cpu")
     engine = available(plan.backend or where.backends[0])
     if (
@@ -574,6 +587,7 @@ def _plan(
     backend: str | None,
     max_drop: str | float | None,
     seed: int | None,
+    goal: str | None,
 ) -> Recipe:
     """The recipe with what the caller said on top of it."""
     if recipe is not None and precision is not None:
@@ -585,9 +599,10 @@ def _plan(
     if seed is not None and seed < 0:
         raise UsageError(f"seed {seed} is negative")
     name = target.name if isinstance(target, Target) else target
-    changes: dict[str, Any] = {
-        k: v for k, v in (("target", name), ("backend", backend), ("seed", seed)) if v is not None
-    }
+    if goal is not None and goal.lower() not in get_args(Goal):
+        raise UnknownNameError("goal", goal, get_args(Goal))
+    wanted = (("target", name), ("backend", backend), ("seed", seed), ("goal", goal and goal.lower()))
+    changes: dict[str, Any] = {k: v for k, v in wanted if v is not None}
     if max_drop is not None:
         changes["limits"] = plan.limits.model_copy(update={"max_drop": str(max_drop)})
     return plan.model_copy(update=changes)
@@ -633,7 +648,13 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
     A recipe for another backend keeps its own options; it is left out where the backend was asked for by name, or
     cannot serve the target.
     """
-    shared = {"limits": plan.limits, "require": plan.require, "seed": plan.seed, "samples": plan.samples}
+    shared = {
+        "limits": plan.limits,
+        "require": plan.require,
+        "seed": plan.seed,
+        "samples": plan.samples,
+        "goal": plan.goal,
+    }
     found: list[tuple[str, Recipe]] = []
     for name in plan.candidates:
         candidate = Recipe.load(name)
@@ -679,7 +700,13 @@ def _choose(work: Compilation, asked: Request, *, strict: bool) -> Choice:
     return choice
 
 
-def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[float, float]) -> Report:
+def _finish(
+    work: Compilation,
+    plan: Recipe,
+    choice: Choice,
+    scenario: ScenarioRecord | None,
+    started: tuple[float, float],
+) -> Report:
     """Read back what was built and write everything but the model into its folder."""
     best = choice.best
     executed = work.executed(best)
@@ -706,7 +733,7 @@ def _finish(work: Compilation, plan: Recipe, choice: Choice, started: tuple[floa
     # Ceilings of this machine say nothing of a target that is elsewhere, and matter only beside a latency.
     peaks = None if best.speedup is None else ceilings(host.get("processor", ""))
     report = Report(
-        schema=1, manifest=manifest, latency=_latency(best, work, executed, peaks), ceilings=peaks, estimate=_estimate(best), candidates=tuple(choice.records), layers=tuple(best.layers),
+        schema=1, manifest=manifest, latency=_latency(best, work, executed, peaks), ceilings=peaks, estimate=_estimate(best), goal=plan.goal, scenario=scenario, candidates=tuple(choice.records), layers=tuple(best.layers),
         pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
         missed=tuple(choice.missed), inconclusive=tuple(choice.inconclusive), advice=tuple(choice.advice),
         resources=Resources(cpu_seconds=time.process_time() - started[0], wall_seconds=time.perf_counter() - started[1], peak_rss_bytes=usage.ru_maxrss * 1024),
@@ -832,7 +859,7 @@ def _reached(
         shapes = tuple(x.shape for x in feeds.values())
         if shapes not in ran:
             ran[shapes] = executed if feeds is work.feeds[0] else work.executed(built, feeds)
-        one = share(ran[shapes], weights, moved(feeds, work.reference.run(feeds)), seconds, peaks)
+        one = against(ran[shapes], weights, moved(feeds, work.reference.run(feeds)), seconds, peaks)
         if one is None:
             return None
         found.append(one)

@@ -60,6 +60,7 @@ def page(report: Report) -> str:
         _verdict(report),
         _tiles(report),
         _latency(report),
+        _scenario(report),
         _accuracy(manifest.accuracy) if manifest.accuracy is not None else _fidelity(manifest.fidelity),
         _paragraphs(sentences.predicted(report), "soft"),
         _saturation(report),
@@ -248,6 +249,13 @@ def _fidelity(f: FidelityRecord | None) -> str:
         return "<h2>Accuracy</h2><p>Neither accuracy nor fidelity was measured.</p>"
     lines = sentences.fidelity(f)
     return f"<h2>Fidelity</h2><p>{_e(lines[0])}</p>{_paragraphs(lines[1:], 'soft')}"
+
+
+def _scenario(report: Report) -> str:
+    if report.scenario is None:
+        return ""
+    lines = sentences.scenario(report.scenario)
+    return f"<h2>Cores</h2><p>{_e(lines[0])}</p>{_paragraphs(lines[1:], 'soft')}"
 
 
 def _saturation(report: Report) -> str:

@@ -30,6 +30,9 @@ from optkit.passes.base import Pass
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<)\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*")
 
 
+Goal = Literal["latency", "throughput", "size"]
+
+
 def _amount(value: Any) -> Any:
     """``1%`` or a number, as text: ``0.01`` in YAML is a number."""
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -98,6 +101,8 @@ class Recipe(BaseModel):
         passes: In order; passes over a torch module come first.
         candidates: Names of recipes to try instead of ``passes``; the fastest that keeps the limits is taken.
         repair: Where a quantized candidate misses a limit, return the layers that hurt most to float.
+        goal: What is wanted most among what keeps the limits: ``latency`` of one request at a time, ``throughput`` of many,
+            or a small ``size``.
         samples: Calibration batches to use; None means all.
         require: What the built artifact must show, as in ``formats.int8: ">=0.9"``.
     """
@@ -114,6 +119,7 @@ class Recipe(BaseModel):
     passes: tuple[Pass, ...] = ()
     candidates: tuple[str, ...] = ()
     repair: bool = False
+    goal: Goal = "latency"
     samples: int | None = Field(default=None, ge=1)
     limits: Limits = Limits()
     require: dict[

@@ -214,6 +214,42 @@ class Latency(_Record):
     roofline: Roofline | None = None
 
 
+class Tried(_Record):
+    """One way to share the machine's cores, and what it gave: milliseconds of a run, or samples a second."""
+
+    threads: int
+    streams: int
+    value: float
+
+
+class ScenarioRecord(_Record):
+    """How the artifact shares the cores of this machine, by wall-clock time.
+
+    Attributes:
+        scenario: MLPerf's name for what was measured, though for seconds and not for ten minutes: ``SingleStream``, one
+            request at a time, by the 90th percentile of its latency in milliseconds; ``Offline``, by samples a second.
+        threads: That the artifact uses, of all streams together.
+        streams: Requests at the same time.
+        candidate: Of the artifact.
+        reference: Of ONNX Runtime fp32 as it comes, with a thread for each core and one request at a time.
+        speedup: Median over rounds of the ratio within a round, above 1 where the artifact is better.
+        fixed: Whether the caller's options fixed the threads, so that nothing was chosen.
+        tried: What was measured to choose.
+        loaded: Whether others used the machine.
+    """
+
+    scenario: Literal["SingleStream", "Offline"]
+    threads: int
+    streams: int
+    candidate: float
+    reference: float
+    speedup: float
+    ci95: tuple[float, float]
+    fixed: bool
+    tried: tuple[Tried, ...]
+    loaded: bool
+
+
 class EstimateRecord(_Record):
     """For a target that is not at hand: computed from its data sheet, never measured."""
 
@@ -265,6 +301,8 @@ class Report(_Record):
     manifest: Manifest
     latency: Latency | None
     estimate: EstimateRecord | None = None
+    goal: Literal["latency", "throughput", "size"] = "latency"
+    scenario: ScenarioRecord | None = None
     candidates: tuple[CandidateRecord, ...]
     layers: tuple[LayerRecord, ...]
     pass_seconds: dict[str, float]

@@ -161,7 +161,7 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     return value
 
 
-def share(
+def against(
     executed: Sequence[Executed], weights: int, moved: int, seconds: float, machine: Ceilings
 ) -> Roofline | None:
     """The least that a run can take on this machine, and which share of ``seconds`` that is.

@@ -137,6 +137,9 @@ def choose(
                 tried[one.name] = _record(one.name, one, "failed", str(error))
                 continue
             reasons = shortfalls(one, recipe, strict=strict)
+            if recipe.goal == "size" and one is not floor:
+                # The order is not that of speed, so the smallest may be too slow.
+                reasons += _too_slow(one, recipe)
         if not reasons:
             best = one
             break
@@ -337,7 +340,9 @@ def _next(work: Compilation, order: Sequence[Built]) -> Built:
 
 
 def _ratio(built: Built) -> float:
-    """What candidates are ordered by: the measured speed-up; where the target is not at hand, one over the estimate or the size."""
+    """What candidates are ordered by: one over the size where that is the goal; else the measured speed-up; where the target is not at hand, one over the estimate or the size."""
+    if built.recipe.goal == "size":
+        return 1 / max(built.bytes, 1)
     if built.speedup is not None:
         return built.speedup.ratio
     if built.estimate is not None:
@@ -347,6 +352,8 @@ def _ratio(built: Built) -> float:
 
 def _faster(best: Built) -> str:
     """In which sense ``best`` comes before the others."""
+    if best.recipe.goal == "size":
+        return "smaller"
     if best.speedup is not None:
         return "faster"
     return "smaller" if best.estimate is None else "faster by the estimate"

@@ -15,6 +15,7 @@ from optkit.report import (
     Latency,
     Report,
     Roofline,
+    ScenarioRecord,
 )
 
 # Layers that are named one by one.
@@ -186,6 +187,34 @@ def latency(record: Latency) -> tuple[str, str]:
     if record.loaded:
         how += "; others were using the machine"
     return figures, how
+
+
+def scenario(record: ScenarioRecord) -> tuple[str, ...]:
+    """How the artifact shares the cores, what that gives, and what else was tried."""
+    offline = record.scenario == "Offline"
+
+    def said(value: float) -> str:
+        return f"{value:,.4g} samples/s" if offline else milliseconds(value)
+
+    shared = count(record.threads, "thread")
+    if offline:
+        shared = f"{count(record.streams, 'stream')} of {count(max(1, record.threads // record.streams), 'thread')}"
+    what = "" if offline else " at the 90th percentile"
+    lines = [
+        f"{record.scenario}, {shared}: {said(record.candidate)}{what}; ONNX Runtime fp32 with its defaults "
+        f"{said(record.reference)}: {record.speedup:.2f}x ({interval(record.ci95)}), wall-clock time"
+    ]
+    unit = "stream" if offline else "thread"
+    if record.fixed:
+        lines.append(f"the options fix the {unit}s, so no other number was tried")
+    elif len(record.tried) > 1:
+        tried = ", ".join(
+            f"{count(t.streams if offline else t.threads, unit)} {said(t.value)}" for t in record.tried
+        )
+        lines.append(f"tried: {tried}; the artifact keeps the {unit}s")
+    if record.loaded:
+        lines.append("others were using the machine, which makes more threads look worse than they are")
+    return tuple(lines)
 
 
 def untimed(report: Report) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ LAYERS = {
     5: ["recipe", "recipes"],
     6: [
         "frontend", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate", "bench",
-        "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost",
+        "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip

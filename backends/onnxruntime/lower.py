@@ -41,11 +41,13 @@ class OnnxRuntimeOptions(Options):
         disabled_optimizers: Optimizers of ONNX Runtime that stay off, by their names. SkipLayerNormFusion is off by
             default: its kernel takes longer than the Add and LayerNormalization that it replaces.
         threads: Threads of one operator; 0 leaves the choice to ONNX Runtime (one for each core).
+        streams: Requests that are meant to run at the same time, in threads of the caller; each has ``threads`` of its own.
         prepacking: Repack weights when loading: faster products, and a second copy of the weights.
     """
 
     disabled_optimizers: tuple[str, ...] = ("SkipLayerNormFusion",)
     threads: int = Field(default=0, ge=0)
+    streams: int = Field(default=1, ge=1)
     prepacking: bool = True
 
 
@@ -76,6 +78,14 @@ class OnnxRuntime(Backend):
     ) -> Session:
         """Open the file with the options."""
         return OnnxRuntimeSession(path / MODEL, options, threads=threads)
+
+    def parallel(self, options: OnnxRuntimeOptions, *, threads: int, streams: int) -> OnnxRuntimeOptions:
+        """A session runs any number of requests, each on the threads of one operator: the caller's thread among them."""
+        return options.model_copy(update={"threads": max(1, threads // streams), "streams": streams})
+
+    def parallelism(self, options: OnnxRuntimeOptions) -> tuple[int, int]:
+        """Threads of all streams, and streams."""
+        return options.threads * options.streams, options.streams
 
     def predict(
         self, path: Path, target: Target, options: OnnxRuntimeOptions, *, threads: int | None = None

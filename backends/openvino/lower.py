@@ -88,6 +88,15 @@ class OpenVino(Backend):
         """The same in float32."""
         return options.model_copy(update={"precision": "f32"})
 
+    def parallel(self, options: OpenVinoOptions, *, threads: int, streams: int) -> OpenVinoOptions:
+        """Streams of OpenVINO, which share the threads evenly."""
+        hint = "latency" if streams == 1 else "throughput"
+        return options.model_copy(update={"hint": hint, "streams": streams, "threads": threads})
+
+    def parallelism(self, options: OpenVinoOptions) -> tuple[int, int]:
+        """Threads of all streams, and streams."""
+        return options.threads, max(1, options.streams)
+
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """None: what OpenVINO reads depends on more than the operator; ``lower`` tries, and says what it refuses."""
         return None

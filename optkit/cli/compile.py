@@ -35,6 +35,15 @@ def compile(
     evaluate: options.Evaluate = None,
     max_drop: options.MaxDrop = None,
     backend: options.Backend = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            "--goal",
+            metavar="GOAL",
+            help="latency of one request at a time, throughput of many, or size: what is wanted most among what keeps the limits.",
+            show_default="latency",
+        ),
+    ] = None,
     sets: options.Set = None,
     seed: options.Seed = None,
     memory: options.Memory = None,
@@ -62,7 +71,7 @@ def compile(
     least = 0 if budget is None else needed(path, copies=_COPIES)
     asked: dict[str, Any] = {
         "target": target, "recipe": recipe, "precision": precision, "data": calib, "evaluate": evaluate,
-        "max_drop": max_drop, "backend": backend, "overrides": sets or (), "seed": seed,
+        "max_drop": max_drop, "backend": backend, "overrides": sets or (), "seed": seed, "goal": goal,
     }  # fmt: skip
     if dry_run:
         wanted = request(path, **asked, out=out)

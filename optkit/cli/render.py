@@ -56,6 +56,8 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
         rows.append(("Latency", sentences.latency(report.latency)))
     else:
         rows.append(("Latency", sentences.untimed(report)))
+    if report.scenario is not None:
+        rows.append(("Cores", sentences.scenario(report.scenario)))
     if manifest.accuracy is not None:
         rows.append(("Accuracy", (*sentences.accuracy(manifest.accuracy), *sentences.predicted(report))))
     if manifest.fidelity is not None:

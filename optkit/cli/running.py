@@ -40,11 +40,14 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(model: str, *, threads: int | None = 1, predict: bool = False) -> Iterator[Opened]:
+def opened(
+    model: str, *, threads: int = 1, streams: int | None = None, predict: bool = False
+) -> Iterator[Opened]:
     """Open an artifact with its own options, or an .onnx file in ONNX Runtime with default ones.
 
     Args:
-        threads: Of one operator; None keeps what the artifact's options say.
+        threads: Of one operator.
+        streams: Requests at the same time, on one thread each; ``run`` may then be called by as many threads.
         predict: Give the numbers of the artifact's target where this machine's differ.
 
     Raises:
@@ -56,7 +59,8 @@ def opened(model: str, *, threads: int | None = 1, predict: bool = False) -> Ite
 
         artifact = load(model)
         said = artifact.prediction if predict else None
-        with artifact.session(threads=threads, predict=predict) as session:
+        shared = None if streams is not None else threads
+        with artifact.session(threads=shared, streams=streams, predict=predict) as session:
             yield Opened(
                 name=model, inputs=session.inputs, run=session.run, target=artifact.manifest.target, predicted=said
             )  # fmt: skip
@@ -67,7 +71,7 @@ def opened(model: str, *, threads: int | None = 1, predict: bool = False) -> Ite
 
     path = options.source(model)
     inputs, _ = specs(load_graph(path, check=False))
-    reference = ReferenceSession(path, threads=1 if threads is None else threads)
+    reference = ReferenceSession(path, threads=threads)
     try:
         yield Opened(name=model, inputs=inputs, run=reference.run)
     finally:
