@@ -15,7 +15,7 @@ from optkit.backends.base import Executed
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.probes import probes
 from optkit.report import Ceilings
-from optkit.roofline import ceilings, measure, moved, share, weights_read
+from optkit.roofline import against, ceilings, measure, moved, weights_read
 
 MACHINE = Ceilings(
     operations={"fp32": 100e9, "int8": 400e9}, sources={"fp32": "a", "int8": "b"}, bytes=10e9, stretched=1.0, loaded=False
@@ -28,7 +28,7 @@ def _ran(fmt: str, macs: int) -> Executed:
 
 def test_operations_bound_a_run_of_many() -> None:
     # 2 x 50 M at 100 G/s is 1 ms; 2 x 400 M at 400 G/s is 2 ms; 1000 weights are nothing.
-    found = share(
+    found = against(
         [_ran("fp32", 50_000_000), _ran("int8", 400_000_000), _ran("int32", 0)], 1000, 0, 6e-3, MACHINE
     )
     assert found is not None
@@ -38,18 +38,18 @@ def test_operations_bound_a_run_of_many() -> None:
 @pytest.mark.parametrize(("fmt", "milliseconds"), [("fp32", 4.1), ("int8", 1.1)])
 def test_bytes_bound_a_run_that_reads_much(fmt: str, milliseconds: float) -> None:
     # 10 M weights at 4 or 1 byte, and 1 MB in and out, at 10 GB/s.
-    found = share([_ran(fmt, 10_000_000)], 10_000_000, 1_000_000, 8.2e-3, MACHINE)
+    found = against([_ran(fmt, 10_000_000)], 10_000_000, 1_000_000, 8.2e-3, MACHINE)
     assert found is not None
     assert found.bound == "memory"
     assert found.floor_ms == pytest.approx(milliseconds)
 
 
 def test_arithmetic_without_a_ceiling_has_no_share() -> None:
-    assert share([_ran("fp64", 10)], 0, 0, 1.0, MACHINE) is None
+    assert against([_ran("fp64", 10)], 0, 0, 1.0, MACHINE) is None
 
 
 def test_a_run_without_products_is_bound_by_what_it_moves() -> None:
-    found = share([], 0, 20_000_000, 4e-3, MACHINE)
+    found = against([], 0, 20_000_000, 4e-3, MACHINE)
     assert found is not None
     assert (found.bound, found.share) == ("memory", pytest.approx(0.5))
 
