@@ -64,6 +64,7 @@ def interleave(
     settle: int = 0,
     seed: int = 0,
     budget: float | None = None,
+    decided: Callable[[Mapping[str, np.ndarray]], bool] | None = None,
 ) -> dict[str, np.ndarray]:
     """Time every callable once a round, in random order, all on the same feeds.
 
@@ -72,6 +73,7 @@ def interleave(
         rounds: Counted rounds; fewer, but at least 5, when ``budget`` CPU seconds are used up.
         settle: Uncounted calls right before each counted one: with many callables in turn, each finds the caches full of the
             others' weights, which costs small models more than large ones.
+        decided: Asked after each round from the third on, with what will be returned: whether that is enough.
 
     Returns:
         ``[rounds, 2]`` seconds for each name: CPU time and wall-clock.
@@ -90,6 +92,8 @@ def interleave(
                 for _ in range(settle):
                     runs[names[k]](feeds[index % len(feeds)])
                 times[names[k]].append(_time(runs[names[k]], feeds[index % len(feeds)]))
+            if index >= 2 and decided is not None and decided({k: np.asarray(t) for k, t in times.items()}):
+                break
             if budget is not None and index >= 4 and time.process_time() - start > budget:
                 break
     finally:
@@ -127,13 +131,27 @@ def speedup(
     threads: int = 1,
     budget: float | None = None,
     seed: int = 0,
+    hopeless: float = 0.0,
 ) -> Speedup:
-    """How much faster ``candidate`` is than ``reference``, measured in turn."""
+    """How much faster ``candidate`` is than ``reference``, measured in turn.
+
+    Args:
+        hopeless: No more is measured of what stays below this ratio in each of the first rounds.
+    """
+    clock = 0 if threads == 1 else 1
+
+    def decided(times: Mapping[str, np.ndarray]) -> bool:
+        return bool((times["reference"][:, clock] < hopeless * times["candidate"][:, clock]).all())
+
     times = interleave(
-        {"reference": reference, "candidate": candidate}, feeds, rounds=rounds, budget=budget, seed=seed
+        {"reference": reference, "candidate": candidate},
+        feeds,
+        rounds=rounds,
+        budget=budget,
+        seed=seed,
+        decided=decided,
     )
     a, b = times["reference"], times["candidate"]
-    clock = 0 if threads == 1 else 1
     ratio, ci95 = median_ratio(a[:, clock], b[:, clock], seed=seed)
     wall, cpu = float(np.median(a[:, 1])), float(np.median(a[:, 0]))
     return Speedup(

@@ -308,14 +308,16 @@ class Compilation:
         chosen = engine.options.model_validate(built.recipe.options) if options is None else options
         return engine.predict(built.folder, self.target, chosen, threads=threads)
 
-    def measure(self, built: Built, *, rounds: int, budget: float, options: Any = None) -> Speedup | None:
-        """Time ``built`` in turn with the reference; None for a target that is not at hand."""
+    def measure(
+        self, built: Built, *, rounds: int, budget: float, options: Any = None, hopeless: float = 0.0
+    ) -> Speedup | None:
+        """Time ``built`` in turn with the reference, briefly where it is ``hopeless``; None for a target that is not at hand."""
         if not self.target.runs_here:
             return None
         with self.progress.task(f"time {built.name}"), self.session(built, options) as session:
             return speedup(
-                self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed
-            )
+                self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed, hopeless=hopeless
+            )  # fmt: skip
 
     def closeness(self, built: Built) -> float:
         """SQNR in dB of the outputs on a few unseen inputs: cheap, and enough to prefer one of two that are as fast."""

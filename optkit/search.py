@@ -36,6 +36,8 @@ _FINAL = (40, 3.0)
 _CLEARLY = 1.03
 # Candidates whose speeds differ by less are alike: the more accurate one is taken.
 _ALIKE = 1.05
+# What is below this share of the fastest so far is not timed further.
+_BEHIND = 0.8
 # CPU seconds that one evaluation may take for candidates that are as fast to be evaluated too.
 _CHEAP = 15.0
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
@@ -111,7 +113,7 @@ def choose(
             if any(_same(one, other) for other in built):
                 tried[name] = _record(name, one, "not needed", "the same file as an earlier candidate")
                 continue
-            _rank(work, one)
+            _rank(work, one, built)
         except OptkitError as error:
             if not built:
                 raise
@@ -219,7 +221,7 @@ def _as_given(work: Compilation, best: Built, recipe: Recipe, tried: dict[str, C
             update={"passes": (), "candidates": (), "description": "The graph as it was given."}
         ),
     )
-    _rank(work, given)
+    _rank(work, given, ())
     _tune(work, given)
     given.speedup = work.measure(given, rounds=_FINAL[0], budget=_FINAL[1])
     if _ratio(given) <= _ratio(best):
@@ -306,9 +308,10 @@ def _same(one: Built, other: Built) -> bool:
     )
 
 
-def _rank(work: Compilation, built: Built) -> None:
-    """Time ``built`` roughly, to see in which order candidates are worth judging."""
-    built.speedup = work.measure(built, rounds=_RANK[0], budget=_RANK[1])
+def _rank(work: Compilation, built: Built, others: Sequence[Built]) -> None:
+    """Time ``built`` roughly, to see in which order candidates are worth judging; most briefly what is far behind."""
+    ahead = max((o.speedup.ratio for o in others if o.speedup is not None), default=0.0)
+    built.speedup = work.measure(built, rounds=_RANK[0], budget=_RANK[1], hopeless=_BEHIND * ahead)
 
 
 def _tune(work: Compilation, built: Built) -> None:

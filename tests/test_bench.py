@@ -123,6 +123,19 @@ def test_the_ratio_is_the_median_of_the_ratios_within_rounds(clock):
     assert found.candidate.runs == 5
 
 
+@pytest.mark.parametrize(("candidate", "runs"), [([2.0], 3), ([1.0], 8), ([2.0, 2.0, 1.0], 8)])
+def test_what_is_hopeless_in_every_round_is_timed_no_further(clock, candidate, runs):
+    # A single round that is not below 0.8 keeps it in.
+    found = speedup(
+        clock.callable("a", [1.0]),
+        clock.callable("b", [1.0, 1.0, *candidate * 8]),
+        FEEDS,
+        rounds=8,
+        hopeless=0.8,
+    )
+    assert found.candidate.runs == runs
+
+
 def test_a_machine_that_becomes_slower_meanwhile_does_not_change_the_ratio(clock):
     slower = np.linspace(1, 10, 30)
     warm = [1.0, 1.0]

@@ -89,6 +89,7 @@ class _Work:
     def __init__(self, folder: Path, plans: dict[str, _Plan], budget: str | None = "1%"):
         self.folder, self.plans, self.budget = folder, plans, budget
         self.log: list[tuple[str, str]] = []
+        self.hopeless: list[tuple[str, float]] = []
         self.loaded = type("Loaded", (), {"name": "model.onnx"})
         self.target = target("cpu")
         self.evaluation_seconds = 1e3
@@ -108,8 +109,9 @@ class _Work:
             seconds={}, bytes=plan.bytes, lossy=plan.lossy and any(not p.exact for p in recipe.passes), scheme="", weights={},
         )  # fmt: skip
 
-    def measure(self, built, *, rounds, budget, options=None):
+    def measure(self, built, *, rounds, budget, options=None, hopeless=0.0):
         self.log.append(("measure", built.name))
+        self.hopeless.append((built.name, hopeless))
         plan = self.plans[built.name]
         if options is not None:
             return _speedup(plan.variants[options.threads - 1])
@@ -277,6 +279,11 @@ def test_the_same_file_is_timed_once(tmp_path):
     assert choice.best.name == "one"
     assert _verdicts(choice)["two"] == "not needed"
     assert "two" not in work.asked("measure")
+
+
+def test_what_is_far_behind_the_fastest_so_far_is_hopeless_and_what_ships_is_not(tmp_path):
+    _, work = _choose(tmp_path, {"fp32": _Plan(1.0), "a": _Plan(3.0), "b": _Plan(2.0)})
+    assert work.hopeless == [("fp32", 0.0), ("a", 0.8), ("b", pytest.approx(2.4)), ("a", 0.0)]
 
 
 def test_what_ships_is_measured_again(tmp_path):
@@ -504,7 +511,7 @@ class _Real(Compilation):
 
     each: float = 0.5
 
-    def measure(self, built, *, rounds, budget, options=None):
+    def measure(self, built, *, rounds, budget, options=None, hopeless=0.0):
         quantized = sum(r.changes for r in built.records if r.name.startswith("quantize"))
         return _speedup(1 + self.each * quantized)
 
