@@ -27,9 +27,19 @@ DEFAULT = Placement(
         Row(op="Relu", role="between"),
         Row(op="LeakyRelu", role="between"),
         Row(op="Resize", role="between"),
-        *(Row(op=op, role="between") for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")),
+        *(Row(op=op, role="between") for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split")),
     ),
     source="onnxruntime/core/optimizer/qdq_transformer/selectors_actions (1.32) and timings of both spellings",
+)
+
+# Sigmoid too, as a table of 256 entries. x * Sigmoid(x) then never leaves the integers, which is faster than the one float
+# kernel that the default rows leave whole, and rounds twice more.
+ALL = Placement(
+    name="all",
+    activation="u8",
+    weight="s8",
+    rows={**DEFAULT.rows, **rows(Row(op="Sigmoid", role="between"))},
+    source="as the default rows; YOLOv8n-shaped: 2.0x ONNX Runtime fp32 instead of 1.35x",
 )
 
 # Linear layers alone: convolutions stay in float.
@@ -50,4 +60,4 @@ CONV = Placement(
     source="as the default rows, convolutions alone",
 )
 
-PLACEMENTS = {p.name: p for p in (DEFAULT, LINEAR, CONV)}
+PLACEMENTS = {p.name: p for p in (DEFAULT, ALL, LINEAR, CONV)}

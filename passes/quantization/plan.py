@@ -24,13 +24,13 @@ class Plan:
         nodes: Quantized nodes with their rows, in graph order.
         pairs: Values that get a pair, with the value whose range they take (themselves, or where the grid came from).
         owners: Values of ``pairs`` whose every reader reads the integers, because an integer kernel gives no float.
-        ends: The value behind each node, and behind what its kernel computes before it stores.
+        ends: The values behind each node, and behind what its kernel computes before it stores.
         inside: Values that exist only inside a kernel, by the node that reads them there.
         left: ``(node, reason)`` for nodes that have a row but stay as they are.
     """
 
     nodes: dict[ir.Node, Row] = field(default_factory=dict)
-    ends: dict[ir.Node, ir.Value] = field(default_factory=dict)
+    ends: dict[ir.Node, tuple[ir.Value, ...]] = field(default_factory=dict)
     inside: dict[ir.Node, ir.Value] = field(default_factory=dict)
     pairs: dict[ir.Value, ir.Value] = field(default_factory=dict)
     owners: set[ir.Value] = field(default_factory=set)
@@ -38,7 +38,7 @@ class Plan:
 
     def around(self, node: ir.Node) -> list[ir.Value]:
         """The values of ``pairs`` that ``node`` reads or makes."""
-        made = [self.ends[node]] if node in self.ends else []
+        made = self.ends.get(node, ())
         return [v for v in (*node.inputs, *node.outputs, *made) if v is not None and v in self.pairs]
 
 
@@ -85,10 +85,10 @@ def make_plan(
             plan.left.append((str(node.name), reason))
             continue
         plan.nodes[node] = row
-        plan.ends[node] = _end(node, row)
+        plan.ends[node] = (_end(node, row),)
     if not plan.nodes:
         return plan
-    grid = {plan.ends[n]: plan.ends[n] for n, row in plan.nodes.items() if row.output}
+    grid = {end: end for n, row in plan.nodes.items() if row.output for end in plan.ends[n]}
     chosen = {
         n
         for n in graph
@@ -105,9 +105,9 @@ def make_plan(
             if known.weight is None or value is not node.inputs[known.weight] or constant(value) is None:
                 plan.pairs.setdefault(value, grid.get(value, value))
         if row.output:
-            end = plan.ends[node]
-            plan.pairs.setdefault(end, grid.get(end, end))
-            plan.owners.add(end)
+            for end in plan.ends[node]:
+                plan.pairs.setdefault(end, grid.get(end, end))
+                plan.owners.add(end)
     return plan
 
 
@@ -193,16 +193,17 @@ def _spread(
             continue
         if row.max_rank is not None and (rank(node.outputs[0]) or 99) > row.max_rank:
             continue
-        if len(node.outputs) > 1:
+        ends = (_end(node, row),) if len(node.outputs) == 1 else tuple(node.outputs)
+        if len(ends) > 1 and not known.keeps_grid(node):
             continue
-        end = _end(node, row)
-        plan.nodes[node], plan.ends[node] = row, end
-        same = known.keeps_grid(node) and end is node.outputs[0]
-        grid[end] = grid[operands[0]] if same else end
+        plan.nodes[node], plan.ends[node] = row, ends
+        for end in ends:
+            same = known.keeps_grid(node) and end in node.outputs
+            grid[end] = grid[operands[0]] if same else end
         if (value := _last_made(operands, row, plan)) is not None:
             plan.inside[node] = value
             del grid[value]
-            plan.ends[_maker(value)] = end
+            plan.ends[_maker(value)] = ends
 
 
 def _last_made(operands: Sequence[ir.Value], row: Row, plan: Plan) -> ir.Value | None:
@@ -216,7 +217,7 @@ def _last_made(operands: Sequence[ir.Value], row: Row, plan: Plan) -> ir.Value |
         if (node := value.producer()) in plan.nodes
         and node is not None
         and node.op_type in row.into
-        and plan.ends[node] is value
+        and plan.ends[node] == (value,)
         and len(value.uses()) == 1
         and not value.is_graph_output()
     ]
@@ -235,9 +236,11 @@ def _prune_dangling(plan: Plan, grid: dict[ir.Value, ir.Value]) -> None:
     while changed:
         changed = False
         for node, row in tuple(plan.nodes.items()):
-            if row.role == "between" and not any(user in plan.nodes for user in users(plan.ends[node])):
+            readers = [user for end in plan.ends[node] for user in users(end)]
+            if row.role == "between" and not any(user in plan.nodes for user in readers):
                 del plan.nodes[node]
-                grid.pop(plan.ends.pop(node), None)
+                for end in plan.ends.pop(node):
+                    grid.pop(end, None)
                 if (value := plan.inside.pop(node, None)) is not None:
-                    plan.ends[_maker(value)] = grid[value] = value
+                    plan.ends[_maker(value)], grid[value] = (value,), value
                 changed = True
