@@ -18,18 +18,23 @@ class Row:
         role: ``compute``: its weights are worth quantizing, and its inputs get pairs for its sake.
             ``between``: joins only where all its inputs are on a grid already, so that integers flow through.
         output: Whether its output gets a pair. A backend whose integer kernel cannot give float asks for it.
+        floats: Whether its kernel gives float as well: its output then gets a pair only for a kernel that reads integers.
         absorbs: Activations right after it that its integer kernel applies for free; the pair goes behind them.
             ``Swish`` also stands for ``x * Sigmoid(x)``.
         into: Operators whose kernel computes this one before it stores: of two operands, the one that the later of such
             nodes makes for this one alone stays float.
+        unify: Whether what it reads and makes lies on one grid, as wide as the widest of them: its kernel copies integers and
+            never rescales them.
         max_rank: Highest rank of the weights, or of the output of operators between, for which the kernel exists.
     """
 
     op: str
     role: Role = "compute"
     output: bool = True
+    floats: bool = False
     absorbs: frozenset[str] = frozenset()
     into: frozenset[str] = frozenset()
+    unify: bool = False
     max_rank: int | None = None
 
 

@@ -27,7 +27,10 @@ DEFAULT = Placement(
         Row(op="Relu", role="between"),
         Row(op="LeakyRelu", role="between"),
         Row(op="Resize", role="between"),
-        *(Row(op=op, role="between") for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split")),
+        *(
+            Row(op=op, role="between")
+            for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split")
+        ),
     ),
     source="onnxruntime/core/optimizer/qdq_transformer/selectors_actions (1.32) and timings of both spellings",
 )

@@ -16,22 +16,29 @@ _WHY = "OpenVINO's low-precision transformations and the runtime graphs of both 
 
 _LINEAR = (Row(op="Gemm", output=False), Row(op="MatMul", output=False, max_rank=2))
 
-# Integers from layer to layer: concatenations and pools run on them too. The convolution in front of a sum adds what the
-# other branch stored, and applies the activation, before it stores: a pair between the two would take that from it.
+# Integers from layer to layer: concatenations and pools run on them too.
+# - The convolution in front of a sum adds what the other branch stored, and applies the activation, before it stores: a
+#   pair between the two would take that from it.
+# - A concatenation copies integers of one grid. Where its operands had their own, kernels of their own would rescale them.
+# - What no other layer reads stays float: a pair there gains nothing, and took PP-OCRv4 recognition from 98.8 to 96.1 % of
+#   the characters.
 DEFAULT = Placement(
     name="default",
     activation="u8",
     weight="s8",
     bias=False,
     rows=rows(
-        Row(op="Conv", absorbs=_ABSORBED),
+        Row(op="Conv", floats=True, absorbs=_ABSORBED),
         *_LINEAR,
         Row(op="Add", role="between", absorbs=_ABSORBED, into=frozenset({"Conv"})),
-        Row(op="Concat", role="between"),
+        Row(op="Concat", role="between", unify=True, output=False),
         Row(op="MaxPool", role="between"),
         Row(op="AveragePool", role="between"),
         Row(op="GlobalAveragePool", role="between"),
-        *(Row(op=op, role="between") for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")),
+        *(
+            Row(op=op, role="between")
+            for op in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Resize")
+        ),
     ),
     source=_WHY,
 )

@@ -25,6 +25,8 @@ class Plan:
         pairs: Values that get a pair, with the value whose range they take (themselves, or where the grid came from).
         owners: Values of ``pairs`` whose every reader reads the integers, because an integer kernel gives no float.
         ends: The values behind each node, and behind what its kernel computes before it stores.
+        carried: Values of ``pairs`` that lie on the grid without a pair of their own: integers of one grid, only copied.
+        shared: Those whose ranges are one: groups of what ``pairs`` leads to.
         inside: Values that exist only inside a kernel, by the node that reads them there.
         left: ``(node, reason)`` for nodes that have a row but stay as they are.
     """
@@ -34,6 +36,8 @@ class Plan:
     inside: dict[ir.Node, ir.Value] = field(default_factory=dict)
     pairs: dict[ir.Value, ir.Value] = field(default_factory=dict)
     owners: set[ir.Value] = field(default_factory=set)
+    carried: set[ir.Value] = field(default_factory=set)
+    shared: list[set[ir.Value]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def around(self, node: ir.Node) -> list[ir.Value]:
@@ -106,9 +110,22 @@ def make_plan(
                 plan.pairs.setdefault(value, grid.get(value, value))
         if row.output:
             for end in plan.ends[node]:
+                if row.floats and not any(user in plan.nodes for user in users(end)):
+                    continue
                 plan.pairs.setdefault(end, grid.get(end, end))
                 plan.owners.add(end)
+    for node, row in plan.nodes.items():
+        if row.unify:
+            _unite(plan.shared, {plan.pairs[v] for v in plan.around(node)})
+            if not row.output:
+                plan.carried.update(plan.ends[node])
     return plan
+
+
+def _unite(groups: list[set[ir.Value]], values: set[ir.Value]) -> None:
+    """Add a group, with those that it has something in common with."""
+    touched = [g for g in groups if g & values]
+    groups[:] = [*(g for g in groups if not g & values), values.union(*touched)]
 
 
 def _obstacle(node: ir.Node, row: Row, targets: Sequence[str], ignore: Sequence[str]) -> str | None:

@@ -89,6 +89,8 @@ class QuantizeStatic(GraphPass):
                 detail += f", {narrowed(node)} channels in 7 bits"
             changes.append(Change(rule=self.name, node=str(node.name), detail=detail))
         for value, origin in plan.pairs.items():
+            if value in plan.carried:
+                continue
             owned = value in plan.owners
             readers = [(u.node, u.idx) for u in value.uses() if owned or u.node in plan.nodes]
             insert_pair(value, readers, *scales[origin], fmt, outputs=owned, names=weights.names)
@@ -122,7 +124,11 @@ class QuantizeStatic(GraphPass):
                 seen = observe(model, names, self.method, self.percentile, context)
                 bad = {v for v in origins if not seen[str(v.name)].finite}
                 if not bad:
-                    return plan, {v: seen[str(v.name)].limits(fmt) for v in origins}
+                    limits = {v: seen[str(v.name)].limits(fmt) for v in origins}
+                    for group in plan.shared:
+                        lows, highs = zip(*(limits[v] for v in group), strict=True)
+                        limits |= dict.fromkeys(group, (min(lows), max(highs)))
+                    return plan, limits
                 for node in plan.nodes:
                     if wrong := [v for v in plan.around(node) if plan.pairs[v] in bad]:
                         found[node] = f"{wrong[0].name} is infinite or NaN on the calibration data"

@@ -254,9 +254,78 @@ def test_a_sum_of_what_is_stored_anyway_has_a_pair_before_each_operand(body, out
     assert _unpaired(_quantized(_residual(body, outputs), "default")) == set()
 
 
-def test_a_sum_that_nothing_quantized_reads_leaves_the_convolution_its_own_pair():
+def test_what_no_quantized_layer_reads_stays_float():
     after = _quantized(_residual("[add] u = Add(c, r)  [sine] s = Sin(u)"), "default")
-    assert _ops(after)[:10] == ["Q", "DQ", "Conv", "Relu", "Q", "DQ", "Conv", "Q", "DQ", "Add"]
+    assert _ops(after) == [
+        "Q",
+        "DQ",
+        "Conv",
+        "Relu",
+        "Q",
+        "DQ",
+        "Conv",
+        "Add",
+        "Sin",
+        "Relu",
+        "Q",
+        "DQ",
+        "Conv",
+    ]
+
+
+JOINED = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] y)
+<float[4, 4, 3, 3] w, float[4] b, float[4, %d, 1, 1] last, int64[2] sizes = {2, 2}, float[4, 2, 1, 1] v>
+{ a = Conv<pads = [1, 1, 1, 1]>(x, w, b)
+  %s
+  y = Conv(t, last) }
+"""
+
+
+def _joined(body: str, channels: int) -> ir.Model:
+    random = np.random.default_rng(0)
+    shapes = {"w": (4, 4, 3, 3), "b": (4,), "last": (4, channels, 1, 1), "v": (4, 2, 1, 1)}
+    weights = {k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    return parse(JOINED % (channels, body), **weights)
+
+
+def _grids(model: ir.Model) -> dict[str, tuple[float, int]]:
+    """Scale and zero point behind each value that has a pair."""
+    pairs = [n for n in model.graph if n.op_type == "QuantizeLinear"]
+    return {
+        str(n.inputs[0].name): (float(n.inputs[1].const_value.numpy()), int(n.inputs[2].const_value.numpy())) for n in pairs
+    }  # fmt: skip
+
+
+def test_what_a_concatenation_joins_lies_on_the_widest_grid_and_goes_on_without_a_pair():
+    body = "r = Relu(a)  d = Conv<pads = [1, 1, 1, 1]>(r, w, b)  t = Concat<axis = 1>(r, d)"
+    after = _quantized(_joined(body, 8), "default")
+    grids = _grids(after)
+    assert set(grids) == {"x", "r", "d"}
+    # r is not negative and d is: neither alone has this zero point.
+    assert grids["r"] == grids["d"] != grids["x"]
+    assert grids["r"][1] > 0
+    alone = _grids(_quantized(_joined("r = Relu(a)  t = Concat<axis = 1>(r, r)", 8), "default"))
+    assert alone["r"][1] == 0
+
+
+def test_concatenations_that_have_an_operand_in_common_have_one_grid():
+    body = """
+    p, q = Split<axis = 1>(a, sizes)
+    d = Conv(q, v)
+    s = Concat<axis = 1>(p, d)
+    e = Conv(q, v)
+    t = Concat<axis = 1>(s, e)
+    """
+    grids = _grids(_quantized(_joined(body, 10), "default"))
+    assert grids["a"] == grids["p"] == grids["q"] == grids["d"] == grids["e"]
+    assert {"s", "t"}.isdisjoint(grids)
+
+
+def test_a_concatenation_with_something_that_is_not_stored_as_integers_stays_in_float():
+    after = _quantized(_joined("d = Sin(a)  t = Concat<axis = 1>(a, d)", 8), "default")
+    assert set(_grids(after)) == {"x", "t"}
 
 
 def test_biases_stay_in_float_where_the_placement_says_so():
@@ -271,7 +340,8 @@ SWISH = (
   a = Conv(x, w)
   s = Sigmoid(a)
   b = Mul(%s)
-  y = Conv(b, v)%s
+  m = MaxPool<kernel_shape = [1, 1]>(b)
+  y = Conv(m, v)%s
 }
 """
 )
@@ -294,9 +364,8 @@ def test_the_pair_of_a_swish_written_out_is_behind_it_where_nothing_else_reads_i
 ):
     w = np.random.default_rng(0).normal(size=(4, 4, 1, 1)).astype(np.float32)
     after = _quantized(parse(SWISH % (more, operands, end), w=w, v=w), "default")
-    conv = next(n for n in after.graph if n.op_type == "Conv")
-    behind = [use.node.op_type for use in conv.outputs[0].uses()]
-    assert ("QuantizeLinear" not in behind) == whole
+    pool = next(n for n in after.graph if n.op_type == "MaxPool")
+    assert (pool.inputs[0].producer().op_type == "DequantizeLinear") == whole
 
 
 def test_the_front_ends_refusals_are_read_with_their_nodes():

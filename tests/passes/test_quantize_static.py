@@ -179,9 +179,13 @@ def _numpy(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.nda
                 y = x[0].repeat(2, 2).repeat(2, 3)
             case "Transpose":
                 y = x[0].transpose(a["perm"])
+            case "Sigmoid":
+                y = 1 / (1 + np.exp(-x[0]))
+            case "Split":
+                y = np.split(x[0], np.cumsum(x[1])[:-1].astype(int), a["axis"])
             case other:
                 raise NotImplementedError(other)
-        values[node.outputs[0]] = y
+        values |= dict(zip(node.outputs, y if len(node.outputs) > 1 else [y], strict=True))
     return {v.name: values[v] for v in model.graph.outputs}
 
 
@@ -269,7 +273,31 @@ g (float[1, 8, 8, 8] x, float[8, 8, 1, 1] w, float[8] b, float[8, 8, 1, 1] v) =>
   y = Conv(l, w, b)
 }
 """
+SPLIT = """
+g (float[1, 8, 8, 8] x, float[8, 8, 3, 3] w, float[8] b, float[4, 4, 3, 3] v, float[8, 12, 1, 1] u, int64[2] sizes)
+  => (float[1, 8, 6, 6] y) {
+  a = Conv(x, w, b)
+  p, q = Split<axis = 1>(a, sizes)
+  d = Conv<pads = [1, 1, 1, 1]>(q, v)
+  t = Concat<axis = 1>(p, q, d)
+  y = Conv(t, u)
+}
+"""
+SWISH = """
+g (float[1, 8, 8, 8] x, float[8, 8, 3, 3] w, float[8] b, float[4, 8, 1, 1] v) => (float[1, 4, 6, 6] y) {
+  a = Conv(x, w, b)
+  e = Sigmoid(a)
+  h = Mul(a, e)
+  y = Conv(h, v)
+}
+"""
 CASES = {
+    "split": (
+        SPLIT,
+        {"sizes": [4, 4]},
+        ["QLinearConv", "Split", "QLinearConv", "QLinearConcat", "QLinearConv"],
+        3,
+    ),
     "chain": (CHAIN, {}, ["QLinearConv"] * 2, 2),
     "residual": (RESIDUAL, {}, ["QLinearConv", "QLinearConv", "QLinearAdd", "QLinearConv"], 4),
     "residuals": (
@@ -416,6 +444,22 @@ def test_interpolated_pixels_get_a_grid_of_their_own():
 def test_a_linear_layer_gets_no_pair_behind_it():
     for source in (GEMM, MATMUL):
         assert _ops(_quantized(_model(source)))[-1] in ("Gemm", "MatMul")
+
+
+def test_what_a_split_gives_lies_on_the_grid_of_what_it_takes():
+    scales = _scales(_quantized(_model(SPLIT, sizes=[4, 4])))
+    assert scales["p"] == scales["q"] == scales["a"] != scales["d"]
+
+
+def test_a_sigmoid_is_computed_on_integers_where_the_placement_says_so():
+    model = _model(SWISH)
+    batches = _batches(model)
+    ran, found = _executed(_quantized(model, batches, placement="all"), batches[0])
+    assert {"QLinearSigmoid", "QLinearMul"} <= set(ran)
+    expected = _numpy(model, batches[0])["y"]
+    assert 10 * np.log10(np.sum(expected**2) / np.sum((expected - found["y"]) ** 2)) > 27
+    ran, _ = _executed(_quantized(model, batches), batches[0])
+    assert "QLinearSigmoid" not in ran
 
 
 def test_hard_swish_between_convolutions_stays_whole():
