@@ -16,7 +16,8 @@ from optkit.benchmarks.lines import lines, tensor
 from optkit.benchmarks.metrics import edits, greedy_ctc
 
 METRIC = "character accuracy"
-_HEIGHT = 48
+# PaddleOCR's recognizer: this height, and this width at least, filled up with zeros.
+_HEIGHT, _WIDTH = 48, 320
 
 
 def samples(n: int = 300) -> Iterator[tuple[dict[str, np.ndarray], str]]:
@@ -46,7 +47,7 @@ def calibration(n: int = 48) -> Iterator[dict[str, np.ndarray]]:
 def _lines(n: int, *, seed: int, held_out: bool) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     for text, picture in lines(n, seed=seed, held_out=held_out):
         # Steps of 32 columns, so that a recording of the shapes stays short.
-        width = -(-round(picture.width * _HEIGHT / picture.height) // 32) * 32
+        width = max(_WIDTH, -(-round(picture.width * _HEIGHT / picture.height) // 32) * 32)
         yield text, {"x": tensor(picture, _HEIGHT, width)}
 
 
