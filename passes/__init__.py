@@ -31,6 +31,8 @@ PASSES = Registry(
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "cast": "optkit.passes.lowering.cast:CastFloats",
+        "equalize-layers": "optkit.passes.quantization.equalize:EqualizeLayers",
+        "smooth-activations": "optkit.passes.quantization.smooth:SmoothActivations",
         "quantize-static": "optkit.passes.quantization.static:QuantizeStatic",
         "quantize-embedding": "optkit.passes.quantization.embedding:QuantizeEmbedding",
         "quantize-dynamic": "optkit.passes.quantization.dynamic:QuantizeDynamic",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from optkit.errors import DataError
 from optkit.graph import rank, scalar
 from optkit.passes.quantization.observers import Method, Range, observer
 from optkit.reference import ReferenceSession, with_outputs
+from optkit.rewrite import register
 
 if TYPE_CHECKING:
     from optkit.passes.base import Context
@@ -61,6 +62,68 @@ def observe(
             observers[name].add(_ZERO)
     (ranges if method == "min-max" else histograms).update(observers)
     return {name: (known.get(name) or observers[name]).by(method, percentile) for name in names}
+
+
+def observe_channels(
+    model: ir.Model, axes: Mapping[str, int], reduction: Literal["ReduceMax", "ReduceMean"], context: Context
+) -> dict[str, np.ndarray]:
+    """The largest magnitude, or the mean, of every channel of the values called ``axes`` over all batches.
+
+    Args:
+        axes: Where the channels of each value lie, counted from the front.
+        reduction: ``ReduceMax`` of magnitudes or ``ReduceMean``; batches count alike.
+
+    Returns:
+        ``[channels]`` in float64 for each name.
+
+    Raises:
+        DataError: There is no data.
+    """
+    data = context.data
+    if data is None:
+        raise DataError("activations can only be observed on calibration data", hint="give --calib")
+    copy = with_outputs(model, list(axes))
+    reduced = {}
+    for value in list(copy.graph.outputs):
+        assert value.name is not None
+        axis, count = axes[value.name], rank(value)
+        assert count is not None
+        others = ir.tensor(
+            np.array([i for i in range(count) if i != axis], np.int64), name=f"{value.name}/others"
+        )
+        register(copy.graph, str(others.name), others)
+        last = value
+        if reduction == "ReduceMax":
+            last = _append(copy.graph, "Abs", [value])
+        reduced[
+            str(
+                _append(
+                    copy.graph, reduction, [last, copy.graph.initializers[str(others.name)]], keepdims=0
+                ).name
+            )
+        ] = value.name
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in reduced)
+    session = ReferenceSession(copy)
+    totals: dict[str, np.ndarray] = {}
+    join = np.maximum if reduction == "ReduceMax" else np.add
+    with context.progress.task("observe channels", len(data)) as task:
+        for batch in data:
+            for name, array in session.run(batch).items():
+                one = array.astype(np.float64)
+                totals[reduced[name]] = join(totals[reduced[name]], one) if reduced[name] in totals else one
+            task.advance()
+    session.close()
+    return totals if reduction == "ReduceMax" else {name: total / len(data) for name, total in totals.items()}
+
+
+def _append(graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    """A node at the end of the graph."""
+    node = ir.node(op_type, inputs, attributes=attributes, name=f"{inputs[0].name}/{op_type}")
+    value = node.outputs[0]
+    value.name, value.type = node.name, inputs[0].type
+    graph.append(node)
+    return value
 
 
 def _pool(model: ir.Model) -> dict[str, str]:
