@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+from optkit.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,13 +57,31 @@ class Estimate:
         floor: Seconds that arithmetic and memory traffic need at the target's peak rates (roofline).
         low: Seconds, the optimistic end of what is expected.
         high: Seconds, the pessimistic end.
-        bound: What the floor comes from: ``compute``, ``memory`` or ``launch``.
+        bound: What the floor comes from: ``compute`` or ``memory``.
     """
 
     floor: float
     low: float
     high: float
     bound: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What was done on the device that an artifact is for.
+
+    Attributes:
+        device: Its name, driver, clocks.
+        cosine: Lowest of any output to what the graph computes on a CPU.
+        batches: One record a batch: median, spread and number of runs by the clock of the device, in milliseconds.
+    """
+
+    device: Mapping[str, Any]
+    cosine: float
+    batches: tuple[Mapping[str, Any], ...]
+
+
+Task = Callable[[str], AbstractContextManager[object]]
 
 
 class Session(ABC):
@@ -92,16 +113,25 @@ class Backend(ABC):
         options: The type of its options.
         placements: Rows for the placement pass, by name.
         packages: Distributions whose versions the manifest names, besides optkit's own requirements.
+        generic: Whether quantized recipes that name no backend are candidates for it.
     """
 
     name: ClassVar[str]
     options: ClassVar[type[Options]]
     placements: ClassVar[Mapping[str, Placement]] = {}
     packages: ClassVar[tuple[str, ...]] = ()
+    generic: ClassVar[bool] = True
 
     @abstractmethod
     def available(self) -> str | None:
         """None, or why it can't work on this machine."""
+
+    def ready(self, target: Target, options: Any) -> None:  # noqa: B027  (most can serve all their targets)
+        """Refuse, before any work, what ``lower`` would refuse whatever the graph is.
+
+        Raises:
+            OptkitError: Says what is missing.
+        """
 
     @abstractmethod
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
@@ -147,11 +177,30 @@ class Backend(ABC):
         """For a target that is not at hand: what is left to do there, each step in words with its command."""
         return ()
 
+    def finalize(self, path: Path, target: Target, options: Any, task: Task, *, force: bool) -> Finished:
+        """Do on the device, in the artifact ``path``, what ``deferred`` lists; what is done already is not repeated.
+
+        Args:
+            task: Opens a task of the progress display, by its name.
+            force: Repeat it all the same.
+
+        Raises:
+            UsageError: There is nothing that could be done there.
+        """
+        raise UsageError(
+            f"artifacts of {self.name} are complete as they are: nothing is left to do on the device",
+            hint="optkit bench times them",
+        )
+
     def runner(
         self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str
     ) -> Callable[[], object] | None:
         """A small ONNX file, ready to run on one thread with products in ``precision``; None where that is not on offer."""
         return None
+
+    def size(self, path: Path) -> int:
+        """Bytes of what is deployed of the files in ``path``."""
+        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
     def fit(self, options: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
         """``options`` for inputs that usually have ``shapes``; None where they have no usual shape."""
@@ -164,6 +213,10 @@ class Backend(ABC):
     def parallelism(self, options: Any) -> tuple[int, int]:
         """Threads (0: not fixed) and streams that ``options`` stand for."""
         return 0, 1
+
+    def span(self, model: ir.Model, options: Any, sizes: Mapping[str, Sequence[tuple[int, int, int]]]) -> Any:
+        """``options`` for inputs whose axes have these sizes in the data: smallest, usual, largest of each."""
+        return options
 
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""

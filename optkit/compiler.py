@@ -32,6 +32,7 @@ from optkit.errors import (
     UnknownNameError,
     UsageError,
 )
+from optkit.estimate import estimate
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
@@ -204,6 +205,20 @@ class Compilation:
         return dict(shapes) if count * 2 > len(self.data) else None
 
     @cached_property
+    def sizes(self) -> dict[str, list[tuple[int, int, int]]] | None:
+        """Smallest, median and largest size of every axis in the batches that calibrate, by input; None without such."""
+        if self.data is None or self.data.random:
+            return None
+        seen: dict[str, list[tuple[int, ...]]] = {}
+        for batch in self.data:
+            for name, array in batch.items():
+                seen.setdefault(name, []).append(array.shape)
+        columns = {
+            name: [sorted(axis) for axis in zip(*shapes, strict=True)] for name, shapes in seen.items()
+        }
+        return {name: [(c[0], c[len(c) // 2], c[-1]) for c in axes] for name, axes in columns.items()}
+
+    @cached_property
     def probes(self) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
         """A few inputs that calibration has not seen, and what the reference gives for them."""
         evaluator = self.evaluator
@@ -272,6 +287,8 @@ class Compilation:
         folder = self.folder / f"{self._built:03d}-{name}"
         folder.mkdir()
         options = engine.fit(engine.options.model_validate(recipe.options), self.usual_shapes)
+        if self.sizes is not None:
+            options = engine.span(model, options, self.sizes)
         recipe = recipe.model_copy(
             update={
                 "options": options.model_dump(mode="json"),
@@ -283,7 +300,7 @@ class Compilation:
         lossy = engine.exact(options) != options or any(
             r.changes for r, p in zip(records, recipe.passes, strict=True) if not p.exact
         )
-        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        size = engine.size(folder)
         built = Built(
             name=name,
             recipe=recipe,
@@ -299,7 +316,10 @@ class Compilation:
         with self.session(built) as session:
             check(session.run, self.trials, name=name, lossy=built.differs)
         if not self.target.runs_here:
-            built.estimate = engine.estimate(model, self.target, options)
+            shapes = {name: array.shape for name, array in self.feeds[0].items()}
+            built.estimate = engine.estimate(model, self.target, options) or estimate(
+                model, self.target, shapes
+            )
         return built
 
     def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
@@ -558,7 +578,7 @@ def request(
     evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
     if evaluator is not None and plan.limits.max_drop is None:
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
-    validated(engine.options, "options", plan.options)
+    engine.ready(where, validated(engine.options, "options", plan.options))
     candidates = _candidates(plan, engine, where)
     needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
     if data is None and needy and len(needy) >= len(candidates) - 1:
@@ -662,6 +682,8 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
         candidate = Recipe.load(name)
         if candidate.candidates:
             raise RecipeError(f"candidates: {name} has candidates itself", hint="name those instead")
+        if candidate.backend is None and not engine.generic and not all(p.exact for p in candidate.passes):
+            continue
         if candidate.backend is None or candidate.backend.lower() == engine.name:
             options = {**candidate.options, **plan.options}
             validated(engine.options, f"{name}: options", options)

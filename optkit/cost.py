@@ -13,6 +13,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from optkit.arithmetic import product_format
 from optkit.graph import constant, elements, subgraphs, walk
 from optkit.ops import spec
 from optkit.ops.spec import conv_macs, matmul_macs
@@ -22,7 +23,6 @@ from optkit.pipeline import run_passes
 from optkit.roofline import weights_read
 from optkit.targets import target
 
-_INTEGER_PRODUCTS = frozenset({"MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul"})
 # Otherwise, or not at all, in the table of operators, which is about what can be quantized.
 _FAMILIES = {
     "MatMulInteger": "matmul",
@@ -37,12 +37,6 @@ _FAMILIES = {
 _VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Dropout"})
 # These read some elements of what they are given: as many as they give.
 _PARTIAL = frozenset({"Gather", "GatherElements", "GatherND", "Slice"})
-_FORMATS = {
-    ir.DataType.FLOAT: "fp32",
-    ir.DataType.FLOAT16: "fp16",
-    ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.DOUBLE: "fp64",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +134,7 @@ def _outside(model: ir.Model) -> int | None:
 
 
 def _cost(node: ir.Node) -> Cost:
-    return Cost(macs=_macs(node), bytes=_bytes(node), format=_format(node))
+    return Cost(macs=_macs(node), bytes=_bytes(node), format=product_format(node))
 
 
 def _macs(node: ir.Node) -> int | None:
@@ -188,17 +182,7 @@ def _size(value: ir.Value) -> int | None:
 
 def is_integer(node: ir.Node) -> bool:
     """Whether the products of ``node`` are between integers."""
-    if node.op_type in _INTEGER_PRODUCTS:
-        return True
-    read = [v.producer() for v in node.inputs[:2] if v is not None]
-    return len(read) == 2 and all(n is not None and n.op_type == "DequantizeLinear" for n in read)
-
-
-def _format(node: ir.Node) -> str:
-    if is_integer(node):
-        return "int8"
-    kind = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
-    return _FORMATS.get(kind, "fp32") if kind is not None else "fp32"
+    return product_format(node) == "int8"
 
 
 def family(node: ir.Node) -> str:
@@ -274,4 +258,4 @@ def floor(model: ir.Model, found: Costs, peak: Mapping[str, float], bandwidth: f
 
 def _width(fmt: str) -> int:
     """Bytes of a weight by the arithmetic that reads it."""
-    return {"int8": 1, "fp16": 2, "bf16": 2, "fp64": 8}.get(fmt, 4)
+    return {"int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp64": 8}.get(fmt, 4)

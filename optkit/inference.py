@@ -56,6 +56,25 @@ def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
     return walk.known
 
 
+def at_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+    """A copy of ``model`` for inputs of these shapes alone, with the shapes of all values that follow from them."""
+    fixed = model.clone()
+    for value in fixed.graph.inputs:
+        if (wanted := shapes.get(str(value.name))) is not None:
+            value.shape = ir.Shape(wanted)
+    for value in (*(o for node in fixed.graph for o in node.outputs), *fixed.graph.outputs):
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = None
+    infer(fixed)
+    # ONNX's inference leaves an output whose shape is computed with nothing but its rank, which then counts as declared.
+    partial = [v for v in fixed.graph.outputs if v.shape is not None and not v.shape.is_static()]
+    for value in partial:
+        value.shape = None
+    if partial:
+        _Walk().graph(fixed.graph)
+    return fixed
+
+
 def infer_node(node: ir.Node, *, opset: int = OPSET) -> None:
     """Give the outputs of one new node the types and shapes that follow from its inputs; needs no graph.
 

@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import ValidationError
 
+from optkit.arithmetic import stored
 from optkit.backends import BACKENDS
 from optkit.backends.base import Backend, Executed
 from optkit.errors import OptkitError
@@ -142,23 +143,10 @@ def weights_read(model: ir.Model) -> int:
         if row is None or row.family not in ("conv", "matmul"):
             continue
         for value in node.inputs[1:]:
-            source = _stored(value)
+            source = stored(value)
             if source is not None:
                 found[str(source.name)] = elements(source.shape) or 0
     return sum(found.values())
-
-
-def _stored(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that ``value`` is, or that a DequantizeLinear or a movement of values makes it of."""
-    while value is not None and not value.is_initializer():
-        producer = value.producer()
-        row = None if producer is None else spec(producer)
-        if producer is None or producer.op_type == "Gather":
-            return None
-        if producer.op_type != "DequantizeLinear" and (row is None or row.family != "shape"):
-            return None
-        value = producer.inputs[0]
-    return value
 
 
 def against(

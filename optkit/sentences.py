@@ -327,6 +327,8 @@ def read_back(report: Report) -> str:
     """Where the formats are known from."""
     if report.manifest.evidence.ran_on_device:
         return "as the runtime's profile shows"
+    if report.manifest.evidence.proxy_compiled:
+        return "as a vendor's compiler built it for another, similar target"
     return "as read back from what was built"
 
 
@@ -334,6 +336,13 @@ def evidence(record: Evidence) -> tuple[tuple[str, str, bool], ...]:
     """Every step by name, what it means, and whether it was done."""
     done = record.model_dump()
     return tuple((name.replace("_", " "), meaning, bool(done[name])) for name, meaning in EVIDENCE.items())
+
+
+def gathered(record: Evidence) -> tuple[str, str]:
+    """What was done and what was not, by name."""
+    done = [name for name, _, yes in evidence(record) if yes]
+    left = [name for name, _, yes in evidence(record) if not yes]
+    return f"done: {', '.join(done) or 'nothing'}", f"not done: {', '.join(left) or 'nothing'}"
 
 
 def kept_float(report: Report) -> tuple[str, ...]:

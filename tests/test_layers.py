@@ -16,7 +16,7 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference", "saturation",
+        "propagation", "inference", "saturation", "arithmetic",
     ],
     3: ["kernels"],
     4: ["passes", "backends"],
@@ -24,6 +24,7 @@ LAYERS = {
     6: [
         "frontend", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate", "bench",
         "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
+        "estimate", "finish",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip
@@ -31,6 +32,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {
     "torch": ("passes", "frontend", "training", "kernels/triton", "benchmarks"),
     "tensorrt": ("backends/tensorrt", "benchmarks"),
+    "tensorrt_rtx": ("backends/tensorrt",),
     "openvino": ("backends/openvino", "benchmarks"),
     "coremltools": ("backends/coreml", "benchmarks"),
     "triton": ("kernels/triton", "benchmarks"),

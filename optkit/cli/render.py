@@ -74,6 +74,8 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
                 ),
             )
         )
+    if not manifest.evidence.ran_on_device:
+        rows.append(("Evidence", sentences.gathered(manifest.evidence)))
     if manifest.data is not None:
         drawn = (
             "; drawn at random: nothing that was measured on them says how good the model is"

@@ -21,8 +21,13 @@ class Target:
         saturates: Whether products of u8 and s8 are added in pairs that saturate in 16 bits before they are accumulated.
         memory: Bytes, or None where it depends on the machine.
         bandwidth: Bytes per second, or None where it has to be measured.
-        peak: Operations per second by format; empty where it has to be measured.
+        peak: Operations per second by format, dense; empty where it has to be measured.
         source: Where the numbers come from.
+        capability: CUDA compute capability, ``(9, 0)``.
+        units: Streaming multiprocessors or compute units.
+        l2: Bytes of the last cache that all units share.
+        shared: Bytes of shared memory that one block may ask for.
+        lacks: Why a number format is refused, by format.
     """
 
     name: str
@@ -37,3 +42,14 @@ class Target:
     bandwidth: float | None = None
     peak: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
+    capability: tuple[int, int] | None = None
+    units: int | None = None
+    l2: int | None = None
+    shared: int | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, fmt: str) -> str | None:
+        """Why ``fmt`` cannot be computed in on this hardware; None where it can."""
+        if fmt in self.formats:
+            return None
+        return self.lacks.get(fmt, f"{self.name} ({self.arch}) has no hardware support for {fmt}")
