@@ -9,6 +9,7 @@ BACKENDS = Registry(
     {
         "onnxruntime": "optkit.backends.onnxruntime:OnnxRuntime",
         "openvino": "optkit.backends.openvino.lower:OpenVino",
+        "tensorrt": "optkit.backends.tensorrt.lower:TensorRt",
     },
     group="optkit.backends",
     extras={"openvino": "openvino"},

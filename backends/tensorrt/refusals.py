@@ -1,0 +1,77 @@
+"""What TensorRT cannot run, said before any work begins."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.graph import constant
+from optkit.targets import Target
+
+# TensorRT's parser has no importer for integer arithmetic spelled as operators; only Q/DQ pairs are read.
+_OPERATOR_INT8 = frozenset(
+    {
+        "ConvInteger",
+        "MatMulInteger",
+        "QLinearConv",
+        "QLinearMatMul",
+        "DynamicQuantizeLinear",
+        "QLinearAdd",
+        "QGemm",
+    }
+)
+_NO_TENSORS = ("Sequence", "String", "Optional")
+_MISSING = frozenset({"Det", "DeformConv", "Unique", "RegexFullMatch", "TfIdfVectorizer"})
+# Stored types of Q/DQ pairs, and the format that the card needs for them.
+_STORED = {
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT8E5M2: "fp8",
+    ir.DataType.INT4: "w4a16",
+    ir.DataType.FLOAT4E2M1: "nvfp4",
+}
+
+
+def refusal(node: ir.Node, target: Target) -> str | None:
+    """Why ``node`` cannot be in an engine for ``target``; None where nothing speaks against it."""
+    if (node.domain == "" and node.op_type in _OPERATOR_INT8) or node.op_type in ("QLinearAdd", "QGemm"):
+        return "TensorRT has no int8 operators; it reads QuantizeLinear and DequantizeLinear alone (--precision int8)"
+    if node.domain == "" and (node.op_type in _MISSING or node.op_type.startswith(_NO_TENSORS)):
+        return "TensorRT's parser has no importer for it"
+    if node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return _pair(node, target)
+    for value in node.inputs:
+        if (
+            value is not None
+            and value.is_initializer()
+            and value.dtype in (ir.DataType.INT8, ir.DataType.INT4)
+        ):
+            return "TensorRT takes quantized constants right in front of a DequantizeLinear alone"
+    for value in (*node.inputs, *node.outputs):
+        if (
+            value is not None
+            and value.dtype == ir.DataType.BFLOAT16
+            and (why := target.refusal("bf16")) is not None
+        ):
+            return why
+    return None
+
+
+def _pair(node: ir.Node, target: Target) -> str | None:
+    stored = (
+        node.outputs[0].dtype
+        if node.op_type == "QuantizeLinear"
+        else None
+        if node.inputs[0] is None
+        else node.inputs[0].dtype
+    )
+    if stored == ir.DataType.INT32:
+        return "TensorRT keeps biases in float: there is no grid of int32"
+    if stored in (ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT4):
+        return f"TensorRT takes signed grids with zero point 0, this one is {stored.name.lower()}"
+    wanted = None if stored is None else _STORED.get(stored)
+    if wanted is not None and (why := target.refusal(wanted)) is not None:
+        return why
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if zero is not None and np.asarray(zero, np.float32).any():
+        return "TensorRT takes zero point 0 alone"
+    return None

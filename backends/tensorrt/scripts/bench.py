@@ -1,0 +1,59 @@
+"""Time the engine by the clock of the device.
+
+    python bench.py
+
+Each run is between two events on the stream; copies to and from the device are not part of it. Warm-up runs are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from device import Device
+from engine import Engine
+
+HERE = Path(__file__).resolve().parent
+
+
+def bench(
+    device: Device, engine: Engine, feeds: dict[str, np.ndarray], *, warmup: int, runs: int
+) -> dict[str, Any]:
+    """Median, spread and percentiles over ``runs`` runs, in milliseconds."""
+    engine.bind(feeds)
+    for _ in range(warmup):
+        engine.enqueue()
+    device.wait()
+    times = []
+    for _ in range(runs):
+        start = device.event()
+        engine.enqueue()
+        times.append(device.seconds(start, device.event()) * 1e3)
+    ordered = sorted(times)
+    return {
+        "median_ms": statistics.median(times), "mean_ms": statistics.fmean(times), "min_ms": ordered[0],
+        "p99_ms": ordered[min(runs - 1, int(0.99 * runs))], "stdev_ms": statistics.stdev(times) if runs > 1 else 0.0,
+        "runs": runs, "warmup": warmup, "transfers": "not counted",
+        "inputs": {name: list(array.shape) for name, array in feeds.items()},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--warmup", type=int, default=50)
+    arguments = parser.parse_args()
+    records = []
+    with Device() as gpu:
+        loaded = Engine(gpu)
+        for file in sorted((HERE / "golden").glob("*.npz")):
+            with np.load(file, allow_pickle=False) as batch:
+                given = {k.removeprefix("in:"): batch[k] for k in batch.files if k.startswith("in:")}
+            records.append(bench(gpu, loaded, given, warmup=arguments.warmup, runs=arguments.runs))
+        result = {"batches": records, "engine": loaded.sha256, **gpu.facts()}
+    (HERE / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))

@@ -1,0 +1,140 @@
+"""CUDA's driver interface by ctypes: memory, streams, events and the device's name, with nothing to install."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_NOT_FOUND = "there is no NVIDIA driver here (libcuda.so.1 does not load)"
+# CUdevice_attribute of cuda.h.
+_ATTRIBUTES = {
+    "major": 75,
+    "minor": 76,
+    "units": 16,
+    "l2": 38,
+    "clock_khz": 13,
+    "memory_clock_khz": 36,
+    "shared": 97,
+}
+
+
+class CudaError(RuntimeError):
+    """A call of the driver that failed."""
+
+
+class Device:
+    """One GPU with its primary context; close it, or use it in a ``with``."""
+
+    def __init__(self, index: int = 0) -> None:
+        library = os.environ.get("OPTKIT_LIBCUDA", "libcuda.so.1")
+        try:
+            self._library = ctypes.CDLL(library)
+        except OSError as error:
+            raise CudaError(_NOT_FOUND) from error
+        self._memory: list[ctypes.c_uint64] = []
+        self._call("cuInit", ctypes.c_uint(0))
+        self._device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(index))
+        context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        self._call("cuCtxSetCurrent", context)
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
+        self.stream = int(stream.value or 0)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(text))
+            raise CudaError(f"{name}: {(text.value or b'error').decode()} ({code})")
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back."""
+        for address in self._memory:
+            self._call("cuMemFree_v2", address)
+        self._memory.clear()
+        self._call("cuStreamDestroy_v2", ctypes.c_void_p(self.stream))
+        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+
+    def facts(self) -> dict[str, Any]:
+        """What records of a measurement must name: device, driver, clocks."""
+        name = ctypes.create_string_buffer(128)
+        self._call("cuDeviceGetName", name, ctypes.c_int(128), self._device)
+        driver = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(driver))
+        found: dict[str, Any] = {"device": name.value.decode(), "cuda_driver": driver.value}
+        for key, number in _ATTRIBUTES.items():
+            value = ctypes.c_int()
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(number), self._device)
+            found[key] = value.value
+        return found
+
+    def empty(self, size: int) -> int:
+        """The address of ``size`` bytes."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
+        self._memory.append(address)
+        return address.value
+
+    def put(self, array: np.ndarray) -> int:
+        """Copy to the device."""
+        array = np.ascontiguousarray(array)
+        address = self.empty(array.nbytes)
+        self._call(
+            "cuMemcpyHtoD_v2",
+            ctypes.c_uint64(address),
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+        )
+        return address
+
+    def get(self, address: int, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        """Copy from the device."""
+        array = np.empty(tuple(shape), dtype)
+        self._call(
+            "cuMemcpyDtoH_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_uint64(address),
+            ctypes.c_size_t(array.nbytes),
+        )
+        return array
+
+    def wait(self) -> None:
+        """Until the stream is done."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+
+    def event(self) -> ctypes.c_void_p:
+        """A point in time on the stream, recorded now."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+        self._call("cuEventRecord", event, ctypes.c_void_p(self.stream))
+        return event
+
+    def seconds(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """Between two events."""
+        self._call("cuEventSynchronize", end)
+        milliseconds = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
+        for event in (start, end):
+            self._call("cuEventDestroy_v2", event)
+        return milliseconds.value / 1e3
+
+
+if __name__ == "__main__":
+    try:
+        with Device() as device:
+            print(json.dumps(device.facts(), indent=2))
+    except CudaError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,38 @@
+"""The typed graph in ONNX Runtime: what can be run of a TensorRT artifact where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.base import Session
+from optkit.data import specs, validate
+from optkit.errors import ModelError
+from optkit.graph import weight_bytes
+from optkit.reference import LARGE, ReferenceSession
+
+
+class TypedGraphSession(Session):
+    """``model.onnx`` of an artifact, with its types and Q/DQ pairs, on the CPU.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        if not file.is_file():
+            raise ModelError(f"{file.name} is missing")
+        model = ir.load(file)
+        self.inputs, self.outputs = specs(model)
+        self._session = ReferenceSession(file, large=weight_bytes(model) > LARGE)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name."""
+        return self._session.run(validate(feeds, self.inputs))
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session.close()

@@ -1,0 +1,343 @@
+"""The TensorRT backend where no package of NVIDIA's is installed: bundles, refusals, profiles."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import optkit
+from optkit.backends import BACKENDS
+from optkit.backends.tensorrt import bundle, rtx
+from optkit.backends.tensorrt.placement import PLACEMENTS
+from optkit.backends.tensorrt.profiles import profile, ranges, seen
+from optkit.backends.tensorrt.refusals import refusal
+from optkit.cli.app import main
+from optkit.data import TensorSpec
+from optkit.errors import ModelError, RecipeError, UsageError
+from optkit.graph import walk
+from optkit.ops import OPS
+from optkit.reference import ReferenceSession
+from optkit.targets import TARGETS, target
+from optkit.testing import parse
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
+LINEAR = (
+    HEAD
+    + """g (float[N, 32] x) => (float[N, 8] y) {
+  [first] h = MatMul(x, w0)
+  [bias] b = Add(h, b0)
+  [relu] r = Relu(b)
+  [second] y = MatMul(r, w1)
+}
+"""
+)
+
+
+@pytest.fixture
+def model() -> ir.Model:
+    random = np.random.default_rng(0)
+    return parse(
+        LINEAR,
+        w0=(random.normal(size=(32, 64)) / 6).astype(np.float32),
+        b0=random.normal(size=64).astype(np.float32),
+        w1=(random.normal(size=(64, 8)) / 8).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def batches() -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(1)
+    return [{"x": random.normal(size=(n, 32)).astype(np.float32)} for n in (2, 4, 4, 4, 4, 8)]
+
+
+@pytest.fixture
+def without_rtx(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_row_of_every_placement_names_a_known_operator(placement):
+    found = PLACEMENTS[placement]
+    assert found.name == placement and not found.bias and found.source
+    for op, row in found.rows.items():
+        assert op == row.op and OPS[op].weight is not None and not row.output
+
+
+# Refusals
+
+
+def _node(text: str, name: str = "n", **arrays) -> ir.Node:
+    return next(n for n in walk(parse(HEAD + text, **arrays)) if n.name == name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("g (uint8[2, 4] x, uint8[4, 2] w) => (int32[2, 2] y) { [n] y = MatMulInteger(x, w) }", "no int8 operators"),
+        ("g (float[2, 2] x) => (float y) { [n] y = Det(x) }", "no importer"),
+        ("g (float[4] x, float s, uint8 z) => (uint8[4] y) { [n] y = QuantizeLinear(x, s, z) }", "signed grids"),
+        ("g (int32[4] x, float s) => (float[4] y) { [n] y = DequantizeLinear(x, s) }", "biases in float"),
+    ],
+)  # fmt: skip
+def test_what_tensorrt_cannot_run_is_refused_with_the_reason(text, said):
+    assert said in refusal(_node(text), target("h100"))
+
+
+def test_zero_points_must_be_zero():
+    text = "g (float[4] x) => (int8[4] y) { [n] y = QuantizeLinear(x, s, z) }"
+    scale = np.float32(0.1)
+    assert "zero point 0" in refusal(_node(text, s=scale, z=np.int8(3)), target("l4"))
+    assert refusal(_node(text, s=scale, z=np.int8(0)), target("l4")) is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "fmt", "allowed", "refused"),
+    [
+        (ml_dtypes.float8_e4m3fn, "fp8", "l4 h100 rtx4090 b200", "t4 a10 a100 rtx3090 jetson-orin"),
+        (ml_dtypes.int4, "w4a16", "a10 a100 h100", "t4"),
+    ],
+)
+def test_formats_are_refused_where_the_card_lacks_them(stored, fmt, allowed, refused):
+    text = "g (float s) => (float[4] y) { [n] y = DequantizeLinear(w, s) }"
+    node = _node(text, w=np.zeros(4, stored))
+    for name in allowed.split():
+        assert refusal(node, target(name)) is None
+    for name in refused.split():
+        assert fmt in refusal(node, target(name))
+
+
+def test_plain_operators_are_not_refused(model):
+    assert all(
+        refusal(node, t) is None for node in walk(model) for t in TARGETS.values() if t.vendor == "nvidia"
+    )
+
+
+def test_bfloat16_needs_ampere():
+    node = _node("g (bfloat16[4] x) => (bfloat16[4] y) { [n] y = Relu(x) }")
+    assert "sm_80" in refusal(node, target("t4")) and refusal(node, target("a10")) is None
+
+
+# Shape profiles
+
+IMAGE = TensorSpec(name="image", dtype=np.dtype(np.float32), shape=("batch", 3, "height", 64))
+IDS = TensorSpec(name="ids", dtype=np.dtype(np.int64), shape=("batch", None))
+
+
+def test_free_axes_have_a_range_by_what_they_are_and_a_name():
+    found = ranges([IMAGE, IDS], {})
+    assert found == {"batch": (1, 8, 32), "height": (32, 224, 512), "ids.1": (1, 128, 512)}
+    assert ranges([IMAGE], {"height": (32, 48, 64)})["height"] == (32, 48, 64)
+    shapes = profile([IMAGE, IDS], found)
+    assert shapes["image"] == [[1, 3, 32, 64], [8, 3, 224, 64], [32, 3, 512, 64]]
+    assert shapes["ids"] == [[1, 1], [8, 128], [32, 512]]
+    fixed = TensorSpec(name="x", dtype=np.dtype(np.float32), shape=(1, 4))
+    assert profile([fixed], ranges([fixed], {})) == {}
+
+
+def test_data_narrows_the_axes_that_nobody_named():
+    sizes = {"image": [(2, 2, 4), (3, 3, 3), (32, 48, 96), (64, 64, 64)], "ids": [(1, 2, 64), (7, 9, 30)]}
+    found = seen([IMAGE, IDS], sizes, {"height": (16, 32, 128)})
+    assert found == {"batch": (1, 2, 64), "height": (16, 32, 128), "ids.1": (7, 9, 30)}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"width": (1, 2, 3)}, "width is no free axis"),
+        ({"height": (64, 32, 128)}, "not in order"),
+        ({"height": (0, 32, 128)}, "not in order"),
+    ],
+)
+def test_wrong_ranges_are_refused_by_name(given, said):
+    with pytest.raises(UsageError, match=said):
+        ranges([IMAGE], given)
+
+
+def test_an_input_without_a_rank_is_refused():
+    with pytest.raises(UsageError, match="no known rank"):
+        ranges([TensorSpec(name="x", dtype=np.dtype(np.float32), shape=None)], {})
+
+
+# Modes
+
+
+def test_each_card_has_the_mode_and_the_proxy_that_tensorrt_rtx_supports():
+    native = {t.name for t in TARGETS.values() if rtx.native(t)}
+    assert native == set(["a10", "l4", "l40s", "rtx3090", "rtx4090", "rtx5090", "gb10"])
+    proxies = {
+        name: rtx.proxy(target(name)) for name in ("t4", "a100", "jetson-orin", "h100", "h200", "b200")
+    }
+    assert proxies == {
+        "t4": "SM75", "a100": "SM80", "jetson-orin": "SM86", "h100": "SM89", "h200": "SM89", "b200": "SM120",
+    }  # fmt: skip
+
+
+def test_an_engine_without_the_package_is_refused_before_any_work_with_the_pip_line(
+    without_rtx, model, tmp_path, capsys
+):
+    file = tmp_path / "model.onnx"
+    onnx.save(ir.to_proto(model), file)
+    assert main(["compile", str(file), "--target", "l4", "-o", str(tmp_path / "out"), "--json"]) == 4
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "TensorRT-RTX, which is not installed" in error["message"]
+    assert "pip install 'optkit[tensorrt]'" in error["hint"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_tensorrt_rtx_has_not_is_refused_where_an_engine_is_asked_for(without_rtx):
+    backend = BACKENDS["tensorrt"]()
+    with pytest.raises(UsageError, match="compiles nothing for h100"):
+        backend.ready(target("h100"), backend.options(mode="rtx-engine"))
+    backend.ready(target("h100"), backend.options())
+    backend.ready(target("l4"), backend.options(mode="bundle"))
+
+
+# Bundles
+
+
+def _compile(model, batches, path, name="h100", **options):
+    return optkit.compile(model, target=name, data=batches, out=path, **options)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "tensorrt-fp16", "tensorrt-int8", "tensorrt-int8-mse"])
+def test_a_bundle_claims_what_was_done_and_lists_what_is_left(without_rtx, model, batches, tmp_path, recipe):
+    artifact, report = _compile(model, batches, tmp_path / "out", recipe=recipe)
+    manifest = artifact.manifest
+    done = {k for k, v in manifest.evidence.model_dump().items() if v}
+    assert done == {"emitted", "executed_cpu"}
+    assert report.latency is None and report.exit_code == 0
+    assert [s for s in manifest.deferred if "build_engine.py" in s] and "not tried here" in manifest.deferred[
+        0
+    ]
+    assert manifest.achieved.formats == {{"fp32": "fp32", "tensorrt-fp16": "fp16"}.get(recipe, "int8"): 1.0}
+    assert set(manifest.achieved.placement) == {"typed graph"}
+    names = {f.path for f in manifest.files}
+    assert {"model.onnx", "bundle.json", "build_engine.py", "verify.py", "bench.py", "device.py"} <= names
+    assert "engine.plan" not in names
+    facts = json.loads((artifact.folder / bundle.BUNDLE).read_text())
+    assert facts["runtime"] == "tensorrt" and facts["arch"] == "sm_90a"
+    assert facts["profile"] == {"x": [[1, 32], [4, 32], [32, 32]]}
+    onnx.checker.check_model(onnx.load(artifact.folder / "model.onnx"), full_check=True)
+
+
+def test_golden_outputs_are_those_of_the_typed_graph(without_rtx, model, batches, tmp_path):
+    artifact, _ = _compile(model, batches, tmp_path / "out", recipe="tensorrt-int8")
+    session = ReferenceSession(artifact.folder / "model.onnx")
+    files = sorted((artifact.folder / "golden").iterdir())
+    rows = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as batch:
+            found = session.run({"x": batch["in:x"]})
+            np.testing.assert_array_equal(found["y"], batch["out:y"])
+            rows.append(len(batch["in:x"]))
+    assert rows == [4, 1]
+
+
+def test_programs_for_tensorrt_rtx_import_its_package():
+    assert "import tensorrt_rtx as trt" in bundle.program("engine.py", rtx=True)
+    assert "import tensorrt as trt" in bundle.program("engine.py", rtx=False)
+
+
+def test_float16_stays_out_of_where_values_do_not_fit(without_rtx, batches, tmp_path):
+    text = (
+        HEAD
+        + """g (float[N, 32] x) => (float[N, 8] y, float[N, 8] z) {
+      [big] h = Mul(x, k)
+      [r] r = Relu(h)
+      [far] y = MatMul(r, w)
+      [near] z = MatMul(x, v)
+    }"""
+    )
+    w, v = np.full((32, 8), 1e-6, np.float32), np.ones((32, 8), np.float32)
+    artifact, _ = _compile(
+        parse(text, k=np.float32(1e6), w=w, v=v), batches, tmp_path / "out", recipe="tensorrt-fp16"
+    )
+    assert artifact.manifest.achieved.formats == {"fp32": 0.5, "fp16": 0.5}
+    assert all(np.isfinite(artifact.run(b)["y"]).all() for b in batches)
+
+
+def test_pairs_around_no_product_are_an_error(without_rtx, tmp_path):
+    text = (
+        HEAD
+        + """g (float[N, 4] x) => (float[N, 4] y) {
+      q = QuantizeLinear(x, s, z)
+      d = DequantizeLinear(q, s, z)
+      r = Relu(d)
+      y = MatMul(r, w)
+    }"""
+    )
+    unquantized = parse(text, s=np.float32(0.1), z=np.int8(0), w=np.ones((4, 4), np.float32))
+    backend = BACKENDS["tensorrt"]()
+    with pytest.raises(ModelError, match="not one product with weights is quantized"):
+        backend.lower(unquantized, target("h100"), backend.options(), tmp_path)
+
+
+def test_the_precision_int8_tries_the_rows_of_tensorrt_and_no_other(without_rtx, model, batches, tmp_path):
+    _, report = _compile(model, batches, tmp_path / "out", precision="int8")
+    assert {c.name for c in report.candidates} == {"fp32", "tensorrt-int8", "tensorrt-int8-mse"}
+
+
+def test_what_an_artifact_says_about_a_gpu_is_never_measured(without_rtx, model, batches, tmp_path, capsys):
+    file, data = tmp_path / "model.onnx", tmp_path / "calib"
+    onnx.save(ir.to_proto(model), file)
+    data.mkdir()
+    for i, batch in enumerate(batches):
+        np.savez(data / f"{i}.npz", **batch)
+    assert main(["compile", str(file), "-t", "h100", "--calib", str(data), "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "not measured: there is no h100 here" in said and "computed from the data sheet" in said
+    assert "measured" not in said.replace("not measured", "").replace(
+        "accuracy would be measured", ""
+    ).replace("accuracy was not measured", "")
+    assert "DEFERRED: 3 steps that need h100" in said and "optkit finalize" in said
+    assert "done: emitted, executed cpu" in said and "not done: compiled" in said
+
+
+def test_the_same_request_gives_the_same_bytes(without_rtx, model, batches, tmp_path):
+    found = [_compile(model, batches, tmp_path / name, recipe="tensorrt-int8")[0] for name in ("a", "b")]
+    first, second = ((a.folder / "manifest.json").read_bytes() for a in found)
+    assert first == second
+
+
+def test_sizes_that_the_graph_cannot_have_fail_with_the_option_that_sets_them(without_rtx, tmp_path):
+    pairs = parse(HEAD + "g (float[N] x) => (float[2, M] y) <int64[2] two = {2, -1}> { y = Reshape(x, two) }")
+    backend = BACKENDS["tensorrt"]()
+    with pytest.raises(ModelError, match=r"does not run with x \[3\]") as error:
+        backend.lower(pairs, target("h100"), backend.options(sizes={"N": (2, 3, 6)}), tmp_path)
+    assert "options.sizes" in error.value.hint
+
+
+# The process that builds
+
+
+def test_a_compiler_that_aborts_is_reported_with_its_signal(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        rtx, "_CHILD", "import os, sys; print('assertion failed', file=sys.stderr); os.abort()"
+    )
+    with pytest.raises(ModelError, match=r"died \(SIGABRT\): assertion failed"):
+        rtx.build(tmp_path / "model.onnx", tmp_path / "engine.plan", ["SM89"], {})
+
+
+def test_a_compiler_that_never_ends_is_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(rtx, "_CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(rtx, "_SECONDS", 0.5)
+    with pytest.raises(ModelError, match="did not finish within"):
+        rtx.build(tmp_path / "model.onnx", tmp_path / "engine.plan", ["SM89"], {})
+
+
+def test_the_options_name_what_they_do_not_know(model, tmp_path):
+    with pytest.raises(RecipeError, match="unknown option 'size'"):
+        optkit.compile(
+            model, target="h100", recipe="fp32", overrides=["options.size=1"], out=tmp_path / "out"
+        )
+
+
+def test_a_target_that_the_backend_does_not_know_has_no_engine():
+    assert rtx.capability(replace(target("h100"), capability=None)) is None

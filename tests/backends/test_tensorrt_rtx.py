@@ -1,0 +1,181 @@
+"""Engines that TensorRT-RTX really builds here, and what their plans show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import optkit
+from optkit.backends import BACKENDS
+from optkit.backends.tensorrt import plan
+from optkit.backends.tensorrt.verdict import Record
+from optkit.errors import UnsupportedOpError
+from optkit.targets import target
+from optkit.testing import parse
+
+pytestmark = pytest.mark.needs("tensorrt_rtx")
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
+NET = (
+    HEAD
+    + """g (float[N, 3, 16, 16] x) => (float[N, 8] y) <int64[2] flat = {0, -1}> {
+  [conv] a = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w0, b0)
+  [relu] b = Relu(a)
+  [point] c = Conv<kernel_shape = [1, 1]>(b, w1)
+  [sum] d = Add(b, c)
+  [pool] p = GlobalAveragePool(d)
+  [flat] r = Reshape(p, flat)
+  [head] y = MatMul(r, w2)
+}
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> ir.Model:
+    random = np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 3, 3), "b0": (16,), "w1": (16, 16, 1, 1), "w2": (16, 8)}
+    return parse(NET, **{k: (random.normal(size=s) * 0.3).astype(np.float32) for k, s in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(1)
+    return [{"x": random.normal(size=(4, 3, 16, 16)).astype(np.float32)} for _ in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "fmt"),
+    [
+        ("l4", "fp32", "fp32"),
+        ("l4", "tensorrt-fp16", "fp16"),
+        ("l4", "tensorrt-int8", "int8"),
+        ("rtx4090", "tensorrt-int8-mse", "int8"),
+        ("a10", "tensorrt-int8", "int8"),
+        ("rtx5090", "tensorrt-int8", "int8"),
+    ],
+)
+def test_an_engine_is_built_and_its_plan_shows_every_product(model, batches, tmp_path, name, recipe, fmt):
+    artifact, report = optkit.compile(model, target=name, data=batches, recipe=recipe, out=tmp_path / "out")
+    manifest, engine = artifact.manifest, (artifact.folder / "engine.plan").read_bytes()
+    assert manifest.achieved.formats == {fmt: 1.0}
+    capability = "SM" + "".join(map(str, target(name).capability))
+    assert manifest.achieved.placement == {f"TensorRT-RTX plan for {capability}": 1.0}
+    done = {k for k, v in manifest.evidence.model_dump().items() if v}
+    assert done == {"emitted", "compiled", "inspected", "executed_cpu"}
+    record = Record.load(artifact.folder)
+    assert record.sha256 == hashlib.sha256(engine).hexdigest() and not record.proxy
+    assert set(record.products) == {"conv", "point", "head"} and sum(record.operations.values()) >= 3
+    assert manifest.size.after == len(engine)
+    assert report.latency is None and "load the engine" in manifest.deferred[0]
+    assert json.loads((artifact.folder / "bundle.json").read_text())["runtime"] == "tensorrt_rtx"
+    assert not (artifact.folder / "build_engine.py").exists()
+
+
+def test_the_same_request_gives_the_same_engine(model, batches, tmp_path):
+    files = []
+    for name in ("one", "two"):
+        artifact, _ = optkit.compile(
+            model, target="l4", data=batches, recipe="tensorrt-int8", out=tmp_path / name
+        )
+        files.append((artifact.folder / "manifest.json").read_bytes())
+    assert files[0] == files[1] and b"engine.plan" in files[0]
+
+
+def test_a_bundle_is_tried_on_another_card_which_is_named(model, batches, tmp_path):
+    artifact, report = optkit.compile(
+        model, target="h100", data=batches, recipe="tensorrt-int8", out=tmp_path / "out"
+    )
+    done = {k for k, v in artifact.manifest.evidence.model_dump().items() if v}
+    assert done == {"emitted", "executed_cpu", "proxy_compiled"}
+    assert set(artifact.manifest.achieved.placement) == {"TensorRT-RTX plan for SM89 (proxy)"}
+    assert "as a proxy, TensorRT-RTX" in artifact.manifest.deferred[0]
+    assert "SM89 built it" in artifact.manifest.deferred[0]
+    assert optkit.sentences.read_back(report) == "as a vendor's compiler built it for another, similar target"
+    assert not (artifact.folder / "engine.plan").exists() and not list(artifact.folder.glob(".proxy*"))
+
+
+def test_a_proxy_that_is_not_wanted_is_not_asked(model, batches, tmp_path):
+    artifact, _ = optkit.compile(
+        model,
+        target="h100",
+        data=batches,
+        recipe="fp32",
+        overrides=["options.proxy=false"],
+        out=tmp_path / "out",
+    )
+    assert Record.load(artifact.folder) is None and not artifact.manifest.evidence.proxy_compiled
+
+
+def test_nodes_that_the_parser_refuses_are_all_listed(tmp_path):
+    text = (
+        '<ir_version: 10, opset_import: ["" : 21, "other" : 1]>\n'
+        "g (float[4] x) => (float[4] y, float[4] z) { [a] y = other.Thing(x)\n [b] z = other.Thing(y) }"
+    )
+    graph = parse(text)
+    from optkit.backends.tensorrt import rtx
+    from optkit.store import save
+
+    save(graph, tmp_path / "model.onnx")
+    said = rtx.build(tmp_path / "model.onnx", tmp_path / "engine.plan", ["SM89"], {})
+    assert not said.parsed and not said.built
+    assert said.refused and said.refused[0][1] == "Thing" and said.refused[0][2]
+
+
+def test_a_refused_node_is_reported_with_its_place(tmp_path, monkeypatch):
+    from optkit.backends.tensorrt import bundle
+
+    text = HEAD + "g (float[2, 2] x) => (float y) { [lonely] y = Det(x) }"
+    monkeypatch.setattr(bundle, "golden", lambda *_, **__: None)
+    backend = BACKENDS["tensorrt"]()
+    with pytest.raises(UnsupportedOpError) as error:
+        backend.lower(parse(text), target("l4"), backend.options(), tmp_path)
+    assert "lonely" in error.value.problems[0][0]
+
+
+def test_a_card_that_it_does_not_compile_for_is_said_to_be(model, tmp_path):
+    from optkit.backends.tensorrt import rtx
+    from optkit.store import save
+
+    save(model, tmp_path / "model.onnx")
+    shapes = {"x": [[1, 3, 16, 16]] * 3}
+    said = rtx.build(tmp_path / "model.onnx", tmp_path / "engine.plan", ["SM90"], shapes)
+    assert not said.built and "does not build for SM90" in said.message
+
+
+FP8 = (
+    HEAD
+    + """g (float[16, 32] x) => (float[16, 16] y) {
+  [q] q = QuantizeLinear(x, s, z)
+  [d] d = DequantizeLinear(q, s, z)
+  [e] e = DequantizeLinear(w, s, z)
+  [m] y = MatMul(d, e)
+}
+"""
+)
+
+
+@pytest.mark.parametrize(("capability", "built"), [("SM89", True), ("SM120", True), ("SM86", False)])
+def test_the_compiler_agrees_where_fp8_starts(tmp_path, capability, built):
+    from optkit.backends.tensorrt import rtx
+    from optkit.store import save
+
+    grid = ml_dtypes.float8_e4m3fn
+    graph = parse(FP8, s=np.float32(0.5), z=np.zeros((), grid), w=np.ones((32, 16), grid))
+    save(graph, tmp_path / "model.onnx")
+    said = rtx.build(tmp_path / "model.onnx", tmp_path / "engine.plan", [capability], {})
+    assert said.built == built
+    if built:
+        shown = plan.product_formats(plan.read((tmp_path / "engine.plan").read_bytes()), ["m"])
+        assert shown == {"m": "fp8"}
+    else:
+        assert "fp8" in said.message
+
+
+def test_a_file_that_is_no_engine_shows_nothing():
+    assert plan.read(b"") == [] and plan.read(b"header {\nmain {\n") == []
