@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import optkit
-from optkit.cli import bench, compile, doctor, eval, inspect, quantize, recipe, targets
+from optkit.cli import bench, compile, doctor, eval, finalize, inspect, quantize, recipe, targets
 from optkit.errors import OptkitError, UsageError
 
 # What typer raises for wrong options; it does not export the class under a name of its own.
@@ -29,6 +29,7 @@ for _name, _command, _help in (
     ("quantize", quantize.quantize, "Quantize and write ONNX; nothing is measured."),
     ("eval", eval.evaluate, "Compute a metric, alone or against another model."),
     ("bench", bench.bench, "Time a run, alone or in turn with another model."),
+    ("finalize", finalize.finalize, "Finish an artifact on the device that it is for."),
     ("inspect", inspect.inspect, "Show what is in a model or artifact."),
     ("targets", targets.targets, "List the hardware that can be compiled for."),
     ("doctor", doctor.doctor, "Check this machine, and a model."),

@@ -1,0 +1,216 @@
+"""The programs of an artifact, and ``optkit finalize``, which runs them.
+
+Held against TensorRT's real interface, and carried out on a driver and a TensorRT that compute on the host.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import optkit
+from optkit.artifact import Artifact
+from optkit.cli.app import main
+from optkit.errors import BackendUnavailableError, ModelError, UsageError
+from optkit.finish import finalize
+from optkit.testing import parse
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = HERE.parent.parent / "backends" / "tensorrt" / "scripts"
+# Names of TensorRT 11.4.0.106, read from its bindings.
+API = json.loads((HERE.parent / "golden" / "tensorrt_11_4_api.json").read_text())
+
+
+def _unknown(text: str) -> list[str]:
+    """Names of ``trt`` that TensorRT does not have: of the module, of its classes, and of variables of such a type."""
+    tree, types = ast.parse(text), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [n.attr for n in ast.walk(node.annotation) if isinstance(n, ast.Attribute)]
+            types[node.target.id] = names[0] if names else ""
+    unknown = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value
+        if isinstance(owner, ast.Name) and owner.id == "trt":
+            known = node.attr in API["."] or node.attr in API
+        elif (
+            isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "trt"
+        ):
+            known = owner.attr in API and node.attr in API[owner.attr]
+        elif isinstance(owner, ast.Name) and types.get(owner.id) in API:
+            known = node.attr in API[types[owner.id]]
+        else:
+            continue
+        if not known and not node.attr.startswith("__"):
+            unknown.append(ast.unparse(node))
+    return unknown
+
+
+@pytest.mark.parametrize("name", ["build_engine.py", "engine.py"])
+def test_the_programs_use_names_that_tensorrt_has(name):
+    assert _unknown((SCRIPTS / name).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("trt.BuilderFlag.FP16", "trt.BuilderFlag.FP16"),
+        ("config: trt.IBuilderConfig = f()\nconfig.int8_calibrator", "config.int8_calibrator"),
+        ("trt.init_plugins", "trt.init_plugins"),
+    ],
+)
+def test_names_that_tensorrt_no_longer_has_are_found(line, wrong):
+    assert _unknown(line) == [wrong]
+
+
+@pytest.mark.needs("tensorrt_rtx")
+@pytest.mark.parametrize("name", ["engine.py", "build_engine.py"])
+def test_tensorrt_rtx_has_the_same_names(name):
+    import tensorrt_rtx as trt
+
+    text = (SCRIPTS / name).read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trt":
+            assert hasattr(trt, node.attr), node.attr
+
+
+# On a device
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HERE / "device" / "libcuda.c"], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    random = np.random.default_rng(0)
+    text = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 16] x) => (float[N, 4] y) { y = MatMul(x, w) }'
+    model: ir.Model = parse(text, w=random.normal(size=(16, 4)).astype(np.float32))
+    out = tmp_path_factory.mktemp("compiled") / "out"
+    optkit.compile(model, target="h100", recipe="fp32", overrides=["options.proxy=false"], out=out)
+    return out
+
+
+@pytest.fixture
+def artifact(compiled, tmp_path) -> Path:
+    return Path(shutil.copytree(compiled, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def gpu(driver, tmp_path, monkeypatch) -> Path:
+    """A GPU with TensorRT; the file has a line for every build."""
+    monkeypatch.setenv("OPTKIT_LIBCUDA", str(driver))
+    monkeypatch.setenv("PYTHONPATH", str(HERE / "device"))
+    monkeypatch.syspath_prepend(str(HERE / "device"))
+    log = tmp_path / "builds"
+    log.touch()
+    monkeypatch.setenv("FAKE_TENSORRT_LOG", str(log))
+    return log
+
+
+def test_without_a_driver_it_says_so_and_exits_with_4(artifact, monkeypatch, capsys):
+    monkeypatch.setenv("OPTKIT_LIBCUDA", "/nonexistent/libcuda.so.1")
+    assert main(["finalize", str(artifact), "--json"]) == 4
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert "there is no NVIDIA driver here" in said["message"] and "machine with the GPU" in said["hint"]
+    assert not Artifact(artifact).manifest.evidence.ran_on_device
+
+
+def test_a_driver_without_a_device_is_told_apart(artifact, gpu, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_INIT", "100")
+    with pytest.raises(BackendUnavailableError, match="cuInit: CUDA_ERROR_NO_DEVICE"):
+        finalize(artifact)
+
+
+def test_another_card_than_the_artifact_is_for_is_refused(artifact, gpu, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_MAJOR", "8")
+    with pytest.raises(UsageError, match=r"is for h100 \(sm_90a\), the device is Pretended GPU \(sm_80\)"):
+        finalize(artifact)
+
+
+def test_without_tensorrt_the_pip_line_is_given(artifact, driver, monkeypatch):
+    monkeypatch.setenv("OPTKIT_LIBCUDA", str(driver))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendUnavailableError) as error:
+        finalize(artifact)
+    assert error.value.hint == "pip install tensorrt-cu13"
+
+
+def test_every_step_is_done_once_and_written_down(artifact, gpu, capsys):
+    before = Artifact(artifact).manifest
+    assert main(["finalize", str(artifact), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["device"]["device"] == "Pretended GPU" and said["device"]["cuda_driver"] == 13000
+    assert said["cosine"] == pytest.approx(1.0) and [b["runs"] for b in said["batches"]] == [200, 200]
+    assert all(0 < b["min_ms"] <= b["median_ms"] <= b["p99_ms"] for b in said["batches"])
+    after = Artifact(artifact).manifest
+    assert after.evidence.ran_on_device and after.evidence.timed_on_device and after.deferred == ()
+    assert before.deferred and after.files == before.files
+    assert json.loads((artifact / "device.json").read_text())["cosine"] == said["cosine"]
+    assert (artifact / "timing.cache").read_bytes() == b"timings"
+    times = {f: (artifact / f).stat().st_mtime_ns for f in ("engine.plan", "verified.json", "bench.json")}
+    finalize(artifact)
+    assert times == {f: (artifact / f).stat().st_mtime_ns for f in times}
+    assert gpu.read_text().count("a build") == 1
+    finalize(artifact, force=True)
+    assert gpu.read_text().count("a build") == 2
+    assert all((artifact / f).stat().st_mtime_ns > t for f, t in times.items())
+
+
+def test_records_of_another_device_are_not_taken(artifact, gpu):
+    finalize(artifact)
+    record = json.loads((artifact / "bench.json").read_text())
+    (artifact / "bench.json").write_text(json.dumps(record | {"device": "another"}))
+    finalize(artifact)
+    assert json.loads((artifact / "bench.json").read_text())["device"] == "Pretended GPU"
+
+
+def test_an_engine_that_computes_something_else_is_an_error_and_no_evidence(artifact, gpu, monkeypatch):
+    monkeypatch.setenv("FAKE_TENSORRT_WRONG", "1")
+    with pytest.raises(ModelError, match=r"output 'y' of golden batch .* has cosine -1\.0"):
+        finalize(artifact)
+    assert not Artifact(artifact).manifest.evidence.ran_on_device
+    assert not (artifact / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("FAKE_TENSORRT_FAILS", "build_engine.py: TensorRT built nothing"),
+        ("FAKE_TENSORRT_REFUSES", "verify.py: the engine does not load: another device, driver or TensorRT"),
+    ],
+)
+def test_a_step_that_fails_says_what_its_program_said(artifact, gpu, monkeypatch, name, said):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ModelError, match=said):
+        finalize(artifact)
+
+
+def test_damaged_files_are_not_taken_to_the_device(artifact, gpu):
+    with (artifact / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ModelError, match=r"model\.onnx is not the file that was written"):
+        finalize(artifact)
+
+
+def test_artifacts_that_are_complete_have_nothing_to_finish(tmp_path):
+    text = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }'
+    optkit.compile(parse(text), recipe="fp32", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="onnxruntime are complete as they are"):
+        finalize(tmp_path / "out")
