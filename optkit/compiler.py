@@ -43,7 +43,7 @@ from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
 from optkit.recipe import Goal, Recipe, condition, shipped, validated
-from optkit.reference import LARGE, ReferenceSession
+from optkit.reference import LARGE, ReferenceSession, unsound
 from optkit.report import (
     AccuracyRecord,
     Achieved,
@@ -168,6 +168,7 @@ class Compilation:
         return ReferenceSession(
             self.loaded.path if self.loaded.path is not None else self.loaded.model,
             large=weight_bytes(self.loaded.model) > LARGE,
+            disabled=unsound(self.loaded.model),
         )
 
     @cached_property
@@ -407,7 +408,7 @@ def scheme(model: ir.Model) -> str:
                 role = "weights" if x.is_initializer() else "activations"
                 grain = "per channel" if s.shape is not None and len(s.shape) else "per tensor"
                 kinds.add(
-                    f"{role} {stored} {grain}, {'symmetric' if stored.startswith('int') else 'asymmetric'}"
+                    f"{role} {stored} {grain}, {'symmetric' if stored.startswith(('int', 'float')) else 'asymmetric'}"
                 )
             elif node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer():
                 if node.inputs[0].dtype == ir.DataType.INT8:
@@ -645,6 +646,7 @@ def recipe_for(precision: str | None) -> str:
         ("int8", True): "int8-dynamic",
         ("fp16", False): "fp16",
         ("bf16", False): "bf16",
+        ("fp8", False): "fp8",
     }.get((wanted.base, wanted.dynamic))
     if name is None or wanted.group is not None or wanted.symmetric is not None or name not in shipped():
         raise UsageError(

@@ -12,11 +12,11 @@ from optkit.errors import UnknownNameError, UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """An integer format for quantized tensors.
+    """A number format for quantized tensors: integers, or floats of 8 bits.
 
     Attributes:
-        low: Smallest stored integer.
-        high: Largest stored integer.
+        low: Smallest stored number.
+        high: Largest stored number.
         symmetric: Whether the zero point is fixed at 0 (or at the middle of an unsigned range).
     """
 
@@ -28,8 +28,18 @@ class Format:
 
     @property
     def steps(self) -> int:
-        """Number of steps between the smallest and the largest value."""
+        """Number of steps between the smallest and the largest integer."""
         return self.high - self.low
+
+    @property
+    def integer(self) -> bool:
+        """Whether its numbers are evenly spaced."""
+        return self.dtype.is_integer()
+
+    @property
+    def precision(self) -> str:
+        """What hardware that computes in it calls it."""
+        return "int8" if self.integer else "fp8"
 
 
 # Symmetric int8 leaves out -128, so that -x is in range when x is.
@@ -40,6 +50,8 @@ FORMATS: dict[str, Format] = {
         Format(name="s8-asym", dtype=ir.DataType.INT8, low=-128, high=127, symmetric=False),
         Format(name="u8", dtype=ir.DataType.UINT8, low=0, high=255, symmetric=False),
         Format(name="s16", dtype=ir.DataType.INT16, low=-32767, high=32767, symmetric=True),
+        # OCP 8-bit Floating Point Specification, 2023: E4M3 ends at 448 and has no infinity.
+        Format(name="e4m3", dtype=ir.DataType.FLOAT8E4M3FN, low=-448, high=448, symmetric=True),
         Format(name="u16", dtype=ir.DataType.UINT16, low=0, high=65535, symmetric=False),
     )
 }

@@ -60,14 +60,16 @@ def _along(vector: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
 def quantize(
     x: np.ndarray, scale: np.ndarray, zero: np.ndarray, fmt: Format, axis: int | None = None
 ) -> np.ndarray:
-    """Round ``x`` to the grid of ``fmt``; ties go to even, as in ONNX QuantizeLinear.
+    """Round ``x`` to the grid of ``fmt``; ties go to even, and what is beyond it to its end, as in ONNX QuantizeLinear.
 
     Args:
         x: Any shape, float.
         scale: ``[]`` per tensor, ``[C]`` per channel with ``C = x.shape[axis]``; positive.
         zero: Same shape as ``scale``.
     """
-    steps = np.round(x / _along(scale, axis, x.ndim)) + _along(zero, axis, x.ndim).astype(np.float32)
+    steps = x / _along(scale, axis, x.ndim)
+    if fmt.integer:
+        steps = np.round(steps) + _along(zero, axis, x.ndim).astype(np.float32)
     stored: np.ndarray = np.clip(steps, fmt.low, fmt.high).astype(fmt.dtype.numpy())
     return stored
 

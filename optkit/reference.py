@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from optkit.errors import DataError, ModelError
-from optkit.graph import weight_bytes
+from optkit.graph import walk, weight_bytes
 from optkit.store import detached
 
 # Beyond, a second, packed copy of the weights would cost more memory than it saves time.
@@ -25,7 +25,7 @@ class ReferenceSession:
         outputs: Values to give back instead of the model's outputs; any float or integer value of the main graph.
         optimize: Whether ONNX Runtime may fuse.
         threads: Of one operator.
-        disabled: Optimizers of ONNX Runtime that stay off, by their names.
+        disabled: Optimizers of ONNX Runtime that stay off, by their names; for a path, ``unsound`` tells which must.
         large: Read weights where they lie instead of packing them: little memory, slower products.
     """
 
@@ -49,6 +49,8 @@ class ReferenceSession:
             threads=threads, optimize=optimize, large=size > LARGE if large is None else large
         )
         source: str | bytes = str(model) if isinstance(model, Path) else self._take(model, options)
+        if isinstance(model, ir.Model):
+            disabled = (*disabled, *unsound(model))
         try:
             self._session = ort.InferenceSession(
                 source,
@@ -90,6 +92,19 @@ class ReferenceSession:
         """Free the session."""
         del self._session
         self._weights.clear()
+
+
+def unsound(model: ir.Model) -> tuple[str, ...]:
+    """Optimizers of ONNX Runtime that stop at ``model``, or make it compute something else, by their names.
+
+    Those that take a Clip or Relu into the QuantizeLinear behind it know integers alone (1.32): at floats of 8 bits the one
+    stops, the other drops the Relu.
+    """
+    for node in walk(model):
+        value = node.outputs[0]
+        if node.op_type == "QuantizeLinear" and value.dtype is not None and not value.dtype.is_integer():
+            return ("ClipQuantRewrite", "ReluQuantRewrite")
+    return ()
 
 
 def session_options(*, threads: int, optimize: bool = True, large: bool = False) -> ort.SessionOptions:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from optkit.formats import FORMATS, PRECISIONS, Precision
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_every_format_lies_within_its_storage_type(fmt):
-    info = np.iinfo(fmt.dtype.numpy())
+    info = np.iinfo(fmt.dtype.numpy()) if fmt.integer else ml_dtypes.finfo(fmt.dtype.numpy())
     assert info.min <= fmt.low < fmt.high <= info.max
     assert fmt.steps == fmt.high - fmt.low
 

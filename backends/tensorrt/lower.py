@@ -82,9 +82,13 @@ class TensorRt(Backend):
         """Refuse what cannot be built, before any work.
 
         Raises:
-            UsageError: TensorRT-RTX has no such card.
+            UsageError: The target is no card of NVIDIA's, or none that TensorRT-RTX has.
             BackendUnavailableError: TensorRT-RTX is to compile, and is not installed.
         """
+        if target.capability is None:
+            raise UsageError(
+                f"TensorRT runs on NVIDIA's GPUs; the target is {target.name}", hint="choose another --target"
+            )
         if mode(target, options) == "bundle":
             return
         if rtx.capability(target) is None:

@@ -32,4 +32,10 @@ LINEAR = Placement(
     source=_WHY,
 )
 
-PLACEMENTS = {p.name: p for p in (DEFAULT, LINEAR)}
+# The same in floats of 8 bits.
+FP8 = Placement(
+    name="fp8", activation="e4m3", weight="e4m3", bias=False, rows=DEFAULT.rows,
+    source=_WHY + "; fp8 Q/DQ has no zero point other than 0",
+)  # fmt: skip
+
+PLACEMENTS = {p.name: p for p in (DEFAULT, LINEAR, FP8)}

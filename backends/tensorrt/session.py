@@ -12,7 +12,7 @@ from optkit.backends.base import Session
 from optkit.data import specs, validate
 from optkit.errors import ModelError
 from optkit.graph import weight_bytes
-from optkit.reference import LARGE, ReferenceSession
+from optkit.reference import LARGE, ReferenceSession, unsound
 
 
 class TypedGraphSession(Session):
@@ -27,7 +27,8 @@ class TypedGraphSession(Session):
             raise ModelError(f"{file.name} is missing")
         model = ir.load(file)
         self.inputs, self.outputs = specs(model)
-        self._session = ReferenceSession(file, large=weight_bytes(model) > LARGE)
+        large = weight_bytes(model) > LARGE
+        self._session = ReferenceSession(file, large=large, disabled=unsound(model))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name."""

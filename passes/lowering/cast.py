@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.data import CalibrationData
+from optkit.errors import BackendUnavailableError
 from optkit.graph import constant, drop_unused_initializers, graphs, initializer
 from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
@@ -70,6 +71,8 @@ class CastFloats(GraphPass):
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Cast every node that may be."""
+        if (why := context.target.lacks.get(self.to)) is not None:
+            raise BackendUnavailableError(why, hint="choose another --precision")
         dtype = ir.DataType.FLOAT16 if self.to == "fp16" else ir.DataType.BFLOAT16
         chosen = [n for g in graphs(model) for n in g if self._suits(n)]
         if self.to == "fp16" and chosen:

@@ -157,6 +157,8 @@ def _stride(size: int) -> int:
 
 def _on_grid(x: np.ndarray, low: float, high: float, fmt: Format) -> np.ndarray:
     step = (max(-low, high) / fmt.high if fmt.symmetric else (high - low) / fmt.steps) or 1.0
+    if not fmt.integer:
+        return np.asarray(np.clip(x / step, fmt.low, fmt.high).astype(fmt.dtype.numpy()), np.float64) * step
     low, high = (-fmt.high * step, fmt.high * step) if fmt.symmetric else (low, high)
     return np.clip(np.round(x / step) * step, low, high)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from optkit.errors import UnknownNameError
+from optkit.errors import BackendUnavailableError, PassError, UnknownNameError
 from optkit.formats import FORMATS
 from optkit.graph import constant, describe, drop_unused_initializers
 from optkit.ops import spec
@@ -73,10 +73,14 @@ class QuantizeStatic(GraphPass):
             raise UnknownNameError("placement", self.placement, context.placements, where=self.name)
         placement = context.placements[self.placement]
         weights = _Weights(placement, Names(model), self._saturating(model, context))
+        fmt = FORMATS[placement.activation]
+        if (why := context.target.lacks.get(fmt.precision)) is not None:
+            raise BackendUnavailableError(why, hint="choose another --precision")
+        if self.method == "entropy" and not fmt.integer:
+            raise PassError(f"entropy counts even steps, which {fmt.name} does not have", hint="method: mse")
         plan, limits = self._plan(model, placement, weights, context)
         for name, reason in plan.left:
             logger.debug("%s stays in float: %s", name, reason)
-        fmt = FORMATS[placement.activation]
         scales = {origin: scale_zero(*found, fmt) for origin, found in limits.items()}
         changes = []
         for node, row in plan.nodes.items():

@@ -21,6 +21,7 @@ from optkit.backends.tensorrt.refusals import refusal
 from optkit.cli.app import main
 from optkit.data import TensorSpec
 from optkit.errors import ModelError, RecipeError, UsageError
+from optkit.formats import FORMATS as NUMBERS
 from optkit.graph import walk
 from optkit.ops import OPS
 from optkit.reference import ReferenceSession
@@ -66,6 +67,7 @@ def without_rtx(monkeypatch) -> None:
 def test_every_row_of_every_placement_names_a_known_operator(placement):
     found = PLACEMENTS[placement]
     assert found.name == placement and not found.bias and found.source
+    assert found.activation == found.weight and NUMBERS[found.weight].symmetric
     for op, row in found.rows.items():
         assert op == row.op and OPS[op].weight is not None and not row.output
 
@@ -199,14 +201,26 @@ def test_a_card_that_tensorrt_rtx_has_not_is_refused_where_an_engine_is_asked_fo
     backend.ready(target("l4"), backend.options(mode="bundle"))
 
 
+@pytest.mark.parametrize(
+    "asked", [{"recipe": "tensorrt-fp16"}, {"backend": "tensorrt"}, {"precision": "fp8"}]
+)
+def test_processors_are_no_target_of_it(model, batches, tmp_path, asked):
+    with pytest.raises(UsageError, match="NVIDIA's GPUs; the target is cpu"):
+        optkit.compile(model, data=batches, out=tmp_path / "out", **asked)
+
+
 # Bundles
+
+FORMATS = {
+    "fp32": "fp32", "tensorrt-fp16": "fp16", "tensorrt-int8": "int8", "tensorrt-int8-mse": "int8", "fp8": "fp8",
+}  # fmt: skip
 
 
 def _compile(model, batches, path, name="h100", **options):
     return optkit.compile(model, target=name, data=batches, out=path, **options)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "tensorrt-fp16", "tensorrt-int8", "tensorrt-int8-mse"])
+@pytest.mark.parametrize("recipe", ["fp32", "tensorrt-fp16", "tensorrt-int8", "tensorrt-int8-mse", "fp8"])
 def test_a_bundle_claims_what_was_done_and_lists_what_is_left(without_rtx, model, batches, tmp_path, recipe):
     artifact, report = _compile(model, batches, tmp_path / "out", recipe=recipe)
     manifest = artifact.manifest
@@ -216,7 +230,7 @@ def test_a_bundle_claims_what_was_done_and_lists_what_is_left(without_rtx, model
     assert [s for s in manifest.deferred if "build_engine.py" in s] and "not tried here" in manifest.deferred[
         0
     ]
-    assert manifest.achieved.formats == {{"fp32": "fp32", "tensorrt-fp16": "fp16"}.get(recipe, "int8"): 1.0}
+    assert manifest.achieved.formats == {FORMATS[recipe]: 1.0}
     assert set(manifest.achieved.placement) == {"typed graph"}
     names = {f.path for f in manifest.files}
     assert {"model.onnx", "bundle.json", "build_engine.py", "verify.py", "bench.py", "device.py"} <= names
@@ -282,6 +296,14 @@ def test_pairs_around_no_product_are_an_error(without_rtx, tmp_path):
 def test_the_precision_int8_tries_the_rows_of_tensorrt_and_no_other(without_rtx, model, batches, tmp_path):
     _, report = _compile(model, batches, tmp_path / "out", precision="int8")
     assert {c.name for c in report.candidates} == {"fp32", "tensorrt-int8", "tensorrt-int8-mse"}
+
+
+def test_a_candidate_in_a_format_that_the_card_lacks_is_left_out_with_the_reason(
+    without_rtx, model, batches, tmp_path
+):
+    _, report = _compile(model, batches, tmp_path / "out", name="a100")
+    left = {c.name: (c.verdict, c.reason) for c in report.candidates if c.verdict == "unavailable"}
+    assert set(left) == {"fp8"} and "fp8 starts with sm_89; a100 is sm_80" in left["fp8"][1]
 
 
 def test_what_an_artifact_says_about_a_gpu_is_never_measured(without_rtx, model, batches, tmp_path, capsys):

@@ -58,6 +58,8 @@ def batches() -> list[dict[str, np.ndarray]]:
         ("rtx4090", "tensorrt-int8-mse", "int8"),
         ("a10", "tensorrt-int8", "int8"),
         ("rtx5090", "tensorrt-int8", "int8"),
+        ("l4", "fp8", "fp8"),
+        ("rtx5090", "fp8", "fp8"),
     ],
 )
 def test_an_engine_is_built_and_its_plan_shows_every_product(model, batches, tmp_path, name, recipe, fmt):

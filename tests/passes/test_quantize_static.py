@@ -13,7 +13,7 @@ from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.backends.onnxruntime.lower import OnnxRuntimeOptions
 from optkit.backends.onnxruntime.placement import PLACEMENTS
 from optkit.data import CalibrationData
-from optkit.errors import DataError, UnknownNameError
+from optkit.errors import BackendUnavailableError, DataError, PassError, UnknownNameError
 from optkit.graph import text, verify, walk
 from optkit.passes.base import Context
 from optkit.passes.quantization import calibrate
@@ -730,6 +730,44 @@ def test_every_method_quantizes(method):
     expected, found = (ReferenceSession(m).run(batches[0])["y"] for m in (model, after))
     # Entropy has 2,000 values for its 2,048 bins here, and cuts where few are.
     assert 10 * np.log10(np.sum(expected**2) / np.sum((expected - found) ** 2)) > 15
+
+
+FP8 = {
+    "fp8": Placement(
+        name="fp8", activation="e4m3", weight="e4m3", bias=False, rows=rows(Row(op="MatMul", output=False))
+    )
+}
+
+
+def test_floats_of_8_bits_are_stored_for_each_channel_and_stay_close():
+    model = _model("g (float[8, 16] x, float[16, 4] w) => (float[8, 4] y) { y = MatMul(x, w) }")
+    batches = _batches(model)
+    after = model.clone()
+    QuantizeStatic(placement="fp8").run(after, _context(batches, FP8))
+    weight = next(v for v in after.graph.initializers.values() if v.shape == (16, 4))
+    assert weight.dtype == ir.DataType.FLOAT8E4M3FN
+    assert {n.op_type for n in walk(after)} == {"QuantizeLinear", "DequantizeLinear", "MatMul"}
+    exact, found = (ReferenceSession(m).run(batches[0])["y"] for m in (model, after))
+    # Each factor is off by at most 2^-4 of itself, errors of 16 terms mostly cancel.
+    x, w = np.abs(batches[0]["x"]), np.abs(model.graph.initializers["w"].const_value.numpy())
+    assert (np.abs(found - exact) <= 2 * 2.0**-4 * 1.05 * (x @ w)).all()
+    assert np.linalg.norm(found - exact) < 0.06 * np.linalg.norm(exact)
+    assert not np.array_equal(found, exact)
+
+
+def test_a_format_that_the_hardware_lacks_is_refused_before_anything_is_observed():
+    model = _model("g (float[8, 16] x, float[16, 4] w) => (float[8, 4] y) { y = MatMul(x, w) }")
+    for name, allowed in (("a10", False), ("l4", True)):
+        context = Context(target=target(name), data=None, placements=FP8)
+        with pytest.raises(DataError if allowed else BackendUnavailableError) as error:
+            QuantizeStatic(placement="fp8").run(model.clone(), context)
+        assert allowed or "fp8 starts with sm_89; a10 is sm_86" in str(error.value)
+
+
+def test_entropy_has_no_meaning_without_even_steps():
+    model = _model("g (float[8, 16] x, float[16, 4] w) => (float[8, 4] y) { y = MatMul(x, w) }")
+    with pytest.raises(PassError, match="even steps"):
+        QuantizeStatic(placement="fp8", method="entropy").run(model, _context(_batches(model), FP8))
 
 
 def test_values_are_observed_a_window_at_a_time_with_the_same_result(monkeypatch):
