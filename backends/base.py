@@ -58,12 +58,14 @@ class Estimate:
         low: Seconds, the optimistic end of what is expected.
         high: Seconds, the pessimistic end.
         bound: What the floor comes from: ``compute`` or ``memory``.
+        inputs: Shapes that it is for, in words; empty where that does not matter.
     """
 
     floor: float
     low: float
     high: float
     bound: str
+    inputs: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +219,10 @@ class Backend(ABC):
     def span(self, model: ir.Model, options: Any, sizes: Mapping[str, Sequence[tuple[int, int, int]]]) -> Any:
         """``options`` for inputs whose axes have these sizes in the data: smallest, usual, largest of each."""
         return options
+
+    def usual(self, model: ir.Model, options: Any) -> Mapping[str, tuple[int, ...]]:
+        """Shapes that ``options`` say inputs of ``model`` usually have; those that they leave open are missing."""
+        return {}
 
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""

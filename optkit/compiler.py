@@ -318,6 +318,9 @@ class Compilation:
             check(session.run, self.trials, name=name, lossy=built.differs)
         if not self.target.runs_here:
             shapes = {name: array.shape for name, array in self.feeds[0].items()}
+            if self.data is None or self.data.random:
+                # What was drawn is as small as it may be.
+                shapes |= engine.usual(model, options)
             built.estimate = engine.estimate(model, self.target, options) or estimate(
                 model, self.target, shapes
             )
@@ -799,7 +802,9 @@ def _estimate(best: Built) -> EstimateRecord | None:
     e = best.estimate
     if e is None:
         return None
-    return EstimateRecord(floor_ms=e.floor * 1e3, low_ms=e.low * 1e3, high_ms=e.high * 1e3, bound=e.bound)
+    return EstimateRecord(
+        floor_ms=e.floor * 1e3, low_ms=e.low * 1e3, high_ms=e.high * 1e3, bound=e.bound, inputs=e.inputs
+    )
 
 
 _HOLDS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}

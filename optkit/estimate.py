@@ -63,6 +63,7 @@ def estimate(model: ir.Model, target: Target, shapes: Mapping[str, tuple[int, ..
         low=low,
         high=max(low, high),
         bound="compute" if compute >= memory else "memory",
+        inputs=", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()),
     )
 
 

@@ -257,6 +257,7 @@ class EstimateRecord(_Record):
     low_ms: float
     high_ms: float
     bound: str
+    inputs: str = ""
 
 
 class CandidateRecord(_Record):

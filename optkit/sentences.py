@@ -226,7 +226,7 @@ def untimed(report: Report) -> tuple[str, ...]:
     return (
         said,
         f"floor {milliseconds(e.floor_ms)} (bound by {e.bound}), estimate {milliseconds(e.low_ms)} to {milliseconds(e.high_ms)}: "
-        "computed from the data sheet",
+        f"computed from the data sheet{f' for {e.inputs}' if e.inputs else ''}",
     )
 
 

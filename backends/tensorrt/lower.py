@@ -112,6 +112,12 @@ class TensorRt(Backend):
         """With the sizes of the data for the axes that the options do not name."""
         return options.model_copy(update={"sizes": seen(specs(model)[0], sizes, options.sizes)})
 
+    def usual(self, model: ir.Model, options: TensorRtOptions) -> dict[str, tuple[int, ...]]:
+        """Of inputs with free axes, what the engine is tuned for."""
+        inputs, _ = specs(model)
+        shapes = profile(inputs, ranges(inputs, options.sizes))
+        return {name: tuple(usual) for name, (_, usual, _) in shapes.items()}
+
     def exact(self, options: TensorRtOptions) -> TensorRtOptions:
         """The same without TF32."""
         return options.model_copy(update={"tf32": False})

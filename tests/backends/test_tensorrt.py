@@ -306,6 +306,16 @@ def test_a_candidate_in_a_format_that_the_card_lacks_is_left_out_with_the_reason
     assert set(left) == {"fp8"} and "fp8 starts with sm_89; a100 is sm_80" in left["fp8"][1]
 
 
+def test_the_estimate_is_for_the_data_or_for_what_the_engine_is_tuned_for(
+    without_rtx, model, batches, tmp_path
+):
+    for data, shape in ((batches, "x [2, 32]"), (None, "x [8, 32]")):
+        _, report = _compile(model, data, tmp_path / "out", recipe="tensorrt-fp16")
+        assert report.estimate.inputs == shape
+        assert f"computed from the data sheet for {shape}" in optkit.sentences.untimed(report)[1]
+        assert 0 < report.estimate.floor_ms <= report.estimate.low_ms <= report.estimate.high_ms
+
+
 def test_what_an_artifact_says_about_a_gpu_is_never_measured(without_rtx, model, batches, tmp_path, capsys):
     file, data = tmp_path / "model.onnx", tmp_path / "calib"
     onnx.save(ir.to_proto(model), file)
