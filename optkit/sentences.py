@@ -164,7 +164,7 @@ def size(report: Report) -> str:
     after = manifest.passes[-1].nodes_after if manifest.passes else manifest.model.nodes
     run = (
         ""
-        if manifest.achieved is None
+        if manifest.achieved is None or not manifest.evidence.ran_on_device
         else f", of which the runtime makes {sum(manifest.achieved.operators.values()):,}"
     )
     return (
