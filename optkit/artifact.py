@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from optkit.backends.base import Session
 
 MANIFEST, RECIPE, REPORT, PAGE = "manifest.json", "recipe.yaml", "report.json", "report.html"
+# What was found on the device afterwards; the manifest names no file of it.
+DEVICE = "device.json"
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,12 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from optkit.artifact import MANIFEST, load
+from optkit.artifact import DEVICE, MANIFEST, load
 from optkit.backends import BACKENDS
 from optkit.backends.base import Backend, Finished
 from optkit.passes.base import Progress, Silent
 from optkit.report import dump
 from optkit.targets import target
-
-# What was found on the device; not part of the manifest, which is the same wherever an artifact is compiled.
-DEVICE = "device.json"
 
 
 def finalize(folder: str | Path, *, force: bool = False, progress: Progress | None = None) -> Finished:

@@ -22,7 +22,7 @@ _PACKAGES = (
     "pydantic",
     "torch",
     "onnxscript",
-    "tensorrt",
+    "tensorrt-rtx-cu13",
     "openvino",
     "coremltools",
     "triton",

@@ -28,8 +28,9 @@ def finalize(
 
     It can be interrupted and started again. What was found goes into device.json, the evidence into the manifest.
     """
+    from optkit.artifact import DEVICE
     from optkit.cli.render import table
-    from optkit.finish import DEVICE, finalize
+    from optkit.finish import finalize
 
     found = finalize(artifact, force=force, progress=terminal.progress)
     if json:

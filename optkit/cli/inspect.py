@@ -246,6 +246,7 @@ def _lines(
     found: dict[str, Any], free: Sequence[str], manifest: Manifest | None
 ) -> list[tuple[str, Sequence[str]]]:
     from optkit import sentences
+    from optkit.artifact import DEVICE
 
     weights = ", ".join(f"{kind} {sentences.megabytes(n)}" for kind, n in found["weights"].items()) or "none"
     bodies = "" if found["graphs"] == 1 else f" in {found['graphs']} graphs (bodies of control flow)"
@@ -277,11 +278,15 @@ def _lines(
         )
         if manifest.achieved is not None:
             shares = ", ".join(f"{k} {sentences.percent(v)}" for k, v in manifest.achieved.formats.items())
+            # A device that finished the artifact later has not been asked again.
+            here = manifest.evidence.ran_on_device and not (Path(found["name"]) / DEVICE).is_file()
+            how = "as measured" if here else "as read back"
+            where = ", ".join(manifest.achieved.placement)
             rows.append(
                 (
-                    "Ran in",
+                    "Computes in",
                     (
-                        f"{shares} of the multiply-accumulates, as measured when it was compiled",
+                        f"{shares} of the multiply-accumulates, {how} when it was compiled: {where}",
                         manifest.achieved.scheme,
                     ),
                 )

@@ -173,6 +173,15 @@ def test_every_step_is_done_once_and_written_down(artifact, gpu, capsys):
     assert all((artifact / f).stat().st_mtime_ns > t for f, t in times.items())
 
 
+def test_inspect_says_how_the_formats_are_known_before_and_after(artifact, gpu, capsys):
+    for _ in range(2):
+        assert main(["inspect", str(artifact)]) == 0
+        said = capsys.readouterr().out
+        assert "fp32 100% of the multiply-accumulates, as read back when it was compiled: typed graph" in said
+        assert "measured" not in said
+        finalize(artifact)
+
+
 def test_records_of_another_device_are_not_taken(artifact, gpu):
     finalize(artifact)
     record = json.loads((artifact / "bench.json").read_text())

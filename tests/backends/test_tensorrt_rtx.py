@@ -114,6 +114,17 @@ def test_a_proxy_that_is_not_wanted_is_not_asked(model, batches, tmp_path):
     assert Record.load(artifact.folder) is None and not artifact.manifest.evidence.proxy_compiled
 
 
+def test_a_proxy_that_builds_nothing_is_no_evidence_and_its_reason_is_kept(model, batches, tmp_path, caplog):
+    # TensorRT-RTX has no float32 products for Turing.
+    artifact, _ = optkit.compile(model, target="t4", data=batches, recipe="fp32", out=tmp_path / "out")
+    record = Record.load(artifact.folder)
+    assert not record.built and "FP32 GEMM is not supported" in record.message
+    assert not artifact.manifest.evidence.proxy_compiled and not artifact.manifest.evidence.inspected
+    assert set(artifact.manifest.achieved.placement) == {"typed graph"}
+    assert "for SM75 built nothing: " in artifact.manifest.deferred[0]
+    assert "built nothing for SM75" in caplog.text
+
+
 def test_nodes_that_the_parser_refuses_are_all_listed(tmp_path):
     text = (
         '<ir_version: 10, opset_import: ["" : 21, "other" : 1]>\n'

@@ -23,10 +23,11 @@ HEAVY = (
     "pydantic",
     "rich",
     "tensorrt",
+    "tensorrt_rtx",
     "torch",
     "yaml",
 )
-COMMANDS = ("compile", "quantize", "eval", "bench", "inspect", "targets", "recipe", "doctor")
+COMMANDS = ("compile", "quantize", "eval", "bench", "finalize", "inspect", "targets", "recipe", "doctor")
 
 # Says that it has begun, then takes its time.
 SLOW = """
