@@ -115,6 +115,7 @@ class Backend(ABC):
         options: The type of its options.
         placements: Rows for the placement pass, by name.
         packages: Distributions whose versions the manifest names, besides optkit's own requirements.
+        stands_in: Whether what ``load`` opens computes the same in another runtime, so that its time means nothing.
         generic: Whether quantized recipes that name no backend are candidates for it.
     """
 
@@ -122,6 +123,7 @@ class Backend(ABC):
     options: ClassVar[type[Options]]
     placements: ClassVar[Mapping[str, Placement]] = {}
     packages: ClassVar[tuple[str, ...]] = ()
+    stands_in: ClassVar[bool] = False
     generic: ClassVar[bool] = True
 
     @abstractmethod

@@ -72,6 +72,7 @@ class TensorRt(Backend):
     name: ClassVar[str] = "tensorrt"
     options: ClassVar[type[Options]] = TensorRtOptions
     placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
+    stands_in: ClassVar[bool] = True
     generic: ClassVar[bool] = False
 
     def available(self) -> str | None:

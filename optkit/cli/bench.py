@@ -97,14 +97,14 @@ def bench(
         return 0
     clock = "CPU time" if threads == 1 else "wall-clock time"
     with ExitStack() as stack:
-        one = stack.enter_context(opened(model, threads=threads))
+        one = stack.enter_context(opened(model, threads=threads, timed=True))
         if against is None:
             found = None
             with terminal.progress.task("time"):
                 times = interleave({"model": one.run}, batches, rounds=runs)["model"]
             rows = {model: timing(times, threads=threads)}
         else:
-            other = stack.enter_context(opened(against, threads=threads))
+            other = stack.enter_context(opened(against, threads=threads, timed=True))
             with terminal.progress.task("time"):
                 found = speedup(other.run, one.run, batches, rounds=runs, threads=threads)
             rows = {against: found.reference, model: found.candidate}
@@ -162,7 +162,9 @@ def _offline(
 
     count = streams or cores()
     with ExitStack() as stack:
-        runs = {name: (stack.enter_context(opened(name, streams=count)).run, count) for name in names}
+        runs = {
+            name: (stack.enter_context(opened(name, streams=count, timed=True)).run, count) for name in names
+        }
         with terminal.progress.task("time"):
             found = rates(runs, batches, rounds=_ROUNDS, seconds=_SECONDS)
     middle = {name: median(r.tolist()) for name, r in found.items()}

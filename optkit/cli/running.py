@@ -41,7 +41,7 @@ class Opened:
 
 @contextlib.contextmanager
 def opened(
-    model: str, *, threads: int = 1, streams: int | None = None, predict: bool = False
+    model: str, *, threads: int = 1, streams: int | None = None, predict: bool = False, timed: bool = False
 ) -> Iterator[Opened]:
     """Open an artifact with its own options, or an .onnx file in ONNX Runtime with default ones.
 
@@ -49,6 +49,7 @@ def opened(
         threads: Of one operator.
         streams: Requests at the same time, on one thread each; ``run`` may then be called by as many threads.
         predict: Give the numbers of the artifact's target where this machine's differ.
+        timed: Refuse what runs here in the stead of something else.
 
     Raises:
         UsageError: There is no such file, or the folder is not an artifact.
@@ -56,8 +57,15 @@ def opened(
     """
     if Path(model).is_dir():
         from optkit.artifact import load
+        from optkit.backends import BACKENDS
 
         artifact = load(model)
+        if timed and BACKENDS[artifact.manifest.backend].stands_in:
+            where = artifact.manifest.target
+            raise UsageError(
+                f"{model} is for {where}: what can be run of it here is no measure of its speed there",
+                hint=f"optkit finalize {model}, on the machine with the {where}",
+            )
         said = artifact.prediction if predict else None
         shared = None if streams is not None else threads
         with artifact.session(threads=shared, streams=streams, predict=predict) as session:

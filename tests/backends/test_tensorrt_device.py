@@ -182,6 +182,13 @@ def test_inspect_says_how_the_formats_are_known_before_and_after(artifact, gpu, 
         finalize(artifact)
 
 
+@pytest.mark.parametrize("more", [[], ["--scenario", "offline"]])
+def test_a_processor_does_not_time_it_in_the_stead_of_the_device(artifact, capsys, more):
+    assert main(["bench", str(artifact), "--json", *more]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "is for h100" in error["message"] and "optkit finalize" in error["hint"]
+
+
 def test_records_of_another_device_are_not_taken(artifact, gpu):
     finalize(artifact)
     record = json.loads((artifact / "bench.json").read_text())
