@@ -299,10 +299,12 @@ def _formats(achieved: Achieved | None, report: Report) -> str:
     )
     places = ", ".join(f"{where} {sentences.percent(share)}" for where, share in achieved.placement.items())
     kept = sentences.kept_float(report)
+    ran = report.manifest.evidence.ran_on_device
+    known = "read from the runtime's profile of one run" if ran else sentences.read_back(report)
     notes = [
-        "Share of the multiply-accumulates by the arithmetic that did them, read from the runtime's profile of one run.",
+        f"Share of the multiply-accumulates by the arithmetic that {'did' if ran else 'does'} them, {known}.",
         f"Quantized: {achieved.scheme}.",
-        f"Weights as stored: {weights or 'none'}. Nodes ran on: {places or 'unknown'}.",
+        f"Weights as stored: {weights or 'none'}. Nodes {'ran on' if ran else 'are shown by'}: {places or 'unknown'}.",
     ]
     if kept:
         notes.append(

@@ -15,6 +15,7 @@ from optkit.backends import BACKENDS
 from optkit.backends.tensorrt import plan
 from optkit.backends.tensorrt.verdict import Record
 from optkit.errors import UnsupportedOpError
+from optkit.page import page
 from optkit.targets import target
 from optkit.testing import parse
 
@@ -99,6 +100,8 @@ def test_a_bundle_is_tried_on_another_card_which_is_named(model, batches, tmp_pa
     assert "as a proxy, TensorRT-RTX" in artifact.manifest.deferred[0]
     assert "SM89 built it" in artifact.manifest.deferred[0]
     assert optkit.sentences.read_back(report) == "as a vendor's compiler built it for another, similar target"
+    shown = page(report)
+    assert "profile of one run" not in shown and "are shown by: TensorRT-RTX plan for SM89 (proxy)" in shown
     assert not (artifact.folder / "engine.plan").exists() and not list(artifact.folder.glob(".proxy*"))
 
 
