@@ -13,23 +13,18 @@ from pydantic import Field
 
 from optkit.errors import BackendUnavailableError, PassError, UnknownNameError
 from optkit.formats import FORMATS
-from optkit.graph import constant, describe, drop_unused_initializers
-from optkit.ops import spec
+from optkit.graph import describe, drop_unused_initializers
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
 from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.plan import Plan, make_plan
+from optkit.passes.quantization.weights import Weights
 from optkit.qdq import (
-    Stored,
-    dequantize_constant,
     insert_pair,
-    quantized_tensor,
     scale_zero,
-    store,
-    weight_range,
 )
 from optkit.rewrite import Change, Names
-from optkit.saturation import SAFE, narrowed, note_narrowed, saturated
+from optkit.saturation import narrowed, saturated
 
 if TYPE_CHECKING:
     from optkit.placement import Placement
@@ -72,7 +67,7 @@ class QuantizeStatic(GraphPass):
         if self.placement not in context.placements:
             raise UnknownNameError("placement", self.placement, context.placements, where=self.name)
         placement = context.placements[self.placement]
-        weights = _Weights(placement, Names(model), self._saturating(model, context))
+        weights = Weights(placement, Names(model), self._saturating(model, context))
         fmt = FORMATS[placement.activation]
         if (why := context.target.lacks.get(fmt.precision)) is not None:
             raise BackendUnavailableError(why, hint="choose another --precision")
@@ -111,7 +106,7 @@ class QuantizeStatic(GraphPass):
         return saturated(trial, context.data)
 
     def _plan(
-        self, model: ir.Model, placement: Placement, weights: _Weights, context: Context
+        self, model: ir.Model, placement: Placement, weights: Weights, context: Context
     ) -> tuple[Plan, dict[ir.Value, tuple[float, float]]]:
         """What to quantize, and the range of every grid; nodes around infinite or NaN numbers stay in float."""
         fmt = FORMATS[placement.activation]
@@ -139,76 +134,3 @@ class QuantizeStatic(GraphPass):
             for node, reason in found.items():
                 logger.warning("%s stays in float: %s", describe(node), reason)
             unfit |= found
-
-
-class _Weights:
-    """Weights and biases on their way to integers; what several nodes read alike is stored once."""
-
-    def __init__(self, placement: Placement, names: Names, narrow: Mapping[str, np.ndarray]) -> None:
-        self.narrow = narrow
-        self._fmt, self._per_channel, self.names = FORMATS[placement.weight], placement.per_channel, names
-        self._bias = placement.bias
-        self._ranges: dict[tuple[ir.Value, int | None], np.ndarray] = {}
-        self._stored: dict[tuple[ir.Value, int | None, bytes], Stored] = {}
-
-    def _parts(self, node: ir.Node) -> tuple[ir.Value, int | None, np.ndarray | None]:
-        """Weight, its channel axis, and the bias."""
-        known = spec(node)
-        assert known is not None
-        assert known.weight is not None
-        assert known.channel_axis is not None
-        weight = node.inputs[known.weight]
-        assert weight is not None
-        index = known.bias
-        bias = None if index is None or index >= len(node.inputs) else constant(node.inputs[index])
-        return weight, known.channel_axis(node) if self._per_channel else None, bias
-
-    def _range(self, weight: ir.Value, axis: int | None) -> np.ndarray:
-        assert weight.const_value is not None
-        if (weight, axis) not in self._ranges:
-            self._ranges[weight, axis] = weight_range(weight.const_value.numpy(), axis)
-        return self._ranges[weight, axis]
-
-    def finite(self, node: ir.Node) -> bool:
-        """Whether weights and bias are all numbers."""
-        weight, axis, bias = self._parts(node)
-        return bool(
-            np.isfinite(self._range(weight, axis)).all() and (bias is None or np.isfinite(bias).all())
-        )
-
-    def quantize(self, node: ir.Node, x_scale: np.ndarray) -> None:
-        """Weights to integers, and the bias to int32 on the grid of the products."""
-        weight, axis, bias = self._parts(node)
-        known = spec(node)
-        assert known is not None
-        assert known.weight is not None
-        assert isinstance(node.graph, ir.Graph)
-        top = self._range(weight, axis).astype(np.float64)
-        if bias is not None and self._bias:
-            # The bias must fit into int32 on the grid x_scale * w_scale: channels whose weights are nearly 0 get a
-            # coarser grid. Half of int32 is left to the products.
-            smallest = np.maximum(np.abs(bias.astype(np.float64)) / 2.0**30, np.finfo(np.float32).tiny)
-            need = smallest / float(x_scale) * self._fmt.high
-            top = np.maximum(top, need if top.ndim else need.max(initial=0.0))
-        channels = self.narrow.get(str(node.name))
-        if channels is not None:
-            # One step less than what is safe: the bias may have made the grid of a channel coarser, never finer.
-            top = np.where(channels if top.ndim else channels.any(), top * self._fmt.high / (SAFE - 1), top)
-            note_narrowed(node, channels if top.ndim else np.ones_like(channels))
-        scale, zero = scale_zero(-top, top, self._fmt)
-        key = (weight, axis, scale.tobytes())
-        if key not in self._stored:
-            assert weight.const_value is not None
-            tensor = quantized_tensor(weight.const_value, scale, zero, self._fmt, axis, str(weight.name))
-            self._stored[key] = store(node.graph, str(weight.name), tensor, scale, zero, axis, self.names)
-        dequantize_constant(node, known.weight, self._stored[key], f"{node.name}/weight", self.names)
-        if bias is not None and self._bias:
-            assert known.bias is not None
-            b_scale = (x_scale * scale).astype(np.float32)
-            q = np.round(bias.astype(np.float64) / b_scale).astype(np.int32)
-            if b_scale.ndim:
-                b_scale = np.broadcast_to(b_scale, q.shape)
-            zeros = np.zeros(b_scale.shape, np.int32)
-            axis = 0 if b_scale.ndim else None
-            stored = store(node.graph, f"{node.name}/bias", q, b_scale, zeros, axis, self.names)
-            dequantize_constant(node, known.bias, stored, f"{node.name}/bias", self.names)
