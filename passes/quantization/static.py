@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,11 +13,12 @@ from pydantic import Field
 
 from optkit.errors import BackendUnavailableError, PassError, UnknownNameError
 from optkit.formats import FORMATS
-from optkit.graph import describe, drop_unused_initializers
+from optkit.graph import describe, drop_unused_initializers, rank
 from optkit.passes.base import Context, GraphPass
-from optkit.passes.quantization.calibrate import observe
+from optkit.passes.quantization.calibrate import observe, observe_channels
 from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.plan import Plan, make_plan
+from optkit.passes.quantization.rounding import second_moments
 from optkit.passes.quantization.weights import Weights
 from optkit.qdq import (
     insert_pair,
@@ -49,6 +50,9 @@ class QuantizeStatic(GraphPass):
         targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize; ``=name`` is the one
             node of that name.
         ignore: The same, for what stays in float.
+        bias_correction: Whether what rounded weights add to the mean of a channel is taken out of its bias; layers without
+            a bias get one, except MatMul.
+        rounding: ``nearest``, or ``adaptive``: weights are rounded so that the layer's outputs come out close.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -61,6 +65,8 @@ class QuantizeStatic(GraphPass):
     percentile: float = Field(default=99.99, gt=50, le=100)
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
+    bias_correction: bool = False
+    rounding: Literal["nearest", "adaptive"] = "nearest"
 
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Observe, then insert the pairs."""
@@ -73,10 +79,21 @@ class QuantizeStatic(GraphPass):
             raise BackendUnavailableError(why, hint="choose another --precision")
         if self.method == "entropy" and not fmt.integer:
             raise PassError(f"entropy counts even steps, which {fmt.name} does not have", hint="method: mse")
+        stored = FORMATS[placement.weight]
+        if self.rounding == "adaptive" and not stored.integer:
+            raise PassError(
+                f"adaptive rounding chooses between integers, which {stored.name} is not",
+                hint="rounding: nearest",
+            )
         plan, limits = self._plan(model, placement, weights, context)
         for name, reason in plan.left:
             logger.debug("%s stays in float: %s", name, reason)
         scales = {origin: scale_zero(*found, fmt) for origin, found in limits.items()}
+        compute = [node for node, row in plan.nodes.items() if row.role == "compute"]
+        if self.bias_correction and compute:
+            weights.means = _means(model, compute, context)
+        if self.rounding == "adaptive" and compute:
+            weights.moments = second_moments(model, compute, context)
         changes = []
         for node, row in plan.nodes.items():
             if row.role == "compute":
@@ -134,3 +151,18 @@ class QuantizeStatic(GraphPass):
             for node, reason in found.items():
                 logger.warning("%s stays in float: %s", describe(node), reason)
             unfit |= found
+
+
+def _means(model: ir.Model, nodes: Sequence[ir.Node], context: Context) -> Mapping[str, np.ndarray]:
+    """The mean of every channel that ``nodes`` read; what an earlier run on the same graph has observed is kept."""
+    known: dict[str, np.ndarray] = context.memo.setdefault("observed means", {})
+    axes = {}
+    for node in nodes:
+        x = node.inputs[0]
+        count = rank(x)
+        assert x is not None
+        assert count is not None
+        axes[str(x.name)] = 1 if node.op_type == "Conv" else count - 1
+    if missing := {name: axis for name, axis in axes.items() if name not in known}:
+        known |= observe_channels(model, missing, "ReduceMean", context)
+    return known

@@ -11,8 +11,13 @@ import onnx_ir as ir
 from optkit.formats import FORMATS
 from optkit.graph import constant
 from optkit.ops import spec
+from optkit.passes.fusion.weights import Edit
+from optkit.passes.fusion.weights import store as store_constants
+from optkit.passes.quantization.correction import shift_of
+from optkit.passes.quantization.rounding import as_rows, from_rows, round_by_outputs
 from optkit.qdq import (
     Stored,
+    dequantize,
     dequantize_constant,
     quantized_tensor,
     scale_zero,
@@ -27,14 +32,23 @@ if TYPE_CHECKING:
 
 
 class Weights:
-    """Weights and biases on their way to integers; what several nodes read alike is stored once."""
+    """Weights and biases on their way to integers; what several nodes read alike is stored once.
+
+    Attributes:
+        narrow: By name of the node, the output channels that get 7 bits.
+        means: ``[channels]`` mean of the values that nodes read, by name of the value; where there is one, biases are
+            corrected.
+        moments: ``[groups, in, in]`` second moments of what nodes read; the weights of these are rounded by the outputs.
+    """
 
     def __init__(self, placement: Placement, names: Names, narrow: Mapping[str, np.ndarray]) -> None:
         self.narrow = narrow
         self._fmt, self._per_channel, self.names = FORMATS[placement.weight], placement.per_channel, names
         self._bias = placement.bias
+        self.means: Mapping[str, np.ndarray] = {}
+        self.moments: Mapping[ir.Node, np.ndarray] = {}
         self._ranges: dict[tuple[ir.Value, int | None], np.ndarray] = {}
-        self._stored: dict[tuple[ir.Value, int | None, bytes], Stored] = {}
+        self._stored: dict[tuple[ir.Value, int | None, bytes, ir.Value | None], Stored] = {}
 
     def _parts(self, node: ir.Node) -> tuple[ir.Value, int | None, np.ndarray | None]:
         """Weight, its channel axis, and the bias."""
@@ -61,6 +75,21 @@ class Weights:
             np.isfinite(self._range(weight, axis)).all() and (bias is None or np.isfinite(bias).all())
         )
 
+    def _rounded(
+        self, node: ir.Node, weight: np.ndarray, scale: np.ndarray, moments: np.ndarray
+    ) -> np.ndarray:
+        """Integers for ``weight`` that keep what each output is."""
+        rows = as_rows(node, weight)
+        scales = scale.reshape(len(rows), -1) if scale.ndim else np.broadcast_to(scale, (len(rows), 1))
+        parts = [round_by_outputs(r, s, m, self._fmt) for r, s, m in zip(rows, scales, moments, strict=True)]
+        return from_rows(node, np.stack(parts), weight.shape)
+
+    def _corrected(self, node: ir.Node, bias: np.ndarray | None, shift: np.ndarray) -> np.ndarray:
+        """The bias less ``shift``, stored as the input of the node."""
+        new = ((0.0 if bias is None else bias.astype(np.float64)) - shift).astype(np.float32)
+        store_constants([Edit(node=node, index=2, array=new)], self.names)
+        return new
+
     def quantize(self, node: ir.Node, x_scale: np.ndarray) -> None:
         """Weights to integers, and the bias to int32 on the grid of the products."""
         weight, axis, bias = self._parts(node)
@@ -81,11 +110,24 @@ class Weights:
             top = np.where(channels if top.ndim else channels.any(), top * self._fmt.high / (SAFE - 1), top)
             note_narrowed(node, channels if top.ndim else np.ones_like(channels))
         scale, zero = scale_zero(-top, top, self._fmt)
-        key = (weight, axis, scale.tobytes())
+        x = node.inputs[0]
+        assert x is not None
+        moments = self.moments.get(node)
+        key = (weight, axis, scale.tobytes(), None if moments is None else x)
         if key not in self._stored:
             assert weight.const_value is not None
-            tensor = quantized_tensor(weight.const_value, scale, zero, self._fmt, axis, str(weight.name))
-            self._stored[key] = store(node.graph, str(weight.name), tensor, scale, zero, axis, self.names)
+            name = str(weight.name)
+            if moments is None:
+                tensor = quantized_tensor(weight.const_value, scale, zero, self._fmt, axis, name)
+            else:
+                tensor = ir.tensor(self._rounded(node, weight.const_value.numpy(), scale, moments), name=name)
+            self._stored[key] = store(node.graph, name, tensor, scale, zero, axis, self.names)
+        if str(x.name) in self.means and (bias is not None or node.op_type != "MatMul"):
+            integers, floats = self._stored[key].integers.const_value, weight.const_value
+            assert integers is not None
+            assert floats is not None
+            error = dequantize(integers.numpy(), scale, zero, axis) - floats.numpy()
+            bias = self._corrected(node, bias, shift_of(node, error, self.means[str(x.name)]))
         dequantize_constant(node, known.weight, self._stored[key], f"{node.name}/weight", self.names)
         if bias is not None and self._bias:
             assert known.bias is not None
