@@ -16,10 +16,10 @@ from optkit.formats import FORMATS
 from optkit.graph import describe, drop_unused_initializers, rank
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe, observe_channels
+from optkit.passes.quantization.integers import Weights
 from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.rounding import second_moments
-from optkit.passes.quantization.weights import Weights
 from optkit.qdq import (
     insert_pair,
     scale_zero,
