@@ -10,7 +10,8 @@ BACKENDS = Registry(
         "onnxruntime": "optkit.backends.onnxruntime:OnnxRuntime",
         "openvino": "optkit.backends.openvino.lower:OpenVino",
         "tensorrt": "optkit.backends.tensorrt.lower:TensorRt",
+        "coreml": "optkit.backends.coreml.lower:CoreMl",
     },
     group="optkit.backends",
-    extras={"openvino": "openvino"},
+    extras={"openvino": "openvino", "coreml": "coreml"},
 )

@@ -22,6 +22,7 @@ class Target:
         memory: Bytes, or None where it depends on the machine.
         bandwidth: Bytes per second, or None where it has to be measured.
         peak: Operations per second by format, dense; empty where it has to be measured.
+        system: Oldest system that an artifact for it has to run on, such as ``iOS18``; empty where there is no such thing.
         source: Where the numbers come from.
         capability: CUDA compute capability, ``(9, 0)``.
         units: Streaming multiprocessors or compute units.
@@ -41,6 +42,7 @@ class Target:
     memory: int | None = None
     bandwidth: float | None = None
     peak: Mapping[str, float] = field(default_factory=dict)
+    system: str = ""
     source: str = ""
     capability: tuple[int, int] | None = None
     units: int | None = None

@@ -1,0 +1,1 @@
+"""Core ML. Nothing is imported here: coremltools takes seconds to load."""

@@ -1,0 +1,246 @@
+"""What emitters share: the values known so far, constants in Core ML's types, and the table that they enter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.quiet import mb, types
+from optkit.errors import ModelError
+from optkit.graph import attribute, constant, describe
+
+Refuse = Callable[[ir.Node], str | None]
+Emit = Callable[["Context", ir.Node], Any]
+
+INT32 = np.iinfo(np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One ONNX operator.
+
+    Attributes:
+        emit: Adds its operations to the program; the variable of its output, or one for each output.
+        refuse: Why Core ML cannot express this node, or None.
+        oldest: Major version of the iOS that first has the operations.
+    """
+
+    emit: Emit
+    refuse: Refuse | None = None
+    oldest: int = 16
+
+
+ROWS: dict[str, Row] = {}
+
+
+def emits(*names: str, refuse: Refuse | None = None, oldest: int = 16) -> Callable[[Emit], Emit]:
+    """Enter a function into the table of emitters for the ONNX operators ``names``."""
+
+    def enter(function: Emit) -> Emit:
+        for name in names:
+            assert name not in ROWS, name
+            ROWS[name] = Row(emit=function, refuse=refuse, oldest=oldest)
+        return function
+
+    return enter
+
+
+def ints(node: ir.Node, name: str, default: Sequence[int] | None = None) -> list[int] | None:
+    """An attribute that is a list of integers, or ``default``."""
+    found = attribute(node, name)
+    if found is None:
+        return None if default is None else list(default)
+    return [int(v) for v in found]  # type: ignore[attr-defined]
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    return int(attribute(node, name, default))  # type: ignore[call-overload,no-any-return]
+
+
+def number(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute."""
+    return float(attribute(node, name, default))  # type: ignore[arg-type]
+
+
+def string(node: ir.Node, name: str, default: str) -> str:
+    """A string attribute."""
+    return str(attribute(node, name, default))
+
+
+def narrow(array: np.ndarray, what: str) -> np.ndarray:
+    """``array`` in a type that Core ML has: int64 becomes int32, float64 float32.
+
+    Raises:
+        ModelError: An integer does not fit.
+    """
+    array = np.asarray(array)
+    if array.dtype in (np.int64, np.uint64, np.uint32):
+        if array.size and (array.min() < INT32.min or array.max() > INT32.max):
+            raise ModelError(
+                f"{what} holds integers beyond 32 bits ({array.min()} to {array.max()}), and Core ML has none",
+                hint="values of this size are mostly sentinels: use the largest int32 in the model instead",
+            )
+        return array.astype(np.int32)
+    if array.dtype in (np.int16, np.uint16):
+        return array.astype(np.int32)
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
+
+
+def is_float(x: Any) -> bool:
+    """Whether a variable of the program holds floats."""
+    return bool(types.is_float(x.dtype))
+
+
+def like(x: Any, value: float) -> Any:
+    """A scalar of the type of ``x``."""
+    kind = {types.fp16: np.float16, types.fp32: np.float32, types.int32: np.int32}.get(x.dtype)
+    assert kind is not None, x.dtype
+    return kind(value)
+
+
+def static(x: Any) -> list[int] | None:
+    """The shape of a variable, where every axis is a number."""
+    dims = [int(d) if isinstance(d, int | np.integer) else None for d in x.shape]
+    return None if None in dims else dims  # type: ignore[return-value]
+
+
+def cast(x: Any, to: str) -> Any:
+    """``x`` as ``to``: ``fp32``, ``fp16``, ``int32`` or ``bool``."""
+    return x if types.builtin_to_string(x.dtype) == to else mb.cast(x=x, dtype=to)
+
+
+def name_of(x: Any) -> str:
+    """The name of the type of ``x``, as ``cast`` takes it."""
+    return str(types.builtin_to_string(x.dtype))
+
+
+def wide(x: Any) -> Any:
+    """``x``, where it holds integers of 8 or 16 bits as int32: arithmetic knows no others."""
+    return cast(x, "int32") if name_of(x) in ("int8", "uint8", "int16", "uint16") else x
+
+
+def through_ints(x: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of a bool variable by way of int32, for operations that take no bool."""
+    if x.dtype != types.bool:
+        return function(x)
+    return mb.cast(x=function(mb.cast(x=x, dtype="int32")), dtype="bool")
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    """The program as far as it was built.
+
+    Attributes:
+        version: Major version of iOS that it is for; 16 and up.
+        variables: Of the program, by value of the graph.
+        quantized: Nodes that make floats of smaller constants, which a reader may want in another layout.
+        weights: Constants in the layout and form in which they are read.
+        unpack: Gives the variable of one of ``quantized`` in its own layout.
+        body: Emits the body of an If or a Loop, and gives the variables of its outputs.
+    """
+
+    version: int
+    variables: dict[ir.Value, Any] = field(default_factory=dict)
+    quantized: dict[ir.Value, ir.Node] = field(default_factory=dict)
+    weights: dict[tuple[ir.Value, bool], Any] = field(default_factory=dict)
+    unpack: Callable[[Context, ir.Value], Any]
+    body: Callable[[Context, ir.Graph], list[Any]]
+
+    def __getitem__(self, value: ir.Value | None) -> Any:
+        """The variable of ``value``; constants enter the program when they are asked for."""
+        assert value is not None
+        if value not in self.variables and value in self.quantized:
+            self.variables[value] = self.unpack(self, value)
+        if value not in self.variables:
+            array = constant(value)
+            if array is None:
+                raise ModelError(f"the value {value.name!r} is used before it is computed")
+            self.variables[value] = mb.const(val=narrow(array, f"the constant {value.name!r}"))
+        return self.variables[value]
+
+    def inputs(self, node: ir.Node) -> list[Any]:
+        """Variables of all inputs; None for those left out."""
+        return [None if v is None else self[v] for v in node.inputs]
+
+    def has(self, node: ir.Node, index: int) -> bool:
+        """Whether input ``index`` is there."""
+        return index < len(node.inputs) and node.inputs[index] is not None
+
+    def input(self, node: ir.Node, index: int) -> Any:
+        """The variable of an input, or None where it is left out."""
+        return self[node.inputs[index]] if self.has(node, index) else None
+
+    def known(self, node: ir.Node, index: int) -> np.ndarray | None:
+        """What an input always holds, as far as the graph or the program knows; None where it depends on the inputs."""
+        if not self.has(node, index):
+            return None
+        value = node.inputs[index]
+        array = constant(value)
+        if array is None:
+            variable = self[value]
+            array = None if variable.val is None else np.asarray(variable.val)
+        return array
+
+    def known_ints(self, node: ir.Node, index: int) -> list[int] | None:
+        """As ``known``, a flat list."""
+        array = self.known(node, index)
+        return None if array is None else [int(v) for v in array.reshape(-1)]
+
+    def partly(self, node: ir.Node, index: int) -> list[int | None]:
+        """A list of integers, each where it is known: of a shape computed at run time often all but one."""
+        array = self.known(node, index)
+        if array is None:
+            array = getattr(self[node.inputs[index]], "sym_val", None)
+        if array is None:
+            return []
+        return [int(v) if isinstance(v, int | np.integer) else None for v in np.asarray(array).reshape(-1)]
+
+    def sizes(self, x: Any) -> list[Any]:
+        """The axes of ``x``: numbers, and variables ``[1]`` for those that are free."""
+        shape = None
+        found: list[Any] = []
+        for axis, dim in enumerate(x.shape):
+            if isinstance(dim, int | np.integer):
+                found.append(int(dim))
+                continue
+            shape = mb.shape(x=x) if shape is None else shape
+            found.append(mb.slice_by_index(x=shape, begin=[axis], end=[axis + 1]))
+        return found
+
+    def shape(self, sizes: Sequence[Any]) -> Any:
+        """A shape from numbers and variables ``[1]``, as ``sizes`` gives them; an array where all are numbers."""
+        if all(isinstance(s, int) for s in sizes):
+            return np.asarray(sizes, np.int32)
+        parts = [np.asarray([s], np.int32) if isinstance(s, int) else s for s in sizes]
+        return mb.concat(values=parts, axis=0)
+
+    def reshape(self, x: Any, sizes: Sequence[Any]) -> Any:
+        """Reshape to ``sizes``; one may be -1."""
+        return through_ints(x, lambda v: mb.reshape(x=v, shape=self.shape(sizes)))
+
+    def product(self, sizes: Sequence[Any]) -> Any:
+        """The product of sizes: a number, or a variable ``[1]``."""
+        fixed = 1
+        free: Any = None
+        for size in sizes:
+            if isinstance(size, int):
+                fixed *= size
+            else:
+                free = size if free is None else mb.mul(x=free, y=size)
+        if free is None:
+            return fixed
+        return free if fixed == 1 else mb.mul(x=free, y=np.int32(fixed))
+
+
+def refused(node: ir.Node, what: str) -> ModelError:
+    """The error for a node whose shapes or constants turn out not to fit while it is emitted."""
+    return ModelError(
+        f"{describe(node)}: {what}", hint="fix the free axes with options.shapes, or choose another --backend"
+    )

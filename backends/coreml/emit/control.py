@@ -1,0 +1,94 @@
+"""Control flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import Context, emits, refused
+from optkit.backends.coreml.quiet import mb, types
+from optkit.graph import scalar, subgraphs
+
+
+def _refuse_if(node: ir.Node) -> str | None:
+    for then, other in zip(*(g.outputs for g in subgraphs(node)), strict=True):
+        if then.dtype != other.dtype:
+            return f"its branches give {then.name!r} as {then.dtype} and {other.name!r} as {other.dtype}"
+        if then.shape is not None and other.shape is not None and len(then.shape) != len(other.shape):
+            return "its branches give tensors of different rank"
+    return None
+
+
+def _branches(node: ir.Node) -> tuple[ir.Graph, ir.Graph]:
+    return node.attributes["then_branch"].as_graph(), node.attributes["else_branch"].as_graph()
+
+
+@emits("If", refuse=_refuse_if)
+def _if(c: Context, node: ir.Node) -> Any:
+    then, other = _branches(node)
+    known = c.known(node, 0)
+    if known is not None:
+        return c.body(c, then if bool(np.asarray(known).reshape(-1)[0]) else other)
+    condition = c.input(node, 0)
+    if condition.rank:
+        condition = mb.squeeze(x=condition)
+
+    def branch(graph: ir.Graph) -> Any:
+        def emit() -> Any:
+            # What a branch reads from outside must not be the branch's own constant afterwards.
+            kept, weights = dict(c.variables), dict(c.weights)
+            found = [mb.identity(x=v) for v in c.body(c, graph)]
+            c.variables, c.weights = kept, weights
+            return tuple(found) if len(found) > 1 else found[0]
+
+        return emit
+
+    return mb.cond(pred=condition, _true_fn=branch(then), _false_fn=branch(other))
+
+
+def _refuse_loop(node: ir.Node) -> str | None:
+    body = node.attributes["body"].as_graph()
+    carried = len(node.inputs) - 2
+    if len(body.outputs) - 1 > carried:
+        return "its scan outputs: Core ML has no tensors that grow"
+    return None
+
+
+@emits("Loop", refuse=_refuse_loop)
+def _loop(c: Context, node: ir.Node) -> Any:
+    """A while loop over the count, the condition and the carried values."""
+    body = node.attributes["body"].as_graph()
+    limit = scalar(node.inputs[0]) if node.inputs[0] is not None else None
+    count = c.input(node, 0) if limit is None else None
+    largest = np.int32(min(limit, np.iinfo(np.int32).max)) if limit is not None else None
+    if node.inputs[0] is None:
+        largest = np.int32(np.iinfo(np.int32).max)
+    start = c.input(node, 1)
+    if start is None:
+        start = mb.const(val=np.bool_(True))
+    start = mb.squeeze(x=start) if start.rank else start
+    carried = [c.input(node, i) for i in range(2, len(node.inputs))]
+    if not carried:
+        raise refused(node, "it carries no values")
+    bound: Any = largest
+    if bound is None:
+        bound = mb.squeeze(x=count) if count.rank else count
+
+    def goes_on(step: Any, alive: Any, *_: Any) -> Any:
+        return mb.logical_and(x=alive, y=mb.less(x=step, y=bound))
+
+    def once(step: Any, alive: Any, *values: Any) -> Any:
+        kept, weights = dict(c.variables), dict(c.weights)
+        for value, variable in zip(body.inputs, (step, alive, *values), strict=True):
+            c.variables[value] = variable
+        again, *after = c.body(c, body)
+        c.variables, c.weights = kept, weights
+        again = mb.squeeze(x=again) if again.rank else again
+        after = [mb.identity(x=v) if v.op is None else v for v in after]
+        return (mb.add(x=step, y=np.int32(1)), mb.identity(x=again), *after)
+
+    first = (mb.const(val=np.int32(0)), mb.identity(x=start) if start.dtype == types.bool else start, *carried)
+    results = mb.while_loop(_cond=goes_on, _body=once, loop_vars=first)
+    return list(results[2:])

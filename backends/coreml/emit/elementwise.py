@@ -1,0 +1,319 @@
+"""Operators that work on each element alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import (
+    Context,
+    cast,
+    emits,
+    integer,
+    is_float,
+    like,
+    name_of,
+    number,
+    refused,
+    static,
+    string,
+    wide,
+)
+from optkit.backends.coreml.quiet import mb, types
+from optkit.graph import constant, scalar
+
+# ONNX operator -> operation of the same meaning.
+_UNARY = {
+    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Exp": "exp", "Sqrt": "sqrt", "Abs": "abs", "Ceil": "ceil",
+    "Floor": "floor", "Round": "round", "Sin": "sin", "Cos": "cos", "Tan": "tan", "Asin": "asin", "Acos": "acos",
+    "Atan": "atan", "Sinh": "sinh", "Cosh": "cosh", "Atanh": "atanh", "Erf": "erf", "Sign": "sign", "Not": "logical_not",
+    "Softplus": "softplus", "Softsign": "softsign",
+}  # fmt: skip
+_BINARY = {
+    "Add": "add", "Sub": "sub", "Mul": "mul", "Greater": "greater", "GreaterOrEqual": "greater_equal", "Less": "less",
+    "LessOrEqual": "less_equal", "And": "logical_and", "Or": "logical_or", "Xor": "logical_xor",
+}  # fmt: skip
+_VARIADIC = {"Max": "maximum", "Min": "minimum", "Sum": "add", "Mean": "add"}
+
+
+@emits(*_UNARY)
+def _unary(c: Context, node: ir.Node) -> Any:
+    x = wide(c.input(node, 0))
+    if node.op_type == "Relu" and not is_float(x):
+        return mb.maximum(x=x, y=np.int32(0))
+    return getattr(mb, _UNARY[node.op_type])(x=x)
+
+
+@emits(*_BINARY)
+def _binary(c: Context, node: ir.Node) -> Any:
+    x, y = (wide(v) for v in c.inputs(node))
+    return getattr(mb, _BINARY[node.op_type])(x=x, y=y)
+
+
+@emits("Equal")
+def _equal(c: Context, node: ir.Node) -> Any:
+    x, y = (cast(v, "int32") if v.dtype == types.bool else wide(v) for v in c.inputs(node))
+    return mb.equal(x=x, y=y)
+
+
+@emits(*_VARIADIC)
+def _variadic(c: Context, node: ir.Node) -> Any:
+    result, *others = (wide(v) for v in c.inputs(node))
+    for other in others:
+        result = getattr(mb, _VARIADIC[node.op_type])(x=result, y=other)
+    if node.op_type == "Mean" and others:
+        return mb.mul(x=result, y=like(result, 1 / (1 + len(others))))
+    return mb.identity(x=result) if not others else result
+
+
+def nonnegative(value: ir.Value | None) -> bool:
+    """Whether an integer is known never to be negative: sizes, constants, and what is made of them."""
+    if value is None:
+        return False
+    array = constant(value)
+    if array is not None:
+        return bool((array >= 0).all())
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in ("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Abs"):
+        return True
+    if node.op_type in ("Gather", "Slice", "Squeeze", "Unsqueeze", "Cast", "Reshape", "Identity", "Floor"):
+        return nonnegative(node.inputs[0])
+    if node.op_type in ("Concat", "Add", "Mul", "Div", "Max"):
+        every = any if node.op_type == "Max" else all
+        return every(nonnegative(v) for v in node.inputs)
+    return False
+
+
+@emits("Div")
+def _divide(c: Context, node: ir.Node) -> Any:
+    x, y = (wide(v) for v in c.inputs(node))
+    if is_float(x):
+        return mb.real_div(x=x, y=y)
+    quotient = mb.floor_div(x=x, y=y)
+    if nonnegative(node.inputs[0]) and nonnegative(node.inputs[1]):
+        return quotient
+    # ONNX rounds towards zero: one more where the quotient is negative and something is left over.
+    rest = mb.sub(x=x, y=mb.mul(x=quotient, y=y))
+    up = mb.logical_and(x=mb.less(x=quotient, y=np.int32(0)), y=mb.not_equal(x=rest, y=np.int32(0)))
+    return mb.add(x=quotient, y=mb.cast(x=up, dtype="int32"))
+
+
+@emits("Mod")
+def _modulo(c: Context, node: ir.Node) -> Any:
+    x, y = (wide(v) for v in c.inputs(node))
+    if not integer(node, "fmod", 0):
+        return mb.mod(x=x, y=y)
+    # The sign of the dividend.
+    return mb.mul(x=mb.sign(x=x), y=mb.mod(x=mb.abs(x=x), y=mb.abs(x=y)))
+
+
+@emits("Pow")
+def _power(c: Context, node: ir.Node) -> Any:
+    x, y = (wide(v) for v in c.inputs(node))
+    exponent = scalar(node.inputs[1])
+    if exponent == 2.0:
+        return mb.square(x=x) if is_float(x) else mb.mul(x=x, y=x)
+    if not is_float(x) and is_float(y):
+        return mb.cast(x=mb.pow(x=cast(x, name_of(y)), y=y), dtype="int32")
+    return mb.pow(x=x, y=cast(y, name_of(x)))
+
+
+@emits("Neg")
+def _negate(c: Context, node: ir.Node) -> Any:
+    x = wide(c.input(node, 0))
+    return mb.mul(x=x, y=like(x, -1))
+
+
+@emits("Log")
+def _log(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    # The default epsilon is 1e-45; ONNX has none.
+    return mb.log(x=x, epsilon=like(x, 0))
+
+
+@emits("Reciprocal")
+def _reciprocal(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    # Not `inverse`, whose epsilon is 1e-4 unless told otherwise.
+    return mb.real_div(x=like(x, 1), y=x)
+
+
+@emits("IsNaN")
+def _is_nan(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    return mb.not_equal(x=x, y=x)
+
+
+@emits("IsInf")
+def _is_infinite(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    up, down = integer(node, "detect_positive", 1), integer(node, "detect_negative", 1)
+    if up and down:
+        return mb.equal(x=mb.abs(x=x), y=like(x, math.inf))
+    return mb.equal(x=x, y=like(x, math.inf if up else -math.inf))
+
+
+@emits("Clip")
+def _clip(c: Context, node: ir.Node) -> Any:
+    x = wide(c.input(node, 0))
+    low, high = scalar(_operand(node, 1)), scalar(_operand(node, 2))
+    bounded = [c.has(node, i) for i in (1, 2)]
+    if is_float(x) and low == 0 and not bounded[1]:
+        return mb.relu(x=x)
+    if is_float(x) and (low, high) == (0, 6):
+        return mb.relu6(x=x)
+    if is_float(x) and low is not None and high is not None and low < high:
+        return mb.clip(x=x, alpha=like(x, low), beta=like(x, high))
+    if bounded[0]:
+        x = mb.maximum(x=x, y=wide(c.input(node, 1)))
+    if bounded[1]:
+        x = mb.minimum(x=x, y=wide(c.input(node, 2)))
+    return x if any(bounded) else mb.identity(x=x)
+
+
+def _operand(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+@emits("LeakyRelu")
+def _leaky_relu(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    return mb.leaky_relu(x=x, alpha=like(x, number(node, "alpha", 0.01)))
+
+
+@emits("Elu")
+def _elu(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    return mb.elu(x=x, alpha=like(x, number(node, "alpha", 1.0)))
+
+
+@emits("Selu")
+def _selu(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    alpha, gamma = number(node, "alpha", 1.6732632), number(node, "gamma", 1.0507010)
+    return mb.mul(x=mb.elu(x=x, alpha=like(x, alpha)), y=like(x, gamma))
+
+
+@emits("Celu")
+def _celu(c: Context, node: ir.Node) -> Any:
+    x, alpha = c.input(node, 0), number(node, "alpha", 1.0)
+    scaled = mb.mul(x=x, y=like(x, 1 / alpha))
+    return mb.mul(x=mb.elu(x=scaled, alpha=like(x, 1)), y=like(x, alpha))
+
+
+@emits("PRelu")
+def _prelu(c: Context, node: ir.Node) -> Any:
+    x, slope = c.inputs(node)
+    alpha = c.known(node, 1)
+    if alpha is not None and x.rank >= 3 and isinstance(x.shape[1], int | np.integer):
+        channels = int(x.shape[1])
+        # One slope a channel, or one for all: of the shapes [C, 1, ...] and [1].
+        along = alpha.ndim == x.rank - 1 and alpha.shape[0] == channels and alpha.size == channels
+        if along or alpha.size == 1:
+            slopes = np.broadcast_to(alpha.reshape(-1), (channels,))
+            return mb.prelu(x=x, alpha=np.ascontiguousarray(slopes.astype(type(like(x, 0)))))
+    below = mb.minimum(x=x, y=like(x, 0))
+    return mb.add(x=mb.relu(x=x), y=mb.mul(x=slope, y=below))
+
+
+@emits("ThresholdedRelu")
+def _thresholded_relu(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    above = mb.greater(x=x, y=like(x, number(node, "alpha", 1.0)))
+    return mb.select(cond=above, a=x, b=like(x, 0))
+
+
+@emits("HardSigmoid")
+def _hard_sigmoid(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    alpha, beta = number(node, "alpha", 0.2), number(node, "beta", 0.5)
+    return mb.sigmoid_hard(x=x, alpha=like(x, alpha), beta=like(x, beta))
+
+
+@emits("HardSwish")
+def _hard_swish(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    return mb.mul(x=x, y=mb.sigmoid_hard(x=x, alpha=like(x, 1 / 6), beta=like(x, 0.5)))
+
+
+@emits("Gelu")
+def _gelu(c: Context, node: ir.Node) -> Any:
+    exact = string(node, "approximate", "none") == "none"
+    return mb.gelu(x=c.input(node, 0), mode="EXACT" if exact else "TANH_APPROXIMATION")
+
+
+@emits("Mish")
+def _mish(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    return mb.mul(x=x, y=mb.tanh(x=mb.softplus(x=x)))
+
+
+@emits("Swish")
+def _swish(c: Context, node: ir.Node) -> Any:
+    x, alpha = c.input(node, 0), number(node, "alpha", 1.0)
+    if alpha == 1.0:
+        return mb.silu(x=x)
+    return mb.mul(x=x, y=mb.sigmoid(x=mb.mul(x=x, y=like(x, alpha))))
+
+
+@emits("Where")
+def _where(c: Context, node: ir.Node) -> Any:
+    condition, a, b = c.inputs(node)
+    if a.dtype == types.bool:
+        chosen = mb.select(cond=condition, a=cast(a, "int32"), b=cast(b, "int32"))
+        return mb.cast(x=chosen, dtype="bool")
+    return mb.select(cond=condition, a=wide(a), b=wide(b))
+
+
+_CASTS = {
+    ir.DataType.FLOAT: "fp32", ir.DataType.DOUBLE: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BOOL: "bool",
+    ir.DataType.INT64: "int32", ir.DataType.INT32: "int32",
+}  # fmt: skip
+_SHORT = (
+    ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
+)  # fmt: skip
+
+
+def _refuse_cast(node: ir.Node) -> str | None:
+    to = ir.DataType(integer(node, "to", 1))
+    source = node.inputs[0].dtype if node.inputs[0] is not None else None
+    if to in _CASTS or (to in _SHORT and source in (ir.DataType.BOOL, *_SHORT[:4])):
+        return None
+    return f"Core ML has no cast to {to.name.lower()} that wraps around as ONNX does"
+
+
+@emits("Cast", refuse=_refuse_cast)
+def _cast(c: Context, node: ir.Node) -> Any:
+    x, to = c.input(node, 0), _CASTS.get(ir.DataType(integer(node, "to", 1)), "int32")
+    if name_of(x) == to:
+        return mb.identity(x=x)
+    if to == "bool":
+        return mb.not_equal(x=wide(x), y=like(wide(x), 0))
+    if name_of(x) in ("int8", "uint8", "int16", "uint16") and c.version < 17:
+        raise refused(node, f"{name_of(x)} needs iOS 17")
+    return mb.cast(x=x, dtype=to)
+
+
+@emits("Identity", "Dropout", refuse=lambda n: "its mask is used" if len(n.outputs) > 1 and n.outputs[1].uses() else None)
+def _identity(c: Context, node: ir.Node) -> Any:
+    return mb.identity(x=c.input(node, 0))
+
+
+@emits("Trilu")
+def _triangle(c: Context, node: ir.Node) -> Any:
+    x, upper = c.input(node, 0), integer(node, "upper", 1)
+    offset = 0 if not c.has(node, 1) else c.known(node, 1)
+    sizes = static(x)
+    if offset is None or sizes is None:
+        raise refused(node, "Core ML needs the size and the diagonal of a triangle when it is compiled")
+    k = int(np.asarray(offset).reshape(-1)[0])
+    ones = np.ones(sizes[-2:], np.bool_)
+    mask = np.triu(ones, k) if upper else np.tril(ones, k)
+    if x.dtype == types.bool:
+        return mb.logical_and(x=x, y=mask)
+    return mb.select(cond=mask, a=x, b=like(x, 0))

@@ -1,0 +1,96 @@
+"""Reading and writing at places that are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import Context, emits, integer, narrow, string, through_ints
+from optkit.backends.coreml.emit.elementwise import nonnegative
+from optkit.backends.coreml.emit.quant import gathered
+from optkit.backends.coreml.quiet import mb
+
+# Newer versions ask for it: without, the loader refuses the program; True is slower and fails at run time.
+_UNCHECKED = {"validate_indices": False}
+
+
+def _unchecked(c: Context) -> dict[str, bool]:
+    return _UNCHECKED if c.version >= 17 else {}
+
+
+def _places(c: Context, node: ir.Node, index: int, x: Any, axis: int) -> Any:
+    """Indices, all of them at or above 0."""
+    size = x.shape[axis]
+    known = c.known(node, index)
+    if known is not None:
+        if not (known < 0).any():
+            return narrow(known, "indices")
+        if isinstance(size, int | np.integer):
+            return narrow(np.where(known < 0, known + int(size), known), "indices")
+    indices = c.input(node, index)
+    if nonnegative(node.inputs[index]):
+        return indices
+    if isinstance(size, int | np.integer):
+        length: Any = np.int32(size)
+    else:
+        length = mb.gather(x=mb.shape(x=x), indices=np.int32(axis), axis=0, **_unchecked(c))
+    negative = mb.cast(x=mb.less(x=indices, y=np.int32(0)), dtype="int32")
+    return mb.add(x=indices, y=mb.mul(x=negative, y=length))
+
+
+@emits("Gather")
+def _gather(c: Context, node: ir.Node) -> Any:
+    axis = integer(node, "axis", 0)
+    table = gathered(c, node)
+    x = c.input(node, 0) if table is None else table
+    axis = axis + x.rank if axis < 0 else axis
+    places = _places(c, node, 1, x, axis)
+    if x.rank == 1 and x.val is None and np.ndim(getattr(places, "val", places)) == 0 and isinstance(places, np.ndarray):
+        at = int(places)
+        return mb.slice_by_index(x=x, begin=[at], end=[at + 1], squeeze_mask=[True])
+    return through_ints(x, lambda v: mb.gather(x=v, indices=places, axis=axis, **_unchecked(c)))
+
+
+@emits("GatherElements")
+def _gather_elements(c: Context, node: ir.Node) -> Any:
+    x, axis = c.input(node, 0), integer(node, "axis", 0)
+    axis = axis + x.rank if axis < 0 else axis
+    places = _places(c, node, 1, x, axis)
+    shape = places.shape
+    if any(x.shape[i] != shape[i] for i in range(x.rank) if i != axis):
+        # ONNX reads the first ones along the other axes; Core ML wants them to agree.
+        sizes = [x.shape[i] if i == axis else shape[i] for i in range(x.rank)]
+        ends = [int(s) if isinstance(s, int | np.integer) else 0 for s in sizes]
+        x = mb.slice_by_index(x=x, begin=[0] * x.rank, end=ends, end_mask=[e == 0 or i == axis for i, e in enumerate(ends)])
+    return through_ints(x, lambda v: mb.gather_along_axis(x=v, indices=places, axis=axis, **_unchecked(c)))
+
+
+@emits("GatherND")
+def _gather_nd(c: Context, node: ir.Node) -> Any:
+    x, places = c.input(node, 0), c.input(node, 1)
+    dims = integer(node, "batch_dims", 0)
+    return through_ints(x, lambda v: mb.gather_nd(x=v, indices=places, batch_dims=dims, **_unchecked(c)))
+
+
+_MODES = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "min"}
+
+
+@emits("ScatterND")
+def _scatter_nd(c: Context, node: ir.Node) -> Any:
+    data, places, updates = c.inputs(node)
+    mode = _MODES[string(node, "reduction", "none")]
+    return mb.scatter_nd(data=data, indices=places, updates=updates, mode=mode, **_unchecked(c))
+
+
+@emits("ScatterElements")
+def _scatter_elements(c: Context, node: ir.Node) -> Any:
+    data, updates = c.input(node, 0), c.input(node, 2)
+    axis = integer(node, "axis", 0)
+    axis = axis + data.rank if axis < 0 else axis
+    places = _places(c, node, 1, data, axis)
+    mode = _MODES[string(node, "reduction", "none")]
+    return mb.scatter_along_axis(
+        data=data, indices=places, updates=updates, axis=axis, mode=mode, **_unchecked(c)
+    )

@@ -1,0 +1,169 @@
+"""Quantized tensors, and weights in the compressed forms that Core ML keeps in the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import Context, emits, integer, is_float, narrow, refused
+from optkit.backends.coreml.emit.compressed import affine, palettized, sparse, uncompressed
+from optkit.backends.coreml.quiet import mb
+from optkit.graph import constant
+
+_EIGHT = (ir.DataType.INT8, ir.DataType.UINT8)
+_FOUR = (ir.DataType.INT4, ir.DataType.UINT4)
+
+
+def is_weight(c: Context, node: ir.Node, index: int) -> bool:
+    """Whether an input is a constant, compressed or not."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    return value is not None and (value in c.quantized or constant(value) is not None)
+
+
+def weight(c: Context, node: ir.Node, index: int, *, transposed: bool = False) -> Any:
+    """The variable of an input with weights; constants in the smallest form that holds exactly their values.
+
+    Args:
+        transposed: Whether the last two axes trade places; of constants alone.
+    """
+    value = node.inputs[index]
+    assert value is not None
+    key = (value, transposed)
+    if key in c.weights:
+        return c.weights[key]
+    if value in c.quantized:
+        if not transposed:
+            return dense(c, value)
+        c.weights[key] = _stored(c, c.quantized[value], True)
+        return c.weights[key]
+    array = constant(value)
+    if array is None:
+        return c[value]
+    if not transposed and value in c.variables:
+        return c.variables[value]
+    array = narrow(array, f"the constant {value.name!r}")
+    array = np.ascontiguousarray(np.swapaxes(array, -1, -2)) if transposed else array
+    found = sparse(c.version, array) if array.dtype.kind == "f" else None
+    c.weights[key] = uncompressed(array) if found is None else found
+    return c.weights[key]
+
+
+def dense(c: Context, value: ir.Value) -> Any:
+    """The variable of a compressed constant in its own layout."""
+    key = (value, False)
+    if key not in c.weights:
+        c.weights[key] = _stored(c, c.quantized[value], False)
+    return c.weights[key]
+
+
+def stored_constant(node: ir.Node) -> bool:
+    """Whether a node gives the same floats each time, out of a smaller form: a dequantized constant, or a palette."""
+    if node.op_type == "DequantizeLinear":
+        inputs = [constant(v) for v in node.inputs if v is not None]
+        return all(a is not None for a in inputs) and node.inputs[0].dtype in (*_EIGHT, *_FOUR)  # type: ignore[union-attr]
+    if node.op_type != "Gather" or integer(node, "axis", 0) != 0:
+        return False
+    table, indices = constant(node.inputs[0]), constant(node.inputs[1])
+    if table is None or indices is None or table.dtype.kind != "f" or indices.ndim < 2:
+        return False
+    # A palette has few entries, and is read at every place of a weight.
+    return table.ndim == 1 and table.size <= 1 << 16 and bool(indices.min() >= 0)
+
+
+def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
+    if node.op_type == "Gather":
+        table, indices = constant(node.inputs[0]), constant(node.inputs[1])
+        assert table is not None and indices is not None
+        indices = np.swapaxes(indices, -1, -2) if transposed else indices
+        return palettized(c.version, np.ascontiguousarray(indices), narrow(table, "a palette"))
+    integers, scale = constant(node.inputs[0]), constant(node.inputs[1])
+    assert integers is not None and scale is not None
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    bits = 4 if node.inputs[0].dtype in _FOUR else 8  # type: ignore[union-attr]
+    kind = np.int8 if node.inputs[0].dtype in (ir.DataType.INT8, ir.DataType.INT4) else np.uint8  # type: ignore[union-attr]
+    integers = np.asarray(integers).astype(kind)
+    scale, zero = _aligned(node, integers, scale, zero)
+    if transposed:
+        integers, scale = (np.ascontiguousarray(np.swapaxes(a, -1, -2)) for a in (integers, scale))
+        zero = None if zero is None else np.ascontiguousarray(np.swapaxes(zero, -1, -2))
+    try:
+        return affine(c.version, integers, scale.astype(np.float32), zero, bits)
+    except ValueError as error:
+        raise refused(node, str(error)) from error
+
+
+def _aligned(
+    node: ir.Node, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scale and zero point with the rank of the integers; along a blocked axis one entry for each block."""
+    if scale.ndim <= 1 and integers.ndim != scale.ndim:
+        shape = [1] * integers.ndim
+        if scale.size > 1:
+            shape[integer(node, "axis", 1)] = scale.size
+    elif scale.ndim <= 1 and scale.size == 1:
+        shape = [1] * integers.ndim
+    else:
+        shape = list(scale.shape)
+    if zero is not None:
+        zero = np.asarray(zero).astype(integers.dtype).reshape(shape)
+        zero = zero if zero.any() else None
+    return scale.reshape(shape), zero
+
+
+def _refuse_quantize(node: ir.Node) -> str | None:
+    kind = node.outputs[0].dtype if node.op_type == "QuantizeLinear" else node.inputs[0].dtype  # type: ignore[union-attr]
+    held = node.op_type == "DequantizeLinear" and constant(node.inputs[0]) is not None
+    if held and kind in (*_FOUR, ir.DataType.INT32, *_EIGHT):
+        return None
+    if kind not in _EIGHT:
+        return f"Core ML quantizes activations to 8 bits, not to {kind.name.lower() if kind else '?'}"
+    if constant(node.inputs[1]) is None:
+        return "Core ML needs the scale when it is compiled"
+    return "Core ML quantizes activations per tensor or channel" if integer(node, "block_size", 0) else None
+
+
+def _parameters(c: Context, node: ir.Node, x: Any) -> dict[str, Any]:
+    scale, zero = c.known(node, 1), c.known(node, 2)
+    assert scale is not None
+    # Always in float32; coremltools casts what computes in float16.
+    single = scale.size == 1
+    found: dict[str, Any] = {
+        "input": x, "scale": np.float32(scale.reshape(())) if single else np.ascontiguousarray(scale, np.float32)
+    }  # fmt: skip
+    if zero is not None and zero.any():
+        found["zero_point"] = zero.reshape(())[()] if single else zero
+    if not single:
+        found["axis"] = integer(node, "axis", 1)
+    return found
+
+
+@emits("QuantizeLinear", refuse=_refuse_quantize, oldest=17)
+def _quantize(c: Context, node: ir.Node) -> Any:
+    kind = "int8" if node.outputs[0].dtype == ir.DataType.INT8 else "uint8"
+    return mb.quantize(output_dtype=kind, **_parameters(c, node, c.input(node, 0)))
+
+
+@emits("DequantizeLinear", refuse=_refuse_quantize)
+def _dequantize(c: Context, node: ir.Node) -> Any:
+    held = constant(node.inputs[0])
+    if held is None:
+        if c.version < 17:
+            raise refused(node, "quantized activations need iOS 17")
+        return mb.dequantize(**_parameters(c, node, c.input(node, 0)))
+    # An int32 bias.
+    scale = np.asarray(constant(node.inputs[1]), np.float64)
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    scale, zero = _aligned(node, held, scale, None if zero is None else np.asarray(zero))
+    floats = (held.astype(np.float64) - (0 if zero is None else zero)) * scale
+    return mb.const(val=floats.astype(np.float32))
+
+
+def gathered(c: Context, node: ir.Node) -> Any | None:
+    """A table of embeddings, of which rows are read: stored like weights. None where it is not a constant table."""
+    value = node.inputs[0]
+    if value is None or value not in c.quantized and (constant(value) is None or constant(value).ndim < 2):  # type: ignore[union-attr]
+        return None
+    found = weight(c, node, 0)
+    return found if is_float(found) else None

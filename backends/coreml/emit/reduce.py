@@ -1,0 +1,95 @@
+"""Reductions, selections and cumulative operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import Context, emits, integer, ints, is_float, like, refused, wide
+from optkit.backends.coreml.quiet import mb, types
+from optkit.graph import constant, scalar
+
+_REDUCE = {
+    "ReduceMean": "reduce_mean", "ReduceSum": "reduce_sum", "ReduceMax": "reduce_max", "ReduceMin": "reduce_min",
+    "ReduceProd": "reduce_prod", "ReduceL1": "reduce_l1_norm", "ReduceL2": "reduce_l2_norm",
+    "ReduceSumSquare": "reduce_sum_square", "ReduceLogSumExp": "reduce_log_sum_exp", "ReduceLogSum": "reduce_sum",
+}  # fmt: skip
+
+
+@emits(*_REDUCE)
+def _reduce(c: Context, node: ir.Node) -> Any:
+    x = wide(c.input(node, 0))
+    boolean = x.dtype == types.bool
+    x = mb.cast(x=x, dtype="int32") if boolean else x
+    axes = ints(node, "axes")
+    if c.has(node, 1):
+        axes = c.known_ints(node, 1)
+        if axes is None:
+            raise refused(node, "the axes of a reduction are computed at run time")
+    if not axes:
+        if integer(node, "noop_with_empty_axes", 0):
+            return mb.identity(x=x)
+        axes = list(range(x.rank))
+    keep = bool(integer(node, "keepdims", 1))
+    out = getattr(mb, _REDUCE[node.op_type])(x=x, axes=axes, keep_dims=keep)
+    if node.op_type == "ReduceLogSum":
+        out = mb.log(x=out, epsilon=like(out, 0))
+    if out.rank and not keep and len(axes) == x.rank:
+        out = mb.squeeze(x=out, axes=[0])
+    return mb.cast(x=out, dtype="bool") if boolean else out
+
+
+def _refuse_arg(node: ir.Node) -> str | None:
+    return "Core ML gives the first of several, not the last" if integer(node, "select_last_index", 0) else None
+
+
+@emits("ArgMax", "ArgMin", refuse=_refuse_arg)
+def _arg(c: Context, node: ir.Node) -> Any:
+    reduce = mb.reduce_argmax if node.op_type == "ArgMax" else mb.reduce_argmin
+    x = wide(c.input(node, 0))
+    return reduce(x=x, axis=integer(node, "axis", 0), keep_dims=bool(integer(node, "keepdims", 1)))
+
+
+@emits("TopK")
+def _top_k(c: Context, node: ir.Node) -> Any:
+    k = c.known_ints(node, 1)
+    if k is None:
+        raise refused(node, "Core ML needs k when it is compiled")
+    x = wide(c.input(node, 0))
+    axis, largest = integer(node, "axis", -1), bool(integer(node, "largest", 1))
+    return mb.topk(x=x, k=k[0], axis=axis, ascending=not largest)
+
+
+def _refuse_cumulative(node: ir.Node) -> str | None:
+    return None if scalar(node.inputs[1]) is not None else "Core ML needs the axis when it is compiled"
+
+
+@emits("CumSum", refuse=_refuse_cumulative)
+def _cumulative(c: Context, node: ir.Node) -> Any:
+    x = wide(c.input(node, 0))
+    axis = int(scalar(node.inputs[1]) or 0) % x.rank
+    exclusive, reverse = bool(integer(node, "exclusive", 0)), bool(integer(node, "reverse", 0))
+    return mb.cumsum(x=x, axis=axis, exclusive=exclusive, reverse=reverse)
+
+
+def _refuse_one_hot(node: ir.Node) -> str | None:
+    if scalar(node.inputs[1]) is None or constant(node.inputs[2]) is None:
+        return "Core ML needs the depth and the values when it is compiled"
+    return None
+
+
+@emits("OneHot", refuse=_refuse_one_hot)
+def _one_hot(c: Context, node: ir.Node) -> Any:
+    depth = int(scalar(node.inputs[1]) or 0)
+    indices, values = c.input(node, 0), c.input(node, 2)
+    if is_float(indices):
+        indices = mb.cast(x=indices, dtype="int32")
+    # Negative indices count from the end.
+    negative = mb.cast(x=mb.less(x=indices, y=np.int32(0)), dtype="int32")
+    indices = mb.add(x=indices, y=mb.mul(x=negative, y=np.int32(depth)))
+    off, on = np.asarray(values.val).reshape(-1)
+    return mb.one_hot(
+        indices=indices, one_hot_vector_size=depth, axis=integer(node, "axis", -1), on_value=on, off_value=off
+    )

@@ -1,0 +1,316 @@
+"""Operators that move values about without computing with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import (
+    INT32, Context, cast, emits, integer, ints, is_float, like, name_of, narrow, refused, static, string, through_ints,
+    wide,
+)  # fmt: skip
+from optkit.backends.coreml.quiet import mb, types
+from optkit.graph import attribute
+
+
+@emits("Shape")
+def _shape(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    start, end = integer(node, "start", 0), attribute(node, "end")
+    sizes = mb.shape(x=x)
+    if start == 0 and end is None:
+        return sizes
+    chosen = list(range(x.rank))[start : None if end is None else int(end)]  # type: ignore[call-overload]
+    if not chosen:
+        raise refused(node, "an empty part of a shape")
+    return mb.slice_by_index(x=sizes, begin=[chosen[0]], end=[chosen[-1] + 1])
+
+
+@emits("Size")
+def _size(c: Context, node: ir.Node) -> Any:
+    return mb.reduce_prod(x=mb.shape(x=c.input(node, 0)), axes=[0], keep_dims=False)
+
+
+@emits("Reshape")
+def _reshape(c: Context, node: ir.Node) -> Any:
+    x, known = c.input(node, 0), c.partly(node, 1)
+    sizes: list[Any] = list(known)
+    if integer(node, "allowzero", 0) and 0 in sizes:
+        raise refused(node, "a tensor without elements")
+    own = c.sizes(x) if 0 in sizes else []
+    if None in sizes or not sizes:
+        shape = c.input(node, 1)
+        count = shape.shape[0]
+        if not isinstance(count, int | np.integer):
+            raise refused(node, "the rank depends on the inputs")
+        sizes = sizes or [None] * int(count)
+        sizes = [mb.slice_by_index(x=shape, begin=[i], end=[i + 1]) if s is None else s for i, s in enumerate(sizes)]
+    sizes = [own[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(sizes)]
+    if not sizes:
+        return mb.squeeze(x=x, axes=list(range(x.rank)))
+    free = [i for i, s in enumerate(sizes) if not isinstance(s, int)]
+    if len(free) == 1 and -1 not in sizes:
+        sizes[free[0]] = -1
+    return c.reshape(x, sizes)
+
+
+@emits("Flatten")
+def _flatten(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    axis = integer(node, "axis", 1)
+    axis = axis + x.rank if axis < 0 else axis
+    sizes = c.sizes(x)
+    rows, columns = c.product(sizes[:axis]), c.product(sizes[axis:])
+    return c.reshape(x, [rows, -1] if isinstance(rows, int) or not isinstance(columns, int) else [-1, columns])
+
+
+@emits("Transpose")
+def _transpose(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    perm = ints(node, "perm") or list(range(x.rank))[::-1]
+    return through_ints(x, lambda v: mb.transpose(x=v, perm=perm))
+
+
+@emits("Squeeze")
+def _squeeze(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    axes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "axes")
+    if c.has(node, 1) and axes is None:
+        raise refused(node, "the axes are computed at run time")
+    axes = [i for i, d in enumerate(x.shape) if d == 1] if axes is None else axes
+    if not axes:
+        return mb.identity(x=x)
+    return through_ints(x, lambda v: mb.squeeze(x=v, axes=axes))
+
+
+@emits("Unsqueeze")
+def _unsqueeze(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    axes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "axes")
+    if axes is None:
+        raise refused(node, "the axes are computed at run time")
+    return through_ints(x, lambda v: mb.expand_dims(x=v, axes=axes))
+
+
+@emits("Concat")
+def _concat(c: Context, node: ir.Node) -> Any:
+    parts = [wide(v) for v in c.inputs(node)]
+    axis = integer(node, "axis", 0)
+    # Core ML has no tensors without elements; what is joined with one is what is left.
+    parts = [p for p in parts if p.shape[axis] != 0] or parts[:1]
+    if len(parts) == 1:
+        return mb.identity(x=parts[0])
+    if parts[0].dtype == types.bool:
+        joined = mb.concat(values=[cast(p, "int32") for p in parts], axis=axis)
+        return mb.cast(x=joined, dtype="bool")
+    return mb.concat(values=parts, axis=axis)
+
+
+@emits("Split")
+def _split(c: Context, node: ir.Node) -> Any:
+    x, axis, count = c.input(node, 0), integer(node, "axis", 0), len(node.outputs)
+    sizes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "split")
+    if sizes is None:
+        if c.has(node, 1) or not isinstance(x.shape[axis], int | np.integer):
+            raise refused(node, "Core ML needs the sizes of the parts when it is compiled")
+        whole = int(x.shape[axis])
+        each = -(-whole // count)
+        sizes = [each] * (count - 1) + [whole - each * (count - 1)]
+    if count == 1:
+        return mb.identity(x=x)
+    if 0 in sizes:
+        raise refused(node, "a part without elements")
+    return mb.split(x=x, split_sizes=sizes, axis=axis)
+
+
+def _bounds(begin: int, end: int, step: int, size: int | None) -> tuple[int, int, bool, bool]:
+    """Begin, end and whether each is the end of the axis, as slice_by_index takes them."""
+    if size is not None:
+        chosen = range(size)[begin:end:step]
+        begin, end = chosen.start, chosen.stop
+        return begin, max(end, 0), False, step < 0 and end < 0
+    first = begin == 0 if step > 0 else begin >= INT32.max
+    last = end >= INT32.max if step > 0 else end <= INT32.min + 1
+    return (0 if first else begin), (0 if last else end), first, last
+
+
+@emits("Slice")
+def _slice(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    starts, ends = c.partly(node, 1), c.partly(node, 2)
+    count = max(len(starts), len(ends)) or int(c.input(node, 1).shape[0])
+    axes = c.known_ints(node, 3) if c.has(node, 3) else list(range(count))
+    steps = c.known_ints(node, 4) if c.has(node, 4) else [1] * count
+    if axes is None or steps is None:
+        raise refused(node, "the axes or the steps of a slice are computed at run time")
+    begins: list[Any] = [0] * x.rank
+    stops: list[Any] = [0] * x.rank
+    strides, first, last = [1] * x.rank, [True] * x.rank, [True] * x.rank
+    for i, axis in enumerate(axes):
+        at = axis % x.rank
+        size = x.shape[at]
+        strides[at] = steps[i]
+        begin, end = starts[i] if starts else None, ends[i] if ends else None
+        if begin is not None and end is not None:
+            fixed = int(size) if isinstance(size, int | np.integer) else None
+            begins[at], stops[at], first[at], last[at] = _bounds(begin, end, steps[i], fixed)
+            if fixed is not None and not range(fixed)[begin : end : steps[i]]:
+                raise refused(node, "a slice without elements")
+            continue
+        first[at] = last[at] = False
+        begins[at] = _bound(c, node, i, 1, begin)
+        if end is not None and end >= INT32.max and steps[i] > 0:
+            last[at] = True
+        else:
+            stops[at] = _bound(c, node, i, 2, end)
+    return through_ints(
+        x,
+        lambda v: mb.slice_by_index(
+            x=v, begin=c.shape(begins), end=c.shape(stops), stride=strides, begin_mask=first, end_mask=last
+        ),
+    )
+
+
+def _bound(c: Context, node: ir.Node, i: int, index: int, known: int | None) -> Any:
+    """One bound of a slice, as a number or as a variable ``[1]``."""
+    if known is not None:
+        return int(np.clip(known, INT32.min, INT32.max))
+    return mb.slice_by_index(x=c.input(node, index), begin=[i], end=[i + 1])
+
+
+@emits("Expand")
+def _expand(c: Context, node: ir.Node) -> Any:
+    x, sizes = c.input(node, 0), c.known_ints(node, 1)
+    own = static(x)
+    if sizes is not None and own is not None:
+        full = [1] * (len(sizes) - len(own)) + own
+        wanted = [1] * (len(full) - len(sizes)) + sizes
+        if len(full) > len(own):
+            x = c.reshape(x, full)
+        repeats = [w if have == 1 else 1 for have, w in zip(full, wanted, strict=True)]
+        if all(r == 1 for r in repeats):
+            return mb.identity(x=x)
+        return through_ints(x, lambda v: mb.tile(x=v, reps=repeats))
+    shape = np.asarray(sizes, np.int32) if sizes is not None else c.input(node, 1)
+
+    def spread(v: Any) -> Any:
+        return mb.mul(x=v, y=mb.fill(shape=shape, value=like(v, 1)))
+
+    return through_ints(wide(x), spread)
+
+
+@emits("Tile")
+def _tile(c: Context, node: ir.Node) -> Any:
+    x, repeats = c.input(node, 0), c.known(node, 1)
+    reps = c.input(node, 1) if repeats is None else narrow(repeats, "repeats")
+    return through_ints(x, lambda v: mb.tile(x=v, reps=reps))
+
+
+@emits("ConstantOfShape")
+def _filled(c: Context, node: ir.Node) -> Any:
+    tensor = attribute(node, "value")
+    value = np.float32(0) if tensor is None else narrow(tensor.numpy(), "the value").reshape(-1)[0]  # type: ignore[attr-defined]
+    sizes = c.known_ints(node, 0)
+    if sizes is not None:
+        return mb.const(val=np.full(sizes, value))
+    if isinstance(value, np.bool_):
+        return mb.cast(x=mb.fill(shape=c.input(node, 0), value=np.int32(value)), dtype="bool")
+    return mb.fill(shape=c.input(node, 0), value=value)
+
+
+@emits("Range")
+def _range(c: Context, node: ir.Node) -> Any:
+    start, end, step = c.inputs(node)
+    return mb.range_1d(start=start, end=end, step=step)
+
+
+@emits("EyeLike", refuse=lambda n: None if n.inputs[0] is not None and n.inputs[0].shape is not None and n.inputs[0].shape.is_static() else "EyeLike of free size")
+def _eye(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    eye = np.eye(*(int(d) for d in x.shape), k=integer(node, "k", 0), dtype=np.float32)
+    return cast(mb.const(val=eye), name_of(wide(x)))
+
+
+_PADS = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}
+
+
+def _refuse_pad(node: ir.Node) -> str | None:
+    mode = string(node, "mode", "constant")
+    return None if mode in _PADS else f"Core ML has no mode {mode!r}"
+
+
+@emits("Pad", refuse=_refuse_pad)
+def _pad(c: Context, node: ir.Node) -> Any:
+    x, mode = wide(c.input(node, 0)), string(node, "mode", "constant")
+    amounts = c.known_ints(node, 1)
+    if amounts is None:
+        if mode != "constant" or c.has(node, 3):
+            raise refused(node, "pads that are computed at run time")
+        flat = mb.transpose(x=mb.reshape(x=c.input(node, 1), shape=[2, x.rank]), perm=[1, 0])
+        return mb.pad(x=x, pad=mb.reshape(x=flat, shape=[-1]), mode="constant", constant_val=_fill(c, node, x))
+    axes = c.known_ints(node, 3) if c.has(node, 3) else list(range(x.rank))
+    if axes is None:
+        raise refused(node, "the axes are computed at run time")
+    pairs = [(0, 0)] * x.rank
+    for i, axis in enumerate(axes):
+        pairs[axis % x.rank] = (amounts[i], amounts[i + len(axes)])
+    if any(p < 0 for pair in pairs for p in pair):
+        cut = [(max(0, -low), max(0, -high)) for low, high in pairs]
+        x = mb.slice_by_index(
+            x=x, begin=[low for low, _ in cut], end=[-high for _, high in cut],
+            begin_mask=[low == 0 for low, _ in cut], end_mask=[high == 0 for _, high in cut],
+        )  # fmt: skip
+        pairs = [(max(0, low), max(0, high)) for low, high in pairs]
+    if not any(p for pair in pairs for p in pair):
+        return mb.identity(x=x)
+    if mode == "constant":
+        flat = [p for pair in pairs for p in pair]
+        return mb.pad(x=x, pad=flat, mode="constant", constant_val=_fill(c, node, x))
+    return _mirrored(node, x, pairs, _PADS[mode])
+
+
+def _mirrored(node: ir.Node, x: Any, pairs: list[tuple[int, int]], mode: str) -> Any:
+    """Pads that repeat the values at the edge, which Core ML has for the last two axes alone."""
+    if x.rank < 2:
+        out = mb.pad(x=mb.expand_dims(x=x, axes=[0]), pad=[0, 0, *pairs[0]], mode=mode)
+        return mb.squeeze(x=out, axes=[0])
+    inner = [pairs[-2], pairs[-1]]
+    if any(p for pair in pairs[:-2] for p in pair):
+        raise refused(node, f"mode {mode!r} on an axis before the last two")
+    return mb.pad(x=x, pad=[p for pair in inner for p in pair], mode=mode)
+
+
+def _fill(c: Context, node: ir.Node, x: Any) -> Any:
+    value = c.known(node, 2)
+    if c.has(node, 2) and value is None:
+        raise refused(node, "the value of the pads is computed at run time")
+    number = 0 if value is None else value.reshape(-1)[0]
+    return like(x, number) if is_float(x) or x.dtype == types.int32 else number
+
+
+@emits("DepthToSpace")
+def _depth_to_space(c: Context, node: ir.Node) -> Any:
+    x, block = c.input(node, 0), integer(node, "blocksize", 1)
+    if string(node, "mode", "DCR") == "DCR":
+        return mb.depth_to_space(x=x, block_size=block)
+    return mb.pixel_shuffle(x=x, upscale_factor=block)
+
+
+@emits("SpaceToDepth")
+def _space_to_depth(c: Context, node: ir.Node) -> Any:
+    return mb.space_to_depth(x=c.input(node, 0), block_size=integer(node, "blocksize", 1))
+
+
+@emits("NonZero")
+def _non_zero(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    return mb.transpose(x=mb.non_zero(x=cast(x, "int32") if x.dtype == types.bool else x), perm=[1, 0])
+
+
+@emits("ReverseSequence")
+def _reverse_sequence(c: Context, node: ir.Node) -> Any:
+    x, lengths = c.inputs(node)
+    batch, along = integer(node, "batch_axis", 1), integer(node, "time_axis", 0)
+    return mb.reverse_sequence(x=x, lengths=lengths, seq_axis=along, batch_axis=batch)

@@ -1,0 +1,136 @@
+"""What the package's inputs and outputs are in the model: Core ML renames, narrows and knows no scalars."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict
+
+from optkit.backends.coreml.shapes import Axes, keys
+from optkit.data import TensorSpec
+from optkit.errors import ModelError
+
+FILE = "interface.json"
+
+_STORED = {
+    ir.DataType.FLOAT: "fp32", ir.DataType.DOUBLE: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BOOL: "int32",
+    ir.DataType.INT64: "int32", ir.DataType.INT32: "int32", ir.DataType.INT16: "int32", ir.DataType.UINT16: "int32",
+    ir.DataType.INT8: "int32", ir.DataType.UINT8: "int32",
+}  # fmt: skip
+
+
+class Picture(BaseModel):
+    """An input that takes pictures: the network gets ``pixel * scale + bias``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: float
+    bias: tuple[float, ...]
+    color: Literal["RGB", "BGR", "G"] = "RGB"
+
+
+class Port(BaseModel):
+    """An input or output.
+
+    Attributes:
+        name: In the model.
+        feature: In the package.
+        dtype: NumPy's name of the type in the model.
+        stored: The type in the package.
+        shape: In the model: sizes, and names of free axes.
+        scalar: Whether the model has no axes and the package one of size 1.
+        state: Whether it is kept inside between runs.
+        picture: How values become pixels, where the package takes a picture.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    feature: str
+    dtype: str
+    stored: str
+    shape: tuple[int | str | None, ...] | None
+    scalar: bool = False
+    state: bool = False
+    picture: Picture | None = None
+
+    @property
+    def spec(self) -> TensorSpec:
+        """As sessions say it."""
+        return TensorSpec(name=self.name, dtype=np.dtype(self.dtype), shape=self.shape)
+
+
+class Interface(BaseModel):
+    """All ports, and the sizes that free axes may have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    listed: dict[str, tuple[int, ...]] = {}
+    ranged: dict[str, tuple[int, int]] = {}
+
+    def write(self, folder: Path) -> None:
+        """Beside the package."""
+        (folder / FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Interface:
+        """What ``write`` wrote.
+
+        Raises:
+            ModelError: It is missing or not what it should be.
+        """
+        try:
+            return cls.model_validate_json((folder / FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{FILE}: the artifact's description of its inputs cannot be read: {error}") from error
+
+
+def feature(name: str, taken: set[str]) -> str:
+    """``name`` as Core ML takes it: letters, digits and underscores, not a digit first; unique."""
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
+    plain = f"_{plain}" if plain[0].isdigit() else plain
+    found, n = plain, 1
+    while found in taken:
+        found, n = f"{plain}_{n}", n + 1
+    taken.add(found)
+    return found
+
+
+def describe_ports(
+    model: ir.Model, axes: Axes, states: dict[str, str], pictures: dict[str, Picture]
+) -> Interface:
+    """The interface of ``model``.
+
+    Raises:
+        ModelError: An input or output has a type that Core ML has not.
+    """
+    taken: set[str] = set()
+
+    def port(value: ir.Value, *, state: bool) -> Port:
+        if value.dtype not in _STORED:
+            kind = value.dtype.name.lower() if value.dtype is not None else str(value.type)
+            raise ModelError(f"{value.name!r} is of type {kind}, which no input or output of Core ML has")
+        if value.shape is not None and len(value.shape) > 5:
+            raise ModelError(f"{value.name!r} has {len(value.shape)} axes, and Core ML has at most 5")
+        shape = None if value.shape is None else tuple(axes.fixed.get(str(k), k) for k in keys(value))
+        return Port(
+            name=str(value.name), feature=feature(str(value.name), taken), dtype=value.dtype.numpy().name,
+            stored=_STORED[value.dtype], shape=shape, scalar=shape == (), state=state, picture=pictures.get(str(value.name)),
+        )  # fmt: skip
+
+    inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+    for value in inputs:
+        if value.shape is None:
+            raise ModelError(f"the rank of the input {value.name!r} is not known, and Core ML needs it")
+    return Interface(
+        inputs=tuple(port(v, state=str(v.name) in states) for v in inputs),
+        outputs=tuple(port(v, state=str(v.name) in states.values()) for v in model.graph.outputs),
+        listed={k: tuple(v) for k, v in axes.listed.items()},
+        ranged={k: (v.min, v.max) for k, v in axes.ranged.items()},
+    )

@@ -1,0 +1,216 @@
+"""Core ML: the artifact is an ``.mlpackage`` with an ML Program, and what its inputs and outputs are in the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+from pydantic import Field
+
+from optkit.backends.base import Backend, Executed, Options
+from optkit.backends.coreml.emit import ROWS
+from optkit.backends.coreml.emit.quant import stored_constant
+from optkit.backends.coreml.interface import Picture, describe_ports
+from optkit.backends.coreml.package import DATA, PACKAGE, convert, write
+from optkit.backends.coreml.placement import PLACEMENTS
+from optkit.backends.coreml.program import build
+from optkit.backends.coreml.session import MacSession, ReferenceSession, has_core_ml
+from optkit.backends.coreml.shapes import Size, axes, fix
+from optkit.backends.coreml.validate import problems
+from optkit.errors import ModelError, UsageError
+from optkit.graph import graphs
+from optkit.inference import infer
+
+if TYPE_CHECKING:
+    from optkit.backends.base import Session
+    from optkit.placement import Placement
+    from optkit.targets import Target
+
+# Where neither options nor target say: the oldest with all compressed forms.
+_USUAL = 18
+
+
+class CoreMlOptions(Options):
+    """How the package is made.
+
+    Attributes:
+        precision: What float32 becomes inside. With float16 the inputs and outputs stay as they are.
+        deployment: Oldest system that shall run it; ``auto`` is the target's.
+        shapes: By free axis of the inputs, its size, a list of sizes, or ``{min, max, default}``; else 1 to 4096.
+        pictures: Inputs that take pictures; the network gets ``pixel * scale + bias``.
+        states: Inputs that Core ML keeps between runs, and the outputs with their next values (iOS 18 on).
+        units: What a Mac runs it on.
+        metadata: ``author``, ``license``, ``version`` and ``description``, kept in the package.
+    """
+
+    precision: Literal["fp32", "fp16"] = "fp32"
+    deployment: Literal["auto", "iOS16", "iOS17", "iOS18"] = "auto"
+    shapes: dict[str, Size] = Field(default_factory=dict)
+    pictures: dict[str, Picture] = Field(default_factory=dict)
+    states: dict[str, str] = Field(default_factory=dict)
+    units: Literal["ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"] = "ALL"
+    metadata: dict[Literal["author", "license", "version", "description"], str] = Field(default_factory=dict)
+
+
+def version(options: CoreMlOptions, target: Target) -> int:
+    """Major version of the oldest iOS that the package is for."""
+    named = target.system if options.deployment == "auto" else options.deployment
+    return int(named.removeprefix("iOS")) if named else _USUAL
+
+
+class CoreMl(Backend):
+    """ML Programs through coremltools' builder and its passes; run by the reference evaluator, or on a Mac by Core ML."""
+
+    name: ClassVar[str] = "coreml"
+    options: ClassVar[type[Options]] = CoreMlOptions
+    placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
+    packages: ClassVar[tuple[str, ...]] = ("coremltools",)
+
+    def available(self) -> str | None:
+        """None: writing and evaluating packages works wherever coremltools does."""
+        return None
+
+    def exact(self, options: CoreMlOptions) -> CoreMlOptions:
+        """The same in float32."""
+        return options.model_copy(update={"precision": "fp32"})
+
+    def unsupported(self, node: ir.Node, target: Target) -> str | None:
+        """What Core ML cannot express of a node."""
+        row = ROWS.get(node.op_type) if node.domain == "" else None
+        if row is None:
+            if node.op_type == "Constant" and node.domain == "":
+                return None
+            return f"optkit has no translation of {node.domain + '.' if node.domain else ''}{node.op_type} into Core ML"
+        if stored_constant(node):
+            return None
+        oldest = version(CoreMlOptions(), target)
+        if row.oldest > oldest:
+            return f"needs iOS {row.oldest}, {target.name} is for iOS {oldest}"
+        for value in (*node.inputs, *node.outputs):
+            if value is None or value.dtype is None:
+                continue
+            if value.dtype in (ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+                return f"{value.name!r} is of type {value.dtype.name.lower()}, which Core ML has not"
+            if value.shape is not None and len(value.shape) > 5 and value.const_value is None:
+                return f"{value.name!r} has {len(value.shape)} axes, and Core ML has at most 5"
+        return row.refuse(node) if row.refuse is not None else None
+
+    def lower(self, model: ir.Model, target: Target, options: CoreMlOptions, path: Path) -> None:
+        """Write ``model.mlpackage`` and ``interface.json``.
+
+        Raises:
+            UsageError: The options name what the model does not have.
+            ModelError: A node turns out not to fit, or Core ML would refuse the package.
+        """
+        oldest = version(options, target)
+        chosen = axes(model, options.shapes)
+        _check(model, options, oldest, several=len(chosen.listed) > 0)
+        interface = describe_ports(model, chosen, options.states, options.pictures)
+        model = model.clone()
+        if model.functions:
+            InlinePass()(model)
+        if chosen.fixed:
+            fix(model, chosen.fixed)
+            _forget_shapes(model)
+            infer(model)
+        package = path / PACKAGE
+        weights = package / DATA / "weights"
+        weights.mkdir(parents=True)
+        program, features = build(model, interface, chosen, oldest, options.states)
+        spec = convert(program, features, oldest, fp16=options.precision == "fp16", weights=weights)
+        write(spec, package, options.metadata)
+        interface.write(path)
+        if found := problems(package):
+            lines = "".join(f"\n  {p}" for p in found)
+            raise ModelError(
+                f"the package breaks {len(found)} rule(s) of Core ML:{lines}",
+                hint="this is a mistake in optkit: please report it with the model",
+            )
+
+    def load(
+        self, path: Path, target: Target, options: CoreMlOptions, *, threads: int | None = None
+    ) -> Session:
+        """Open the package: on a Mac in Core ML, elsewhere in the reference evaluator."""
+        return MacSession(path, options.units) if has_core_ml() else ReferenceSession(path)
+
+    def executed(
+        self, path: Path, target: Target, options: CoreMlOptions, feeds: Mapping[str, np.ndarray]
+    ) -> Sequence[Executed]:
+        """The operations as the reference evaluator ran them; where a device runs them is not known here."""
+        session = ReferenceSession(path)
+        found: list[Executed] = []
+        last = [time.perf_counter()]
+
+        def watch(op: Any, arguments: Mapping[str, Any], results: list[Any]) -> None:
+            now = time.perf_counter()
+            found.append(executed(op, arguments, results, now - last[0]))
+            last[0] = now
+
+        session.compute(session.features(feeds), watch)
+        session.close()
+        return found
+
+
+def executed(op: Any, arguments: Mapping[str, Any], results: list[Any], seconds: float) -> Executed:
+    """One operation as it ran."""
+    kind = op.outputs[0].type.kind if op.outputs else ""
+    integers = op.kind in ("quantize", "dequantize")
+    fmt = {"FLOAT16": "fp16", "FLOAT32": "fp32"}.get(kind, "fp32")
+    return Executed(
+        name=op.name, op=op.kind, where="reference evaluator", format="int8" if integers else fmt,
+        macs=macs(op.kind, arguments, results), seconds=seconds,
+    )  # fmt: skip
+
+
+def macs(kind: str, arguments: Mapping[str, Any], results: list[Any]) -> int:
+    """Multiply-accumulates of one operation with these values."""
+    if kind == "conv":
+        return int(results[0].size * np.prod(arguments["weight"].shape[1:]))
+    if kind == "conv_transpose":
+        return int(arguments["x"].size * np.prod(arguments["weight"].shape[1:]))
+    if kind == "linear":
+        return int(results[0].size * arguments["weight"].shape[-1])
+    if kind == "matmul":
+        return int(results[0].size * arguments["x"].shape[-2 if arguments.get("transpose_x") else -1])
+    if kind in ("lstm", "gru", "rnn"):
+        steps, batch = arguments["x"].shape[:2]
+        names = ("weight_ih", "weight_hh", "weight_ih_back", "weight_hh_back")
+        return int(steps * batch * sum(np.size(arguments[n]) for n in names if n in arguments))
+    return 0
+
+
+def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: bool) -> None:
+    inputs = {str(v.name): v for v in model.graph.inputs if not v.is_initializer()}
+    outputs = {str(v.name): v for v in model.graph.outputs}
+    for option, names, known in (
+        ("states", options.states, inputs), ("pictures", options.pictures, inputs), ("states", options.states.values(), outputs),
+    ):  # fmt: skip
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"options.{option}: the model has no {name!r}", hint=f"known: {', '.join(known)}"
+                )
+    if options.states and oldest < 18:
+        raise UsageError(f"options.states: states need iOS 18, the package is for iOS {oldest}")
+    for name, output in options.states.items():
+        a, b = inputs[name].shape, outputs[output].shape
+        if a is None or b is None or not a.is_static() or a != b:
+            raise UsageError(f"options.states: {name} {a} and {output} {b} must have one fixed shape")
+    free = [n for n, v in inputs.items() if v.shape is not None and not v.shape.is_static()]
+    if several and len(free) > 1 and oldest < 18:
+        raise UsageError(
+            f"options.shapes: lists of sizes for {len(free)} inputs ({', '.join(free)}) need iOS 18, the package is for iOS {oldest}"
+        )
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """What was inferred before the inputs had their sizes."""
+    for graph in graphs(model):
+        for node in graph:
+            for value in node.outputs:
+                value.shape = None

@@ -1,0 +1,80 @@
+"""Writing a program into an ``.mlpackage``: the same bytes for the same program."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optkit.backends.coreml.quiet import ct, silence
+
+PACKAGE = "model.mlpackage"
+DATA = "Data/com.apple.CoreML"
+MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
+
+# Any fixed one will do; what an item is called follows from what it is.
+_SPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
+_FP16 = {"common::add_fp16_cast", "common::add_int16_cast"}
+
+
+def convert(
+    program: Any, features: list[Any], version: int, *, fp16: bool, weights: Path, keep: frozenset[str] = frozenset()
+) -> Any:
+    """Run coremltools' own passes over a program and serialize it; its weights go into the folder ``weights``.
+
+    Args:
+        program: Of ``program.build``.
+        features: The types of its inputs.
+        version: Major version of the oldest iOS.
+        fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit.
+        keep: Kinds of operations that stay in float32 all the same.
+        weights: An empty folder.
+
+    Returns:
+        The model's protobuf.
+    """
+    from coremltools.converters.mil.converter import ConverterRegistry, _reset_conversion_state, mil_convert_to_proto
+
+    with silence():
+        pipeline = ct.PassPipeline()
+        if not fp16:
+            pipeline.remove_passes(_FP16)
+        elif keep:
+            pipeline._pass_options["common::add_fp16_cast"] = [
+                ct.converters.mil.mil.passes.graph_pass.PassOption(
+                    option_name="op_selector", option_val=lambda op: op.op_type not in keep
+                )
+            ]
+        spec, _ = mil_convert_to_proto(
+            program, "milinternal", "mlprogram", ConverterRegistry, main_pipeline=pipeline, inputs=features, outputs=None,
+            classifier_config=None, debug=False, specification_version=getattr(ct.target, f"iOS{version}"),
+            use_default_fp16_io=False, states=[], weights_dir=str(weights),
+        )  # fmt: skip
+        _reset_conversion_state()
+    return spec
+
+
+def write(spec: Any, folder: Path, metadata: Mapping[str, str]) -> None:
+    """Write the protobuf and the manifest into the package ``folder``; the weights are there already.
+
+    Args:
+        spec: Of ``convert``.
+        folder: Of the package.
+        metadata: ``author``, ``license``, ``version`` and ``description``, each where it is said.
+    """
+    own = spec.description.metadata
+    own.author, own.license = metadata.get("author", ""), metadata.get("license", "")
+    own.versionString, own.shortDescription = metadata.get("version", ""), metadata.get("description", "")
+    (folder / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+    items = {
+        str(uuid.uuid5(_SPACE, path)).upper(): {
+            "author": "com.apple.CoreML", "description": f"CoreML Model {what}", "name": Path(path).name, "path": path
+        }
+        for path, what in (("com.apple.CoreML/model.mlmodel", "Specification"), ("com.apple.CoreML/weights", "Weights"))
+    }  # fmt: skip
+    manifest = {
+        "fileFormatVersion": "1.0.0", "itemInfoEntries": items, "rootModelIdentifier": next(iter(items))
+    }  # fmt: skip
+    (folder / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")

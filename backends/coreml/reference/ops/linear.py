@@ -1,0 +1,223 @@
+"""Products of matrices and convolutions, by BLAS."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from optkit.backends.coreml.reference.ops.elementwise import along
+from optkit.backends.coreml.reference.ops.table import operation
+
+Array = np.ndarray
+
+# Elements of unfolded input that are in memory at a time, and of a channel block that stays in cache.
+_UNFOLDED, _BLOCK = 1 << 21, 1 << 15
+
+
+@operation("linear")
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """``x W^T + b``."""
+    out = np.matmul(x, weight.T)
+    return out if bias is None else out + bias
+
+
+@operation("matmul")
+def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
+    """The product, of the last two axes."""
+    x = np.swapaxes(x, -1, -2) if transpose_x and x.ndim > 1 else x
+    y = np.swapaxes(y, -1, -2) if transpose_y and y.ndim > 1 else y
+    return np.matmul(x, y)
+
+
+@operation("einsum")
+def einsum(values: Sequence[Array], equation: str) -> Array:
+    """Einstein's summation."""
+    return np.einsum(equation, *values, optimize=True)
+
+
+@operation("scaled_dot_product_attention")
+def attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None) -> Array:
+    """``softmax(Q K^T / sqrt(d) + mask) V``; a mask of truth values leaves out what is false."""
+    scores = np.matmul(query, np.swapaxes(key, -1, -2)) / np.float32(math.sqrt(query.shape[-1]))
+    if attn_mask is not None:
+        if attn_mask.dtype == np.bool_:
+            scores = np.where(attn_mask, scores, -np.inf)
+        else:
+            scores = scores + attn_mask
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.matmul(scores / scores.sum(-1, keepdims=True), value)
+
+
+def pads_of(
+    pad_type: str, pad: Array | None, sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int],
+    dilations: Sequence[int],
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Begin and end of each spatial axis."""
+    if pad_type == "valid":
+        return [(0, 0)] * len(kernel)
+    if pad_type == "custom":
+        assert pad is not None
+        flat = [int(p) for p in pad]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+    found = []
+    for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max(0, (-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size)
+        # The odd one goes to the end, or with same_lower to the beginning.
+        small, large = total // 2, total - total // 2
+        found.append((large, small) if pad_type == "same_lower" else (small, large))
+    return found
+
+
+def padded(x: Array, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Array:
+    """``x`` with pads around its spatial axes."""
+    if not any(p for pair in pads for p in pair):
+        return x
+    sizes = [n + a + b for n, (a, b) in zip(x.shape[2:], pads, strict=True)]
+    out = np.full((*x.shape[:2], *sizes), value, x.dtype)
+    inside = tuple(slice(a, a + n) for n, (a, _) in zip(x.shape[2:], pads, strict=True))
+    out[(slice(None), slice(None), *inside)] = x
+    return out
+
+
+def numbers(values: Array | None, count: int) -> list[int]:
+    return [1] * count if values is None else [int(v) for v in np.asarray(values).reshape(-1)]
+
+
+def taps(x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], out: Sequence[int]):  # type: ignore[no-untyped-def]
+    """For each place in the kernel, what lies under it."""
+    for place in itertools.product(*(range(k) for k in kernel)):
+        yield place, x[
+            (
+                ...,
+                *(
+                    slice(p * d, p * d + (n - 1) * s + 1, s)
+                    for p, d, s, n in zip(place, dilations, strides, out, strict=True)
+                ),
+            )
+        ]
+
+
+@operation("conv")
+def conv(
+    x: Array, weight: Array, bias: Array | None = None, strides: Array | None = None, pad_type: str = "valid",
+    pad: Array | None = None, dilations: Array | None = None, groups: int = 1,
+) -> Array:  # fmt: skip
+    """A convolution over the axes after the second; weights ``[out, in / groups, *kernel]``."""
+    axes = x.ndim - 2
+    kernel = weight.shape[2:]
+    steps, spread = numbers(strides, axes), numbers(dilations, axes)
+    x = padded(x, pads_of(pad_type, pad, x.shape[2:], kernel, steps, spread))
+    sizes = [
+        (n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], kernel, spread, steps, strict=True)
+    ]
+    batch, channels, total = x.shape[0], x.shape[1], weight.shape[0]
+    if groups == channels and weight.shape[1] == 1:
+        out = _depthwise(x, weight, steps, spread, sizes)
+    else:
+        out = np.empty((batch, total, *sizes), np.float32)
+        each, rows = channels // groups, total // groups
+        for g in range(groups):
+            part = x[:, g * each : (g + 1) * each]
+            _dense(part, weight[g * rows : (g + 1) * rows], steps, spread, sizes, out[:, g * rows : (g + 1) * rows])
+    return out if bias is None else _add(out, along(bias, out))
+
+
+def _add(out: Array, more: Array) -> Array:
+    np.add(out, more, out=out)
+    return out
+
+
+def _dense(
+    x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int], out: Array
+) -> None:
+    kernel = weight.shape[2:]
+    matrix = weight.reshape(len(weight), -1)
+    if all(k == 1 for k in kernel):
+        x = x[(..., *(slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)))]
+        for image, place in zip(x, out, strict=True):
+            place[...] = (matrix @ image.reshape(len(image), -1)).reshape(place.shape)
+        return
+    windows = sliding_window_view(
+        x, [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)], axis=tuple(range(2, x.ndim))
+    )  # type: ignore[call-overload]
+    windows = windows[
+        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
+    ]
+    # [batch, in, *out, *kernel]; a few rows of the output at a time.
+    axes = len(sizes)
+    order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
+    rows = max(1, _UNFOLDED // max(1, matrix.shape[1] * math.prod(sizes[1:])))
+    for image, place in zip(windows, out, strict=True):
+        for start in range(0, sizes[0], rows):
+            part = image[:, start : start + rows].transpose(order)
+            columns = part.reshape(matrix.shape[1], -1)
+            place[:, start : start + rows] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
+
+
+def _depthwise(
+    x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]
+) -> Array:
+    """Each channel with its own kernels, a block of channels at a time so that it stays in cache."""
+    batch, channels = x.shape[:2]
+    times = len(weight) // channels
+    out = np.empty((batch, channels, times, *sizes), np.float32)
+    kernels = weight.reshape(channels, times, *weight.shape[2:])
+    block = max(1, _BLOCK // max(1, math.prod(x.shape[2:])))
+    ones = (1,) * len(sizes)
+    for image, place in zip(x, out, strict=True):
+        for start in range(0, channels, block):
+            some = slice(start, start + block)
+            for t in range(times):
+                total, product = place[some, t], np.empty_like(place[some, t])
+                first = True
+                for at, values in taps(image[some], weight.shape[2:], strides, dilations, sizes):
+                    factor = kernels[(some, t, *at)].reshape(-1, *ones)
+                    np.multiply(values, factor, out=total if first else product)
+                    if not first:
+                        np.add(total, product, out=total)
+                    first = False
+    return out.reshape(batch, channels * times, *sizes)
+
+
+@operation("conv_transpose")
+def conv_transpose(
+    x: Array, weight: Array, bias: Array | None = None, pad: Array | None = None, output_shape: Array | None = None,
+    pad_type: str = "valid", strides: Array | None = None, dilations: Array | None = None, groups: int = 1,
+) -> Array:  # fmt: skip
+    """Each input element spreads the kernel over the output; weights ``[in, out / groups, *kernel]``."""
+    axes = x.ndim - 2
+    steps, spread = numbers(strides, axes), numbers(dilations, axes)
+    kernel = weight.shape[2:]
+    batch, channels, each = x.shape[0], x.shape[1], weight.shape[1]
+    full = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(x.shape[2:], steps, kernel, spread, strict=True)]
+    out = np.zeros((batch, each * groups, *full), np.float32)
+    for g in range(groups):
+        part = x[:, g * channels // groups : (g + 1) * channels // groups].reshape(batch, channels // groups, -1)
+        rows = weight[g * channels // groups : (g + 1) * channels // groups]
+        place = out[:, g * each : (g + 1) * each]
+        for at, values in taps(place, kernel, steps, spread, x.shape[2:]):
+            values += np.matmul(rows[(slice(None), slice(None), *at)].T, part).reshape(batch, each, *x.shape[2:])
+    if pad_type == "custom":
+        assert pad is not None
+        flat = [int(p) for p in pad]
+        cuts = list(zip(flat[::2], flat[1::2], strict=True))
+    elif pad_type == "valid":
+        cuts = [(0, 0)] * axes
+    else:
+        cuts = []
+        for n, s, f in zip(x.shape[2:], steps, full, strict=True):
+            total = max(0, f - n * s)
+            small, large = total // 2, total - total // 2
+            cuts.append((large, small) if pad_type == "same_lower" else (small, large))
+    if output_shape is not None:
+        wanted = [int(v) for v in output_shape][-axes:]
+        # What is asked for beyond the pads is cut off less at the end.
+        cuts = [(a, f - a - w) for (a, _), f, w in zip(cuts, full, wanted, strict=True)]
+    out = out[(..., *(slice(a, f - b) for (a, b), f in zip(cuts, full, strict=True)))]
+    more = [(0, max(0, -b)) for _, b in cuts]
+    out = padded(out, more)
+    return out if bias is None else out + along(bias, out)

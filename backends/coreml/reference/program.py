@@ -1,0 +1,233 @@
+"""A saved package as plain Python: functions, blocks, operations, values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optkit.backends.coreml.quiet import MIL_pb2, Model_pb2
+from optkit.backends.coreml.reference.blobs import Blobs, unpack
+from optkit.errors import ModelError
+
+_FOLDER = "Data/com.apple.CoreML"
+
+_KINDS = {
+    "FLOAT16": np.float16, "FLOAT32": np.float32, "FLOAT64": np.float64, "INT8": np.int8, "INT16": np.int16, "INT32": np.int32,
+    "INT64": np.int64, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64, "BOOL": np.bool_,
+    "STRING": np.str_,
+}  # fmt: skip
+# Bits and sign of the types of less than a byte, which are held in a byte each.
+_SHORT = {
+    "INT4": (4, True), "UINT4": (4, False), "UINT1": (1, False), "UINT2": (2, False), "UINT3": (3, False), "UINT6": (6, False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Type:
+    """Of a value.
+
+    Attributes:
+        kind: MIL's name: ``FLOAT16``, ``INT4`` ….
+        dtype: How NumPy holds it.
+        shape: Sizes; -1 where free. None where even the rank is.
+        state: Whether it is kept between runs.
+    """
+
+    kind: str
+    dtype: Any
+    shape: tuple[int, ...] | None
+    state: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind.lower()}{list(self.shape) if self.shape is not None else '[?]'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A reference to a value."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What an operation gives."""
+
+    name: str
+    type: Type
+
+
+@dataclass(slots=True, kw_only=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        inputs: By parameter: names, or values that stand in place; a list where the parameter takes several.
+        attributes: The same for what is no input: the value of a constant, and the older compressed constants.
+    """
+
+    kind: str
+    name: str
+    inputs: dict[str, list[Any]]
+    attributes: dict[str, Any]
+    outputs: list[Output]
+    blocks: list[Block] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Block:
+    """Operations in order."""
+
+    inputs: list[Output]
+    outputs: list[str]
+    operations: list[Operation]
+
+
+@dataclass(slots=True, kw_only=True)
+class Function:
+    """One function of a program.
+
+    Attributes:
+        opset: ``CoreML5`` (iOS 15) and up.
+    """
+
+    name: str
+    opset: str
+    inputs: list[Output]
+    block: Block
+
+
+@dataclass(slots=True, kw_only=True)
+class Lazy:
+    """A constant in the file of weights."""
+
+    blobs: Blobs
+    offset: int
+    type: Type
+
+    def read(self) -> np.ndarray:
+        """Its values; of whole bytes where they lie, without a copy."""
+        shape = self.type.shape or ()
+        count = math.prod(shape)
+        raw = self.blobs.raw(self.offset)
+        if self.type.kind in _SHORT:
+            bits, signed = _SHORT[self.type.kind]
+            return unpack(raw, count, bits, signed=signed).reshape(shape)
+        values = raw.view(self.type.dtype)
+        if values.size != count:
+            raise ModelError(f"the blob at {self.offset} holds {values.size} values, the program says {self.type}")
+        return np.asarray(values.reshape(shape))
+
+
+class Package:
+    """A saved ``.mlpackage``.
+
+    Attributes:
+        spec: The protobuf.
+        functions: By name.
+
+    Raises:
+        ModelError: It is no package with an ML Program.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        file = path / _FOLDER / "model.mlmodel"
+        self.spec = Model_pb2.Model()
+        try:
+            self.spec.ParseFromString(file.read_bytes())
+        except OSError as error:
+            raise ModelError(f"{path.name}: no model inside: {error}") from error
+        except Exception as error:
+            raise ModelError(f"{path.name}: the model cannot be read: {error}") from error
+        kind = self.spec.WhichOneof("Type")
+        if kind != "mlProgram":
+            raise ModelError(f"{path.name}: holds a {kind or 'model of unknown type'}, and ML Programs alone are read")
+        self.blobs = Blobs(path / _FOLDER / "weights" / "weight.bin")
+        self.functions = {name: self._function(name, f) for name, f in self.spec.mlProgram.functions.items()}
+
+    def _function(self, name: str, proto: Any) -> Function:
+        if proto.opset not in proto.block_specializations:
+            raise ModelError(f"{self.path.name}: function {name!r} has no block for {proto.opset}")
+        return Function(
+            name=name, opset=proto.opset, inputs=[_output(v) for v in proto.inputs],
+            block=self._block(proto.block_specializations[proto.opset]),
+        )  # fmt: skip
+
+    def _block(self, proto: Any) -> Block:
+        return Block(
+            inputs=[_output(v) for v in proto.inputs], outputs=list(proto.outputs),
+            operations=[self._operation(o) for o in proto.operations],
+        )  # fmt: skip
+
+    def _operation(self, proto: Any) -> Operation:
+        return Operation(
+            kind=proto.type, name=proto.outputs[0].name if proto.outputs else proto.type,
+            inputs={k: [self._binding(b) for b in a.arguments] for k, a in proto.inputs.items()},
+            attributes={k: self._value(v) for k, v in proto.attributes.items()},
+            outputs=[_output(v) for v in proto.outputs], blocks=[self._block(b) for b in proto.blocks],
+        )  # fmt: skip
+
+    def _binding(self, proto: Any) -> Any:
+        return Name(proto.name) if proto.WhichOneof("binding") == "name" else self._value(proto.value)
+
+    def _value(self, proto: Any) -> Any:
+        if proto.WhichOneof("value") == "blobFileValue":
+            return Lazy(blobs=self.blobs, offset=proto.blobFileValue.offset, type=_type(proto.type))
+        held = proto.immediateValue
+        if held.WhichOneof("value") == "list":
+            return [self._value(v) for v in held.list.values]
+        if held.WhichOneof("value") != "tensor":
+            raise ModelError(f"{self.path.name}: a value of kind {held.WhichOneof('value')} is not known")
+        return _tensor(held.tensor, _type(proto.type))
+
+
+def _type(proto: Any) -> Type:
+    which, state = proto.WhichOneof("type"), False
+    if which == "stateType":
+        proto, state = proto.stateType.wrappedType, True
+        which = proto.WhichOneof("type")
+    if which != "tensorType":
+        return Type(kind=str(which), dtype=None, shape=None, state=state)
+    tensor = proto.tensorType
+    kind = MIL_pb2.DataType.Name(tensor.dataType)
+    dtype = _KINDS.get(kind, (np.int8 if _SHORT[kind][1] else np.uint8) if kind in _SHORT else None)
+    dims = [
+        int(d.constant.size) if d.WhichOneof("dimension") == "constant" else -1 for d in tensor.dimensions
+    ]
+    known = len(dims) == tensor.rank or not tensor.rank
+    return Type(kind=kind, dtype=dtype, shape=tuple(dims) if known else None, state=state)
+
+
+def _output(proto: Any) -> Output:
+    return Output(name=proto.name, type=_type(proto.type))
+
+
+def _tensor(proto: Any, kind: Type) -> Any:
+    """A value that stands in the program: a string, or an array."""
+    which = proto.WhichOneof("value")
+    shape = kind.shape or ()
+    if kind.kind == "STRING":
+        strings = list(proto.strings.values)
+        return strings[0] if not shape else strings
+    if which == "bytes":
+        raw = np.frombuffer(proto.bytes.values, np.uint8)
+        if kind.kind in _SHORT:
+            bits, signed = _SHORT[kind.kind]
+            return unpack(raw, math.prod(shape), bits, signed=signed).reshape(shape)
+        return raw.view(kind.dtype).reshape(shape)
+    values = list(getattr(proto, which).values) if which is not None else []
+    # A single zero may be left out.
+    if not values and math.prod(shape) == 1:
+        values = [0]
+    array = np.asarray(values, kind.dtype)
+    if array.size != math.prod(shape):
+        raise ModelError(f"a value of {array.size} elements is declared as {kind}")
+    return array.reshape(shape)

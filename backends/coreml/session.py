@@ -1,0 +1,170 @@
+"""A package running: in the reference evaluator, or on a Mac in Core ML itself."""
+
+from __future__ import annotations
+
+import platform
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optkit.backends.base import Session
+from optkit.backends.coreml.interface import Interface, Port
+from optkit.backends.coreml.package import PACKAGE
+from optkit.backends.coreml.quiet import ct, silence
+from optkit.backends.coreml.reference.machine import Machine, Watch
+from optkit.backends.coreml.reference.program import Package
+from optkit.errors import DataError, ModelError
+
+_KINDS = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32}
+_INT32 = np.iinfo(np.int32)
+
+
+class PackageSession(Session):
+    """What both have in common: the model's own names and types outside, the package's inside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.interface = Interface.read(folder)
+        self.inputs = tuple(p.spec for p in self.interface.inputs if not p.state)
+        self.outputs = tuple(p.spec for p in self.interface.outputs if not p.state)
+
+    @abstractmethod
+    def compute(self, features: dict[str, np.ndarray]) -> Mapping[str, Any]:
+        """Outputs of the package by its own names."""
+
+    def features(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The package's inputs.
+
+        Raises:
+            DataError: Names, types, sizes or values are not those that the package takes.
+        """
+        ports = [p for p in self.interface.inputs if not p.state]
+        if set(feeds) != {p.name for p in ports}:
+            names = ", ".join(p.name for p in ports)
+            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
+        sizes: dict[str, int] = {}
+        found = {p.feature: self._stored(p, np.asarray(feeds[p.name]), sizes) for p in ports}
+        self._check_sizes(sizes)
+        return found
+
+    def _stored(self, port: Port, array: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
+        if array.dtype != np.dtype(port.dtype):
+            raise DataError(f"input {port.name!r} is {array.dtype}, the model takes {port.dtype}")
+        shape = port.shape or ()
+        if array.ndim != len(shape):
+            raise DataError(f"input {port.name!r} is {list(array.shape)}, the package takes {port.spec}")
+        for have, want in zip(array.shape, shape, strict=True):
+            if isinstance(want, str):
+                want = sizes.setdefault(want, have)
+            if want is not None and have != want:
+                raise DataError(f"input {port.name!r} is {list(array.shape)}, the package takes {port.spec}")
+        if array.dtype in (np.int64, np.uint64) and array.size:
+            if array.min() < _INT32.min or array.max() > _INT32.max:
+                raise DataError(f"input {port.name!r} holds integers beyond 32 bits, and Core ML has none")
+        if port.picture is not None:
+            array = _pixels(port, array)
+        array = array.reshape(1) if port.scalar else array
+        return np.ascontiguousarray(array.astype(_KINDS[port.stored]))
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        hint = "give options.shapes other sizes when compiling"
+        for name, size in sizes.items():
+            low, high = self.interface.ranged.get(name, (size, size))
+            if not low <= size <= high:
+                raise DataError(f"axis {name} is {size}; the package takes {low} to {high}", hint=hint)
+        listed = self.interface.listed
+        if listed and tuple(sizes[k] for k in listed) not in set(zip(*listed.values(), strict=True)):
+            given = ", ".join(f"{k} {sizes[k]}" for k in listed)
+            known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in listed.items())
+            raise DataError(f"{given} is none of the listed sizes ({known})", hint=hint)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name, in the model's own types."""
+        found = self.compute(self.features(feeds))
+        outputs = {}
+        for port in self.interface.outputs:
+            if port.state:
+                continue
+            array = np.asarray(found[port.feature])
+            array = array.reshape(()) if port.scalar else array
+            outputs[port.name] = array.astype(np.dtype(port.dtype))
+        return outputs
+
+    def reset(self) -> None:
+        """Forget the state, where the package keeps one."""
+
+
+def _pixels(port: Port, array: np.ndarray) -> np.ndarray:
+    assert port.picture is not None
+    bias = np.reshape(np.asarray(port.picture.bias, np.float32), (1, -1, 1, 1))
+    return np.clip(np.rint((array - bias) / np.float32(port.picture.scale)), 0, 255)
+
+
+class ReferenceSession(PackageSession):
+    """The package in the reference evaluator.
+
+    Raises:
+        ModelError: The package cannot be read, or has operations that the evaluator does not know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.package = Package(folder / PACKAGE)
+        if "main" not in self.package.functions:
+            raise ModelError(f"{PACKAGE}: has no function 'main'")
+        self.machine = Machine(self.package.functions["main"])
+
+    def compute(self, features: dict[str, np.ndarray], watch: Watch | None = None) -> Mapping[str, Any]:
+        """One run of the machine."""
+        return self.machine.run(features, watch)
+
+    def reset(self) -> None:
+        """All states are 0 again."""
+        self.machine.reset()
+
+    def close(self) -> None:
+        """Forget the program and its constants."""
+        del self.machine, self.package
+
+
+class MacSession(PackageSession):
+    """The package in Core ML; on a Mac alone.
+
+    Raises:
+        ModelError: Core ML does not take it.
+    """
+
+    def __init__(self, folder: Path, units: str) -> None:
+        super().__init__(folder)
+        try:
+            with silence():
+                self._model = ct.models.MLModel(str(folder / PACKAGE), compute_units=ct.ComputeUnit[units])
+                self._state = self._model.make_state() if any(p.state for p in self.interface.inputs) else None
+        except Exception as error:
+            raise ModelError(f"{PACKAGE}: Core ML cannot load it: {error}") from error
+
+    def compute(self, features: dict[str, np.ndarray]) -> Mapping[str, Any]:
+        """One prediction."""
+        # Core ML frees what it is given on a thread of its own; so it gets copies that stay.
+        self._held = {k: v.copy() for k, v in features.items()}
+        try:
+            found: Mapping[str, Any] = self._model.predict(self._held, state=self._state)
+        except Exception as error:
+            raise ModelError(f"Core ML stopped: {error}") from error
+        return found
+
+    def reset(self) -> None:
+        """A state of zeros."""
+        if self._state is not None:
+            self._state = self._model.make_state()
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._model
+
+
+def has_core_ml() -> bool:
+    """Whether this machine runs packages itself."""
+    return platform.system() == "Darwin"

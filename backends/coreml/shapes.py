@@ -1,0 +1,100 @@
+"""The sizes that free axes may have in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from optkit.errors import UsageError
+
+# Where nothing is said, a free axis may have any size up to this one: Core ML takes no unbounded range.
+LARGEST = 4096
+
+
+class Range(BaseModel):
+    """From ``min`` to ``max``; ``default`` is what the Neural Engine runs, other sizes run elsewhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=LARGEST, ge=1)
+    default: int | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.min <= self.usual <= self.max:
+            raise ValueError(f"min {self.min}, default {self.usual} and max {self.max} are not in order")
+        return self
+
+    @property
+    def usual(self) -> int:
+        """The default, or the smallest."""
+        return self.min if self.default is None else self.default
+
+
+Size = Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(min_length=2)] | Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """The free axes of a model.
+
+    Attributes:
+        fixed: Size by the key of the axis.
+        listed: Sizes by key; all lists are as long as one another, and belong together entry by entry.
+        ranged: Ranges by key.
+    """
+
+    fixed: Mapping[str, int]
+    listed: Mapping[str, tuple[int, ...]]
+    ranged: Mapping[str, Range]
+
+
+def keys(value: ir.Value) -> list[str | int]:
+    """The axes of an input: sizes, and names for those that are free; an axis without one is ``<input>.<axis>``."""
+    assert value.shape is not None
+    return [
+        d if isinstance(d, int) else (d.value or f"{value.name}.{axis}")
+        for axis, d in enumerate(value.shape)
+    ]
+
+
+def axes(model: ir.Model, wanted: Mapping[str, Size]) -> Axes:
+    """What the free axes of ``model`` become.
+
+    Raises:
+        UsageError: A name is none of theirs, or lists of sizes do not belong together.
+    """
+    free = dict.fromkeys(
+        k for v in model.graph.inputs if not v.is_initializer() for k in keys(v) if isinstance(k, str)
+    )
+    if unknown := [name for name in wanted if name not in free]:
+        known = ", ".join(free) or "none: every axis has its size"
+        raise UsageError(f"options.shapes.{unknown[0]}: no free axis has this name", hint=f"free axes: {known}")
+    listed = {k: v for k, v in wanted.items() if isinstance(v, tuple)}
+    if len({len(v) for v in listed.values()}) > 1:
+        counts = ", ".join(f"{k}: {len(v)}" for k, v in listed.items())
+        raise UsageError(f"options.shapes: lists of sizes must be as long as one another ({counts})")
+    ranged = {k: v for k, v in wanted.items() if isinstance(v, Range)}
+    rest = [k for k in free if k not in wanted]
+    if listed and (ranged or rest):
+        raise UsageError(
+            f"options.shapes: {(rest or list(ranged))[0]} is a range, and others are lists: an input has either",
+            hint="give every free axis one size or a list of sizes",
+        )
+    return Axes(
+        fixed={k: v for k, v in wanted.items() if isinstance(v, int)},
+        listed=listed,
+        ranged=ranged | {k: Range() for k in rest},
+    )
+
+
+def fix(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Give the axes of the inputs their sizes, in place; what is behind them has to be inferred again."""
+    for value in model.graph.inputs:
+        if value.shape is not None and not value.is_initializer():
+            value.shape = ir.Shape([sizes.get(k, k) if isinstance(k, str) else k for k in keys(value)])
