@@ -114,10 +114,9 @@ class CoreMl(Backend):
         model = model.clone()
         if model.functions:
             InlinePass()(model)
-        if chosen.fixed:
-            fix(model, chosen.fixed)
-            _forget_shapes(model)
-            infer(model)
+        fix(model, chosen.fixed)
+        _forget_shapes(model)
+        infer(model)
         package = path / PACKAGE
         weights = package / DATA / "weights"
         weights.mkdir(parents=True)
@@ -209,7 +208,7 @@ def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: boo
 
 
 def _forget_shapes(model: ir.Model) -> None:
-    """What was inferred before the inputs had their sizes."""
+    """What was inferred before the inputs had their sizes, and what passes left behind."""
     for graph in graphs(model):
         for node in graph:
             for value in node.outputs:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from optkit.backends.coreml.emit import ROWS, Context
 from optkit.backends.coreml.emit.base import cast, refused, through_ints
 from optkit.backends.coreml.emit.quant import dense, stored_constant
-from optkit.backends.coreml.interface import Interface, Port
+from optkit.backends.coreml.interface import Interface, Port, feature
 from optkit.backends.coreml.quiet import ct, mb, mil, types
 from optkit.backends.coreml.shapes import Axes
 from optkit.errors import ModelError, OptkitError
@@ -49,6 +49,7 @@ def build(
     program = mil.Program()
     with mil.Function(specs, opset_version=getattr(ct.target, f"iOS{version}")) as function:
         context = Context(version=version, unpack=dense, body=_body)
+        context.names.update(p.feature for p in (*interface.inputs, *interface.outputs))
         _note_quantized(context, model)
         _read_inputs(context, model, interface, function)
         results = dict(zip([p.name for p in interface.outputs], _body(context, model.graph), strict=True))
@@ -137,6 +138,10 @@ def _emit(context: Context, node: ir.Node) -> None:
             continue
         _check(node, value, variable)
         context.variables[value] = variable
+        if variable.op is not None and variable.op.op_type != "const" and variable not in context.named:
+            # So that what Xcode and messages show is what the model says.
+            context.named.add(variable)
+            variable.name = feature(str(value.name), context.names)
 
 
 def _check(node: ir.Node, value: ir.Value, variable: Any) -> None:

@@ -64,7 +64,7 @@ def keys(value: ir.Value) -> list[str | int]:
 
 
 def axes(model: ir.Model, wanted: Mapping[str, Size]) -> Axes:
-    """What the free axes of ``model`` become.
+    """What the free axes of ``model`` become; each goes by its name, or as ``<input>.<axis>``.
 
     Raises:
         UsageError: A name is none of theirs, or lists of sizes do not belong together.
@@ -72,6 +72,14 @@ def axes(model: ir.Model, wanted: Mapping[str, Size]) -> Axes:
     free = dict.fromkeys(
         k for v in model.graph.inputs if not v.is_initializer() for k in keys(v) if isinstance(k, str)
     )
+    aliases = {
+        f"{v.name}.{axis}": k
+        for v in model.graph.inputs
+        if not v.is_initializer()
+        for axis, k in enumerate(keys(v))
+        if isinstance(k, str)
+    }
+    wanted = {name if name in free else aliases.get(name, name): size for name, size in wanted.items()}
     if unknown := [name for name in wanted if name not in free]:
         known = ", ".join(free) or "none: every axis has its size"
         raise UsageError(f"options.shapes.{unknown[0]}: no free axis has this name", hint=f"free axes: {known}")

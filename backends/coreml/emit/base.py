@@ -142,6 +142,7 @@ class Context:
         variables: Of the program, by value of the graph.
         quantized: Nodes that make floats of smaller constants, which a reader may want in another layout.
         weights: Constants in the layout and form in which they are read.
+        names: Taken by inputs, outputs and variables; ``named`` are those that have theirs.
         unpack: Gives the variable of one of ``quantized`` in its own layout.
         body: Emits the body of an If or a Loop, and gives the variables of its outputs.
     """
@@ -150,6 +151,8 @@ class Context:
     variables: dict[ir.Value, Any] = field(default_factory=dict)
     quantized: dict[ir.Value, ir.Node] = field(default_factory=dict)
     weights: dict[tuple[ir.Value, bool], Any] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    named: set[Any] = field(default_factory=set)
     unpack: Callable[[Context, ir.Value], Any]
     body: Callable[[Context, ir.Graph], list[Any]]
 

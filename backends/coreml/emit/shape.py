@@ -82,6 +82,10 @@ def _squeeze(c: Context, node: ir.Node) -> Any:
     axes = [i for i, d in enumerate(x.shape) if d == 1] if axes is None else axes
     if not axes:
         return mb.identity(x=x)
+    axes = [a % x.rank for a in axes]
+    if any(x.shape[a] != 1 for a in axes):
+        # A free size that has to be 1.
+        return c.reshape(x, [s for a, s in enumerate(c.sizes(x)) if a not in axes])
     return through_ints(x, lambda v: mb.squeeze(x=v, axes=axes))
 
 

@@ -22,8 +22,8 @@ def batch_norm(
 
 def normalized(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
     """Mean 0 and variance 1 along ``axes``."""
-    centred = x - x.mean(axes, keepdims=True, dtype=np.float32)
-    variance = np.square(centred).mean(axes, keepdims=True, dtype=np.float32)
+    centred = x - x.mean(axes, keepdims=True, dtype=np.float64).astype(np.float32)
+    variance = np.square(centred).mean(axes, keepdims=True, dtype=np.float64).astype(np.float32)
     return centred / np.sqrt(variance + np.float32(epsilon))
 
 

@@ -19,15 +19,20 @@ def _log_sum_exp(x: Array, axis: Any, keepdims: bool) -> Array:
     return total if keepdims else np.squeeze(total, axis)
 
 
+def _exact(x: Array) -> Any:
+    """In float64: NumPy adds up one after the other along all axes but the last."""
+    return np.float64 if x.dtype.kind == "f" else x.dtype
+
+
 _REDUCE: dict[str, Callable[..., Any]] = {
-    "reduce_sum": lambda x, axis, keepdims: x.sum(axis, keepdims=keepdims, dtype=x.dtype),
-    "reduce_mean": lambda x, axis, keepdims: x.mean(axis, keepdims=keepdims, dtype=np.float32),
+    "reduce_sum": lambda x, axis, keepdims: x.sum(axis, keepdims=keepdims, dtype=_exact(x)),
+    "reduce_mean": lambda x, axis, keepdims: x.mean(axis, keepdims=keepdims, dtype=np.float64),
     "reduce_max": lambda x, axis, keepdims: x.max(axis, keepdims=keepdims),
     "reduce_min": lambda x, axis, keepdims: x.min(axis, keepdims=keepdims),
     "reduce_prod": lambda x, axis, keepdims: x.prod(axis, keepdims=keepdims, dtype=x.dtype),
-    "reduce_l1_norm": lambda x, axis, keepdims: np.abs(x).sum(axis, keepdims=keepdims),
-    "reduce_l2_norm": lambda x, axis, keepdims: np.sqrt(np.square(x).sum(axis, keepdims=keepdims)),
-    "reduce_sum_square": lambda x, axis, keepdims: np.square(x).sum(axis, keepdims=keepdims),
+    "reduce_l1_norm": lambda x, axis, keepdims: np.abs(x).sum(axis, keepdims=keepdims, dtype=_exact(x)),
+    "reduce_l2_norm": lambda x, axis, keepdims: np.sqrt(np.square(x).sum(axis, keepdims=keepdims, dtype=_exact(x))),
+    "reduce_sum_square": lambda x, axis, keepdims: np.square(x).sum(axis, keepdims=keepdims, dtype=_exact(x)),
     "reduce_log_sum": lambda x, axis, keepdims: np.log(x.sum(axis, keepdims=keepdims)),
     "reduce_log_sum_exp": _log_sum_exp,
 }
