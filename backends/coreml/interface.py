@@ -88,7 +88,9 @@ class Interface(BaseModel):
         try:
             return cls.model_validate_json((folder / FILE).read_bytes())
         except (OSError, ValueError) as error:
-            raise ModelError(f"{FILE}: the artifact's description of its inputs cannot be read: {error}") from error
+            raise ModelError(
+                f"{FILE}: the artifact's description of its inputs cannot be read: {error}"
+            ) from error
 
 
 def feature(name: str, taken: set[str]) -> str:

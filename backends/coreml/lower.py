@@ -15,6 +15,7 @@ from pydantic import Field
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.coreml.emit import ROWS
 from optkit.backends.coreml.emit.quant import stored_constant
+from optkit.backends.coreml.halves import saturate
 from optkit.backends.coreml.interface import Picture, describe_ports
 from optkit.backends.coreml.package import DATA, PACKAGE, convert, write
 from optkit.backends.coreml.placement import PLACEMENTS
@@ -115,6 +116,8 @@ class CoreMl(Backend):
         if model.functions:
             InlinePass()(model)
         fix(model, chosen.fixed)
+        if options.precision == "fp16":
+            saturate(model)
         _forget_shapes(model)
         infer(model)
         package = path / PACKAGE
@@ -122,7 +125,7 @@ class CoreMl(Backend):
         weights.mkdir(parents=True)
         program, features = build(model, interface, chosen, oldest, options.states)
         spec = convert(program, features, oldest, fp16=options.precision == "fp16", weights=weights)
-        write(spec, package, options.metadata)
+        write(spec, package, {str(k): v for k, v in options.metadata.items()})
         interface.write(path)
         if found := problems(package):
             lines = "".join(f"\n  {p}" for p in found)
@@ -136,6 +139,18 @@ class CoreMl(Backend):
     ) -> Session:
         """Open the package: on a Mac in Core ML, elsewhere in the reference evaluator."""
         return MacSession(path, options.units) if has_core_ml() else ReferenceSession(path)
+
+    def evidence(self, path: Path, target: Target, options: CoreMlOptions) -> frozenset[str]:
+        """The rules of the loader were checked on the saved package."""
+        return frozenset({"inspected"})
+
+    def deferred(self, path: Path, target: Target, options: CoreMlOptions) -> Sequence[str]:
+        """What a Mac or the device has to do: outputs so far are the reference evaluator's."""
+        return (
+            f"verified by the reference evaluator, not executed on Apple hardware: on a Mac, xcrun coremlc compile {PACKAGE} .",
+            "accuracy of Core ML itself: on a Mac, optkit eval on this artifact (loads it in Core ML)",
+            f"latency and where operations run: Xcode, open {PACKAGE}, Performance, on {target.name}",
+        )
 
     def executed(
         self, path: Path, target: Target, options: CoreMlOptions, feeds: Mapping[str, np.ndarray]

@@ -20,7 +20,13 @@ _FP16 = {"common::add_fp16_cast", "common::add_int16_cast"}
 
 
 def convert(
-    program: Any, features: list[Any], version: int, *, fp16: bool, weights: Path, keep: frozenset[str] = frozenset()
+    program: Any,
+    features: list[Any],
+    version: int,
+    *,
+    fp16: bool,
+    weights: Path,
+    keep: frozenset[str] = frozenset(),
 ) -> Any:
     """Run coremltools' own passes over a program and serialize it; its weights go into the folder ``weights``.
 
@@ -35,7 +41,11 @@ def convert(
     Returns:
         The model's protobuf.
     """
-    from coremltools.converters.mil.converter import ConverterRegistry, _reset_conversion_state, mil_convert_to_proto
+    from coremltools.converters.mil.converter import (
+        ConverterRegistry,
+        _reset_conversion_state,
+        mil_convert_to_proto,
+    )
 
     with silence():
         pipeline = ct.PassPipeline()

@@ -60,9 +60,9 @@ class PackageSession(Session):
                 want = sizes.setdefault(want, have)
             if want is not None and have != want:
                 raise DataError(f"input {port.name!r} is {list(array.shape)}, the package takes {port.spec}")
-        if array.dtype in (np.int64, np.uint64) and array.size:
-            if array.min() < _INT32.min or array.max() > _INT32.max:
-                raise DataError(f"input {port.name!r} holds integers beyond 32 bits, and Core ML has none")
+        wide = array.dtype in (np.int64, np.uint64) and array.size > 0
+        if wide and (array.min() < _INT32.min or array.max() > _INT32.max):
+            raise DataError(f"input {port.name!r} holds integers beyond 32 bits, and Core ML has none")
         if port.picture is not None:
             array = _pixels(port, array)
         array = array.reshape(1) if port.scalar else array
@@ -99,7 +99,8 @@ class PackageSession(Session):
 def _pixels(port: Port, array: np.ndarray) -> np.ndarray:
     assert port.picture is not None
     bias = np.reshape(np.asarray(port.picture.bias, np.float32), (1, -1, 1, 1))
-    return np.clip(np.rint((array - bias) / np.float32(port.picture.scale)), 0, 255)
+    pixels: np.ndarray = np.clip(np.rint((array - bias) / np.float32(port.picture.scale)), 0, 255)
+    return pixels
 
 
 class ReferenceSession(PackageSession):
@@ -141,7 +142,9 @@ class MacSession(PackageSession):
         try:
             with silence():
                 self._model = ct.models.MLModel(str(folder / PACKAGE), compute_units=ct.ComputeUnit[units])
-                self._state = self._model.make_state() if any(p.state for p in self.interface.inputs) else None
+                self._state = (
+                    self._model.make_state() if any(p.state for p in self.interface.inputs) else None
+                )
         except Exception as error:
             raise ModelError(f"{PACKAGE}: Core ML cannot load it: {error}") from error
 

@@ -58,8 +58,7 @@ def keys(value: ir.Value) -> list[str | int]:
     """The axes of an input: sizes, and names for those that are free; an axis without one is ``<input>.<axis>``."""
     assert value.shape is not None
     return [
-        d if isinstance(d, int) else (d.value or f"{value.name}.{axis}")
-        for axis, d in enumerate(value.shape)
+        d if isinstance(d, int) else (d.value or f"{value.name}.{axis}") for axis, d in enumerate(value.shape)
     ]
 
 
@@ -82,7 +81,9 @@ def axes(model: ir.Model, wanted: Mapping[str, Size]) -> Axes:
     wanted = {name if name in free else aliases.get(name, name): size for name, size in wanted.items()}
     if unknown := [name for name in wanted if name not in free]:
         known = ", ".join(free) or "none: every axis has its size"
-        raise UsageError(f"options.shapes.{unknown[0]}: no free axis has this name", hint=f"free axes: {known}")
+        raise UsageError(
+            f"options.shapes.{unknown[0]}: no free axis has this name", hint=f"free axes: {known}"
+        )
     listed = {k: v for k, v in wanted.items() if isinstance(v, tuple)}
     if len({len(v) for v in listed.values()}) > 1:
         counts = ", ".join(f"{k}: {len(v)}" for k, v in listed.items())

@@ -102,7 +102,7 @@ def like(x: Any, value: float) -> Any:
     """A scalar of the type of ``x``."""
     kind = {types.fp16: np.float16, types.fp32: np.float32, types.int32: np.int32}.get(x.dtype)
     assert kind is not None, x.dtype
-    return kind(value)
+    return np.asarray(value).astype(kind)[()]
 
 
 def static(x: Any) -> list[int] | None:

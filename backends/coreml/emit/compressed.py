@@ -56,9 +56,7 @@ def sparse(version: int, array: np.ndarray) -> Any | None:
     )
 
 
-def affine(
-    version: int, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int
-) -> Any:
+def affine(version: int, integers: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) -> Any:
     """``(integers - zero) * scale``.
 
     Args:
@@ -81,7 +79,10 @@ def affine(
         flat = scale.reshape(-1) if along else scale.reshape(())[()]
         offset = np.zeros_like(flat, integers.dtype) if zero is None else zero.reshape(np.shape(flat))
         return mb.constexpr_affine_dequantize(
-            quantized_data=integers, zero_point=offset if along else integers.dtype.type(offset), scale=flat, axis=axis
+            quantized_data=integers,
+            zero_point=offset if along else integers.dtype.type(offset),
+            scale=flat,
+            axis=axis,
         )
     if any(n % s for n, s in zip(integers.shape, scale.shape, strict=True)):
         raise ValueError(f"scales {list(scale.shape)} do not divide weights {list(integers.shape)}")

@@ -73,7 +73,7 @@ def _loop(c: Context, node: ir.Node) -> Any:
     if not carried:
         raise refused(node, "it carries no values")
     bound: Any = largest
-    if bound is None:
+    if count is not None:
         bound = mb.squeeze(x=count) if count.rank else count
 
     def goes_on(step: Any, alive: Any, *_: Any) -> Any:
@@ -89,6 +89,10 @@ def _loop(c: Context, node: ir.Node) -> Any:
         after = [mb.identity(x=v) if v.op is None else v for v in after]
         return (mb.add(x=step, y=np.int32(1)), mb.identity(x=again), *after)
 
-    first = (mb.const(val=np.int32(0)), mb.identity(x=start) if start.dtype == types.bool else start, *carried)
+    first = (
+        mb.const(val=np.int32(0)),
+        mb.identity(x=start) if start.dtype == types.bool else start,
+        *carried,
+    )
     results = mb.while_loop(_cond=goes_on, _body=once, loop_vars=first)
     return list(results[2:])

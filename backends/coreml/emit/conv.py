@@ -123,9 +123,7 @@ def _pool(c: Context, node: ir.Node) -> Any:
     if node.op_type == "MaxPool":
         out = mb.max_pool(**settings)
     else:
-        out = mb.avg_pool(
-            exclude_padding_from_average=not integer(node, "count_include_pad", 0), **settings
-        )
+        out = mb.avg_pool(exclude_padding_from_average=not integer(node, "count_include_pad", 0), **settings)
     return [out, None] if len(node.outputs) > 1 else out
 
 

@@ -299,7 +299,11 @@ def _cast(c: Context, node: ir.Node) -> Any:
     return mb.cast(x=x, dtype=to)
 
 
-@emits("Identity", "Dropout", refuse=lambda n: "its mask is used" if len(n.outputs) > 1 and n.outputs[1].uses() else None)
+@emits(
+    "Identity",
+    "Dropout",
+    refuse=lambda n: "its mask is used" if len(n.outputs) > 1 and n.outputs[1].uses() else None,
+)
 def _identity(c: Context, node: ir.Node) -> Any:
     return mb.identity(x=c.input(node, 0))
 

@@ -47,7 +47,12 @@ def _gather(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0) if table is None else table
     axis = axis + x.rank if axis < 0 else axis
     places = _places(c, node, 1, x, axis)
-    if x.rank == 1 and x.val is None and np.ndim(getattr(places, "val", places)) == 0 and isinstance(places, np.ndarray):
+    if (
+        x.rank == 1
+        and x.val is None
+        and np.ndim(getattr(places, "val", places)) == 0
+        and isinstance(places, np.ndarray)
+    ):
         at = int(places)
         return mb.slice_by_index(x=x, begin=[at], end=[at + 1], squeeze_mask=[True])
     return through_ints(x, lambda v: mb.gather(x=v, indices=places, axis=axis, **_unchecked(c)))
@@ -63,7 +68,9 @@ def _gather_elements(c: Context, node: ir.Node) -> Any:
         # ONNX reads the first ones along the other axes; Core ML wants them to agree.
         sizes = [x.shape[i] if i == axis else shape[i] for i in range(x.rank)]
         ends = [int(s) if isinstance(s, int | np.integer) else 0 for s in sizes]
-        x = mb.slice_by_index(x=x, begin=[0] * x.rank, end=ends, end_mask=[e == 0 or i == axis for i, e in enumerate(ends)])
+        x = mb.slice_by_index(
+            x=x, begin=[0] * x.rank, end=ends, end_mask=[e == 0 or i == axis for i, e in enumerate(ends)]
+        )
     return through_ints(x, lambda v: mb.gather_along_axis(x=v, indices=places, axis=axis, **_unchecked(c)))
 
 

@@ -93,7 +93,10 @@ def _einsum(c: Context, node: ir.Node) -> Any:
     x = mb.transpose(x=x, perm=[left.index(k) for k in (*batch, *rows, *summed)])
     y = mb.transpose(x=y, perm=[right.index(k) for k in (*batch, *summed, *columns)])
     along = [sizes[k] for k in batch]
-    flat = {name: c.product([sizes[k] for k in group]) for name, group in (("r", rows), ("s", summed), ("c", columns))}
+    flat = {
+        name: c.product([sizes[k] for k in group])
+        for name, group in (("r", rows), ("s", summed), ("c", columns))
+    }
     out = mb.matmul(
         x=c.reshape(x, [*along, flat["r"], flat["s"]]), y=c.reshape(y, [*along, flat["s"], flat["c"]])
     )
@@ -111,4 +114,3 @@ def _summed(x: Any, term: str, elsewhere: str) -> tuple[Any, str]:
         return x, term
     kept = "".join(k for k in term if k in elsewhere)
     return mb.reduce_sum(x=x, axes=alone, keep_dims=False), kept
-

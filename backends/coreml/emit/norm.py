@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, name_of, number, static
+from optkit.backends.coreml.emit.base import (
+    Context,
+    cast,
+    emits,
+    integer,
+    ints,
+    like,
+    name_of,
+    number,
+    static,
+)
 from optkit.backends.coreml.quiet import mb
 
 
@@ -25,7 +35,9 @@ def _batch_norm(c: Context, node: ir.Node) -> Any:
     x, gamma, beta, mean, variance = c.inputs(node)
     epsilon = number(node, "epsilon", 1e-5)
     if 3 <= x.rank <= 5 and all(v.val is not None for v in (gamma, beta, mean, variance)):
-        return mb.batch_norm(x=x, mean=mean, variance=variance, gamma=gamma, beta=beta, epsilon=like(x, epsilon))
+        return mb.batch_norm(
+            x=x, mean=mean, variance=variance, gamma=gamma, beta=beta, epsilon=like(x, epsilon)
+        )
     along = [1, -1, *[1] * (x.rank - 2)]
     gamma, beta, mean, variance = (mb.reshape(x=v, shape=along) for v in (gamma, beta, mean, variance))
     scale = mb.mul(x=gamma, y=mb.rsqrt(x=variance, epsilon=like(x, epsilon)))
@@ -45,9 +57,7 @@ def _instance_norm(c: Context, node: ir.Node) -> Any:
         return mb.instance_norm(x=x, gamma=gamma, beta=beta, epsilon=like(x, epsilon))
     along = [1, -1, *[1] * (x.rank - 2)]
     out = _normalized(x, list(range(2, x.rank)), epsilon)
-    return mb.add(
-        x=mb.mul(x=out, y=mb.reshape(x=gamma, shape=along)), y=mb.reshape(x=beta, shape=along)
-    )
+    return mb.add(x=mb.mul(x=out, y=mb.reshape(x=gamma, shape=along)), y=mb.reshape(x=beta, shape=along))
 
 
 @emits("GroupNormalization")
@@ -58,9 +68,7 @@ def _group_norm(c: Context, node: ir.Node) -> Any:
     grouped = c.reshape(x, [sizes[0], groups, -1])
     out = c.reshape(_normalized(grouped, [-1], number(node, "epsilon", 1e-5)), sizes)
     along = [1, -1, *[1] * (x.rank - 2)]
-    return mb.add(
-        x=mb.mul(x=out, y=mb.reshape(x=gamma, shape=along)), y=mb.reshape(x=beta, shape=along)
-    )
+    return mb.add(x=mb.mul(x=out, y=mb.reshape(x=gamma, shape=along)), y=mb.reshape(x=beta, shape=along))
 
 
 @emits("LayerNormalization", refuse=_unused)
@@ -109,7 +117,7 @@ def _local_response(c: Context, node: ir.Node) -> Any:
 @emits("MeanVarianceNormalization")
 def _mean_variance(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    axes = [int(a) for a in node.attributes["axes"].value] if "axes" in node.attributes else [0, 2, 3]  # type: ignore[union-attr]
+    axes = ints(node, "axes", [0, 2, 3])
     centred = mb.sub(x=x, y=mb.reduce_mean(x=x, axes=axes, keep_dims=True))
     deviation = mb.sqrt(x=mb.reduce_mean(x=mb.mul(x=centred, y=centred), axes=axes, keep_dims=True))
     return mb.real_div(x=centred, y=mb.add(x=deviation, y=like(x, 1e-9)))
@@ -141,5 +149,7 @@ def _hardmax(c: Context, node: ir.Node) -> Any:
     sizes = static(x) or [int(x.shape[axis])]
     largest = mb.reduce_argmax(x=x, axis=axis, keep_dims=False)
     depth = sizes[axis] if len(sizes) > 1 or axis in (0, -1) else sizes[0]
-    out = mb.one_hot(indices=largest, one_hot_vector_size=depth, axis=axis, on_value=np.int32(1), off_value=np.int32(0))
+    out = mb.one_hot(
+        indices=largest, one_hot_vector_size=depth, axis=axis, on_value=np.int32(1), off_value=np.int32(0)
+    )
     return cast(out, name_of(x))

@@ -58,11 +58,17 @@ def dense(c: Context, value: ir.Value) -> Any:
     return c.weights[key]
 
 
+def _kind(node: ir.Node) -> ir.DataType | None:
+    """Of the first input."""
+    value = node.inputs[0]
+    return None if value is None else value.dtype
+
+
 def stored_constant(node: ir.Node) -> bool:
     """Whether a node gives the same floats each time, out of a smaller form: a dequantized constant, or a palette."""
     if node.op_type == "DequantizeLinear":
         inputs = [constant(v) for v in node.inputs if v is not None]
-        return all(a is not None for a in inputs) and node.inputs[0].dtype in (*_EIGHT, *_FOUR)  # type: ignore[union-attr]
+        return all(a is not None for a in inputs) and _kind(node) in (*_EIGHT, *_FOUR)
     if node.op_type != "Gather" or integer(node, "axis", 0) != 0:
         return False
     table, indices = constant(node.inputs[0]), constant(node.inputs[1])
@@ -81,8 +87,8 @@ def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
     integers, scale = constant(node.inputs[0]), constant(node.inputs[1])
     assert integers is not None and scale is not None
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    bits = 4 if node.inputs[0].dtype in _FOUR else 8  # type: ignore[union-attr]
-    kind = np.int8 if node.inputs[0].dtype in (ir.DataType.INT8, ir.DataType.INT4) else np.uint8  # type: ignore[union-attr]
+    bits = 4 if _kind(node) in _FOUR else 8
+    kind = np.int8 if _kind(node) in (ir.DataType.INT8, ir.DataType.INT4) else np.uint8
     integers = np.asarray(integers).astype(kind)
     scale, zero = _aligned(node, integers, scale, zero)
     if transposed:
@@ -163,7 +169,7 @@ def _dequantize(c: Context, node: ir.Node) -> Any:
 def gathered(c: Context, node: ir.Node) -> Any | None:
     """A table of embeddings, of which rows are read: stored like weights. None where it is not a constant table."""
     value = node.inputs[0]
-    if value is None or value not in c.quantized and (constant(value) is None or constant(value).ndim < 2):  # type: ignore[union-attr]
+    if value is None or (value not in c.quantized and (constant(value) is None or constant(value).ndim < 2)):  # type: ignore[union-attr]
         return None
     found = weight(c, node, 0)
     return found if is_float(found) else None

@@ -127,7 +127,10 @@ def _written_out(c: Context, node: ir.Node) -> Any:
     sequences, last = [], []
     for d, backwards in enumerate(ways[string(node, "direction", "forward")]):
         functions = [getattr(mb, _ACTIVATIONS[a]) for a in names[d * each : (d + 1) * each]]
-        h = mb.squeeze(x=mb.slice_by_index(x=states, begin=[d, 0, 0], end=[d + 1, 0, 0], end_mask=[False, True, True]), axes=[0])
+        h = mb.squeeze(
+            x=mb.slice_by_index(x=states, begin=[d, 0, 0], end=[d + 1, 0, 0], end_mask=[False, True, True]),
+            axes=[0],
+        )
         cell = _gru if node.op_type == "GRU" else _rnn
         steps = cell(node, x, h, w[d], r[d], bias[d], functions, backwards, int(length))
         last.append(mb.expand_dims(x=steps[0 if backwards else -1], axes=[0]))
@@ -140,7 +143,9 @@ def _written_out(c: Context, node: ir.Node) -> Any:
 def _projected(x: Any, w: np.ndarray, bias: np.ndarray, length: int) -> list[Any]:
     """The part of the gates that does not depend on the state, for each step ``[batch, G H]``."""
     kind = type(like(x, 0))
-    gates = mb.linear(x=x, weight=np.ascontiguousarray(w.astype(kind)), bias=np.ascontiguousarray(bias.astype(kind)))
+    gates = mb.linear(
+        x=x, weight=np.ascontiguousarray(w.astype(kind)), bias=np.ascontiguousarray(bias.astype(kind))
+    )
     parts = mb.split(x=gates, split_sizes=[1] * length, axis=0) if length > 1 else [gates]
     return [mb.squeeze(x=p, axes=[0]) for p in parts]
 

@@ -42,7 +42,9 @@ def _reduce(c: Context, node: ir.Node) -> Any:
 
 
 def _refuse_arg(node: ir.Node) -> str | None:
-    return "Core ML gives the first of several, not the last" if integer(node, "select_last_index", 0) else None
+    return (
+        "Core ML gives the first of several, not the last" if integer(node, "select_last_index", 0) else None
+    )
 
 
 @emits("ArgMax", "ArgMin", refuse=_refuse_arg)

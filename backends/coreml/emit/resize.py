@@ -36,9 +36,15 @@ def _resize(c: Context, node: ir.Node) -> Any:
     if not moved:
         return mb.identity(x=x)
     fixed = all(isinstance(x.shape[a], int | np.integer) for a in moved)
-    whole = [float(scales[a]).is_integer() if scales[a] is not None else False for a in moved]
+    whole = [float(s).is_integer() for s in (scales[a] for a in moved) if s is not None]
     plane = x.rank >= 3 and set(moved) <= {x.rank - 2, x.rank - 1}
-    if mode == "nearest" and plane and x.rank >= 4 and all(whole) and _repeats(node, coordinates, moved, scales):
+    if (
+        mode == "nearest"
+        and plane
+        and x.rank >= 4
+        and all(whole)
+        and _repeats(node, coordinates, moved, scales)
+    ):
         up = [int(scales.get(a) or 1) for a in (x.rank - 2, x.rank - 1)]
         return mb.upsample_nearest_neighbor(x=x, scale_factor_height=up[0], scale_factor_width=up[1])
     if not fixed:
@@ -47,10 +53,14 @@ def _resize(c: Context, node: ir.Node) -> Any:
     sampling = _sampling(coordinates, lengths, scales)
     if mode == "linear" and plane and x.rank >= 4 and sampling and not integer(node, "antialias", 0):
         height, width = (int(sizes.get(a, x.shape[a])) for a in (x.rank - 2, x.rank - 1))
-        return mb.resize_bilinear(x=x, target_size_height=height, target_size_width=width, sampling_mode=sampling)
+        return mb.resize_bilinear(
+            x=x, target_size_height=height, target_size_width=width, sampling_mode=sampling
+        )
     for axis in moved:
         if mode == "nearest":
-            places = np.asarray([_nearest(p, node) for p in _positions(*lengths[axis], scales[axis], coordinates)])
+            places = np.asarray(
+                [_nearest(p, node) for p in _positions(*lengths[axis], scales[axis], coordinates)]
+            )
             places = np.clip(places, 0, lengths[axis][0] - 1).astype(np.int32)
             checks = {"validate_indices": False} if c.version >= 17 else {}
             x = mb.gather(x=x, indices=places, axis=axis, **checks)
@@ -118,13 +128,23 @@ def _sampling(
 
 
 def _resize_free(
-    c: Context, node: ir.Node, x: Any, moved: list[int], scales: dict[int, float | None], mode: str, coordinates: str
+    c: Context,
+    node: ir.Node,
+    x: Any,
+    moved: list[int],
+    scales: dict[int, float | None],
+    mode: str,
+    coordinates: str,
 ) -> Any:
     """Axes of free size: by factors, or to a size computed at run time."""
     if x.rank < 4 or not set(moved) <= {x.rank - 2, x.rank - 1}:
         raise refused(node, "Core ML resizes the last two axes alone, where their sizes are free")
     factors = [scales.get(a, 1.0) for a in (x.rank - 2, x.rank - 1)]
-    if mode == "linear" and None not in factors and coordinates in ("half_pixel", "asymmetric", "align_corners"):
+    if (
+        mode == "linear"
+        and None not in factors
+        and coordinates in ("half_pixel", "asymmetric", "align_corners")
+    ):
         settings: dict[str, Any] = {
             "scale_factor_height": np.float32(factors[0]), "scale_factor_width": np.float32(factors[1]),
             "align_corners": coordinates == "align_corners", "half_pixel_centers": coordinates == "half_pixel",
@@ -137,9 +157,17 @@ def _resize_free(
     sizes = c.input(node, 3)
     target = mb.slice_by_index(x=sizes, begin=[x.rank - 2], end=[x.rank], end_mask=[True])
     if mode == "linear" and coordinates in ("half_pixel", "align_corners", "asymmetric"):
-        names = {"half_pixel": "UNALIGN_CORNERS", "align_corners": "STRICT_ALIGN_CORNERS", "asymmetric": "DEFAULT"}
+        names = {
+            "half_pixel": "UNALIGN_CORNERS",
+            "align_corners": "STRICT_ALIGN_CORNERS",
+            "asymmetric": "DEFAULT",
+        }
         return mb.resize(
-            x=x, shape=target, resized_dims=np.uint32(2), interpolation_mode="LINEAR", sampling_mode=names[coordinates]
+            x=x,
+            shape=target,
+            resized_dims=np.uint32(2),
+            interpolation_mode="LINEAR",
+            sampling_mode=names[coordinates],
         )
     if mode == "nearest" and coordinates == "asymmetric" and string(node, "nearest_mode", "") == "floor":
         return _nearest_free(c, x, target)

@@ -8,7 +8,20 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.coreml.emit.base import (
-    INT32, Context, cast, emits, integer, ints, is_float, like, name_of, narrow, refused, static, string, through_ints,
+    INT32,
+    Context,
+    cast,
+    emits,
+    integer,
+    ints,
+    is_float,
+    like,
+    name_of,
+    narrow,
+    refused,
+    static,
+    string,
+    through_ints,
     wide,
 )  # fmt: skip
 from optkit.backends.coreml.quiet import mb, types
@@ -46,7 +59,10 @@ def _reshape(c: Context, node: ir.Node) -> Any:
         if not isinstance(count, int | np.integer):
             raise refused(node, "the rank depends on the inputs")
         sizes = sizes or [None] * int(count)
-        sizes = [mb.slice_by_index(x=shape, begin=[i], end=[i + 1]) if s is None else s for i, s in enumerate(sizes)]
+        sizes = [
+            mb.slice_by_index(x=shape, begin=[i], end=[i + 1]) if s is None else s
+            for i, s in enumerate(sizes)
+        ]
     sizes = [own[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(sizes)]
     if not sizes:
         return mb.squeeze(x=x, axes=list(range(x.rank)))
@@ -63,7 +79,9 @@ def _flatten(c: Context, node: ir.Node) -> Any:
     axis = axis + x.rank if axis < 0 else axis
     sizes = c.sizes(x)
     rows, columns = c.product(sizes[:axis]), c.product(sizes[axis:])
-    return c.reshape(x, [rows, -1] if isinstance(rows, int) or not isinstance(columns, int) else [-1, columns])
+    return c.reshape(
+        x, [rows, -1] if isinstance(rows, int) or not isinstance(columns, int) else [-1, columns]
+    )
 
 
 @emits("Transpose")
@@ -230,10 +248,15 @@ def _range(c: Context, node: ir.Node) -> Any:
     return mb.range_1d(start=start, end=end, step=step)
 
 
-@emits("EyeLike", refuse=lambda n: None if n.inputs[0] is not None and n.inputs[0].shape is not None and n.inputs[0].shape.is_static() else "EyeLike of free size")
+def _refuse_eye(node: ir.Node) -> str | None:
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return None if shape is not None and shape.is_static() else "EyeLike of free size"
+
+
+@emits("EyeLike", refuse=_refuse_eye)
 def _eye(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    eye = np.eye(*(int(d) for d in x.shape), k=integer(node, "k", 0), dtype=np.float32)
+    eye = np.eye(int(x.shape[0]), int(x.shape[1]), integer(node, "k", 0), np.float32)
     return cast(mb.const(val=eye), name_of(wide(x)))
 
 
@@ -253,7 +276,9 @@ def _pad(c: Context, node: ir.Node) -> Any:
         if mode != "constant" or c.has(node, 3):
             raise refused(node, "pads that are computed at run time")
         flat = mb.transpose(x=mb.reshape(x=c.input(node, 1), shape=[2, x.rank]), perm=[1, 0])
-        return mb.pad(x=x, pad=mb.reshape(x=flat, shape=[-1]), mode="constant", constant_val=_fill(c, node, x))
+        return mb.pad(
+            x=x, pad=mb.reshape(x=flat, shape=[-1]), mode="constant", constant_val=_fill(c, node, x)
+        )
     axes = c.known_ints(node, 3) if c.has(node, 3) else list(range(x.rank))
     if axes is None:
         raise refused(node, "the axes are computed at run time")

@@ -20,7 +20,9 @@ def unpack(data: np.ndarray, count: int, bits: int, *, signed: bool) -> np.ndarr
     """The first ``count`` fields of ``bits`` bits in ``data``."""
     if data.size * 8 < count * bits:
         raise ModelError(f"{count} values of {bits} bits do not fit into {data.size} bytes")
-    spread = np.unpackbits(np.asarray(data, np.uint8), bitorder="little", count=count * bits).reshape(count, bits)
+    spread = np.unpackbits(np.asarray(data, np.uint8), bitorder="little", count=count * bits).reshape(
+        count, bits
+    )
     weights = (1 << np.arange(bits)).astype(np.uint8)
     values = (spread * weights).sum(1, dtype=np.uint8)
     if not signed:
@@ -42,7 +44,7 @@ class Blobs:
         if self._data is not None:
             if self._data.size < 64:
                 raise ModelError(f"{file.name}: {self._data.size} bytes are no file of weights")
-            _, version = struct.unpack_from("<II", self._data, 0)
+            _, version = struct.unpack_from("<II", self._data.data, 0)
             if version != 2:
                 raise ModelError(f"{file.name}: blob storage of version {version}, and version 2 is known")
 
@@ -55,7 +57,7 @@ class Blobs:
         data = self._data
         if data is None or offset < 0 or offset + 64 > data.size:
             raise ModelError(f"{self._file.name}: no blob at {offset}")
-        sentinel, _, size, start = struct.unpack_from("<IIQQ", data, offset)
+        sentinel, _, size, start = struct.unpack_from("<IIQQ", data.data, offset)
         if sentinel != _SENTINEL:
             raise ModelError(f"{self._file.name}: no record of a blob at {offset}")
         if start % 64 or start + size > data.size:

@@ -101,7 +101,9 @@ class Machine:
                 raise DataError(f"the input {port.name!r} is missing")
             array = np.asarray(feeds[port.name])
             if not _fits(array.shape, port.type.shape):
-                raise DataError(f"the input {port.name!r} is {list(array.shape)}, the program takes {port.type}")
+                raise DataError(
+                    f"the input {port.name!r} is {list(array.shape)}, the program takes {port.type}"
+                )
             values[port.name] = array.astype(port.type.dtype, copy=False)
         with np.errstate(all="ignore"):
             return self._block(self.function.block, values, watch)
@@ -218,5 +220,7 @@ def _rounded(op: Operation, output: Output, value: Any) -> Any:
     kind: Type = output.type
     array = np.asarray(value)
     if not _fits(array.shape, kind.shape):
-        raise ModelError(f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {kind}")
+        raise ModelError(
+            f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {kind}"
+        )
     return array.astype(kind.dtype, copy=False)

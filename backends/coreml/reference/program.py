@@ -122,7 +122,9 @@ class Lazy:
             return unpack(raw, count, bits, signed=signed).reshape(shape)
         values = raw.view(self.type.dtype)
         if values.size != count:
-            raise ModelError(f"the blob at {self.offset} holds {values.size} values, the program says {self.type}")
+            raise ModelError(
+                f"the blob at {self.offset} holds {values.size} values, the program says {self.type}"
+            )
         return np.asarray(values.reshape(shape))
 
 
@@ -149,7 +151,9 @@ class Package:
             raise ModelError(f"{path.name}: the model cannot be read: {error}") from error
         kind = self.spec.WhichOneof("Type")
         if kind != "mlProgram":
-            raise ModelError(f"{path.name}: holds a {kind or 'model of unknown type'}, and ML Programs alone are read")
+            raise ModelError(
+                f"{path.name}: holds a {kind or 'model of unknown type'}, and ML Programs alone are read"
+            )
         self.blobs = Blobs(path / _FOLDER / "weights" / "weight.bin")
         self.functions = {name: self._function(name, f) for name, f in self.spec.mlProgram.functions.items()}
 

@@ -15,9 +15,7 @@ Array = np.ndarray
 
 
 @operation("quantize")
-def quantize(
-    input: Array, scale: Any, output_dtype: str, zero_point: Any = 0, axis: int = 0
-) -> Array:
+def quantize(input: Array, scale: Any, output_dtype: str, zero_point: Any = 0, axis: int = 0) -> Array:
     """``round(input / scale) + zero_point`` in 8 bits."""
     steps = np.rint(input / along(np.asarray(scale, np.float32), input, axis))
     low, high = (-128, 127) if output_dtype == "int8" else (0, 255)
@@ -89,7 +87,9 @@ def _looked_up(indices: Array, lut: Array, vector_axis: int | None) -> Array:
 
 
 @operation("constexpr_lut_to_dense")
-def lut_to_dense(indices: Array, lut: Array, vector_axis: int | None = None, shape: Array | None = None) -> Array:
+def lut_to_dense(
+    indices: Array, lut: Array, vector_axis: int | None = None, shape: Array | None = None
+) -> Array:
     """Entries of a table; with a shape, indices are packed into bytes (iOS 16)."""
     if shape is None:
         return _looked_up(indices, lut, vector_axis)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -43,11 +44,10 @@ def einsum(values: Sequence[Array], equation: str) -> Array:
 def attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None) -> Array:
     """``softmax(Q K^T / sqrt(d) + mask) V``; a mask of truth values leaves out what is false."""
     scores = np.matmul(query, np.swapaxes(key, -1, -2)) / np.float32(math.sqrt(query.shape[-1]))
-    if attn_mask is not None:
-        if attn_mask.dtype == np.bool_:
-            scores = np.where(attn_mask, scores, -np.inf)
-        else:
-            scores = scores + attn_mask
+    if attn_mask is not None and attn_mask.dtype == np.bool_:
+        scores = np.where(attn_mask, scores, -np.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     return np.matmul(scores / scores.sum(-1, keepdims=True), value)
 
@@ -84,21 +84,29 @@ def padded(x: Array, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Arr
 
 
 def numbers(values: Array | None, count: int) -> list[int]:
+    """One number for each axis; 1 where none are given."""
     return [1] * count if values is None else [int(v) for v in np.asarray(values).reshape(-1)]
 
 
-def taps(x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], out: Sequence[int]):  # type: ignore[no-untyped-def]
+def taps(
+    x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], out: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], Array]]:
     """For each place in the kernel, what lies under it."""
     for place in itertools.product(*(range(k) for k in kernel)):
-        yield place, x[
-            (
-                ...,
-                *(
-                    slice(p * d, p * d + (n - 1) * s + 1, s)
-                    for p, d, s, n in zip(place, dilations, strides, out, strict=True)
-                ),
-            )
-        ]
+        under = zip(place, dilations, strides, out, strict=True)
+        yield place, _spatial(x, [slice(p * d, p * d + (n - 1) * s + 1, s) for p, d, s, n in under])
+
+
+def _tap(kernels: Array, place: tuple[int, ...]) -> Array:
+    """What kernels hold at one place."""
+    where: Any = (..., *place)
+    return kernels[where]
+
+
+def _spatial(x: Array, slices: Sequence[slice]) -> Array:
+    """Slices of the last axes."""
+    where: Any = (..., *slices)
+    return x[where]
 
 
 @operation("conv")
@@ -122,7 +130,8 @@ def conv(
         each, rows = channels // groups, total // groups
         for g in range(groups):
             part = x[:, g * each : (g + 1) * each]
-            _dense(part, weight[g * rows : (g + 1) * rows], steps, spread, sizes, out[:, g * rows : (g + 1) * rows])
+            some = slice(g * rows, (g + 1) * rows)
+            _dense(part, weight[some], steps, spread, sizes, out[:, some])
     return out if bias is None else _add(out, along(bias, out))
 
 
@@ -137,16 +146,14 @@ def _dense(
     kernel = weight.shape[2:]
     matrix = weight.reshape(len(weight), -1)
     if all(k == 1 for k in kernel):
-        x = x[(..., *(slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)))]
+        x = _spatial(x, [slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)])
         for image, place in zip(x, out, strict=True):
             place[...] = (matrix @ image.reshape(len(image), -1)).reshape(place.shape)
         return
     windows = sliding_window_view(
         x, [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)], axis=tuple(range(2, x.ndim))
-    )  # type: ignore[call-overload]
-    windows = windows[
-        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
-    ]
+    )
+    windows = _spatial(windows, [slice(None, None, s) for s in (*strides, *dilations)])
     # [batch, in, *out, *kernel]; a few rows of the output at a time.
     axes = len(sizes)
     order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
@@ -158,9 +165,7 @@ def _dense(
             place[:, start : start + rows] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
 
 
-def _depthwise(
-    x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]
-) -> Array:
+def _depthwise(x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]) -> Array:
     """Each channel with its own kernels, a block of channels at a time so that it stays in cache."""
     batch, channels = x.shape[:2]
     times = len(weight) // channels
@@ -175,7 +180,7 @@ def _depthwise(
                 total, product = place[some, t], np.empty_like(place[some, t])
                 first = True
                 for at, values in taps(image[some], weight.shape[2:], strides, dilations, sizes):
-                    factor = kernels[(some, t, *at)].reshape(-1, *ones)
+                    factor = _tap(kernels[some, t], at).reshape(-1, *ones)
                     np.multiply(values, factor, out=total if first else product)
                     if not first:
                         np.add(total, product, out=total)
@@ -193,14 +198,18 @@ def conv_transpose(
     steps, spread = numbers(strides, axes), numbers(dilations, axes)
     kernel = weight.shape[2:]
     batch, channels, each = x.shape[0], x.shape[1], weight.shape[1]
-    full = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(x.shape[2:], steps, kernel, spread, strict=True)]
+    full = [
+        (n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(x.shape[2:], steps, kernel, spread, strict=True)
+    ]
     out = np.zeros((batch, each * groups, *full), np.float32)
     for g in range(groups):
-        part = x[:, g * channels // groups : (g + 1) * channels // groups].reshape(batch, channels // groups, -1)
+        part = x[:, g * channels // groups : (g + 1) * channels // groups].reshape(
+            batch, channels // groups, -1
+        )
         rows = weight[g * channels // groups : (g + 1) * channels // groups]
         place = out[:, g * each : (g + 1) * each]
         for at, values in taps(place, kernel, steps, spread, x.shape[2:]):
-            values += np.matmul(rows[(slice(None), slice(None), *at)].T, part).reshape(batch, each, *x.shape[2:])
+            values += np.matmul(_tap(rows, at).T, part).reshape(batch, each, *x.shape[2:])
     if pad_type == "custom":
         assert pad is not None
         flat = [int(p) for p in pad]
@@ -217,7 +226,7 @@ def conv_transpose(
         wanted = [int(v) for v in output_shape][-axes:]
         # What is asked for beyond the pads is cut off less at the end.
         cuts = [(a, f - a - w) for (a, _), f, w in zip(cuts, full, wanted, strict=True)]
-    out = out[(..., *(slice(a, f - b) for (a, b), f in zip(cuts, full, strict=True)))]
+    out = _spatial(out, [slice(a, f - b) for (a, b), f in zip(cuts, full, strict=True)])
     more = [(0, max(0, -b)) for _, b in cuts]
     out = padded(out, more)
     return out if bias is None else out + along(bias, out)

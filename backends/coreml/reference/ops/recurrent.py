@@ -51,10 +51,14 @@ def lstm(
     """Long short-term memory."""
     functions = [_ACTIVATIONS[a] for a in (recurrent_activation, cell_activation, activation)]
     if direction != "bidirectional":
-        y, h, c = _lstm_way(x, initial_h, initial_c, weight_ih, weight_hh, bias, functions, clip, direction == "reverse")
+        y, h, c = _lstm_way(
+            x, initial_h, initial_c, weight_ih, weight_hh, bias, functions, clip, direction == "reverse"
+        )
     else:
         units = initial_h.shape[-1] // 2
-        one = _lstm_way(x, initial_h[:, :units], initial_c[:, :units], weight_ih, weight_hh, bias, functions, clip, False)
+        one = _lstm_way(
+            x, initial_h[:, :units], initial_c[:, :units], weight_ih, weight_hh, bias, functions, clip, False
+        )
         assert weight_ih_back is not None and weight_hh_back is not None
         two = _lstm_way(
             x, initial_h[:, units:], initial_c[:, units:], weight_ih_back, weight_hh_back, bias_back, functions, clip, True

@@ -31,7 +31,9 @@ _REDUCE: dict[str, Callable[..., Any]] = {
     "reduce_min": lambda x, axis, keepdims: x.min(axis, keepdims=keepdims),
     "reduce_prod": lambda x, axis, keepdims: x.prod(axis, keepdims=keepdims, dtype=x.dtype),
     "reduce_l1_norm": lambda x, axis, keepdims: np.abs(x).sum(axis, keepdims=keepdims, dtype=_exact(x)),
-    "reduce_l2_norm": lambda x, axis, keepdims: np.sqrt(np.square(x).sum(axis, keepdims=keepdims, dtype=_exact(x))),
+    "reduce_l2_norm": lambda x, axis, keepdims: np.sqrt(
+        np.square(x).sum(axis, keepdims=keepdims, dtype=_exact(x))
+    ),
     "reduce_sum_square": lambda x, axis, keepdims: np.square(x).sum(axis, keepdims=keepdims, dtype=_exact(x)),
     "reduce_log_sum": lambda x, axis, keepdims: np.log(x.sum(axis, keepdims=keepdims)),
     "reduce_log_sum_exp": _log_sum_exp,

@@ -10,7 +10,14 @@ from optkit.backends.coreml.reference.ops.table import operation
 
 Array = np.ndarray
 
-_WRITE: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum}
+_WRITE: dict[str, Any] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+}
 
 
 def _places(indices: Any, size: int) -> Array:

@@ -81,7 +81,9 @@ def stack(values: Sequence[Array], axis: int) -> Array:
 
 
 @operation("split")
-def split(x: Array, axis: int, num_splits: int | None = None, split_sizes: Array | None = None) -> list[Array]:
+def split(
+    x: Array, axis: int, num_splits: int | None = None, split_sizes: Array | None = None
+) -> list[Array]:
     """Parts of given sizes, or of one size."""
     if split_sizes is None:
         assert num_splits is not None
@@ -104,7 +106,10 @@ def _slices(
     begins, ends = _ints(begin), _ints(end)
     steps = [1] * len(begins) if stride is None else _ints(stride)
     none = [False] * len(begins)
-    first, last, single = (none if m is None else [bool(v) for v in np.reshape(m, -1)] for m in (begin_mask, end_mask, squeeze_mask))
+    first, last, single = (
+        none if m is None else [bool(v) for v in np.reshape(m, -1)]
+        for m in (begin_mask, end_mask, squeeze_mask)
+    )
     found: list[Any] = []
     for i, (b, e, s) in enumerate(zip(begins, ends, steps, strict=True)):
         found.append(b if single[i] else slice(None if first[i] else b, None if last[i] else e, s))
@@ -125,7 +130,9 @@ def slice_update(
 @operation("slice_by_size")
 def slice_by_size(x: Array, begin: Array, size: Array) -> Array:
     """From ``begin`` on, ``size`` elements; -1 for all that follow."""
-    return x[tuple(slice(b, None if n == -1 else b + n) for b, n in zip(_ints(begin), _ints(size), strict=True))]
+    return x[
+        tuple(slice(b, None if n == -1 else b + n) for b, n in zip(_ints(begin), _ints(size), strict=True))
+    ]
 
 
 @operation("crop")
@@ -237,7 +244,11 @@ def pixel_shuffle(x: Array, upscale_factor: int) -> Array:
     """Channels ``[c, up, up]`` become rows and columns."""
     n, c, h, w = x.shape
     up = upscale_factor
-    return x.reshape(n, c // up**2, up, up, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(n, c // up**2, h * up, w * up)
+    return (
+        x.reshape(n, c // up**2, up, up, h, w)
+        .transpose(0, 1, 4, 2, 5, 3)
+        .reshape(n, c // up**2, h * up, w * up)
+    )
 
 
 @operation("pixel_unshuffle")
