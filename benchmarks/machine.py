@@ -9,7 +9,17 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("optkit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "openvino", "torch")
+_PACKAGES = (
+    "optkit",
+    "coremltools",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "torch",
+)
 
 # The instructions that decide how fast a matrix product is.
 _FLAGS = (

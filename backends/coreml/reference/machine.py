@@ -17,6 +17,12 @@ _SEVERAL = {
     ("reshape_like", "ref_tensors"), ("reshape_like", "begins"), ("reshape_like", "ends"), ("reshape_like", "end_masks"),
 }  # fmt: skip
 _CONTROL = ("cond", "while_loop", "read_state", "write_state", "classify")
+# They move values and compute nothing: floats keep their type.
+_MOVES = frozenset({
+    "concat", "depth_to_space", "expand_dims", "flatten2d", "gather", "gather_along_axis", "gather_nd", "identity",
+    "pixel_shuffle", "pixel_unshuffle", "reshape", "reverse", "slice_by_index", "slice_by_size", "space_to_depth", "split",
+    "squeeze", "stack", "tile", "transpose",
+})  # fmt: skip
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
 
@@ -135,7 +141,13 @@ class Machine:
         for parameter, bindings in op.inputs.items():
             found = [values[b.name] if isinstance(b, Name) else _read(b) for b in bindings]
             several = (op.kind, parameter) in _SEVERAL or len(found) != 1
-            arguments[parameter] = [_argument(v) for v in found] if several else _argument(found[0])
+            wide = op.kind not in _MOVES
+            arguments[parameter] = (
+                [_argument(v, wide=wide) for v in found] if several else _argument(found[0], wide=wide)
+            )
+            if wide and not several and isinstance(bindings[0], Name) and bindings[0].name in self._constants:
+                # Weights are computed with again in the next run.
+                self._constants[bindings[0].name] = values[bindings[0].name] = arguments[parameter]
         if op.kind.startswith("constexpr_"):
             for parameter, value in op.attributes.items():
                 if parameter != "name":
@@ -199,12 +211,12 @@ def _read(value: Any) -> Any:
     return value.read() if isinstance(value, Lazy) else value
 
 
-def _argument(value: Any) -> Any:
-    """As operations take it: floats in float32, single values as Python's."""
+def _argument(value: Any, *, wide: bool = True) -> Any:
+    """As operations take it: floats in float32 unless ``wide`` is off, single values as Python's."""
     if not isinstance(value, np.ndarray | np.generic):
         return value
     array = np.asarray(value)
-    if array.dtype == np.float16:
+    if wide and array.dtype == np.float16:
         array = array.astype(np.float32)
     return array.item() if array.ndim == 0 else array
 

@@ -78,7 +78,7 @@ def rsqrt(x: Array, epsilon: float = 1e-12) -> Array:
 @operation("clip")
 def clip(x: Array, alpha: float, beta: float) -> Array:
     """Between ``alpha`` and ``beta``."""
-    return np.minimum(np.maximum(x, np.float32(alpha)), np.float32(beta))
+    return np.clip(x, np.float32(alpha), np.float32(beta))
 
 
 @operation("threshold")
@@ -125,7 +125,7 @@ def sigmoid_of(x: Array) -> Array:
 OPERATIONS["sigmoid"] = _unary(sigmoid_of)
 OPERATIONS["silu"] = _unary(lambda x: x * sigmoid_of(x))
 OPERATIONS["relu"] = _unary(lambda x: np.maximum(x, np.float32(0)))
-OPERATIONS["relu6"] = _unary(lambda x: np.minimum(np.maximum(x, np.float32(0)), np.float32(6)))
+OPERATIONS["relu6"] = _unary(lambda x: np.clip(x, np.float32(0), np.float32(6)))
 OPERATIONS["softsign"] = _unary(lambda x: x / (np.float32(1) + np.abs(x)))
 
 

@@ -17,6 +17,8 @@ Array = np.ndarray
 
 # Elements of unfolded input that are in memory at a time, and of a channel block that stays in cache.
 _UNFOLDED, _BLOCK = 1 << 21, 1 << 15
+# Columns of the output that one banded matrix gives: more multiply more zeros, fewer make more products.
+_COLUMNS = 14
 
 
 @operation("linear")
@@ -148,7 +150,8 @@ def _dense(
     if all(k == 1 for k in kernel):
         x = _spatial(x, [slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)])
         for image, place in zip(x, out, strict=True):
-            place[...] = (matrix @ image.reshape(len(image), -1)).reshape(place.shape)
+            # All channels of an image are in one piece, so this is a view.
+            np.matmul(matrix, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
         return
     windows = sliding_window_view(
         x, [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)], axis=tuple(range(2, x.ndim))
@@ -165,27 +168,64 @@ def _dense(
             place[:, start : start + rows] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
 
 
-def _depthwise(x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]) -> Array:
-    """Each channel with its own kernels, a block of channels at a time so that it stays in cache."""
+def _depthwise(
+    x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]
+) -> Array:
+    """Each channel with its own kernels."""
     batch, channels = x.shape[:2]
     times = len(weight) // channels
     out = np.empty((batch, channels, times, *sizes), np.float32)
     kernels = weight.reshape(channels, times, *weight.shape[2:])
-    block = max(1, _BLOCK // max(1, math.prod(x.shape[2:])))
-    ones = (1,) * len(sizes)
+    # Zeros of a band would turn infinities beside a window into NaN.
+    banded = len(sizes) <= 2 and all(d == 1 for d in dilations) and bool(np.isfinite(x).all())
     for image, place in zip(x, out, strict=True):
-        for start in range(0, channels, block):
-            some = slice(start, start + block)
-            for t in range(times):
-                total, product = place[some, t], np.empty_like(place[some, t])
-                first = True
-                for at, values in taps(image[some], weight.shape[2:], strides, dilations, sizes):
-                    factor = _tap(kernels[some, t], at).reshape(-1, *ones)
-                    np.multiply(values, factor, out=total if first else product)
-                    if not first:
-                        np.add(total, product, out=total)
-                    first = False
+        for t in range(times):
+            if banded:
+                _by_bands(image, kernels[:, t], strides, place[:, t])
+            else:
+                _by_taps(image, kernels[:, t], strides, dilations, sizes, place[:, t])
     return out.reshape(batch, channels * times, *sizes)
+
+
+def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+    """Products with banded matrices ``[span, columns]``, one for each row of the kernel and each channel."""
+    if len(strides) == 1:
+        x, kernels, out, strides = x[:, None], kernels[:, None], out[:, None], [1, *strides]
+    channels, rows, width = kernels.shape
+    (down, right), height = strides, out.shape[1]
+    columns = min(out.shape[2], _COLUMNS)
+    span = (columns - 1) * right + width
+    bands = np.zeros((rows, channels, span, columns), np.float32)
+    for column in range(columns):
+        bands[:, :, column * right : column * right + width, column] = kernels.swapaxes(0, 1)
+    block = max(1, _BLOCK // (height * columns))
+    for low, first in itertools.product(range(0, channels, block), range(0, out.shape[2], columns)):
+        # The last columns are computed twice where they do not fill a band.
+        some, start = slice(low, low + block), min(first, out.shape[2] - columns)
+        under = x[some, :, start * right : start * right + span]
+        parts = [under[:, row : row + (height - 1) * down + 1 : down] for row in range(rows)]
+        total = np.matmul(parts[0], bands[0, some])
+        for part, band in zip(parts[1:], bands[1:, some], strict=True):
+            np.add(total, np.matmul(part, band), out=total)
+        out[some, :, start : start + columns] = total
+
+
+def _by_taps(
+    x: Array, kernels: Array, strides: list[int], dilations: list[int], sizes: list[int], out: Array
+) -> None:
+    """Place after place in the kernel, a block of channels at a time so that it stays in cache."""
+    block = max(1, _BLOCK // max(1, math.prod(x.shape[1:])))
+    ones = (1,) * len(sizes)
+    for start in range(0, len(x), block):
+        some = slice(start, start + block)
+        total, product = out[some], np.empty_like(out[some])
+        first = True
+        for at, values in taps(x[some], kernels.shape[1:], strides, dilations, sizes):
+            factor = _tap(kernels[some], at).reshape(-1, *ones)
+            np.multiply(values, factor, out=total if first else product)
+            if not first:
+                np.add(total, product, out=total)
+            first = False
 
 
 @operation("conv_transpose")

@@ -1,0 +1,205 @@
+"""Convert the models of the suite to Core ML and hold the packages against ONNX Runtime: error, seconds, size.
+
+    python -m optkit.benchmarks.coreml --only minilm_l6 --out results/
+
+Each model goes through the recipe ``cleanup`` into a package in float32 and one in float16, for the system that
+the Apple targets run, and the reference evaluator runs what was saved. **Nothing here ran on Apple hardware.**
+The error is the largest difference of an output to ONNX Runtime's (its own rewrites off, float32, the file as published),
+as a share of the largest value of that output, on calibration inputs; SQNR is that of all outputs together.
+Seconds are CPU time from loaded file to saved package, without importing coremltools. The evaluator's time is a ratio of CPU
+times to ONNX Runtime's own, one after the other, the shortest of some rounds each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optkit.backends.base import Session
+from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
+from optkit.benchmarks import suite
+from optkit.benchmarks.machine import processor, versions
+from optkit.benchmarks.suite import EVALUATORS, SUITE
+from optkit.errors import OptkitError, UnknownNameError
+from optkit.evaluate import load_python
+from optkit.frontend import load
+from optkit.legalize import legalize
+from optkit.passes.base import Context
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+
+RESULTS = Path(__file__).parent / "results"
+TARGET = "iphone15"
+FORMS = ("fp32", "fp16")
+_BATCHES, _ROUNDS = 3, 3
+# Outputs of float32 programs may differ by roundings alone, of float16 programs by those of its 11 bits, summed up.
+LIMITS = {"fp32": 1e-4, "fp16": 3e-2}
+
+
+def difference(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
+    """The largest one, as a share of the largest value of its output; infinite where shapes or infinities differ."""
+    worst = 0.0
+    for name, a in expected.items():
+        b = found[name]
+        if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return float("inf")
+        x, y = (v[np.isfinite(v)].astype(np.float64) for v in (a, b))
+        if x.size:
+            worst = max(worst, float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)))
+    return worst
+
+
+def noise(expected: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """SQNR of all float outputs together, in dB."""
+    signal = error = 0.0
+    for a, b in zip(expected, found, strict=True):
+        for name, x in a.items():
+            if x.dtype.kind == "f":
+                wide = x.astype(np.float64)
+                signal += float(np.square(wide).sum())
+                error += float(np.square(wide - b[name]).sum())
+    return 10 * float(np.log10(signal / error)) if error and signal else float("inf")
+
+
+def _seconds(session: Session, feeds: Sequence[Mapping[str, np.ndarray]]) -> float:
+    start = time.process_time()
+    for batch in feeds:
+        session.run(batch)
+    return time.process_time() - start
+
+
+def convert(path: Path, form: str, folder: Path) -> tuple[Session, float]:
+    """The package of a model, opened, and the CPU seconds that it took."""
+    backend, options = CoreMl(), CoreMlOptions(precision="fp16" if form == "fp16" else "fp32")
+    device = target(TARGET)
+    start = time.process_time()
+    model = load(path, check=False)
+    run_passes(model, Recipe.load("cleanup").passes, Context(target=device))
+    legalize(model, backend, device, name=path.name)
+    backend.lower(model, device, options, folder)
+    return backend.load(folder, device, options), time.process_time() - start
+
+
+def measure(name: str) -> dict[str, Any]:
+    """All forms of one model of the suite."""
+    path = suite.fetch(name)
+    calibration = load_python(EVALUATORS / SUITE[name].evaluator, "evaluator").calibration
+    feeds = list(islice(calibration(), _BATCHES))
+    reference, usual = ReferenceSession(path, optimize=False), ReferenceSession(path)
+    expected = [reference.run(batch) for batch in feeds]
+    forms: dict[str, dict[str, Any]] = {}
+    for form in FORMS:
+        folder = Path(tempfile.mkdtemp(prefix=f"optkit-{name}-"))
+        try:
+            session, seconds = convert(path, form, folder)
+            with session:
+                found = [session.run(batch) for batch in feeds]
+                pairs = [(_seconds(usual, feeds), _seconds(session, feeds)) for _ in range(_ROUNDS)]
+            worst = max(difference(a, b) for a, b in zip(expected, found, strict=True))
+            forms[form] = {
+                "passed": worst <= LIMITS[form],
+                "error": float(f"{worst:.2g}") if np.isfinite(worst) else None,
+                "sqnr": round(noise(expected, found), 1) if np.isfinite(noise(expected, found)) else None,
+                "seconds": round(seconds, 2),
+                "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+                "evaluator_ratio": round(min(b for _, b in pairs) / min(a for a, _ in pairs), 2),
+            }
+        except OptkitError as error:
+            forms[form] = {"passed": False, "reason": str(error)[:600]}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return {"name": name, "bytes": path.stat().st_size, "forms": forms}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The page for readers."""
+    heads = ("", "error", "SQNR, dB", "CPU s", "MB", "evaluator / ORT")
+    columns = [f"{form}{', ' if h else ''}{h}" for form in FORMS for h in heads]
+    chip = result["machine"]["processor"]
+    lines = [
+        "# Core ML",
+        "",
+        f"{chip['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
+        "",
+        "Verified by the reference evaluator, not executed on Apple hardware. The largest difference to ONNX Runtime as a share",
+        "of the largest value, at most "
+        + ", ".join(f"{limit:g} in {form}" for form, limit in LIMITS.items())
+        + ";",
+        "CPU seconds from file to package; the evaluator's CPU time over ONNX Runtime's.",
+        "Written by `python -m optkit.benchmarks.coreml`, which says how.",
+        "",
+        f"| model | ONNX, MB | {' | '.join(columns)} |",
+        f"|{' --- |' * (2 + len(columns))}",
+    ]
+    for model in result["models"]:
+        cells = [model["name"], f"{model['bytes'] / 1e6:.1f}"]
+        for form in FORMS:
+            cells += _cells(model["forms"][form])
+        lines.append(f"| {' | '.join(cells)} |")
+    reasons = [
+        f"* {m['name']}, {form}: {' '.join(row['reason'].split())}"
+        for m in result["models"]
+        for form, row in m["forms"].items()
+        if "reason" in row
+    ]
+    return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    if "reason" in row:
+        return ["fail", *["-"] * 5]
+    return [
+        "pass" if row["passed"] else "fail",
+        "inf" if row["error"] is None else f"{row['error']:.1e}",
+        "inf" if row["sqnr"] is None else f"{row['sqnr']:.0f}",
+        f"{row['seconds']:.1f}",
+        f"{row['bytes'] / 1e6:.1f}",
+        f"{row['evaluator_ratio']:.1f}",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exit code 1 where a model fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m optkit.benchmarks.coreml",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a model of the suite; may be repeated"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for coreml.{json,md}")
+    options = parser.parse_args(arguments)
+    for name in options.only or ():
+        if name not in SUITE:
+            raise UnknownNameError("model", name, SUITE)
+    models = []
+    for name in options.only or SUITE:
+        print(name, file=sys.stderr)
+        models.append(measure(name))
+    result = {
+        "schema": 1,
+        "machine": {"processor": processor(), "versions": versions()},
+        "models": models,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "coreml.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    (options.out / "coreml.md").write_text(markdown(result), "utf-8")
+    print(markdown(result), end="")
+    return int(not all(row["passed"] for m in models for row in m["forms"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
