@@ -236,8 +236,9 @@ def _matrix(
     for row, position in enumerate(_positions(size, target, scale, coordinates)):
         places = range(math.ceil(position - reach - 1e-9), math.floor(position + reach + 1e-9) + 1)
         weights = [_kernel((p - position) / stretch, mode, cubic) for p in places]
-        if outside or stretch > 1:
+        if outside:
             weights = [w if 0 <= p < size else 0.0 for w, p in zip(weights, places, strict=True)]
+        if outside or stretch > 1:
             total = sum(weights)
             weights = [w / total for w in weights]
         for place, weight in zip(places, weights, strict=True):

@@ -1,0 +1,381 @@
+"""Each operator as a Core ML package in the reference evaluator, against ONNX Runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.graph import walk
+from optkit.legalize import legalize
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import parse, random_feeds
+
+pytestmark = pytest.mark.needs("coremltools")
+
+HEAD = '<ir_version: 10, opset_import: ["" : %d]>\ng %s'
+PHONE = target("iphone15")
+
+# Operators of one input on values around 0, on values above 0 and on values between -1 and 1.
+UNARY = (
+    "Abs Ceil Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu LogSoftmax Mish Neg Relu Round Selu Celu "
+    "Sigmoid Sign Sin Sinh Cosh Softmax Softplus Softsign Tan Tanh ThresholdedRelu Hardmax IsNaN Dropout"
+).split()
+POSITIVE = ("Log", "Sqrt", "Reciprocal")
+INSIDE = ("Acos", "Asin", "Atan", "Atanh")
+
+# Name -> graph, and the shapes of its weights. Every operator of the emitters is in one of them, see the last test.
+CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "unary": (
+        "(float[N, 7] x) => (%s) {%s}"
+        % (
+            ", ".join(f"{'bool' if op == 'IsNaN' else 'float'}[N, 7] y{i}" for i, op in enumerate(UNARY)),
+            "\n".join(f"y{i} = {op}(x)" for i, op in enumerate(UNARY)),
+        ),
+        {},
+    ),
+    "above zero": (
+        "(float[N, 7] x) => (%s) <float small = {0.25}> { a = Abs(x) p = Add(a, small) %s }"
+        % (
+            ", ".join(f"float[N, 7] y{i}" for i in range(len(POSITIVE))),
+            "\n".join(f"y{i} = {op}(p)" for i, op in enumerate(POSITIVE)),
+        ),
+        {},
+    ),
+    "inside one": (
+        "(float[N, 7] x) => (%s) <float half = {0.9}> { t = Sin(x) p = Mul(t, half) %s }"
+        % (
+            ", ".join(f"float[N, 7] y{i}" for i in range(len(INSIDE))),
+            "\n".join(f"y{i} = {op}(p)" for i, op in enumerate(INSIDE)),
+        ),
+        {},
+    ),
+    "attributes": (
+        """(float[N, 7] x) => (float[N, 7] a, float[N, 7] b, float[N, 7] c, float[N, 7] d, float[N, 7] e, float[N, 7] f) {
+        a = LeakyRelu<alpha = 0.3>(x) b = Elu<alpha = 0.7>(x) c = HardSigmoid<alpha = 0.4, beta = 0.3>(x)
+        d = Gelu<approximate = "tanh">(x) e = ThresholdedRelu<alpha = 0.2>(x) f = Celu<alpha = 2.0>(x) }""",
+        {},
+    ),
+    "binary": (
+        """(float[N, 4] x, float[4] z) => (float[N, 4] a, float[N, 4] b, float[N, 4] c, float[N, 4] d, float[N, 4] e,
+        float[N, 4] f, float[N, 4] g, float[N, 4] h) {
+        a = Add(x, z) b = Sub(x, z) c = Mul(x, z) d = Div(x, z) e = Max(x, z) f = Min(x, z) g = Sum(x, z, x) h = Mean(x, z) }""",
+        {},
+    ),
+    "compared": (
+        """(float[N, 4] x, float[4] z) => (bool[N, 4] a, bool[N, 4] b, bool[N, 4] c, bool[N, 4] d, bool[N, 4] e, bool[N, 4] f,
+        bool[N, 4] g, bool[N, 4] h, bool[N, 4] i) {
+        a = Greater(x, z) b = GreaterOrEqual(x, z) c = Less(x, z) d = LessOrEqual(x, z) e = Equal(x, x)
+        f = And(a, b) g = Or(a, c) h = Xor(b, e) i = Not(a) }""",
+        {},
+    ),
+    "infinite": (
+        """(float[N, 4] x) => (bool[N, 4] a, bool[N, 4] b, bool[N, 4] c) <float zero = {0}> {
+        r = Div(x, zero) a = IsInf(r) b = IsInf<detect_negative = 0>(r) c = IsInf<detect_positive = 0>(r) }""",
+        {},
+    ),
+    "integers divided": (
+        """(int64[4] x) => (int64[4] a, int64[4] b, int64[4] c, int64[4] d)
+        <int64 two = {2}, int64 three = {3}> {
+        n = Neg(x) t = Mul(n, three) a = Div(t, two) b = Mod(t, two) c = Mod<fmod = 1>(t, two) d = Div(x, two) }""",
+        {},
+    ),
+    "powers": (
+        """(float[N, 4] x) => (float[N, 4] a, float[N, 4] b, float[N, 4] c) <float two = {2}, float half = {0.5}, float three = {3}> {
+        a = Pow(x, two) p = Abs(x) b = Pow(p, half) c = Pow(x, three) }""",
+        {},
+    ),
+    "clipped": (
+        """(float[N, 4] x) => (float[N, 4] a, float[N, 4] b, float[N, 4] c, float[N, 4] d)
+        <float low = {-0.5}, float zero = {0}, float six = {6}, float high = {0.25}> {
+        a = Clip(x, low, high) b = Clip(x, zero, six) c = Clip(x, zero) d = Clip(x, , high) }""",
+        {},
+    ),
+    "slopes": ("(float[N, 4, 5] x) => (float[N, 4, 5] y) { y = PRelu(x, w) }", {"w": (4, 1)}),
+    "slopes of planes": (
+        "(float[N, 4, 5, 3] x) => (float[N, 4, 5, 3] y, float[N, 4, 5, 3] z) { y = PRelu(x, w) z = PRelu(x, v) }",
+        {"w": (4, 1, 1), "v": (1,)},
+    ),
+    "slopes along the last axis": ("(float[N, 4, 5] x) => (float[N, 4, 5] y) { y = PRelu(x, w) }", {"w": (5,)}),
+    "chosen": (
+        "(float[N, 4] x, bool[N, 4] c, int64[N, 4] i) => (float[N, 4] y, int64[N, 4] z) { s = Neg(x) y = Where(c, x, s) j = Add(i, i) z = Where(c, i, j) }",
+        {},
+    ),
+    "cast": (
+        """(float[N, 4] x, int64[N] i) => (int32[N, 4] a, bool[N, 4] b, float[N] c, float[N, 4] d) {
+        a = Cast<to = 6>(x) b = Cast<to = 9>(x) c = Cast<to = 1>(i) h = Cast<to = 10>(x) d = Cast<to = 1>(h) }""",
+        {},
+    ),
+    "triangles": (
+        """(float[4, 5] x) => (float[4, 5] a, float[4, 5] b, float[4, 5] c, float[4, 5] d) <int64 k = {1}> {
+        a = Trilu<upper = 1>(x) b = Trilu<upper = 0>(x) c = Trilu<upper = 1>(x, k) d = EyeLike<k = 1>(x) }""",
+        {},
+    ),
+    "swish": ("(float[N, 4] x) => (float[N, 4] y, float[N, 4] z) { y = Swish(x) z = Swish<alpha = 1.7>(x) }", {}),
+    "convolution": (
+        """(float[N, 4, 9, 7] x) => (float[] a, float[] b, float[] c, float[] d) {
+        a = Conv<kernel_shape = [3, 3], pads = [1, 0, 2, 1], strides = [2, 1]>(x, w, v)
+        b = Conv<kernel_shape = [3, 3], dilations = [2, 1]>(x, w)
+        c = Conv<kernel_shape = [3, 3], auto_pad = "SAME_UPPER", strides = [2, 2]>(x, w)
+        d = Conv<kernel_shape = [3, 3], auto_pad = "SAME_LOWER">(x, w) }""",
+        {"w": (6, 4, 3, 3), "v": (6,)},
+    ),
+    "grouped convolution": (
+        """(float[N, 4, 9, 20] x) => (float[] a, float[] b, float[] c) {
+        a = Conv<kernel_shape = [3, 3], group = 2, pads = [1, 1, 1, 1]>(x, w)
+        b = Conv<kernel_shape = [5, 5], group = 4, pads = [2, 2, 2, 2], strides = [2, 1]>(x, u)
+        c = Conv<kernel_shape = [3, 3], group = 4, dilations = [2, 2]>(x, t) }""",
+        {"w": (6, 2, 3, 3), "u": (8, 1, 5, 5), "t": (4, 1, 3, 3)},
+    ),
+    "convolution of a line": (
+        """(float[N, 4, 9] x) => (float[] a, float[] b) {
+        a = Conv<kernel_shape = [3], pads = [1, 1]>(x, w) b = Conv<kernel_shape = [3], group = 4>(x, u) }""",
+        {"w": (6, 4, 3), "u": (4, 1, 3)},
+    ),
+    "convolution of a volume": (
+        "(float[1, 2, 5, 6, 4] x) => (float[] y) { y = Conv<kernel_shape = [3, 2, 2], pads = [1, 0, 0, 1, 0, 1]>(x, w) }",
+        {"w": (3, 2, 3, 2, 2)},
+    ),
+    "transposed convolution": (
+        """(float[1, 4, 5, 6] x) => (float[] a, float[] b, float[] c) {
+        a = ConvTranspose<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], output_padding = [1, 1]>(x, w, v)
+        b = ConvTranspose<kernel_shape = [2, 2], strides = [2, 2], group = 2>(x, u)
+        c = ConvTranspose<kernel_shape = [3, 3], strides = [2, 2], auto_pad = "SAME_UPPER">(x, w) }""",
+        {"w": (4, 3, 3, 3), "v": (3,), "u": (4, 3, 2, 2)},
+    ),
+    "pools": (
+        """(float[N, 3, 9, 8] x) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f, float[] g) {
+        a = MaxPool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]>(x)
+        b = MaxPool<kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1>(x)
+        c = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x)
+        d = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1>(x)
+        e = AveragePool<kernel_shape = [2, 3], strides = [2, 2], ceil_mode = 1>(x)
+        f = GlobalAveragePool(x) g = GlobalMaxPool(x) }""",
+        {},
+    ),
+    "products": (
+        """(float[N, 3, 4] x, float[N, 4, 2] z) => (float[] a, float[] b, float[] c, float[] d) {
+        a = MatMul(x, z) b = MatMul(x, w) c = MatMul(x, v) d = MatMul(u, x) }""",
+        {"w": (4, 5), "v": (4,), "u": (2, 3)},
+    ),
+    "gemm": (
+        """(float[N, 4] x) => (float[N, 5] a, float[N, 5] b, float[5, N] c) {
+        a = Gemm(x, w, v) b = Gemm<alpha = 0.5, beta = 2.0, transB = 1>(x, u, v) c = Gemm<transB = 1>(u, x) }""",
+        {"w": (4, 5), "v": (5,), "u": (5, 4)},
+    ),
+    "einsum": (
+        """(float[2, 3, 4] x, float[2, 5, 4] z) => (float[] a, float[] b, float[] c) {
+        a = Einsum<equation = "bqd,bkd->bqk">(x, z) b = Einsum<equation = "bij->bji">(x)
+        c = Einsum<equation = "bqd,bkd->kqb">(x, z) }""",
+        {},
+    ),
+    "norms": (
+        """(float[N, 4, 6] x) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+        s = Abs(v) a = BatchNormalization(x, w, u, u, s) b = InstanceNormalization(x, w, u)
+        c = LayerNormalization<epsilon = 0.001>(x, t) d = LayerNormalization<axis = 1>(x, r, r)
+        e = LpNormalization<axis = 1, p = 2>(x) }""",
+        {"w": (4,), "u": (4,), "v": (4,), "t": (6,), "r": (4, 6)},
+    ),
+    "norms of newer opsets": (
+        """(float[N, 4, 6] x) => (float[] a, float[] b) {
+        a = GroupNormalization<num_groups = 2>(x, w, u) b = RMSNormalization<epsilon = 0.001>(x, t) }""",
+        {"w": (4,), "u": (4,), "t": (6,)},
+    ),
+    "norms of planes": (
+        """(float[N, 4, 6, 5] x) => (float[] a, float[] b, float[] c) {
+        a = LRN<size = 3, alpha = 0.2, beta = 0.6, bias = 1.5>(x) b = MeanVarianceNormalization(x) c = InstanceNormalization(x, w, u) }""",
+        {"w": (4,), "u": (4,)},
+    ),
+    "recurrent": (
+        """(float[5, N, 3] x) => (float[] y, float[] h, float[] c, float[] g, float[] i, float[] r) {
+        y, h, c = LSTM<hidden_size = 4>(x, w, q, v)
+        g, i = GRU<hidden_size = 4, linear_before_reset = 1>(x, w3, q3, v3)
+        r = RNN<hidden_size = 4, activations = ["Relu"]>(x, w1, q1) }""",
+        {
+            "w": (1, 16, 3), "q": (1, 16, 4), "v": (1, 32), "w3": (1, 12, 3), "q3": (1, 12, 4), "v3": (1, 24), "w1": (1, 4, 3),
+            "q1": (1, 4, 4),
+        },
+    ),
+    "recurrent both ways": (
+        """(float[5, 2, 3] x, float[2, 2, 4] h0, float[2, 2, 4] c0) => (float[] y, float[] h, float[] c, float[] g, float[] r) {
+        y, h, c = LSTM<hidden_size = 4, direction = "bidirectional">(x, w, q, v, , h0, c0)
+        g = GRU<hidden_size = 4, direction = "bidirectional">(x, w3, q3, v3, , h0)
+        w1 = Identity(w3) one = Identity(q3)
+        r = GRU<hidden_size = 4, direction = "reverse">(x, w2, q2) }""",
+        {
+            "w": (2, 16, 3), "q": (2, 16, 4), "v": (2, 32), "w3": (2, 12, 3), "q3": (2, 12, 4), "v3": (2, 24), "w2": (1, 12, 3),
+            "q2": (1, 12, 4),
+        },
+    ),
+    "reduced": (
+        """(float[N, 4, 3] x) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f, float[] g,
+        float[] h, float[] i, float[] j) <int64[1] last = {-1}, int64[2] two = {0, 2}> {
+        a = ReduceMean(x, last) b = ReduceSum<keepdims = 0>(x, two) c = ReduceMax(x, last) d = ReduceMin<keepdims = 0>(x, last)
+        e = ReduceProd(x, last) f = ReduceL1(x, two) g = ReduceL2<keepdims = 0>(x, last) h = ReduceSumSquare(x)
+        i = ReduceLogSumExp(x, last) p = Abs(x) j = ReduceLogSum(p, last) }""",
+        {},
+    ),
+    "places of the largest": (
+        """(float[N, 4, 3] x) => (int64[] a, int64[] b, float[] c, int64[] d, float[] e, int64[] f, float[] g)
+        <int64[1] k = {2}, int64 axis = {1}> {
+        a = ArgMax<axis = 1>(x) b = ArgMin<axis = -1, keepdims = 0>(x) c, d = TopK<axis = 1>(x, k)
+        e, f = TopK<largest = 0>(x, k) g = CumSum<reverse = 1, exclusive = 1>(x, axis) }""",
+        {},
+    ),
+    "one hot": (
+        "(int64[N, 2] x) => (float[N, 2, 4] y) <int64 depth = {4}, float[2] values = {0.5, 2}> { y = OneHot(x, depth, values) }",
+        {},
+    ),
+    "enlarged": (
+        """(float[1, 2, 4, 5] x) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f)
+        <float[4] twice = {1, 1, 2, 2}, int64[4] sizes = {1, 2, 7, 6}> {
+        a = Resize<mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">(x, , twice)
+        b = Resize<mode = "linear">(x, , twice)
+        c = Resize<mode = "linear", coordinate_transformation_mode = "align_corners">(x, , , sizes)
+        d = Resize<mode = "cubic">(x, , , sizes)
+        e = Resize<mode = "nearest">(x, , , sizes)
+        f = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(x, , , sizes) }""",
+        {},
+    ),
+    "shrunk": (
+        """(float[1, 2, 8, 9] x) => (float[] a, float[] b, float[] c, float[] d) <int64[4] sizes = {1, 2, 3, 4}> {
+        a = Resize<mode = "linear", antialias = 1>(x, , , sizes) b = Resize<mode = "linear">(x, , , sizes)
+        d = Resize<mode = "cubic", antialias = 1>(x, , , sizes) c = Resize<mode = "cubic", exclude_outside = 1>(x, , , sizes) }""",
+        {},
+    ),
+    "enlarged at free sizes": (
+        """(float[1, 2, N, 5] x) => (float[] a, float[] b) <float[4] twice = {1, 1, 2, 2}> {
+        a = Resize<mode = "nearest">(x, , twice) b = Resize<mode = "linear">(x, , twice) }""",
+        {},
+    ),
+    "shapes": (
+        """(float[N, 4, 3] x) => (int64[3] a, int64[] b, float[] c, float[] d, float[] e, float[] f, float[] g)
+        <int64[2] flat = {0, -1}, int64[1] one = {1}> {
+        a = Shape(x) b = Size(x) c = Reshape(x, flat) d = Flatten<axis = 2>(x) e = Transpose<perm = [2, 0, 1]>(x)
+        f = Unsqueeze(x, one) g = Squeeze(f, one) }""",
+        {},
+    ),
+    "a shape computed from another": (
+        """(float[N, 4, 6] x) => (float[] y) <int64 zero = {0}, int64[1] parts = {2, }, int64[1] rest = {-1}> {
+        s = Shape(x) n = Gather(s, zero) axes = Identity(rest) l = Unsqueeze(n, first) t = Concat<axis = 0>(l, parts, rest)
+        y = Reshape(x, t) }""".replace("{2, }", "{2}").replace("axes = Identity(rest)", "").replace("first", "zeros").replace(
+            "int64[1] rest", "int64[1] zeros = {0}, int64[1] rest"
+        ),
+        {},
+    ),
+    "joined and parted": (
+        """(float[N, 4] x, float[N, 2] z, bool[N, 4] c) => (float[] a, bool[] b, float[] d, float[] e, float[] f, float[] g)
+        <int64[2] sizes = {1, 3}> {
+        a = Concat<axis = 1>(x, z) n = Not(c) b = Concat<axis = -1>(c, n) d, e = Split<axis = 1>(x, sizes)
+        f, g = Split<axis = -1, num_outputs = 2>(x) }""",
+        {},
+    ),
+    "slices": (
+        """(float[N, 8] x) => (float[] a, float[] b, float[] c, float[] d)
+        <int64[1] one = {1}, int64[1] two = {2}, int64[1] last = {-1}, int64[1] far = {9223372036854775807},
+        int64[1] before = {-9223372036854775807}, int64[1] back = {-2}> {
+        a = Slice(x, one, last, one) b = Slice(x, two, far, one, two) c = Slice(x, last, before, one, back) d = Slice(x, one, far) }""",
+        {},
+    ),
+    "repeated": (
+        """(float[N, 1, 3] x) => (float[] a, float[] b, float[] c) <int64[3] wide = {1, 4, 3}, int64[3] times = {2, 3, 1}> {
+        a = Expand(x, wide) b = Tile(x, times) s = Shape(x) c = ConstantOfShape<value = float[1] {1.5}>(s) }""",
+        {},
+    ),
+    "counted": (
+        "(int64 n) => (int64[] y) <int64 zero = {0}, int64 two = {2}> { y = Range(zero, n, two) }",
+        {},
+    ),
+    "padded": (
+        """(float[N, 2, 4, 5] x) => (float[] a, float[] b, float[] c, float[] d)
+        <int64[8] p = {0, 0, 1, 2, 0, 0, 2, 1}, int64[8] q = {0, 1, 1, -1, 0, 0, 0, 2}, float v = {0.5}> {
+        a = Pad(x, p) b = Pad<mode = "reflect">(x, p) c = Pad<mode = "edge">(x, p) d = Pad(x, q, v) }""",
+        {},
+    ),
+    "blocks": (
+        """(float[N, 8, 2, 4] x) => (float[] a, float[] b, float[] c) {
+        a = DepthToSpace<blocksize = 2>(x) b = DepthToSpace<blocksize = 2, mode = "CRD">(x) c = SpaceToDepth<blocksize = 2>(x) }""",
+        {},
+    ),
+    "places that are not zero": (
+        "(float[3, 4] x) => (int64[2, M] y) <float zero = {0}> { b = Greater(x, zero) y = NonZero(b) }",
+        {},
+    ),
+    "sequences backwards": (
+        """(float[4, 3, 2] x) => (float[4, 3, 2] y) <int64[3] lengths = {4, 2, 1}> {
+        y = ReverseSequence<batch_axis = 1, time_axis = 0>(x, lengths) }""",
+        {},
+    ),
+    "gathered": (
+        """(float[N, 4] x, int64[2, 3] i, float[4, 3] u) => (float[] a, float[] b, float[] c, float[] d, float[] e)
+        <int64[2] behind = {-1, 0}, int64[2, 2] e0 = {0, 1, 2, -1}> {
+        a = Gather(x, i) b = Gather<axis = 1>(x, behind) c = GatherElements<axis = 1>(u, e0) d = GatherND(x, i2) e = Gather(w, i) }""".replace(
+            "i2", "n2"
+        ).replace("int64[2, 2] e0", "int64[2, 2] n2 = {0, 1, 2, 3}, int64[2, 2] e0"),
+        {"w": (7, 5)},
+    ),
+    "scattered": (
+        """(float[4, 3] x, float[2, 3] u) => (float[4, 3] a, float[4, 3] b, float[4, 3] c, float[4, 3] d)
+        <int64[2, 3] i = {0, 1, 2, 2, 0, 3}, int64[2, 1] n = {3, 1}> {
+        a = ScatterElements(x, i, u) b = ScatterElements<reduction = "add">(x, i, u) c = ScatterND(x, n, u)
+        d = ScatterND<reduction = "max">(x, n, u) }""",
+        {},
+    ),
+    "one of two": (
+        """(float[N, 4] x) => (float[N, 4] y) <float zero = {0}> { s = ReduceSum<keepdims = 0>(x) c = Greater(s, zero)
+        y = If(c)<then_branch = t () => (float[N, 4] a) { a = Exp(x) }, else_branch = e () => (float[N, 4] b) { b = Neg(x) }> }""",
+        {},
+    ),
+    "loop": (
+        """(float[4] x) => (float[4] y) <int64 times = {3}, bool on = {1}> {
+        y = Loop(times, on, x)<body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w) {
+          d = Identity(c) f = Cast<to = 1>(i) w = Add(v, f) }> }""",
+        {},
+    ),
+    "quantized": (
+        """(float[N, 4] x) => (float[N, 4] a, float[N, 4] b, float[N, 3] c)
+        <float s = {0.05}, int8 z = {3}, uint8 u = {120}, float[3] ws = {0.01, 0.02, 0.03}, int8[3] wz = {0, 0, 0}> {
+        q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z) p = QuantizeLinear(x, s, u) b = DequantizeLinear(p, s, u)
+        r = QuantizeLinear<axis = 1>(w, ws, wz) d = DequantizeLinear<axis = 1>(r, ws, wz) c = MatMul(a, d) }""",
+        {"w": (4, 3)},
+    ),
+}  # fmt: skip
+
+
+def _weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _model(name: str, opset: int = 21) -> ir.Model:
+    text, shapes = CASES[name]
+    return parse(HEAD % (24 if name in ("swish", "norms of newer opsets") else opset, text), **_weights(shapes))
+
+
+def _compare(model: ir.Model, folder, options=None, *, tolerance: float = 1e-5) -> None:
+    from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
+
+    backend, options = CoreMl(), options or CoreMlOptions()
+    legalize(model, backend, PHONE, name="model")
+    backend.lower(model, PHONE, options, folder)
+    reference = ReferenceSession(model, optimize=False)
+    with backend.load(folder, PHONE, options) as session:
+        for size in (3, 5):
+            feeds = random_feeds(model, size=size, seed=size)
+            found = session.run(feeds)
+            for key, expected in reference.run(feeds).items():
+                assert found[key].dtype == expected.dtype and found[key].shape == expected.shape, key
+                np.testing.assert_allclose(found[key], expected, rtol=tolerance, atol=tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_package_computes_what_onnx_runtime_does(name, tmp_path):
+    _compare(_model(name), tmp_path)
+
+
+def test_every_operator_of_the_emitters_is_compared():
+    from optkit.backends.coreml.emit import ROWS
+
+    compared = {node.op_type for name in CASES for node in walk(_model(name))}
+    assert set(ROWS) - compared == {"SimplifiedLayerNormalization"}
