@@ -100,6 +100,10 @@ class Session(ABC):
     def close(self) -> None:
         """Give memory and files back."""
 
+    def takes(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """Whether it was built for inputs of these sizes; a runtime that fixes sizes says no to others."""
+        return True
+
     def __enter__(self) -> Session:
         return self
 
@@ -224,6 +228,14 @@ class Backend(ABC):
 
     def usual(self, model: ir.Model, options: Any) -> Mapping[str, tuple[int, ...]]:
         """Shapes that ``options`` say inputs of ``model`` usually have; those that they leave open are missing."""
+        return {}
+
+    def sizes(self, model: ir.Model, options: Any) -> Mapping[str, int]:
+        """Sizes that the options ask for, by symbol of the free axis: inputs that are drawn have them.
+
+        Raises:
+            UsageError: The options name an axis that the model does not have.
+        """
         return {}
 
     def exact(self, options: Any) -> Any:

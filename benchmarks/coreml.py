@@ -73,7 +73,7 @@ def noise(expected: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mapping[
     return 10 * float(np.log10(signal / error)) if error and signal else float("inf")
 
 
-def _seconds(session: Session, feeds: Sequence[Mapping[str, np.ndarray]]) -> float:
+def _seconds(session: Session | ReferenceSession, feeds: Sequence[Mapping[str, np.ndarray]]) -> float:
     start = time.process_time()
     for batch in feeds:
         session.run(batch)

@@ -109,7 +109,9 @@ class Compilation:
         seed: int,
         folder: Path,
         progress: Progress,
+        asked: Mapping[str, int] | None = None,
     ) -> None:
+        self.asked = dict(asked or {})
         self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
         self.seed, self.folder, self.progress = seed, folder, progress
         data = None if data is None else data.remembered()
@@ -137,7 +139,9 @@ class Compilation:
             return self.held_out
         reason = ""
         for sizes in trial_sizes(specs(self.loaded.model)[0]):
-            drawn = CalibrationData.random_batches(self.loaded.model, 4, seed=self.seed, sizes=sizes)
+            drawn = CalibrationData.random_batches(
+                self.loaded.model, 4, seed=self.seed, sizes={**sizes, **self.asked}
+            )
             try:
                 self.reference.run(next(iter(drawn)))
             except ModelError as error:
@@ -315,7 +319,9 @@ class Compilation:
             saturation=saturation(model, self.target),
         )
         with self.session(built) as session:
-            check(session.run, self.trials, name=name, lossy=built.differs)
+            first, *others = self.trials
+            fitting = [first, *(t for t in others if session.takes(t.feeds))]
+            check(session.run, fitting, name=name, lossy=built.differs)
         if not self.target.runs_here:
             shapes = {name: array.shape for name, array in self.feeds[0].items()}
             if self.data is None or self.data.random:
@@ -544,7 +550,8 @@ class Request:
     def work(self, folder: Path, progress: Progress) -> Compilation:
         """The compilation that carries this out in ``folder``."""
         return Compilation(
-            self.loaded, self.target, self.backend, self.data, self.evaluator, seed=self.recipe.seed, folder=folder, progress=progress
+            self.loaded, self.target, self.backend, self.data, self.evaluator, seed=self.recipe.seed, folder=folder, progress=progress,
+            asked=self.backend.sizes(self.loaded.model, self.backend.options.model_validate(self.recipe.options)),
         )  # fmt: skip
 
 

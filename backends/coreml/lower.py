@@ -23,8 +23,8 @@ from optkit.backends.coreml.program import build
 from optkit.backends.coreml.session import MacSession, ReferenceSession, has_core_ml
 from optkit.backends.coreml.shapes import Size, axes, fix
 from optkit.backends.coreml.validate import problems
-from optkit.errors import ModelError, UsageError
-from optkit.graph import graphs
+from optkit.errors import ModelError, UnsupportedOpError, UsageError
+from optkit.graph import describe, graphs, walk
 from optkit.inference import infer
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class CoreMlOptions(Options):
         precision: What float32 becomes inside. With float16 the inputs and outputs stay as they are.
         deployment: Oldest system that shall run it; ``auto`` is the target's.
         shapes: By free axis of the inputs, its size, a list of sizes, or ``{min, max, default}``; else 1 to 4096.
+        usual: Shapes of inputs in the calibration data; they are the defaults of ranges, which the Neural Engine runs at.
         pictures: Inputs that take pictures; the network gets ``pixel * scale + bias``.
         states: Inputs that Core ML keeps between runs, and the outputs with their next values (iOS 18 on).
         units: What a Mac runs it on.
@@ -52,6 +53,7 @@ class CoreMlOptions(Options):
     precision: Literal["fp32", "fp16"] = "fp32"
     deployment: Literal["auto", "iOS16", "iOS17", "iOS18"] = "auto"
     shapes: dict[str, Size] = Field(default_factory=dict)
+    usual: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     pictures: dict[str, Picture] = Field(default_factory=dict)
     states: dict[str, str] = Field(default_factory=dict)
     units: Literal["ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"] = "ALL"
@@ -79,6 +81,19 @@ class CoreMl(Backend):
     def exact(self, options: CoreMlOptions) -> CoreMlOptions:
         """The same in float32."""
         return options.model_copy(update={"precision": "fp32"})
+
+    def fit(self, options: CoreMlOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> CoreMlOptions:
+        """With the usual shapes, where the options name none."""
+        if shapes is None or options.usual:
+            return options
+        return options.model_copy(update={"usual": dict(shapes)})
+
+    def sizes(self, model: ir.Model, options: CoreMlOptions) -> Mapping[str, int]:
+        """Those that are fixed, the first that are listed, and the defaults of ranges."""
+        asked = axes(model, options.shapes, options.usual)
+        first = {k: sizes[0] for k, sizes in asked.listed.items()}
+        ranges = {k: r.usual for k, r in asked.ranged.items() if r.usual > 1}
+        return {**asked.fixed, **first, **ranges}
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """What Core ML cannot express of a node."""
@@ -109,8 +124,9 @@ class CoreMl(Backend):
             ModelError: A node turns out not to fit, or Core ML would refuse the package.
         """
         oldest = version(options, target)
-        chosen = axes(model, options.shapes)
+        chosen = axes(model, options.shapes, options.usual)
         _check(model, options, oldest, several=len(chosen.listed) > 0)
+        _refuse_newer(model, target, oldest)
         interface = describe_ports(model, chosen, options.states, options.pictures)
         model = model.clone()
         if model.functions:
@@ -220,6 +236,17 @@ def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: boo
         raise UsageError(
             f"options.shapes: lists of sizes for {len(free)} inputs ({', '.join(free)}) need iOS 18, the package is for iOS {oldest}"
         )
+
+
+def _refuse_newer(model: ir.Model, target: Target, oldest: int) -> None:
+    """What the options' own deployment does not have, all at once."""
+    found = []
+    for node in walk(model):
+        row = ROWS.get(node.op_type)
+        if row is not None and row.oldest > oldest and not stored_constant(node):
+            found.append((describe(node), f"needs iOS {row.oldest}, the package is for iOS {oldest}"))
+    if found:
+        raise UnsupportedOpError(f"Core ML for {target.name}", found, hint="raise options.deployment")
 
 
 def _forget_shapes(model: ir.Model) -> None:

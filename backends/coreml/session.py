@@ -92,6 +92,14 @@ class PackageSession(Session):
             outputs[port.name] = array.astype(np.dtype(port.dtype))
         return outputs
 
+    def takes(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """Whether the package's sizes are those of ``feeds``."""
+        try:
+            self.features(feeds)
+        except DataError:
+            return False
+        return True
+
     def reset(self) -> None:
         """Forget the state, where the package keeps one."""
 

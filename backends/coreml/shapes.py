@@ -62,8 +62,15 @@ def keys(value: ir.Value) -> list[str | int]:
     ]
 
 
-def axes(model: ir.Model, wanted: Mapping[str, Size]) -> Axes:
+def axes(
+    model: ir.Model, wanted: Mapping[str, Size], usual: Mapping[str, tuple[int, ...]] | None = None
+) -> Axes:
     """What the free axes of ``model`` become; each goes by its name, or as ``<input>.<axis>``.
+
+    Args:
+        model: Its inputs have known ranks.
+        wanted: As the options say.
+        usual: Shapes that inputs usually have; they are the defaults of ranges that have none.
 
     Raises:
         UsageError: A name is none of theirs, or lists of sizes do not belong together.
@@ -95,11 +102,25 @@ def axes(model: ir.Model, wanted: Mapping[str, Size]) -> Axes:
             f"options.shapes: {(rest or list(ranged))[0]} is a range, and others are lists: an input has either",
             hint="give every free axis one size or a list of sizes",
         )
+    sizes = {
+        k: size
+        for v in model.graph.inputs
+        if not v.is_initializer() and v.name in (usual or {})
+        for k, size in zip(keys(v), (usual or {})[str(v.name)], strict=True)
+    }
     return Axes(
         fixed={k: v for k, v in wanted.items() if isinstance(v, int)},
         listed=listed,
-        ranged=ranged | {k: Range() for k in rest},
+        ranged={k: _around(v, sizes.get(k)) for k, v in ranged.items()}
+        | {k: _around(Range(max=max(LARGEST, sizes.get(k, 1))), sizes.get(k)) for k in rest},
     )
+
+
+def _around(range_: Range, size: int | None) -> Range:
+    """With ``size`` for a default, where there is none and it fits."""
+    if size is None or range_.default is not None or not range_.min <= size <= range_.max:
+        return range_
+    return range_.model_copy(update={"default": size})
 
 
 def fix(model: ir.Model, sizes: Mapping[str, int]) -> None:

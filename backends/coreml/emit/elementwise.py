@@ -214,7 +214,7 @@ def _prelu(c: Context, node: ir.Node) -> Any:
         channels = int(x.shape[1])
         # One slope a channel, or one for all: of the shapes [C, 1, ...] and [1].
         along = alpha.ndim == x.rank - 1 and alpha.shape[0] == channels and alpha.size == channels
-        if along and x.rank == 4 or alpha.size == 1:
+        if (along and x.rank == 4) or alpha.size == 1:
             slopes = np.broadcast_to(alpha.reshape(-1), (channels,))
             return mb.prelu(x=x, alpha=np.ascontiguousarray(slopes.astype(type(like(x, 0)))))
     below = mb.minimum(x=x, y=like(x, 0))

@@ -136,7 +136,7 @@ class Machine:
         for output in op.outputs:
             values[output.name] = self._constants[output.name]
 
-    def _arguments(self, op: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _arguments(self, op: Operation, values: dict[str, Any]) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for parameter, bindings in op.inputs.items():
             found = [values[b.name] if isinstance(b, Name) else _read(b) for b in bindings]
@@ -231,6 +231,11 @@ def _rounded(op: Operation, output: Output, value: Any) -> Any:
     """``value`` in the declared type; the declared shape must be its own."""
     kind: Type = output.type
     array = np.asarray(value)
+    if not array.size:
+        raise ModelError(
+            f"{op}: {output.name!r} comes out as {list(array.shape)}, and Core ML has no tensors without elements",
+            hint="the inputs may be too small for the model: give --calib, or the sizes as options.shapes",
+        )
     if not _fits(array.shape, kind.shape):
         raise ModelError(
             f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {kind}"

@@ -19,38 +19,28 @@ PHONE = target("iphone15")
 
 # Operators of one input on values around 0, on values above 0 and on values between -1 and 1.
 UNARY = (
-    "Abs Ceil Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu LogSoftmax Mish Neg Relu Round Selu Celu "
-    "Sigmoid Sign Sin Sinh Cosh Softmax Softplus Softsign Tan Tanh ThresholdedRelu Hardmax IsNaN Dropout"
-).split()
+    "Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
+    "LeakyRelu", "LogSoftmax", "Mish", "Neg", "Relu", "Round", "Selu", "Celu", "Sigmoid", "Sign", "Sin",
+    "Sinh", "Cosh", "Softmax", "Softplus", "Softsign", "Tan", "Tanh", "ThresholdedRelu", "Hardmax", "IsNaN", "Dropout",
+)  # fmt: skip
 POSITIVE = ("Log", "Sqrt", "Reciprocal")
 INSIDE = ("Acos", "Asin", "Atan", "Atanh")
 
+
+def _each(operators: tuple[str, ...], of: str, constant: str = "none = {0}", before: str = "") -> str:
+    """A graph with an output for each operator of one input."""
+    outputs = ", ".join(
+        f"{'bool' if op == 'IsNaN' else 'float'}[N, 7] y{i}" for i, op in enumerate(operators)
+    )
+    nodes = " ".join(f"y{i} = {op}({of})" for i, op in enumerate(operators))
+    return f"(float[N, 7] x) => ({outputs}) <float {constant}> {{ {before} {nodes} }}"
+
+
 # Name -> graph, and the shapes of its weights. Every operator of the emitters is in one of them, see the last test.
 CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
-    "unary": (
-        "(float[N, 7] x) => (%s) {%s}"
-        % (
-            ", ".join(f"{'bool' if op == 'IsNaN' else 'float'}[N, 7] y{i}" for i, op in enumerate(UNARY)),
-            "\n".join(f"y{i} = {op}(x)" for i, op in enumerate(UNARY)),
-        ),
-        {},
-    ),
-    "above zero": (
-        "(float[N, 7] x) => (%s) <float small = {0.25}> { a = Abs(x) p = Add(a, small) %s }"
-        % (
-            ", ".join(f"float[N, 7] y{i}" for i in range(len(POSITIVE))),
-            "\n".join(f"y{i} = {op}(p)" for i, op in enumerate(POSITIVE)),
-        ),
-        {},
-    ),
-    "inside one": (
-        "(float[N, 7] x) => (%s) <float half = {0.9}> { t = Sin(x) p = Mul(t, half) %s }"
-        % (
-            ", ".join(f"float[N, 7] y{i}" for i in range(len(INSIDE))),
-            "\n".join(f"y{i} = {op}(p)" for i, op in enumerate(INSIDE)),
-        ),
-        {},
-    ),
+    "unary": (_each(UNARY, "x"), {}),
+    "above zero": (_each(POSITIVE, "p", "small = {0.25}", "a = Abs(x) p = Add(a, small)"), {}),
+    "inside one": (_each(INSIDE, "p", "most = {0.9}", "t = Sin(x) p = Mul(t, most)"), {}),
     "attributes": (
         """(float[N, 7] x) => (float[N, 7] a, float[N, 7] b, float[N, 7] c, float[N, 7] d, float[N, 7] e, float[N, 7] f) {
         a = LeakyRelu<alpha = 0.3>(x) b = Elu<alpha = 0.7>(x) c = HardSigmoid<alpha = 0.4, beta = 0.3>(x)
@@ -350,7 +340,9 @@ def _weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 def _model(name: str, opset: int = 21) -> ir.Model:
     text, shapes = CASES[name]
-    return parse(HEAD % (24 if name in ("swish", "norms of newer opsets") else opset, text), **_weights(shapes))
+    return parse(
+        HEAD % (24 if name in ("swish", "norms of newer opsets") else opset, text), **_weights(shapes)
+    )
 
 
 def _compare(model: ir.Model, folder, options=None, *, tolerance: float = 1e-5) -> None:

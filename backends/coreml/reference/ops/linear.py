@@ -168,9 +168,7 @@ def _dense(
             place[:, start : start + rows] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
 
 
-def _depthwise(
-    x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]
-) -> Array:
+def _depthwise(x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]) -> Array:
     """Each channel with its own kernels."""
     batch, channels = x.shape[:2]
     times = len(weight) // channels
