@@ -127,9 +127,6 @@ def describe_ports(
         )  # fmt: skip
 
     inputs = [v for v in model.graph.inputs if not v.is_initializer()]
-    for value in inputs:
-        if value.shape is None:
-            raise ModelError(f"the rank of the input {value.name!r} is not known, and Core ML needs it")
     return Interface(
         inputs=tuple(port(v, state=str(v.name) in states) for v in inputs),
         outputs=tuple(port(v, state=str(v.name) in states.values()) for v in model.graph.outputs),

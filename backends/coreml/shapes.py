@@ -9,7 +9,7 @@ from typing import Annotated
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from optkit.errors import UsageError
+from optkit.errors import ModelError, UsageError
 
 # Where nothing is said, a free axis may have any size up to this one: Core ML takes no unbounded range.
 LARGEST = 4096
@@ -73,8 +73,12 @@ def axes(
         usual: Shapes that inputs usually have; they are the defaults of ranges that have none.
 
     Raises:
+        ModelError: The rank of an input is not known.
         UsageError: A name is none of theirs, or lists of sizes do not belong together.
     """
+    for value in model.graph.inputs:
+        if value.shape is None:
+            raise ModelError(f"the rank of the input {value.name!r} is not known, and Core ML needs it")
     free = dict.fromkeys(
         k for v in model.graph.inputs if not v.is_initializer() for k in keys(v) if isinstance(k, str)
     )

@@ -1,0 +1,350 @@
+"""What a package says and takes: names, types, sizes, states, and what is refused before one is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import optkit
+from optkit.backends import BACKENDS
+from optkit.errors import DataError, ModelError, UnsupportedOpError, UsageError
+from optkit.legalize import legalize
+from optkit.recipe import Recipe
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import parse, random_feeds
+
+pytestmark = pytest.mark.needs("coremltools")
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
+PHONE = target("iphone15")
+LINEAR = HEAD + "g (float[batch, n, 8] x) => (float[batch, n, 4] y) { h = MatMul(x, w) y = Relu(h) }"
+MASKED = (
+    HEAD
+    + """g (float[2, 8] x, float[2, 8] m) => (float[2, 8] y) <float lowest = {-3.4028235e38}, float one = {1}> {
+  i = Sub(one, m) p = Mul(i, lowest) s = Add(x, p) y = Softmax(s) }"""
+)
+
+
+def _linear() -> ir.Model:
+    weight = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    return parse(LINEAR, w=weight)
+
+
+def _lower(model: ir.Model, folder: Path, where=PHONE, **options):
+    backend = BACKENDS.get("coreml")()
+    chosen = backend.options.model_validate(options)
+    legalize(model, backend, where, name="model")
+    folder.mkdir(exist_ok=True)
+    backend.lower(model, where, chosen, folder)
+    return backend.load(folder, where, chosen)
+
+
+def _description(folder: Path):
+    from optkit.backends.coreml.reference.program import Package
+
+    return Package(folder / "model.mlpackage").spec.description
+
+
+def _same(model: ir.Model, session, feeds, tolerance: float = 1e-5) -> None:
+    found = session.run(feeds)
+    for name, expected in ReferenceSession(model, optimize=False).run(feeds).items():
+        assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
+        np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_two_builds_are_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        _lower(_linear(), tmp_path / name, precision="fp16").close()
+    files = [
+        sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*") if p.is_file())
+        for n in ("one", "two")
+    ]
+    assert files[0] == files[1] and len(files[0]) == 4
+    for file in files[0]:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_a_free_axis_is_a_range_around_the_usual_size(tmp_path):
+    model = _linear()
+    with _lower(model, tmp_path, usual={"x": [2, 16, 8]}) as session:
+        for shape in ((1, 1, 8), (2, 16, 8), (5, 3, 8)):
+            _same(model, session, {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)})
+        with pytest.raises(DataError, match="axis n is 5000; the package takes 1 to 4096"):
+            session.run({"x": np.zeros((1, 5000, 8), np.float32)})
+    array = _description(tmp_path).input[0].type.multiArrayType
+    assert list(array.shape) == [2, 16, 8]
+    assert [(r.lowerBound, r.upperBound) for r in array.shapeRange.sizeRanges] == [
+        (1, 4096),
+        (1, 4096),
+        (8, 8),
+    ]
+
+
+def test_a_range_may_be_given(tmp_path):
+    with _lower(
+        _linear(), tmp_path, shapes={"batch": 1, "n": {"min": 4, "max": 32, "default": 8}}
+    ) as session:
+        assert session.run({"x": np.zeros((1, 32, 8), np.float32)})["y"].shape == (1, 32, 4)
+        with pytest.raises(DataError, match="axis n is 33; the package takes 4 to 32"):
+            session.run({"x": np.zeros((1, 33, 8), np.float32)})
+        with pytest.raises(DataError, match="the package takes"):
+            session.run({"x": np.zeros((2, 8, 8), np.float32)})
+
+
+def test_listed_sizes_become_enumerated_shapes(tmp_path):
+    model = _linear()
+    with _lower(model, tmp_path, shapes={"batch": 1, "n": [4, 16]}) as session:
+        for n in (4, 16):
+            _same(model, session, {"x": np.random.default_rng(1).normal(size=(1, n, 8)).astype(np.float32)})
+        assert session.takes({"x": np.zeros((1, 4, 8), np.float32)})
+        assert not session.takes({"x": np.zeros((1, 5, 8), np.float32)})
+        with pytest.raises(DataError, match=r"n 5 is none of the listed sizes \(n: 4, 16\)"):
+            session.run({"x": np.zeros((1, 5, 8), np.float32)})
+    shapes = _description(tmp_path).input[0].type.multiArrayType.enumeratedShapes.shapes
+    assert [list(s.shape) for s in shapes] == [[1, 4, 8], [1, 16, 8]]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"height": 3}, "options.shapes.height: no free axis has this name"),
+        ({"batch": [1, 2], "n": [1, 2, 3]}, "as long as one another"),
+        ({"batch": [1, 2]}, "n is a range, and others are lists"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(shapes, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        _lower(_linear(), tmp_path, shapes=shapes)
+
+
+def test_a_range_in_disorder_is_refused():
+    from optkit.backends.coreml.shapes import Range
+
+    with pytest.raises(ValueError, match="min 8, default 8 and max 4 are not in order"):
+        Range(min=8, max=4)
+
+
+def test_lists_for_two_inputs_need_ios_18(tmp_path):
+    model = parse(HEAD + "g (float[n] x, float[n] z) => (float[n] y) { y = Add(x, z) }")
+    with pytest.raises(UsageError, match=r"lists of sizes for 2 inputs \(x, z\) need iOS 18"):
+        _lower(model, tmp_path, shapes={"n": [2, 4]}, deployment="iOS17")
+
+
+def test_names_types_and_scalars_are_the_models_own(tmp_path):
+    model = parse(
+        HEAD
+        + """g (int64[2] i, bool[2] c, float s) => (int64[2] j, bool[2] d, float t) {
+        j = Add(i, i) d = Not(c) t = Exp(s) }"""
+    )
+    for value, name in zip(
+        (*model.graph.inputs, *model.graph.outputs), ("input:0", "1st", "s", "out/0", "d", "t"), strict=True
+    ):
+        value.name = name
+    with _lower(model, tmp_path) as session:
+        feeds = {
+            "input:0": np.array([3, -4]), "1st": np.array([True, False]), "s": np.array(0.5, np.float32)
+        }  # fmt: skip
+        _same(model, session, feeds)
+        with pytest.raises(DataError, match="integers beyond 32 bits"):
+            session.run({**feeds, "input:0": np.array([1 << 40, 0])})
+        with pytest.raises(DataError, match="input '1st' is int64, the model takes bool"):
+            session.run({**feeds, "1st": np.array([1, 0])})
+        with pytest.raises(DataError, match="the inputs are input:0, 1st, s; given: s"):
+            session.run({"s": feeds["s"]})
+    assert [f.name for f in _description(tmp_path).input] == ["input_0", "_1st", "s"]
+
+
+def test_masks_stay_finite_in_half_precision(tmp_path):
+    model = parse(MASKED)
+    mask = np.array([[1] * 5 + [0] * 3, [1] * 8], np.float32)
+    with _lower(model, tmp_path, precision="fp16") as session:
+        feeds = {"x": random_feeds(model)["x"], "m": mask}
+        _same(model, session, feeds, tolerance=2e-3)
+        assert (session.run(feeds)["y"][0, 5:] == 0).all()
+
+
+def test_half_precision_rounds_to_eleven_bits(tmp_path):
+    model = _linear()
+    with _lower(model, tmp_path, precision="fp16") as session:
+        x = np.random.default_rng(2).normal(size=(3, 4, 8)).astype(np.float32)
+        found, exact = session.run({"x": x})["y"], ReferenceSession(model, optimize=False).run({"x": x})["y"]
+    # Inputs, weights and the sum are rounded to 2^-11 of their size each, at most; eight products of values around 1.
+    assert 0 < np.abs(found - exact).max() < 8 * 3 * 3 * 2**-11
+
+
+def test_states_are_kept_between_runs(tmp_path):
+    model = parse(
+        HEAD
+        + "g (float[4] x, float[4] old) => (float[4] y, float[4] new) { new = Add(x, old) y = Mul(new, x) }"
+    )
+    with _lower(model, tmp_path, states={"old": "new"}) as session:
+        assert [s.name for s in session.inputs] == ["x"] and [s.name for s in session.outputs] == ["y"]
+        x = np.arange(4, dtype=np.float32)
+        for total in (x, 2 * x, 3 * x):
+            np.testing.assert_array_equal(session.run({"x": x})["y"], total * x)
+        session.reset()
+        np.testing.assert_array_equal(session.run({"x": x})["y"], x * x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"states": {"gone": "y"}}, "options.states: the model has no 'gone'"),
+        ({"states": {"x": "gone"}}, "options.states: the model has no 'gone'"),
+        ({"states": {"x": "y"}, "deployment": "iOS17"}, "states need iOS 18, the package is for iOS 17"),
+        ({"states": {"x": "y"}}, "must have one fixed shape"),
+        ({"pictures": {"gone": {"scale": 1, "bias": [0]}}}, "options.pictures: the model has no 'gone'"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused(options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        _lower(_linear(), tmp_path, **options)
+
+
+def test_a_picture_is_what_the_network_gets_after_scale_and_bias(tmp_path):
+    model = parse(HEAD + "g (float[1, 3, 4, 4] x) => (float[1, 3, 4, 4] y) { y = Relu(x) }")
+    picture = {"scale": 1 / 127.5, "bias": [-1.0, -1.0, -1.0]}
+    with _lower(model, tmp_path, pictures={"x": picture}) as session:
+        pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 4, 4))
+        _same(model, session, {"x": (pixels / 127.5 - 1).astype(np.float32)})
+    assert _description(tmp_path).input[0].type.WhichOneof("Type") == "imageType"
+
+
+def test_metadata_is_kept(tmp_path):
+    _lower(
+        _linear(), tmp_path, metadata={"author": "A", "license": "MIT", "version": "3", "description": "D"}
+    ).close()
+    own = _description(tmp_path).metadata
+    assert (own.author, own.license, own.versionString, own.shortDescription) == ("A", "MIT", "3", "D")
+
+
+def test_everything_that_core_ml_lacks_is_listed_at_once():
+    model = parse(
+        HEAD
+        + """g (float[2, 2] x, float[1, 1, 4, 4] p) => (float[] d, float[] e, float[] f, float[] i) {
+        d = Det(x) e = MaxPool<kernel_shape = [2, 2], dilations = [2, 2]>(p) f = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(p, , s)
+        i = Einsum<equation = "ii">(x) }""",
+        s=np.ones(4, np.float32),
+    )
+    with pytest.raises(UnsupportedOpError) as found:
+        legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
+    text = str(found.value)
+    for part in (
+        "4 unsupported",
+        "no translation of Det",
+        "no dilated pooling",
+        "'tf_crop_and_resize'",
+        "an equation without '->'",
+    ):
+        assert part in text, text
+
+
+def test_quantized_activations_need_ios_17(tmp_path):
+    model = parse(
+        HEAD
+        + """g (float[2, 4] x) => (float[2, 4] y, float[2, 4] z) <float s = {0.1}, int8 o = {0}> {
+        q = QuantizeLinear(x, s, o) y = DequantizeLinear(q, s, o) p = QuantizeLinear(y, s, o) z = DequantizeLinear(p, s, o) }"""
+    )
+    with pytest.raises(UnsupportedOpError, match="2 unsupported") as found:
+        _lower(model, tmp_path, deployment="iOS16")
+    assert "needs iOS 17, the package is for iOS 16" in str(found.value)
+    _lower(model, tmp_path, deployment="iOS17").close()
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ("g (float[] x) => (float[] y) { y = Relu(x) }", "the rank of the input 'x' is not known"),
+        ("g (double[2] x, float[1, 1, 1, 1, 1, 1] z) => (double[2] y) { y = Abs(x) }", "'z' has 6 axes"),
+        ("g (int64[2] x) => (int64[2] y) { y = Add(x, big) }", "integers beyond 32 bits"),
+        (
+            "g (float[n] x, int64[2] s) => (float[] y) { r = ReduceSum(x, s) y = Relu(r) }",
+            "axes of a reduction are computed at run time",
+        ),
+        (
+            "g (float[n, 3] x, int64[m] s) => (float[] y) { y = Reshape(x, s) }",
+            "the rank depends on the inputs",
+        ),
+        (
+            "g (float[8] x, int64[1] k) => (float[] y, int64[] i) { y, i = TopK(x, k) }",
+            "needs k when it is compiled",
+        ),
+        (
+            "g (uint64[2] x) => (uint64[2] y) { y = Add(x, x) }",
+            "of type uint64, which no input or output of Core ML has",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_said(graph, message, tmp_path):
+    big = {"big": np.array([1 << 40, 0])} if "big" in graph else {}
+    with pytest.raises(ModelError, match=message):
+        _lower(parse(HEAD + graph, **big), tmp_path)
+
+
+def test_a_loop_that_collects_values_is_refused():
+    model = parse(
+        HEAD
+        + """g (float[4] x, int64 times) => (float[4] y, float[n, 4] z) <bool on = {1}> {
+        y, z = Loop(times, on, x)<body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w, float[4] s) {
+          d = Identity(c) w = Add(v, v) s = Neg(v) }> }"""
+    )
+    with pytest.raises(UnsupportedOpError, match="no tensors that grow"):
+        legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
+
+
+def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path):
+    batches = [{"x": np.random.default_rng(i).normal(size=(2, 16, 8)).astype(np.float32)} for i in range(8)]
+    artifact, report = optkit.compile(
+        _linear(),
+        target="iphone15",
+        data=batches,
+        out=tmp_path / "out",
+        recipe="coreml-fp16",
+    )
+    evidence = artifact.manifest.evidence
+    assert evidence.emitted and evidence.inspected and evidence.executed_cpu
+    assert not (evidence.compiled or evidence.ran_on_device or evidence.timed_on_device)
+    assert report.latency is None
+    assert any("not executed on Apple hardware" in step for step in artifact.manifest.deferred)
+    assert artifact.manifest.achieved.formats.keys() == {"fp16"}
+    options = Recipe.load(tmp_path / "out" / "recipe.yaml").options
+    assert options["usual"] == {"x": [2, 16, 8]}
+    y = optkit.load(tmp_path / "out").run(batches[0])["y"]
+    assert y.shape == (2, 16, 4)
+
+
+def test_the_command_line_compiles_and_coremltools_prints_nothing(tmp_path):
+    import onnx
+
+    onnx.save(ir.to_proto(_linear()), tmp_path / "m.onnx")
+    command = [sys.executable, "-m", "optkit", "compile", "m.onnx", "--target", "iphone15", "--recipe", "coreml-fp32", "--json", "--set",
+               "options.shapes={batch: 1, n: 16}", "-o", "out"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["manifest"]["backend"] == "coreml"
+    assert not any(word in done.stderr.lower() for word in ("coremltools", "libcoreml", "warning", "%|"))
+    assert (tmp_path / "out" / "model.mlpackage" / "Manifest.json").is_file()
+
+
+def test_a_broken_artifact_is_refused(tmp_path):
+    _lower(_linear(), tmp_path).close()
+    backend = BACKENDS.get("coreml")()
+    (tmp_path / "interface.json").write_text("{}")
+    with pytest.raises(ModelError, match="the artifact's description of its inputs cannot be read"):
+        backend.load(tmp_path, PHONE, backend.options())
+
+
+@pytest.mark.parametrize(
+    "name", ["iphone12", "iphone15", "iphone17", "ipad-m4", "mac-m1", "mac-m5", "apple-ane"]
+)
+def test_apple_targets_say_what_they_can_and_where_that_is_from(name):
+    row = target(name)
+    assert row.backends == ("coreml",) and row.system == "iOS18" and row.source and not row.runs_here
+    assert "fp16" in row.formats
