@@ -27,7 +27,10 @@ import numpy as np
 
 from optkit.backends.base import Session
 from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
+from optkit.backends.coreml.reference.machine import Machine
+from optkit.backends.coreml.reference.program import Package
 from optkit.benchmarks import suite
+from optkit.benchmarks.fetch import cache, digest, unpack_wheel
 from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.suite import EVALUATORS, SUITE
 from optkit.errors import OptkitError, UnknownNameError
@@ -44,6 +47,12 @@ RESULTS = Path(__file__).parent / "results"
 TARGET = "iphone15"
 FORMS = ("fp32", "fp16")
 _BATCHES, _ROUNDS = 3, 3
+_INSIDE = "basic_pitch/saved_models/icassp_2022/nmp.mlpackage"
+_FOREIGN = {
+    "Manifest.json": "c1fa5ef8acc34703edcd4e90e9a8640bd4673d9f3a68753c3b9d1ca0365e2928",
+    "Data/com.apple.CoreML/model.mlmodel": "af7bf7d49bc167e0bf0c30aa2ca6b432c3e10df048d2dd4173ff3a738c020858",
+    "Data/com.apple.CoreML/weights/weight.bin": "691a6b63c7ddcdde0ee131ff3986dcb1250df47cd738612efde966ba9b4c99cd",
+}
 # Outputs of float32 programs may differ by roundings alone, of float16 programs by those of its 11 bits, summed up.
 LIMITS = {"fp32": 1e-4, "fp16": 3e-2}
 
@@ -92,6 +101,30 @@ def convert(path: Path, form: str, folder: Path) -> tuple[Session, float]:
     return backend.load(folder, device, options), time.process_time() - start
 
 
+def foreign() -> Path:
+    """The package of basic-pitch as its authors converted it, fetched beside its ONNX twin."""
+    folder = cache() / "models" / "basic_pitch" / "nmp.mlpackage"
+    for member, expected in _FOREIGN.items():
+        file = folder / member
+        if not file.is_file() or digest(file) != expected:
+            unpack_wheel(SUITE["basic_pitch"].requirement, {f"{_INSIDE}/{member}": expected}, file.parent)
+    return folder
+
+
+def compared() -> float:
+    """How far the reference evaluator is from ONNX Runtime on a package and a model that nobody here wrote."""
+    function = Package(foreign()).functions["main"]
+    reference = ReferenceSession(suite.fetch("basic_pitch"))
+    x = np.random.default_rng(0).normal(size=(1, 43844, 1)).astype(np.float32) * np.float32(0.1)
+    found = Machine(function).run({function.inputs[0].name: x})
+    expected = reference.run({reference.inputs[0]: x})
+    # The twins name their outputs differently.
+    return max(
+        min(float(np.abs(f - e).max()) for f in found.values() if f.shape == e.shape)
+        for e in expected.values()
+    )
+
+
 def measure(name: str) -> dict[str, Any]:
     """All forms of one model of the suite."""
     path = suite.fetch(name)
@@ -138,6 +171,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         + ", ".join(f"{limit:g} in {form}" for form, limit in LIMITS.items())
         + ";",
         "CPU seconds from file to package; the evaluator's CPU time over ONNX Runtime's.",
+        f"The package of basic-pitch as its authors converted it, against its ONNX twin: {result['foreign_error']:.1e} at most.",
         "Written by `python -m optkit.benchmarks.coreml`, which says how.",
         "",
         f"| model | ONNX, MB | {' | '.join(columns)} |",
@@ -191,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         models.append(measure(name))
     result = {
         "schema": 1,
+        "foreign_error": float(f"{compared():.2g}"),
         "machine": {"processor": processor(), "versions": versions()},
         "models": models,
     }

@@ -1,0 +1,370 @@
+"""The evaluator and the rules of the loader, on programs that others wrote and on programs with planted mistakes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optkit.backends import BACKENDS
+from optkit.benchmarks.fetch import cache
+from optkit.errors import ModelError
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import parse, random_feeds
+
+pytestmark = pytest.mark.needs("coremltools")
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
+PHONE = target("iphone15")
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+# Operations whose mistakes converters make: pads, strides, axes, epsilons, flags, bounds, scales.
+TARGETED = """g (float[1, 4, 9, 9] x) => (float[1, 6, 5] y, float[1, 5, 5] z, float[1, 4, 6, 6] o) {
+  a = Conv<kernel_shape = [3, 3], pads = [0, 1, 2, 1], strides = [2, 2]>(x, w, v)
+  b = LeakyRelu<alpha = 0.3>(a)
+  p = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(b)
+  f = Reshape(p, flat)
+  s = Slice(f, one, last, two)
+  t = Softmax<axis = 1>(s)
+  n = LayerNormalization<epsilon = 0.1>(t, g1, g2)
+  m = MatMul(n, k)
+  y = Clip(m, low, high)
+  u = Transpose<perm = [0, 2, 1]>(y)
+  l = MatMul(u, y)
+  h = Mul(l, row)
+  q = QuantizeLinear(h, scale, zero)
+  d = DequantizeLinear(q, scale, zero)
+  r = ReduceMean<keepdims = 0>(d, second)
+  e = Pow(r, half)
+  z = Add(d, e)
+  c = Concat<axis = 2>(x, x)
+  j = Resize<mode = "linear", coordinate_transformation_mode = "half_pixel">(c, , , sizes)
+  o = Elu<alpha = 0.7>(j)
+}"""
+
+
+def _weights() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(np.float32)
+
+    return {
+        "w": normal(6, 4, 3, 3), "v": normal(6), "g1": normal(24), "g2": normal(24), "k": normal(24, 5), "row": normal(5), "flat": np.array([0, 0, -1]),
+        "one": np.array([0]), "last": np.array([24]), "two": np.array([2]), "low": np.float32(-0.8), "high": np.float32(1.1),
+        "scale": np.float32(0.05), "zero": np.int8(3), "second": np.array([2]), "half": np.float32(2.0),
+        "sizes": np.array([1, 4, 6, 6]),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, Any]:
+    """The package of the graph above, and the graph."""
+    model = parse(HEAD + TARGETED, **_weights())
+    folder = tmp_path_factory.mktemp("written")
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(), folder)
+    return folder, model
+
+
+def _off(folder: Path, model: Any) -> float:
+    """The largest difference to ONNX Runtime."""
+    backend = BACKENDS.get("coreml")()
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model, optimize=False).run(feeds)
+    with backend.load(folder, PHONE, backend.options()) as session:
+        found = session.run(feeds)
+    return max(float(np.abs(found[k] - v).max()) for k, v in expected.items())
+
+
+def _edited(folder: Path, to: Path, edit: Callable[[Any], None]) -> Path:
+    from optkit.backends.coreml.quiet import Model_pb2
+
+    shutil.copytree(folder, to)
+    file = to / "model.mlpackage" / MODEL
+    spec = Model_pb2.Model()
+    spec.ParseFromString(file.read_bytes())
+    edit(spec)
+    file.write_bytes(spec.SerializeToString(deterministic=True))
+    return to
+
+
+def _operations(spec: Any) -> Iterator[Any]:
+    main = spec.mlProgram.functions["main"]
+    yield from main.block_specializations[main.opset].operations
+
+
+def _constant(spec: Any, kind: str, parameter: str) -> Any:
+    """The tensor of a constant parameter of the first operation of a kind, to be changed in place."""
+    operation = next(o for o in _operations(spec) if o.type == kind)
+    name = operation.inputs[parameter].arguments[0].name
+    constant = next(o for o in _operations(spec) if o.outputs[0].name == name)
+    return constant.attributes["val"].immediateValue.tensor
+
+
+def _set(kind: str, parameter: str, index: int, value: Any) -> Callable[[Any], None]:
+    def edit(spec: Any) -> None:
+        tensor = _constant(spec, kind, parameter)
+        which = tensor.WhichOneof("value")
+        values = getattr(tensor, which).values
+        if which == "bytes":
+            raw = bytearray(values)
+            raw[index] = value
+            tensor.bytes.values = bytes(raw)
+        else:
+            values[index] = value
+
+    return edit
+
+
+def _swap(kind: str, one: str, other: str) -> Callable[[Any], None]:
+    """Two inputs of an operation trade places."""
+
+    def edit(spec: Any) -> None:
+        operation = next(o for o in _operations(spec) if o.type == kind)
+        a, b = (operation.inputs[k].arguments[0].name for k in (one, other))
+        operation.inputs[one].arguments[0].name, operation.inputs[other].arguments[0].name = b, a
+
+    return edit
+
+
+def _become(kind: str, other: str) -> Callable[[Any], None]:
+    def edit(spec: Any) -> None:
+        next(o for o in _operations(spec) if o.type == kind).type = other
+
+    return edit
+
+
+MUTANTS = {
+    "a pad on the other side": _set("conv", "pad", 0, 1),
+    "a pad too few": _set("conv", "pad", 2, 0),
+    "another stride": _set("conv", "strides", 0, 1),
+    "other dilations": _set("conv", "dilations", 1, 2),
+    "same instead of custom pads": _set("conv", "pad_type", 0, "same"),
+    "valid instead of custom pads": _set("conv", "pad_type", 0, "valid"),
+    "pads counted by an average": _set("avg_pool", "exclude_padding_from_average", 0, False),
+    "a window of another size": _set("avg_pool", "kernel_sizes", 1, 2),
+    "another slope": _set("leaky_relu", "alpha", 0, 0.01),
+    "softmax along another axis": _set("softmax", "axis", 0, -1),
+    "another epsilon": _set("layer_norm", "epsilon", 0, 1e-5),
+    "gamma and beta swapped": _swap("layer_norm", "gamma", "beta"),
+    "a lower bound": _set("clip", "alpha", 0, -0.1),
+    "an upper bound": _set("clip", "beta", 0, 0.5),
+    "a product not transposed": _set("matmul", "transpose_x", 0, False),
+    "a product transposed": _set("matmul", "transpose_y", 0, True),
+    "another scale": _set("quantize", "scale", 0, 0.1),
+    "another zero point": _set("dequantize", "zero_point", 0, 4),
+    "a mean along another axis": _set("reduce_mean", "axes", 0, 1),
+    "aligned corners": _set("resize_bilinear", "sampling_mode", 0, "STRICT_ALIGN_CORNERS"),
+    "another alpha": _set("elu", "alpha", 0, 1.0),
+    "a sum for a difference": _become("add", "sub"),
+    "joined along another axis": _set("concat", "axis", 0, 3),
+}
+
+
+def test_the_package_is_right_before_anything_is_planted(written):
+    assert _off(*written) < 1e-5
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_a_planted_mistake_is_caught(written, mistake, tmp_path):
+    folder, model = written
+    changed = _edited(folder, tmp_path / "changed", MUTANTS[mistake])
+    before, after = (p / "model.mlpackage" / MODEL for p in (folder, changed))
+    assert before.read_bytes() != after.read_bytes()
+    off, refused = 0.0, ""
+    try:
+        off = _off(changed, model)
+    except ModelError as error:
+        refused = str(error)
+    # Other numbers, another shape than the program declares, or values that do not fit each other.
+    assert off > 1e-3 or "declares" in refused or "cannot be computed" in refused
+
+
+def _drop(kind: str, parameter: str) -> Callable[[Any], None]:
+    def edit(spec: Any) -> None:
+        del next(o for o in _operations(spec) if o.type == kind).inputs[parameter]
+
+    return edit
+
+
+def _rename_input(spec: Any) -> None:
+    spec.description.input[0].name = "other"
+
+
+def _forget_function(spec: Any) -> None:
+    del spec.mlProgram.functions["main"]
+
+
+def _older(spec: Any) -> None:
+    spec.specificationVersion = 6
+
+
+def _late(spec: Any) -> None:
+    operations = next(iter(spec.mlProgram.functions["main"].block_specializations.values())).operations
+    first = next(i for i, o in enumerate(operations) if o.type == "conv")
+    moved = operations.pop(first)
+    operations.append(moved)
+
+
+def _twice(spec: Any) -> None:
+    operations = next(iter(spec.mlProgram.functions["main"].block_specializations.values())).operations
+    operations.append(next(o for o in operations if o.type == "conv"))
+
+
+def _far_blob(spec: Any) -> None:
+    blob = next(o for o in _operations(spec) if o.attributes["val"].WhichOneof("value") == "blobFileValue")
+    blob.attributes["val"].blobFileValue.offset = 1 << 30
+
+
+def _unknown_parameter(spec: Any) -> None:
+    conv = next(o for o in _operations(spec) if o.type == "conv")
+    conv.inputs["color"].CopyFrom(conv.inputs["groups"])
+
+
+def _computed_constant(spec: Any) -> None:
+    softmax = next(o for o in _operations(spec) if o.type == "softmax")
+    softmax.inputs["axis"].arguments[0].name = softmax.inputs["x"].arguments[0].name
+
+
+BROKEN = {
+    "the parameter 'x' is missing": _drop("conv", "x"),
+    "the parameter 'pad_type' is missing": _drop("conv", "pad_type"),
+    "has no parameter 'color'": _unknown_parameter,
+    "the parameter 'axis' has to be constant": _computed_constant,
+    "the description names the inputs": _rename_input,
+    "there is no function 'main'": _forget_function,
+    "specification version 6": _older,
+    "is used before it is computed": _late,
+    "is defined twice": _twice,
+    "no blob at 1073741824": _far_blob,
+    "there is no such operation": _become("conv", "convolve"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_what_a_mac_would_refuse_is_refused(written, message, tmp_path):
+    from optkit.backends.coreml.validate import problems
+
+    assert problems(written[0] / "model.mlpackage") == []
+    changed = _edited(written[0], tmp_path / "changed", BROKEN[message])
+    assert message in "\n".join(problems(changed / "model.mlpackage"))
+
+
+def test_gathers_say_whether_they_check_their_indices(tmp_path):
+    from optkit.backends.coreml.validate import problems
+
+    model = parse(HEAD + "g (float[4, 3] x, int64[2] i) => (float[2, 3] y) { y = Gather(x, i) }")
+    backend = BACKENDS.get("coreml")()
+    (tmp_path / "a").mkdir()
+    backend.lower(model, PHONE, backend.options(), tmp_path / "a")
+    changed = _edited(tmp_path / "a", tmp_path / "b", _drop("gather", "validate_indices"))
+    assert "'validate_indices' is missing" in problems(changed / "model.mlpackage")[0]
+
+
+def test_an_operation_that_the_evaluator_does_not_know_is_named(written, tmp_path):
+    changed = _edited(written[0], tmp_path / "changed", _become("elu", "gelu_of_tomorrow"))
+    with pytest.raises(ModelError, match="does not know the operations gelu_of_tomorrow"):
+        BACKENDS.get("coreml")().load(changed, PHONE, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes|no blob"),
+        (b"\0" * 10, "10 bytes are no file of weights"),
+        (b"\1\0\0\0\7\0\0\0" + b"\0" * 56, "version 7"),
+    ],
+)
+def test_a_broken_file_of_weights_is_refused(content, message, tmp_path):
+    from optkit.backends.coreml.reference.blobs import Blobs
+
+    (tmp_path / "weight.bin").write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        Blobs(tmp_path / "weight.bin").raw(64)
+
+
+def test_a_package_without_a_program_is_refused(tmp_path):
+    from optkit.backends.coreml.reference.program import Package
+
+    with pytest.raises(ModelError, match="no model inside"):
+        Package(tmp_path)
+    (tmp_path / "Data/com.apple.CoreML").mkdir(parents=True)
+    (tmp_path / MODEL).write_bytes(b"\xff\xff")
+    with pytest.raises(ModelError, match=r"cannot be read|holds a"):
+        Package(tmp_path)
+
+
+FORMS = {
+    "int8 a channel": ("linear", {"mode": "linear_symmetric", "dtype": "int8", "granularity": "per_channel"}),
+    "uint8 a tensor": ("linear", {"mode": "linear", "dtype": "uint8", "granularity": "per_tensor"}),
+    "int4 a block": (
+        "linear", {"mode": "linear_symmetric", "dtype": "int4", "granularity": "per_block", "block_size": 16}
+    ),
+    "uint4 a block": ("linear", {"mode": "linear", "dtype": "uint4", "granularity": "per_block", "block_size": 8}),
+    "a palette of 16": ("palette", {"mode": "uniform", "nbits": 4}),
+    "a palette of 8 a group of channels": (
+        "palette", {"mode": "uniform", "nbits": 3, "granularity": "per_grouped_channel", "group_size": 16}
+    ),
+    "half of the weights": ("sparse", {"target_sparsity": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+def test_compressed_constants_are_what_coremltools_decompresses(form, tmp_path):
+    """Compressed by coremltools; what the numbers are, its own decompression says."""
+    from optkit.backends.coreml.quiet import ct, silence
+    from optkit.backends.coreml.reference.machine import Machine
+    from optkit.backends.coreml.reference.program import Package
+
+    model = parse(
+        HEAD + "g (float[1, 32] x) => (float[1, 64] y) { y = MatMul(x, w) }",
+        w=np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32),
+    )
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(), tmp_path)
+    kind, options = FORMS[form]
+    optimize = ct.optimize.coreml
+    compress, settings = {
+        "linear": (optimize.linear_quantize_weights, optimize.OpLinearQuantizerConfig),
+        "palette": (optimize.palettize_weights, optimize.OpPalettizerConfig),
+        "sparse": (optimize.prune_weights, optimize.OpMagnitudePrunerConfig),
+    }[kind]
+    with silence():
+        loaded = ct.models.MLModel(str(tmp_path / "model.mlpackage"), skip_model_load=True)
+        loaded = compress(loaded, optimize.OptimizationConfig(settings(weight_threshold=0, **options)))
+        loaded.save(str(tmp_path / "small.mlpackage"))
+        optimize.decompress_weights(loaded).save(str(tmp_path / "plain.mlpackage"))
+    x = {"x": random_feeds(model)["x"]}
+    small, full = (Package(tmp_path / f"{n}.mlpackage") for n in ("small", "plain"))
+    kinds = {o.kind for o in small.functions["main"].block.operations}
+    assert any(k.startswith("constexpr_") for k in kinds)
+    found, expected = (Machine(p.functions["main"]).run(x)["y"] for p in (small, full))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_basic_pitch_as_spotify_converted_it_computes_what_its_onnx_twin_does():
+    """A package that nobody here wrote: coremltools 7 made it from TensorFlow."""
+    from optkit.backends.coreml.reference.machine import Machine
+    from optkit.backends.coreml.reference.program import Package
+
+    folder = cache() / "models" / "basic_pitch"
+    package, twin = folder / "nmp.mlpackage", folder / "basic_pitch.onnx"
+    if not (package.is_dir() and twin.is_file()):
+        pytest.skip("python -m optkit.benchmarks.coreml --only basic_pitch fetches the package")
+    function = Package(package).functions["main"]
+    x = np.random.default_rng(0).normal(size=(1, 43844, 1)).astype(np.float32) * np.float32(0.1)
+    found = Machine(function).run({function.inputs[0].name: x})
+    reference = ReferenceSession(twin)
+    expected = reference.run({reference.inputs[0]: x})
+    assert len(found) == len(expected) == 3
+    for array in expected.values():
+        nearest = min(
+            (v for v in found.values() if v.shape == array.shape), key=lambda v: np.abs(v - array).max()
+        )
+        assert np.abs(nearest - array).max() < 5e-5 < array.max()
