@@ -37,7 +37,7 @@ from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded, read
-from optkit.graph import count_nodes, count_parameters, digest, graphs, weight_bytes
+from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, weight_bytes
 from optkit.legalize import legalize
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
@@ -416,12 +416,20 @@ def scheme(model: ir.Model) -> str:
                     continue
                 role = "weights" if x.is_initializer() else "activations"
                 grain = "per channel" if s.shape is not None and len(s.shape) else "per tensor"
+                if "block_size" in node.attributes:
+                    grain = f"per block of {node.attributes.get_int('block_size')}"
                 kinds.add(
                     f"{role} {stored} {grain}, {'symmetric' if stored.startswith(('int', 'float')) else 'asymmetric'}"
                 )
             elif node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer():
                 if node.inputs[0].dtype == ir.DataType.INT8:
                     kinds.add("embeddings int8 per row, symmetric")
+                elif (
+                    rank(node.inputs[0]) == 1
+                    and node.inputs[1] is not None
+                    and node.inputs[1].is_initializer()
+                ):
+                    kinds.add("weights in palettes")
             elif node.op_type == "MatMulInteger":
                 kinds.add("weights int8 per channel, symmetric")
                 kinds.add("activations uint8 per tensor, asymmetric, computed in each run")

@@ -35,6 +35,8 @@ PASSES = Registry(
         "smooth-activations": "optkit.passes.quantization.smooth:SmoothActivations",
         "quantize-static": "optkit.passes.quantization.static:QuantizeStatic",
         "quantize-embedding": "optkit.passes.quantization.embedding:QuantizeEmbedding",
+        "quantize-weights": "optkit.passes.quantization.weights:QuantizeWeights",
+        "palettize-weights": "optkit.passes.quantization.palette:PalettizeWeights",
         "quantize-dynamic": "optkit.passes.quantization.dynamic:QuantizeDynamic",
     },
     group="optkit.passes",

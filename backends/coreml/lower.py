@@ -243,7 +243,17 @@ def _refuse_newer(model: ir.Model, target: Target, oldest: int) -> None:
     found = []
     for node in walk(model):
         row = ROWS.get(node.op_type)
-        if row is not None and row.oldest > oldest and not stored_constant(node):
+        if stored_constant(node):
+            small = node.inputs[0] is not None and node.inputs[0].dtype in (
+                ir.DataType.INT4,
+                ir.DataType.UINT4,
+            )
+            if oldest < _USUAL and (small or "block_size" in node.attributes):
+                what = "4 bits" if small else "blocks"
+                found.append(
+                    (describe(node), f"weights of {what} need iOS 18, the package is for iOS {oldest}")
+                )
+        elif row is not None and row.oldest > oldest:
             found.append((describe(node), f"needs iOS {row.oldest}, the package is for iOS {oldest}"))
     if found:
         raise UnsupportedOpError(f"Core ML for {target.name}", found, hint="raise options.deployment")

@@ -75,7 +75,7 @@ def stored_constant(node: ir.Node) -> bool:
     if table is None or indices is None or table.dtype.kind != "f" or indices.ndim < 2:
         return False
     # A palette has few entries, and is read at every place of a weight.
-    return table.ndim == 1 and table.size <= 1 << 16 and bool(indices.min() >= 0)
+    return table.ndim == 1 and table.size <= 1 << 17 and bool(indices.min() >= 0)
 
 
 def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:

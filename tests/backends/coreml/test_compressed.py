@@ -1,0 +1,119 @@
+"""Weights in Core ML's own small forms: the numbers that ONNX Runtime makes of the same graph, and the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.backends import BACKENDS
+from optkit.errors import UnsupportedOpError
+from optkit.passes.base import Context
+from optkit.passes.quantization.palette import PalettizeWeights
+from optkit.passes.quantization.weights import QuantizeWeights
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import parse, random_feeds
+
+pytestmark = pytest.mark.needs("coremltools")
+
+PHONE = target("iphone15")
+# A table, a linear layer in each spelling, a convolution of 1x1 and a wide one.
+GRAPH = """<ir_version: 10, opset_import: ["" : 21]>
+g (int64[N, 9] i) => (float[N, 64] y) <int64[1] last = {-1}, int64[1] two = {2}> {
+  e = Gather(table, i)
+  a = MatMul(e, w)
+  t = Transpose<perm = [0, 2, 1]>(a)
+  c = Conv<kernel_shape = [1]>(t, k)
+  d = Conv<kernel_shape = [3]>(c, u)
+  r = ReduceMean<keepdims = 0>(d, two)
+  y = Gemm<transB = 1>(r, g)
+}"""
+SHAPES = {"table": (96, 64), "w": (64, 64), "k": (64, 64, 1), "u": (64, 64, 3), "g": (64, 64)}
+FLOATS = 4 * sum(int(np.prod(s)) for s in SHAPES.values())
+
+
+def _model(share: float = 0.0) -> ir.Model:
+    random = np.random.default_rng(0)
+    weights = {}
+    for name, shape in SHAPES.items():
+        array = random.normal(size=shape).astype(np.float32) / 8
+        weights[name] = np.where(random.random(shape) < share, np.float32(0), array)
+    return parse(GRAPH, **weights)
+
+
+def _check(model: ir.Model, folder: Path, **options) -> tuple[int, set[str]]:
+    """The package gives ONNX Runtime's numbers; bytes of its weights and the kinds of its operations."""
+    from optkit.backends.coreml.reference.program import Package
+
+    backend = BACKENDS.get("coreml")()
+    chosen = backend.options.model_validate(options)
+    backend.lower(model, PHONE, chosen, folder)
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model, optimize=False).run(feeds)["y"]
+    with backend.load(folder, PHONE, chosen) as session:
+        np.testing.assert_allclose(session.run(feeds)["y"], expected, rtol=1e-4, atol=1e-5)
+    package = folder / "model.mlpackage"
+    kinds = {o.kind for o in Package(package).functions["main"].block.operations}
+    return (package / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size, kinds
+
+
+@pytest.mark.parametrize(
+    ("pass_", "share", "kind"),
+    [
+        (QuantizeWeights(bits=8), 0.28, "constexpr_blockwise_shift_scale"),
+        (QuantizeWeights(bits=4, block=32), 0.25, "constexpr_blockwise_shift_scale"),
+        (PalettizeWeights(bits=4), 0.14, "constexpr_lut_to_dense"),
+        (PalettizeWeights(bits=4, group=16), 0.15, "constexpr_lut_to_dense"),
+        (PalettizeWeights(bits=3, group=16), 0.12, "constexpr_lut_to_dense"),
+        (PalettizeWeights(bits=2), 0.08, "constexpr_lut_to_dense"),
+    ],
+)
+def test_compressed_weights_are_small_in_the_file_and_exact(pass_, share, kind, tmp_path):
+    model = _model()
+    assert len(pass_.run(model, Context(target=PHONE))) == 5
+    size, kinds = _check(model, tmp_path)
+    assert kind in kinds
+    assert size < share * FLOATS
+    assert "gather" in kinds
+
+
+@pytest.mark.parametrize(
+    ("pass_", "kind"),
+    [
+        (None, "constexpr_sparse_to_dense"),
+        (QuantizeWeights(bits=8), "constexpr_sparse_blockwise_shift_scale"),
+        (PalettizeWeights(bits=4), "constexpr_lut_to_sparse"),
+    ],
+)
+def test_zeros_are_not_stored(pass_, kind, tmp_path):
+    model, full = _model(share=0.7), _model()
+    (tmp_path / "full").mkdir()
+    for graph in (model, full):
+        if pass_ is not None:
+            pass_.run(graph, Context(target=PHONE))
+    (tmp_path / "sparse").mkdir()
+    size, kinds = _check(model, tmp_path / "sparse")
+    dense, _ = _check(full, tmp_path / "full")
+    assert kind in kinds
+    assert size < dense * 0.7
+
+
+@pytest.mark.parametrize("pass_", [QuantizeWeights(bits=8), PalettizeWeights(bits=4), None])
+def test_ios_16_has_forms_of_its_own(pass_, tmp_path):
+    model = _model(share=0.6 if pass_ is None else 0.0)
+    if pass_ is not None:
+        pass_.run(model, Context(target=PHONE))
+    size, kinds = _check(model, tmp_path, deployment="iOS16")
+    assert kinds & {"constexpr_affine_dequantize", "constexpr_lut_to_dense", "constexpr_sparse_to_dense"}
+    assert size < 0.5 * FLOATS
+
+
+def test_blocks_need_ios_18(tmp_path):
+    model = _model()
+    QuantizeWeights(bits=4).run(model, Context(target=PHONE))
+    backend = BACKENDS.get("coreml")()
+    with pytest.raises(UnsupportedOpError, match=r"4 unsupported(.|\n)*4 bits need iOS 18"):
+        backend.lower(model, PHONE, backend.options.model_validate({"deployment": "iOS17"}), tmp_path)
