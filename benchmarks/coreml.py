@@ -53,8 +53,9 @@ _FOREIGN = {
     "Data/com.apple.CoreML/model.mlmodel": "af7bf7d49bc167e0bf0c30aa2ca6b432c3e10df048d2dd4173ff3a738c020858",
     "Data/com.apple.CoreML/weights/weight.bin": "691a6b63c7ddcdde0ee131ff3986dcb1250df47cd738612efde966ba9b4c99cd",
 }
-# Outputs of float32 programs may differ by roundings alone, of float16 programs by those of its 11 bits, summed up.
-LIMITS = {"fp32": 1e-4, "fp16": 3e-2}
+# A float32 program may differ by roundings, or by twice what ONNX Runtime's own rewrites move the same outputs. One in
+# float16, by SQNR: rounding once to 11 bits leaves 74 dB, and the noise of a thousand roundings in a row is 30 dB more.
+_ROUNDING, _ALIKE, _LOUDEST = 1e-5, 2, 35.0
 
 
 def difference(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> float:
@@ -132,6 +133,7 @@ def measure(name: str) -> dict[str, Any]:
     feeds = list(islice(calibration(), _BATCHES))
     reference, usual = ReferenceSession(path, optimize=False), ReferenceSession(path)
     expected = [reference.run(batch) for batch in feeds]
+    moved = max(difference(a, usual.run(b)) for a, b in zip(expected, feeds, strict=True))
     forms: dict[str, dict[str, Any]] = {}
     for form in FORMS:
         folder = Path(tempfile.mkdtemp(prefix=f"optkit-{name}-"))
@@ -142,7 +144,9 @@ def measure(name: str) -> dict[str, Any]:
                 pairs = [(_seconds(usual, feeds), _seconds(session, feeds)) for _ in range(_ROUNDS)]
             worst = max(difference(a, b) for a, b in zip(expected, found, strict=True))
             forms[form] = {
-                "passed": worst <= LIMITS[form],
+                "passed": worst <= max(_ROUNDING, _ALIKE * moved)
+                if form == "fp32"
+                else noise(expected, found) >= _LOUDEST,
                 "error": float(f"{worst:.2g}") if np.isfinite(worst) else None,
                 "sqnr": round(noise(expected, found), 1) if np.isfinite(noise(expected, found)) else None,
                 "seconds": round(seconds, 2),
@@ -167,9 +171,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{chip['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
         "",
         "Verified by the reference evaluator, not executed on Apple hardware. The largest difference to ONNX Runtime as a share",
-        "of the largest value, at most "
-        + ", ".join(f"{limit:g} in {form}" for form, limit in LIMITS.items())
-        + ";",
+        f"of the largest value. In float32 it passes up to {_ROUNDING:g}, or up to {_ALIKE} times what ONNX Runtime's own rewrites",
+        f"move the outputs; in float16 from {_LOUDEST:g} dB on.",
         "CPU seconds from file to package; the evaluator's CPU time over ONNX Runtime's.",
         f"The package of basic-pitch as its authors converted it, against its ONNX twin: {result['foreign_error']:.1e} at most.",
         "Written by `python -m optkit.benchmarks.coreml`, which says how.",
