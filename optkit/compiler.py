@@ -109,9 +109,9 @@ class Compilation:
         seed: int,
         folder: Path,
         progress: Progress,
-        asked: Mapping[str, int] | None = None,
+        wanted: Mapping[str, int] | None = None,
     ) -> None:
-        self.asked = dict(asked or {})
+        self.wanted = dict(wanted or {})
         self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
         self.seed, self.folder, self.progress = seed, folder, progress
         data = None if data is None else data.remembered()
@@ -140,7 +140,7 @@ class Compilation:
         reason = ""
         for sizes in trial_sizes(specs(self.loaded.model)[0]):
             drawn = CalibrationData.random_batches(
-                self.loaded.model, 4, seed=self.seed, sizes={**sizes, **self.asked}
+                self.loaded.model, 4, seed=self.seed, sizes={**sizes, **self.wanted}
             )
             try:
                 self.reference.run(next(iter(drawn)))
@@ -559,7 +559,7 @@ class Request:
         """The compilation that carries this out in ``folder``."""
         return Compilation(
             self.loaded, self.target, self.backend, self.data, self.evaluator, seed=self.recipe.seed, folder=folder, progress=progress,
-            asked=self.backend.sizes(self.loaded.model, self.backend.options.model_validate(self.recipe.options)),
+            wanted=self.backend.sizes(self.loaded.model, self.backend.options.model_validate(self.recipe.options)),
         )  # fmt: skip
 
 

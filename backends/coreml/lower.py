@@ -73,6 +73,7 @@ class CoreMl(Backend):
     options: ClassVar[type[Options]] = CoreMlOptions
     placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
+    generic: ClassVar[bool] = False
 
     def available(self) -> str | None:
         """None: writing and evaluating packages works wherever coremltools does."""
