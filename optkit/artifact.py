@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from optkit.backends import BACKENDS
+from optkit.data import validate
 from optkit.errors import ModelError, UsageError
 from optkit.graph import digest
 from optkit.report import Manifest
@@ -110,7 +111,12 @@ class Artifact:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name for one batch; the session is opened at the first call and kept."""
-        return self._session.run(feeds)
+        try:
+            return self._session.run(feeds)
+        except ModelError:
+            # Where the shapes are to blame, name the axis.
+            validate(feeds, self._session.inputs)
+            raise
 
     def run_all(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
         """The outputs of every batch, in order, with as many requests at the same time as the artifact has streams."""

@@ -36,7 +36,7 @@ from optkit.estimate import estimate
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
-from optkit.frontend import Loaded, read
+from optkit.frontend import Loaded, is_torch, read
 from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, weight_bytes
 from optkit.legalize import legalize
 from optkit.page import page
@@ -123,6 +123,8 @@ class Compilation:
             self.inputs = "held-out calibration data"
         if data is None or data.random:
             self.inputs = "inputs drawn from the input specification"
+        if data is None and loaded.examples:
+            self.inputs = "example inputs"
         self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
         self._built = 0
         self.evaluation_seconds = 0.0
@@ -137,6 +139,8 @@ class Compilation:
         """
         if self.held_out is not None:
             return self.held_out
+        if self.loaded.examples:
+            return CalibrationData(list(self.loaded.examples), name="example inputs").check(self.loaded.model)
         reason = ""
         for sizes in trial_sizes(specs(self.loaded.model)[0]):
             drawn = CalibrationData.random_batches(
@@ -477,8 +481,11 @@ def achieved(executed: Sequence[Executed], built: Built) -> Achieved:
 
 
 def compile(
-    source: str | Path | bytes | ir.Model,
+    source: Any,
     *,
+    inputs: Any = None,
+    dynamic_shapes: Sequence[str] | Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
     target: str | Target | None = None,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     precision: str | None = None,
@@ -496,7 +503,12 @@ def compile(
     """Compile a model, measure it against the reference, and write the artifact.
 
     Args:
-        source: An ``.onnx`` file, its bytes, or a graph.
+        source: An ``.onnx`` file, its bytes, or a graph; or a PyTorch module, ``(module, inputs)``, an exported program, a
+            ``.pt2`` or TorchScript file, a Hugging Face folder, or ``package.module:factory``.
+        inputs: Example inputs of a module: a tensor, a tuple of arguments, or a dict of named ones.
+        dynamic_shapes: Axes of a module's inputs that stay free: names such as ``batch`` and ``sequence``, or
+            ``{input: {axis: name}}``. Each is proved at two other sizes.
+        weights: A checkpoint for the module.
         target: Hardware; the recipe's, or ``cpu``.
         recipe: Name of a shipped recipe, a file, or plain data. Without one, ``precision`` names it, or ``auto``.
         precision: As on the command line: ``int8``, ``int8-dyn``, ``fp32`` …
@@ -523,8 +535,8 @@ def compile(
     started = (time.process_time(), time.perf_counter())
     destination = Path(out)
     asked = request(
-        source, target=target, recipe=recipe, precision=precision, data=data, evaluate=evaluate, max_drop=max_drop,
-        backend=backend, out=destination, overrides=overrides, seed=seed, goal=goal,
+        source, inputs=inputs, dynamic_shapes=dynamic_shapes, weights=weights, target=target, recipe=recipe, precision=precision,
+        data=data, evaluate=evaluate, max_drop=max_drop, backend=backend, out=destination, overrides=overrides, seed=seed, goal=goal,
     )  # fmt: skip
     with temporary_folder(destination) as folder:
         work = asked.work(folder, progress or Silent())
@@ -564,8 +576,11 @@ class Request:
 
 
 def request(
-    source: str | Path | bytes | ir.Model,
+    source: Any,
     *,
+    inputs: Any = None,
+    dynamic_shapes: Sequence[str] | Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
     target: str | Target | None = None,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     precision: str | None = None,
@@ -609,7 +624,12 @@ def request(
                 "max-drop needs an evaluator: without labels there is no metric to lose",
                 hint="give --eval FILE, or limits.min_cosine for fidelity",
             )
-    loaded = read(source)
+    if not is_torch(source) and (torch_passes := [p.name for p in plan.passes if p.stage == "torch"]):
+        raise RecipeError(
+            f"{', '.join(torch_passes)}: works on a PyTorch module, but {_named(source)} is already a graph",
+            hint="remove the pass, or start from the module: optkit compile package.module:factory",
+        )
+    loaded = read(source, inputs=inputs, dynamic=dynamic_shapes, weights=weights)
     batches = _batches(data, loaded, plan)
     if evaluator is not None:
         evaluator = evaluator.checked(specs(loaded.model)[0])
@@ -618,6 +638,12 @@ def request(
         candidates=tuple((name, r) for name, r in candidates if data is not None or name not in needy),
         closed=tuple(needy) if data is None else (),
     )  # fmt: skip
+
+
+def _named(source: Any) -> str:
+    return (
+        Path(source).name if isinstance(source, str | Path) else f"what was given ({type(source).__name__})"
+    )
 
 
 def _plan(
@@ -679,8 +705,10 @@ def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationD
         return None
     if isinstance(data, str | Path):
         found = CalibrationData.load(data, loaded.model, seed=plan.seed)
+        found = found.check(loaded.model, loaded.axes) if loaded.axes and not found.random else found
     else:
-        found = (data if isinstance(data, CalibrationData) else CalibrationData(data)).check(loaded.model)
+        given = data if isinstance(data, CalibrationData) else CalibrationData(data)
+        found = given.check(loaded.model, loaded.axes)
     return found if plan.samples is None else found.limit(plan.samples)
 
 
@@ -769,7 +797,7 @@ def _finish(
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
         evidence=_evidence(work, best), deferred=_deferred(work, best),
         predicted=work.engine(best.recipe).prediction(work.target), saturation=best.saturation,
-        notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
+        notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.loaded.packages, *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -64,7 +64,13 @@ def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ..
     return inputs, tuple(TensorSpec.of(v) for v in graph.outputs)
 
 
-def validate(feeds: Mapping[str, Any], inputs: Sequence[TensorSpec], *, where: str = "") -> Feeds:
+def validate(
+    feeds: Mapping[str, Any],
+    inputs: Sequence[TensorSpec],
+    *,
+    where: str = "",
+    bounds: Mapping[str, tuple[int, int | None]] | None = None,
+) -> Feeds:
     """Check one batch against ``inputs`` and return it in their order and types.
 
     Types are converted where no value changes its meaning: between widths of one kind, when every value fits (rounding a
@@ -72,6 +78,7 @@ def validate(feeds: Mapping[str, Any], inputs: Sequence[TensorSpec], *, where: s
 
     Args:
         where: For messages: ``calib/0003.npz``.
+        bounds: Smallest and largest size of free axes, by symbol.
 
     Raises:
         DataError: A name, type, shape or value does not fit; all that do not are listed.
@@ -96,7 +103,7 @@ def validate(feeds: Mapping[str, Any], inputs: Sequence[TensorSpec], *, where: s
     for spec in inputs:
         place = f"{prefix}input {spec.name!r}"
         array = _array(feeds[spec.name], place)
-        _check_shape(array, spec, sizes, place)
+        _check_shape(array, spec, sizes, place, bounds or {})
         batch[spec.name] = _convert(array, spec.dtype, place)
     return batch
 
@@ -120,7 +127,13 @@ def _array(value: Any, place: str) -> np.ndarray:
     return array
 
 
-def _check_shape(array: np.ndarray, spec: TensorSpec, sizes: dict[str, tuple[int, str]], place: str) -> None:
+def _check_shape(
+    array: np.ndarray,
+    spec: TensorSpec,
+    sizes: dict[str, tuple[int, str]],
+    place: str,
+    bounds: Mapping[str, tuple[int, int | None]],
+) -> None:
     if spec.shape is None:
         return
     expected = f"the model takes {spec}"
@@ -140,6 +153,13 @@ def _check_shape(array: np.ndarray, spec: TensorSpec, sizes: dict[str, tuple[int
             if first != size:
                 raise DataError(
                     f"{place} has size {size} at axis {axis}, but {wanted!r} is {first} in {name!r}",
+                    hint=expected,
+                )
+            low, high = bounds.get(wanted, (1, None))
+            if size < low or (high is not None and size > high):
+                limit = f"at least {low}" if size < low else f"at most {high}"
+                raise DataError(
+                    f"{place} has size {size} at axis {axis}, but {wanted!r} is {limit} in the module",
                     hint=expected,
                 )
 
@@ -379,7 +399,11 @@ class CalibrationData:
 
         return part(False), part(True)
 
-    def check(self, inputs: ir.Model | Sequence[TensorSpec]) -> CalibrationData:
+    def check(
+        self,
+        inputs: ir.Model | Sequence[TensorSpec],
+        bounds: Mapping[str, tuple[int, int | None]] | None = None,
+    ) -> CalibrationData:
         """The same batches, each passed through ``validate`` as it is read.
 
         Nothing is read now; a batch that does not fit raises ``DataError`` when its turn comes.
@@ -388,7 +412,7 @@ class CalibrationData:
 
         def read() -> Iterator[tuple[str, Feeds]]:
             for place, feeds in self._open():
-                yield place, validate(feeds, wanted, where=place)
+                yield place, validate(feeds, wanted, where=place, bounds=bounds)
 
         return self._make(read, name=self.name, count=self._count, random=self.random)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -17,10 +19,13 @@ from onnx_ir.passes import PassError, PreconditionError
 from onnx_ir.passes.common import InlinePass
 
 from optkit import equivalence, onnxfile, opset
-from optkit.data import TensorSpec
-from optkit.errors import DataError, ModelError, UnsupportedOpError, UsageError
+from optkit.data import Feeds, TensorSpec
+from optkit.errors import BackendUnavailableError, DataError, ModelError, UnsupportedOpError, UsageError
 from optkit.graph import IR_VERSION, OPSET, describe, graphs, verify, walk
 from optkit.inference import infer
+
+if TYPE_CHECKING:
+    from optkit.exporting.export import Exported
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +38,9 @@ _DEEPEST_CALL = 100
 # Constants above this are weights.
 _LARGE = 1024
 
-_TORCH = {".pt2": "an exported program"}
-_PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+_TORCH = {".pt2", ".pt", ".pth", ".ckpt", ".ts", ".safetensors", ".torchscript"}
+_EXPORTERS = ("torch", "onnxscript")
+_PICKLES = {".pkl", ".pickle", ".joblib"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +52,10 @@ class Loaded:
         name: How messages name the source: the file's name, or "model".
         opset: Of the source, default domain.
         notes: What was changed or could not be checked, as sentences for the report.
-        path: The file, where there is one.
+        path: The file, where there is one and the reference can run it.
+        examples: Batches that came with the source; those of a module are its example inputs.
+        axes: Smallest and largest size of free axes, where they are known.
+        packages: What took part in making the graph, for the manifest.
     """
 
     model: ir.Model
@@ -54,14 +63,41 @@ class Loaded:
     opset: int
     notes: tuple[str, ...]
     path: Path | None = None
+    examples: tuple[Feeds, ...] = ()
+    axes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
 
 
-def load(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: bool = True) -> ir.Model:
+def load(source: Any, *, unsafe: bool = False, check: bool = True) -> ir.Model:
     """Load a model at the working opset; ``read`` also tells what was done."""
     return read(source, unsafe=unsafe, check=check).model
 
 
-def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: bool = True) -> Loaded:
+def is_torch(source: Any) -> bool:
+    """Whether ``source`` is for PyTorch: a module, with or without inputs, the name of a factory, or a file of torch."""
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.is_dir():
+            return (path / "config.json").is_file()
+        named = (
+            isinstance(source, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", source) is not None
+        )
+        return path.suffix.lower() in _TORCH or (named and not path.exists())
+    # Whoever has a module has imported torch.
+    torch = sys.modules.get("torch")
+    first = source[0] if isinstance(source, tuple | list) and source else source
+    return torch is not None and isinstance(first, torch.nn.Module | torch.export.ExportedProgram)
+
+
+def read(
+    source: Any,
+    *,
+    unsafe: bool = False,
+    check: bool = True,
+    inputs: Any = None,
+    dynamic: Sequence[str] | Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+) -> Loaded:
     """Load a model and bring it to the form that passes rely on.
 
     * The default domain is at opset ``OPSET``; nodes of other domains stay as they are. Older operators are converted
@@ -72,16 +108,31 @@ def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: 
     * Every axis of an input is a number or has a symbol.
     * Weights are mapped from the file, never copied.
 
+    A PyTorch module is exported, and the graph compared with the module in eager mode at the example inputs and, where
+    axes are free, at two other sizes (``optkit.exporting``).
+
     Args:
-        source: An ``.onnx`` file, its bytes, or a graph (which is copied, not changed).
+        source: An ``.onnx`` file, its bytes, or a graph (which is copied, not changed). Or PyTorch: a module, a pair of it
+            and its example inputs, an exported program, a ``.pt2`` or TorchScript file, a Hugging Face folder, or
+            ``package.module:factory``.
         unsafe: Also follow external data out of the model's folder.
         check: Where nodes were rewritten for the opset, compare the numbers before and after on random inputs.
+        inputs: Example inputs of a module: a tensor, a tuple of arguments, or a dict of named ones.
+        dynamic: Axes of a module's inputs that stay free: names such as ``batch``, or ``{input: {axis: name}}``.
+        weights: A checkpoint for the module.
 
     Raises:
         UsageError: There is no such file, or it is not for this function.
         ModelError: The model cannot be read, is not valid, or would compute something else.
         UnsupportedOpError: Lists all operators that nobody knows or that cannot be converted.
     """
+    if is_torch(source):
+        return _read_torch(source, inputs, dynamic, weights)
+    if inputs is not None or dynamic or weights is not None:
+        raise UsageError(
+            "example inputs, dynamic axes and weights are for PyTorch modules; a graph has its own",
+            hint="leave them out, or start from the module",
+        )
     path = _path(source) if isinstance(source, str | Path) else None
     name = path.name if path is not None else "model"
     if isinstance(source, ir.Model):
@@ -94,9 +145,65 @@ def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: 
     else:
         raise UsageError(
             f"cannot load a {type(source).__name__}",
-            hint="PyTorch modules come with optkit[torch]; until then export to ONNX with torch.onnx.export(dynamo=True)",
+            hint="give an .onnx file, its bytes, an onnx_ir.Model, or a PyTorch module with example inputs",
         )
     notes: list[str] = []
+    written, convert = _bring_up(model, name, notes)
+    if check and convert:
+        notes.append(equivalence.check(path or source, model, name=name, unsafe=unsafe))
+    return _loaded(model, name, written, notes, path=path)
+
+
+def _read_torch(
+    source: Any, inputs: Any, dynamic: Sequence[str] | Mapping[str, Any] | None, weights: str | Path | None
+) -> Loaded:
+    missing = [p for p in _EXPORTERS if importlib.util.find_spec(p) is None]
+    if missing:
+        raise BackendUnavailableError(
+            f"{source if isinstance(source, str | Path) else 'a module'}: PyTorch models need {' and '.join(missing)}",
+            hint="pip install 'optkit[torch]'",
+        )
+    from optkit.exporting.export import export
+    from optkit.exporting.sources import open_source
+
+    found = open_source(source, inputs, dynamic, weights=weights)
+    exported = export(found.module, found.inputs, found.dynamic, name=found.name)
+    return proved(replace(exported, notes=(*found.notes, *exported.notes)))
+
+
+def proved(exported: Exported) -> Loaded:
+    """The graph of an export in the form that passes rely on, compared with the module.
+
+    Raises:
+        ModelError: It computes something else, at the example or at other sizes of its free axes.
+    """
+    from optkit.exporting.proof import prove
+
+    notes = list(exported.notes)
+    model = exported.model
+    written, _ = _bring_up(model, exported.name, notes)
+    notes += prove(model, exported)
+    examples = (exported.feeds(exported.tensors),)
+    return _loaded(
+        model,
+        exported.name,
+        written,
+        notes,
+        examples=examples,
+        axes=exported.axes.bounds,
+        packages=_EXPORTERS,
+    )
+
+
+def _loaded(model: ir.Model, name: str, written: int, notes: list[str], **more: Any) -> Loaded:
+    for note in notes:
+        logger.info("%s: %s", name, note)
+    model.meta["optkit.notes"] = tuple(notes)
+    return Loaded(model=model, name=name, opset=written, notes=tuple(notes), **more)
+
+
+def _bring_up(model: ir.Model, name: str, notes: list[str]) -> tuple[int, bool]:
+    """To the form that passes rely on, in place; the opset it was written for, and whether nodes were converted."""
     written = _prepare(model, name, notes)
     nodes = [n for scope in (model.graph, *(f.graph for f in model.functions.values())) for n in walk(scope)]
     versions = {n.version for n in nodes if n.domain == ""}
@@ -107,25 +214,13 @@ def read(source: str | Path | bytes | ir.Model, *, unsafe: bool = False, check: 
         )
     model.opset_imports[""] = OPSET
     _finish(model, name)
-    if check and convert:
-        notes.append(equivalence.check(path or source, model, name=name, unsafe=unsafe))  # type: ignore[arg-type]
-    for note in notes:
-        logger.info("%s: %s", name, note)
-    model.meta["optkit.notes"] = tuple(notes)
-    return Loaded(model=model, name=name, opset=written, notes=tuple(notes), path=path)
+    return written, bool(convert)
 
 
 def _path(source: str | Path) -> Path:
     path = Path(source)
     kind = path.suffix.lower()
     export = "export to ONNX with torch.onnx.export(model, args, 'model.onnx', dynamo=True)"
-    if kind in _TORCH or (
-        isinstance(source, str) and re.fullmatch(r"[\w.]+:[\w.]+", source) and not path.exists()
-    ):
-        raise UsageError(
-            f"{source}: {_TORCH.get(kind, 'a PyTorch module')} cannot be loaded yet",
-            hint=f"loading PyTorch comes with optkit[torch]; until then {export}",
-        )
     if kind in _PICKLES:
         raise UsageError(f"{source}: pickles can run any code when loaded, and are refused", hint=export)
     return path

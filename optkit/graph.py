@@ -142,6 +142,8 @@ def describe(node: ir.Node) -> str:
     """How messages name a node: its name, operator and, where known, the source line it came from."""
     source = node.metadata_props.get("optkit.source")
     module = node.metadata_props.get("optkit.module")
+    if module and str(node.name).startswith(module):
+        module = None
     place = ", ".join(p for p in (module, source) if p)
     return f"{node.name or '?'} ({node.op_type}{': ' + place if place else ''})"
 

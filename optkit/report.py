@@ -86,7 +86,10 @@ class FidelityRecord(_Record):
     top1_agreement: float | None
     batches: int
     inputs: Literal[
-        "held-out calibration data", "calibration data", "inputs drawn from the input specification"
+        "held-out calibration data",
+        "calibration data",
+        "inputs drawn from the input specification",
+        "example inputs",
     ]
     met: bool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from optkit import equivalence, opset
 from optkit.data import specs
-from optkit.errors import ModelError, OptkitError, UnsupportedOpError, UsageError
+from optkit.errors import BackendUnavailableError, ModelError, OptkitError, UnsupportedOpError, UsageError
 from optkit.frontend import load, read
 from optkit.graph import IR_VERSION, OPSET, graphs, text, verify, walk
 
@@ -604,17 +605,27 @@ def test_a_pipe_does_not_hang(tmp_path: Path):
         load(tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.pkl", "m.ckpt"])
+@pytest.mark.parametrize("name", ["m.pkl", "m.pickle", "m.joblib"])
 def test_pickles_are_refused_unread(name: str):
     with pytest.raises(UsageError, match="pickles can run any code"):
         load(name)
 
 
-@pytest.mark.parametrize("name", ["m.pt2", "package.module:factory"])
-def test_pytorch_sources_say_what_to_do(name: str):
-    with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize("name", ["m.pt2", "m.pt", "package.module:factory"])
+def test_pytorch_sources_name_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        BackendUnavailableError, match=f"{name}: PyTorch models need torch and onnxscript"
+    ) as caught:
         load(name)
     assert "optkit[torch]" in str(caught.value.hint)
+
+
+@pytest.mark.needs("torch", "onnxscript")
+@pytest.mark.parametrize("name", ["m.pt2", "m.pt", "m.safetensors"])
+def test_a_missing_file_of_torch_is_named(name: str):
+    with pytest.raises(UsageError, match=f"{name}: no such file"):
+        load(name)
 
 
 @pytest.mark.parametrize(

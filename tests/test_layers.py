@@ -22,15 +22,15 @@ LAYERS = {
     4: ["passes", "backends"],
     5: ["recipe", "recipes"],
     6: [
-        "frontend", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate", "bench",
-        "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
+        "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate",
+        "bench", "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
         "estimate", "finish",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {
-    "torch": ("passes", "frontend", "training", "kernels/triton", "benchmarks"),
+    "torch": ("passes", "exporting", "frontend", "training", "kernels/triton", "benchmarks"),
     "tensorrt": ("backends/tensorrt", "benchmarks"),
     "tensorrt_rtx": ("backends/tensorrt",),
     "openvino": ("backends/openvino", "benchmarks"),

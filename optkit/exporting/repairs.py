@@ -1,0 +1,127 @@
+"""What is changed for the time of tracing, because torch cannot trace it as it is; the numbers stay the same.
+
+Each repair is a context manager over the module; a row in ``REPAIRS`` is what adding one takes. What it did is undone
+afterwards, and the result is compared with the module as it was.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from optkit.exporting.recurrent import symbolic
+
+
+@contextlib.contextmanager
+def _recurrent(module: torch.nn.Module) -> Iterator[None]:
+    """Lengths of recurrent layers stay free."""
+    with symbolic():
+        yield
+
+
+@contextlib.contextmanager
+def _experts(module: torch.nn.Module) -> Iterator[None]:
+    """Mixtures of experts of transformers run as batched products: their grouped kernel is no operator of ONNX."""
+    configs: dict[int, Any] = {}
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            configs[id(config)] = config
+    old = [(c, c._experts_implementation) for c in configs.values()]
+    try:
+        for config, _ in old:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, value in old:
+            config._experts_implementation = value
+
+
+@contextlib.contextmanager
+def _integer_buffers(module: torch.nn.Module) -> Iterator[None]:
+    """Integers kept as buffers of no axis, such as paddings, are numbers: a branch on them is then no branch on data."""
+    taken: list[tuple[torch.nn.Module, str, torch.Tensor]] = []
+    for owner in module.modules():
+        for name, buffer in tuple(owner._buffers.items()):
+            if (
+                buffer is not None
+                and buffer.ndim == 0
+                and not buffer.is_floating_point()
+                and name != "num_batches_tracked"
+            ):
+                taken.append((owner, name, buffer))
+    try:
+        for owner, name, buffer in taken:
+            del owner._buffers[name]
+            object.__setattr__(owner, name, int(buffer))
+        yield
+    finally:
+        for owner, name, buffer in taken:
+            owner.__dict__.pop(name, None)
+            owner._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _lengths(module: torch.nn.Module) -> Iterator[None]:
+    """``len(tensor)`` and ``list(tensor)`` keep the axis free: Python's own make a number of it."""
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else builtins.len(value)
+
+    files = {sys.modules.get(type(m).__module__) for m in module.modules()}
+    own = [f for f in files if f is not None and not f.__name__.startswith("torch.") and "len" not in vars(f)]
+    try:
+        for file in own:
+            vars(file)["len"] = length
+        yield
+    finally:
+        for file in own:
+            vars(file).pop("len", None)
+
+
+@contextlib.contextmanager
+def _causal_padding(module: torch.nn.Module) -> Iterator[None]:
+    """What codecs add behind a signal so that its last window is full: in integers, where theirs goes through a tensor."""
+    name = "_get_extra_padding_for_conv1d"
+    found = [m for m in module.modules() if hasattr(type(m), name) and hasattr(m, "padding_total")]
+
+    def extra(owner: Any) -> Callable[[Any], Any]:
+        kernel, stride, total = int(owner.kernel_size), int(owner.stride), int(owner.padding_total)
+
+        def count(hidden_states: Any) -> Any:
+            length = hidden_states.shape[-1]
+            # Rounded up without negative numbers, which ONNX divides another way.
+            return (length - kernel + total + stride - 1) // stride * stride + kernel - total - length
+
+        return count
+
+    try:
+        for owner in found:
+            owner.__dict__[name] = extra(owner)
+        yield
+    finally:
+        for owner in found:
+            owner.__dict__.pop(name, None)
+
+
+REPAIRS: dict[str, Callable[[torch.nn.Module], contextlib.AbstractContextManager[None]]] = {
+    "recurrent": _recurrent,
+    "experts": _experts,
+    "integer-buffers": _integer_buffers,
+    "lengths": _lengths,
+    "causal-padding": _causal_padding,
+}
+
+
+@contextlib.contextmanager
+def repaired(module: torch.nn.Module) -> Iterator[None]:
+    """All repairs at once, undone in the end."""
+    with contextlib.ExitStack() as stack:
+        for repair in REPAIRS.values():
+            stack.enter_context(repair(module))
+        yield

@@ -1,0 +1,68 @@
+"""What cannot be exported names the line and a way out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optkit.errors import ModelError, UnsupportedOpError, UsageError
+from optkit.frontend import read
+
+nn = torch.nn
+pytestmark = pytest.mark.needs("torch", "onnxscript")
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x * 2
+        return x
+
+
+class Loop(nn.Module):
+    def forward(self, x):
+        left = x
+        while left.numel():
+            left = left[left > 0][1:]
+        return left.sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "cause", "hint"),
+    [
+        (Branch(), "if x.sum() > 0:", "depends on the value of a tensor", "torch.where"),
+        (Loop(), "while left.numel():", "depends on the value of a tensor", "torch.where"),
+    ],
+)
+def test_control_flow_on_data_names_the_line_and_a_rewrite(module, code, cause, hint):
+    with pytest.raises(ModelError, match=r"test_untraceable\.py:\d+") as caught:
+        read(module, inputs=torch.randn(4))
+    assert code in str(caught.value)
+    assert cause in str(caught.value)
+    assert hint in str(caught.value.hint)
+
+
+def test_an_operator_that_onnx_lacks_names_its_line():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.special.airy_ai(x)
+
+    with pytest.raises(UnsupportedOpError, match=r"airy_ai.*test_untraceable\.py:\d+"):
+        read(Odd(), inputs=torch.rand(4))
+
+
+def test_a_module_that_does_not_run_names_the_line():
+    with pytest.raises(UsageError, match="does not run on the example inputs"):
+        read(nn.Linear(3, 3), inputs=torch.randn(2, 4))
+
+
+def test_inputs_that_do_not_fit_list_what_forward_takes():
+    with pytest.raises(UsageError, match=r"inputs do not fit Branch\.forward") as caught:
+        read(Branch(), inputs={"y": torch.randn(2)})
+    assert "it takes x" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("inputs", [None, (), 3, {"x": 3}])
+def test_inputs_without_tensors_are_refused(inputs):
+    with pytest.raises(UsageError):
+        read(Branch(), inputs=inputs)
