@@ -47,6 +47,9 @@ def compile(
     sets: options.Set = None,
     seed: options.Seed = None,
     memory: options.Memory = None,
+    dynamic: options.Dynamic = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
     strict: options.Strict = False,
     dry_run: Annotated[
         bool,
@@ -72,6 +75,7 @@ def compile(
     asked: dict[str, Any] = {
         "target": target, "recipe": recipe, "precision": precision, "data": calib, "evaluate": evaluate,
         "max_drop": max_drop, "backend": backend, "overrides": sets or (), "seed": seed, "goal": goal,
+        **options.torch_given(path, dynamic, inputs, weights, calib),
     }  # fmt: skip
     if dry_run:
         wanted = request(path, **asked, out=out)

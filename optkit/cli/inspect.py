@@ -34,6 +34,9 @@ def inspect(
     ] = False,
     target: options.Target = None,
     backend: options.Backend = None,
+    dynamic: options.Dynamic = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
     json: options.Json = False,
 ) -> int:
     """Show what MODEL is made of: operators, parameters, multiply-accumulates, bytes; with a target also the least time there."""
@@ -41,7 +44,7 @@ def inspect(
     from optkit.cli.running import graph, shaped
     from optkit.cost import costs
 
-    loaded = graph(model)
+    loaded = graph(model, **options.torch_given(model, dynamic, inputs, weights))
     free = shaped(loaded, shape or ())
     cost = costs(loaded.model)
     macs = {node: c.macs for node, c in cost.nodes.items()}
@@ -77,9 +80,20 @@ def inspect(
     if nodes:
         terminal.result("")
         listed = [
-            (n["name"], n["op"], n["inputs"], n["outputs"], _macs(n["macs"])) for n in found["nodes_listed"]
+            (
+                n["name"],
+                n["op"],
+                n["inputs"],
+                n["outputs"],
+                _macs(n["macs"]),
+                ", ".join(p for p in (n["module"], n["source"]) if p),
+            )
+            for n in found["nodes_listed"]
         ]
-        terminal.result(table(("Node", "Operator", "Inputs", "Outputs", ">MACs"), listed))
+        titles = ("Node", "Operator", "Inputs", "Outputs", ">MACs", "From")
+        # Where a model comes from without its Python code, the last column would be empty.
+        width = len(titles) if any(row[-1] for row in listed) else len(titles) - 1
+        terminal.result(table(titles[:width], [row[:width] for row in listed]))
     if why:
         terminal.result("")
         reasons = [(w["node"], w["rule"], w["reason"]) for w in found["why"]]
@@ -201,6 +215,8 @@ def _nodes(model: ir.Model, macs_by_node: Mapping[str, int | None]) -> list[dict
                 "inputs": shown(node.inputs),
                 "outputs": shown(node.outputs),
                 "macs": macs,
+                "module": node.metadata_props.get("optkit.module", ""),
+                "source": node.metadata_props.get("optkit.source", ""),
             }
         )
     return rows

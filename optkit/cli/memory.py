@@ -61,8 +61,8 @@ def shown(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def needed(path: Path, *, copies: float) -> int:
-    """An estimate of the memory that work on the model at ``path`` takes.
+def needed(path: Path | str, *, copies: float) -> int:
+    """An estimate of the memory that work on the model at ``path`` takes; of a PyTorch model it is watched alone.
 
     Args:
         copies: How often its weights are in memory at the same time.
@@ -70,9 +70,11 @@ def needed(path: Path, *, copies: float) -> int:
     Raises:
         ModelError: It cannot be read.
     """
-    from optkit.frontend import load
+    from optkit.frontend import is_torch, load
     from optkit.graph import weight_bytes
 
+    if is_torch(path):
+        return _BASE
     return _BASE + int(copies * weight_bytes(load(path, check=False)))
 
 

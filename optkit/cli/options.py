@@ -9,11 +9,21 @@ import typer
 
 from optkit.errors import UsageError
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx file.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="An .onnx or .pt2 file, a Hugging Face folder, or package.module:factory, a function that returns an "
+        "nn.Module and its example inputs.",
+        show_default=False,
+    ),
+]
 ModelOrArtifact = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="An .onnx file, or the folder that `optkit compile` wrote.", show_default=False
+        metavar="MODEL",
+        help="As for `optkit compile`, or the folder that it wrote.",
+        show_default=False,
     ),
 ]
 Target = Annotated[
@@ -96,28 +106,91 @@ Shape = Annotated[
         help="Shape of an input with free axes, as in x=1x3x48x320; repeatable.",
     ),
 ]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic",
+        metavar="AXES",
+        help="Axes of a PyTorch module that stay free: batch,sequence or NAME=INPUT:AXIS; repeatable.",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        metavar="DATA",
+        help="Example inputs of a PyTorch module, in a form that --calib takes; its first batch counts.",
+        show_default="what the module comes with, else --calib",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Checkpoint for a PyTorch module: .safetensors, or tensors of torch.save.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.", show_default=False)]
 
 
-def source(model: str) -> Path:
-    """The file that MODEL names.
+def source(model: str) -> Path | str:
+    """The file or folder that MODEL names, or the name of a factory.
 
     Raises:
-        UsageError: It is missing or a folder.
+        UsageError: It is missing, or a folder that holds no model.
     """
+    from optkit.frontend import is_torch
+
     path = Path(model)
+    if is_torch(model):
+        if path.suffix and ":" not in model and not path.exists():
+            raise UsageError(f"{path}: no such file", hint=_similar(path))
+        return path if path.exists() else model
     if path.is_dir():
         hint = "give its .onnx file"
         if (path / "manifest.json").is_file():
             hint = f"it is an artifact already; its model is {path / 'model.onnx'}"
         raise UsageError(f"{path}: a folder, not a model", hint=hint)
-    if path.suffix == ".pt2" or (":" in model and not path.exists()):
-        from optkit.frontend import read
-
-        read(model)  # says what can be done about PyTorch models
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint=_similar(path))
     return path
+
+
+def torch_given(
+    model: Path | str,
+    dynamic: list[str] | None,
+    inputs: str | None,
+    weights: Path | None,
+    calib: str | None = None,
+) -> dict[str, Any]:
+    """What ``compile`` takes for a PyTorch module, from the command line.
+
+    Raises:
+        UsageError: These options were given for a graph.
+    """
+    from optkit.frontend import is_torch
+
+    if not is_torch(model):
+        if given := [
+            n for n, v in (("--dynamic", dynamic), ("--inputs", inputs), ("--weights", weights)) if v
+        ]:
+            raise UsageError(
+                f"{', '.join(given)}: for PyTorch modules; {model} is a graph and has its own axes and inputs",
+                hint="leave it out, or start from the module",
+            )
+        return {}
+    example = None
+    # TorchScript alone comes without inputs; what comes with a module wins over calibration data.
+    script = str(model).endswith((".pt", ".pth", ".ts", ".torchscript"))
+    named = inputs or (calib if script and calib != "random" else None)
+    if named is not None:
+        from optkit.data import CalibrationData
+
+        example = dict(next(iter(CalibrationData.load(named))))
+    return {"inputs": example, "dynamic_shapes": dynamic or None, "weights": weights}
 
 
 def size_of(text: str) -> tuple[str, tuple[int, ...]]:

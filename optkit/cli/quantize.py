@@ -57,6 +57,9 @@ def quantize(
     calib: options.Calib = None,
     backend: options.Backend = None,
     sets: options.Set = None,
+    dynamic: options.Dynamic = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
     seed: options.Seed = None,
     memory: options.Memory = None,
     json: options.Json = False,
@@ -90,7 +93,7 @@ def quantize(
     with limited(budget, 0 if budget is None else needed(path, copies=_COPIES)):
         asked = request(
             path, target=target, recipe=named, precision=None if named else precision, data=calib, backend=backend,
-            overrides=sets or (), seed=seed,
+            overrides=sets or (), seed=seed, **options.torch_given(path, dynamic, inputs, weights, calib),
         )  # fmt: skip
         place = _place(out, path, Path(named or str(precision)).stem.lower())
         with temporary_folder(place.with_name(f"{place.name}.parts")) as folder:
@@ -150,7 +153,9 @@ def quantize(
     return 0
 
 
-def _place(out: Path | None, source: Path, label: str) -> Path:
+def _place(out: Path | None, model: Path | str, label: str) -> Path:
+    # Of package.module:factory, the function gives the name.
+    source = Path(model if isinstance(model, Path) else model.rpartition(":")[2])
     if out is None:
         return Path(f"{source.stem}-{label}.onnx")
     place = out if out.suffix == ".onnx" else out / "model.onnx"

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optkit.cli import options
 from optkit.errors import UsageError
@@ -74,29 +74,32 @@ def opened(
             )  # fmt: skip
         return
     from optkit.data import specs
-    from optkit.frontend import load as load_graph
+    from optkit.frontend import read
     from optkit.reference import ReferenceSession
 
     path = options.source(model)
-    inputs, _ = specs(load_graph(path, check=False))
-    reference = ReferenceSession(path, threads=threads)
+    loaded = read(path, check=False)
+    inputs, _ = specs(loaded.model)
+    # A PyTorch model has no file that ONNX Runtime reads: its graph as exported.
+    reference = ReferenceSession(loaded.model if loaded.path is None else loaded.path, threads=threads)
     try:
         yield Opened(name=model, inputs=inputs, run=reference.run)
     finally:
         reference.close()
 
 
-def graph(model: str) -> Loaded:
+def graph(model: str, **given: Any) -> Loaded:
     """The graph of a model, or of an artifact that is an ONNX file.
 
     Raises:
         UsageError: As ``opened``; or the artifact holds no graph.
     """
-    from optkit.frontend import read
+    from optkit.frontend import is_torch, read
 
     path = Path(model)
-    if not path.is_dir():
-        return read(options.source(model))
+    if not path.is_dir() or is_torch(model):
+        dynamic = given.pop("dynamic_shapes", None)
+        return read(options.source(model), dynamic=dynamic, **given)
     from optkit.artifact import load
 
     load(path, verify=False)
@@ -157,6 +160,8 @@ def feeds(
     from optkit.data import CalibrationData, specs
 
     loaded = graph(model)
+    if calib is None and loaded.examples and not shapes:
+        return list(loaded.examples), "the module's example inputs"
     if calib is not None:
         data = CalibrationData.load(calib, loaded.model)
         batches = list(itertools.islice(data, most))

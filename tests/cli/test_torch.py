@@ -1,0 +1,74 @@
+"""PyTorch on the command line: from a factory and a program to an artifact."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.needs("torch", "onnxscript")
+
+NETWORK = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(20, 16), torch.nn.Linear(16, 4)
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.words(ids)).mean(1))
+
+def network():
+    torch.manual_seed(0)
+    return Net(), (torch.randint(0, 20, (2, 6)),)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "cli_network.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_factory_compiles_with_free_axes(optkit, here):
+    ran = optkit("compile", "cli_network:network", "--dynamic", "batch,sequence", "-r", "fp32", "-o", "a")
+    assert ran.code in (0, 3), ran.err  # whether so small a network gets faster is chance
+    assert ran.out.strip() == "a"
+    assert "also batch 1, sequence 7 and batch 3, sequence 12" in ran.err
+    import torch
+    from cli_network import network
+
+    from optkit import load
+
+    module, _ = network()
+    for shape in ((1, 1), (4, 9)):
+        ids = torch.randint(0, 20, shape)
+        (found,) = load(here / "a").run({"ids": ids.numpy()}).values()
+        # Sixteen products in float32.
+        np.testing.assert_allclose(found, module.eval()(ids).detach().numpy(), atol=1e-6)
+
+
+def test_inspect_shows_module_and_line(optkit, here):
+    ran = optkit("inspect", "cli_network:network", "--nodes", "--json")
+    assert ran.code == 0, ran.err
+    nodes = json.loads(ran.out)["nodes_listed"]
+    gather = next(n for n in nodes if n["op"] == "Gather")
+    assert gather["module"] == "words"
+    assert "cli_network.py:10" in gather["source"]
+
+
+def test_quantize_takes_a_module(optkit, here):
+    ran = optkit("quantize", "cli_network:network", "-p", "int8", "--calib", "random", "-o", "q.onnx")
+    assert ran.code == 0, ran.err
+    assert (here / "q.onnx").is_file()
+
+
+def test_an_axis_that_no_input_has_is_named(optkit, here):
+    ran = optkit("compile", "cli_network:network", "--dynamic", "rows=idz:0", "-o", "a")
+    assert ran.code == 2
+    assert "unknown input 'idz'" in ran.err
+    assert "did you mean 'ids'?" in ran.err
+    assert not (here / "a").exists()
