@@ -2,13 +2,14 @@
 # make test   set up, then run the tests
 # make lint   types and style
 # make bench  the tables of the README, with torch: about half an hour
+# make bench-families  every model family through every stage: about half an hour
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 EVAL   := benchmarks/evaluators/ppocr4_rec.py
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-families clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optkit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -41,6 +42,13 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m optkit.benchmarks.suite fetch
 	$(BIN)/python -m optkit.benchmarks.cpu
+
+$(VENV)/.families: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[families]'
+	touch $@
+
+bench-families: $(VENV)/.families
+	$(BIN)/python -m optkit.benchmarks.families
 
 clean:
 	rm -rf $(VENV) build

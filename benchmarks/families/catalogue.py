@@ -1,0 +1,82 @@
+"""Every family by name: how it is built, and to which kind it belongs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optkit.exporting.export import quiet
+from optkit.exporting.signature import Signature
+
+# Kind -> where its table is. A table holds ``name -> function``, in the order of the matrix.
+KINDS: dict[str, str] = {
+    "vision": "optkit.benchmarks.families.vision",
+    "detection": "optkit.benchmarks.families.detection",
+    "geometry": "optkit.benchmarks.families.geometry",
+    "text": "optkit.benchmarks.families.text",
+    "decoders": "optkit.benchmarks.families.decoders",
+    "recurrent": "optkit.benchmarks.families.recurrent",
+    "multimodal": "optkit.benchmarks.families.multimodal",
+    "audio": "optkit.benchmarks.families.audio",
+    "video": "optkit.benchmarks.families.video",
+    "diffusion": "optkit.benchmarks.families.diffusion",
+}
+
+Dynamic = Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """One network, ready to be exported.
+
+    Attributes:
+        inputs: As ``optkit.compile`` takes them.
+        dynamic: The axes that must stay free.
+    """
+
+    module: torch.nn.Module
+    inputs: Any
+    dynamic: Dynamic
+
+
+Builder = Callable[[], Built]
+
+
+def table(kind: str) -> Mapping[str, Builder]:
+    """The families of one kind.
+
+    Raises:
+        ImportError: A library that builds them is not installed.
+    """
+    found: Mapping[str, Builder] = importlib.import_module(KINDS[kind]).FAMILIES
+    return found
+
+
+def build(builder: Builder) -> Built:
+    """The network, its weights and inputs the same every time."""
+    torch.manual_seed(0)
+    built = builder()
+    _settle(built)
+    return built
+
+
+def _settle(built: Built) -> None:
+    """Give batch norms the statistics of the inputs: with those of a new one, deep networks fade to nothing."""
+    norms = [m for m in built.module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    built.module.eval()
+    if not norms:
+        return
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    signature = Signature(built.module, built.inputs)
+    args, kwargs = signature.arguments([t.clone() for t in signature.tensors])
+    with torch.no_grad(), quiet():
+        built.module(*args, **kwargs)
+    for norm in norms:
+        norm.eval()
+        norm.momentum = 0.1

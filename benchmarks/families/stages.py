@@ -1,0 +1,150 @@
+"""One family through every stage, each held against the module in eager mode."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from optkit.backends.base import Backend
+from optkit.benchmarks.families.catalogue import Builder, build
+from optkit.compiler import Compilation, available
+from optkit.data import CalibrationData
+from optkit.errors import OptkitError
+from optkit.evaluate import fidelity
+from optkit.exporting.export import Exported, export
+from optkit.exporting.proof import TOLERANCE, difference, noise, others
+from optkit.frontend import Loaded, proved
+from optkit.passes.base import Silent
+from optkit.recipe import Recipe
+from optkit.targets import target
+
+STAGES = ("export", "onnx", "onnxruntime", "openvino", "int8")
+_RECIPES = {"onnxruntime": "fp32", "openvino": "openvino-fp32", "int8": "int8-static"}
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """What became of one family.
+
+    Attributes:
+        sizes: At which the module was run beside the example.
+        nodes: After export, and after the clean-up.
+        passed: Stages that worked at every size.
+        errors: The largest difference from eager, relative to the largest value; cosine to float for int8.
+        failed: For the first stage that did not work and those that do not need it: why.
+    """
+
+    name: str
+    kind: str
+    rung: str = ""
+    sizes: list[str] = field(default_factory=list)
+    nodes: tuple[int, int] = (0, 0)
+    passed: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def examine(name: str, kind: str, builder: Builder) -> Row:
+    """Export, clean up, compile for both runtimes and to int8, and compare; a failure is part of the answer."""
+    row = Row(name=name, kind=kind)
+    start = time.process_time()
+    built = build(builder)
+    try:
+        exported = export(built.module, built.inputs, built.dynamic, name=name)
+    except OptkitError as error:
+        row.failed["export"] = _line(error)
+        row.seconds = round(time.process_time() - start, 1)
+        return row
+    row.rung = exported.rung
+    row.passed.append("export")
+    try:
+        loaded = proved(exported)
+    except OptkitError as error:
+        row.failed["onnx"] = _line(error)
+    else:
+        row.passed.append("onnx")
+        match = re.search(r"largest difference ([\d.e+-]+)", " ".join(loaded.notes))
+        row.errors["onnx"] = float(match[1]) if match else 0.0
+        _compiled(row, exported, loaded)
+    row.seconds = round(time.process_time() - start, 1)
+    return row
+
+
+def _compiled(row: Row, exported: Exported, loaded: Loaded) -> None:
+    more, _ = others(exported)
+    row.sizes = [label for _, label in more]
+    cases = [(list(exported.tensors), exported.eager(exported.tensors)), *(case for case, _ in more)]
+    feeds = [exported.feeds(tensors) for tensors, _ in cases]
+    cpu = target("cpu")
+    engine: Backend = available("onnxruntime")
+    for stage, name in _RECIPES.items():
+        data = CalibrationData(feeds[1:] or feeds, name="examples") if stage == "int8" else None
+        with tempfile.TemporaryDirectory() as folder:
+            work = Compilation(
+                loaded, cpu, engine, data, None, seed=0, folder=Path(folder), progress=Silent()
+            )
+            try:
+                made = work.build(stage, Recipe.load(name))
+                if stage == "onnxruntime":
+                    row.nodes = (made.records[0].nodes_before, made.records[-1].nodes_after)
+                with work.session(made) as session:
+                    found = [session.run(batch) for batch in feeds]
+            except OptkitError as error:
+                row.failed[stage] = _line(error)
+                continue
+            finally:
+                work.reference.close()
+        bad = _cosine(row, exported, cases, found) if stage == "int8" else _compare(row, stage, exported, cases, found)  # fmt: skip
+        if bad:
+            row.failed[stage] = bad
+        else:
+            row.passed.append(stage)
+
+
+def _compare(
+    row: Row,
+    stage: str,
+    exported: Exported,
+    cases: Sequence[tuple[list[torch.Tensor], dict[str, np.ndarray]]],
+    found: Sequence[Mapping[str, np.ndarray]],
+) -> str:
+    worst = 0.0
+    names = [str(v.name) for v in exported.model.graph.outputs]
+    for (tensors, expected), got in zip(cases, found, strict=True):
+        for own, name in zip(exported.outputs, names, strict=True):
+            apart = difference(got[name], expected[own])
+            if apart > TOLERANCE and apart > noise(exported, tensors, own):
+                shapes = ", ".join(str(list(t.shape)) for t in tensors)
+                return f"output {own!r} for inputs of {shapes} differs from eager by {apart:.1e} of its largest value"
+            worst = max(worst, apart)
+    row.errors[stage] = worst
+    return ""
+
+
+def _cosine(
+    row: Row,
+    exported: Exported,
+    cases: Sequence[tuple[list[torch.Tensor], dict[str, np.ndarray]]],
+    found: Sequence[Mapping[str, np.ndarray]],
+) -> str:
+    """On the example, which calibration has not seen where axes are free; the bound is that of recipes."""
+    names = dict(zip(exported.outputs, (str(v.name) for v in exported.model.graph.outputs), strict=True))
+    expected = {names[own]: array for own, array in cases[0][1].items()}
+    data = CalibrationData([exported.feeds(cases[0][0])], name="example")
+    answer: Any = fidelity(lambda _: expected, lambda _: dict(found[0]), data)
+    row.errors["int8"] = round(float(answer.cosine), 4)
+    bound = Recipe.load("int8-static").limits.min_cosine
+    return "" if answer.cosine >= bound else f"cosine {answer.cosine:.4f}, at least {bound} is asked for"
+
+
+def _line(error: OptkitError) -> str:
+    return " ".join(str(error).split())[:400]
