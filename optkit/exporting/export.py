@@ -23,6 +23,7 @@ from optkit.exporting.axes import Axes, Dynamic, ask
 from optkit.exporting.explain import located, place, untraceable
 from optkit.exporting.operators import translations
 from optkit.exporting.origin import note_origins
+from optkit.exporting.pooling import clamp_windows
 from optkit.exporting.program import simplify
 from optkit.exporting.repairs import repaired
 from optkit.exporting.signature import Flat, Signature, output_names
@@ -283,6 +284,7 @@ def _onnx(program: Any, name: str) -> ir.Model:
         assert written is not None
         model: ir.Model = written.model
         zero_masked_rows(model)
+        clamp_windows(model)
         return model
     assert failure is not None
     raise _no_word(program, failure, name) from failure

@@ -154,3 +154,20 @@ def test_padding_of_codecs_follows_the_length():
     loaded = read(Codec(), inputs=torch.randn(2, 2, 12), dynamic=["batch", "samples=x:2"])
     assert "samples 13" in loaded.notes[-1]
     assert "samples 24" in loaded.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("pool", "kernel"),
+    [
+        (nn.AvgPool2d(9, ceil_mode=True), [4, 5]),
+        (nn.MaxPool2d(9, ceil_mode=True), [4, 5]),
+        (nn.AvgPool2d((2, 9), (2, 9), ceil_mode=True), [2, 5]),
+        (nn.AvgPool2d(3, ceil_mode=True), [3, 3]),
+        (nn.AvgPool2d(9, padding=4, ceil_mode=True), [9, 9]),
+    ],
+)
+def test_a_window_is_no_larger_than_what_it_pools(pool, kernel):
+    exported = export(pool, torch.randn(2, 3, 4, 5), ["batch"], name="pool")
+    assert "also batch 1 and batch 3" in proved(exported).notes[-1]
+    (found,) = (n for n in exported.model.graph if n.op_type.endswith("Pool"))
+    assert list(found.attributes["kernel_shape"].as_ints()) == kernel
