@@ -17,6 +17,7 @@ import torch
 from optkit.errors import BackendUnavailableError, OptkitError, UsageError
 from optkit.exporting.axes import Dynamic
 from optkit.exporting.explain import place
+from optkit.exporting.trust import load_program
 
 _PT2 = "torch.export.save(torch.export.export(module, args), 'model.pt2')"
 
@@ -203,13 +204,7 @@ def _file(path: Path) -> Any:
     if path.suffix == ".pt2" or any(
         n.endswith("serialized_exported_program.json") or "/models/" in n for n in names
     ):
-        try:
-            return torch.export.load(path)
-        except Exception as error:
-            raise UsageError(
-                f"{path}: is not an exported program that torch {torch.__version__} reads: {str(error).strip().partition(chr(10))[0][:200]}",
-                hint=f"write it with {_PT2}",
-            ) from error
+        return load_program(path)
     if any(n.endswith("constants.pkl") and "/" in n for n in names):
         try:
             return torch.jit.load(path, map_location="cpu")
