@@ -25,7 +25,7 @@ from optkit.graph import IR_VERSION, OPSET, describe, graphs, verify, walk
 from optkit.inference import infer
 
 if TYPE_CHECKING:
-    from optkit.exporting.export import Exported
+    from optkit.exporting.exported import Exported
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optkit.exporting.export import quiet
+from optkit.exporting.eager import quiet
 from optkit.exporting.signature import Signature
 
 # Kind -> where its table is. A table holds ``name -> function``, in the order of the matrix.

@@ -19,8 +19,10 @@ from optkit.compiler import Compilation, available
 from optkit.data import CalibrationData
 from optkit.errors import OptkitError
 from optkit.evaluate import fidelity
-from optkit.exporting.export import Exported, export
-from optkit.exporting.proof import TOLERANCE, difference, noise, others
+from optkit.exporting.difference import TOLERANCE, difference, noise
+from optkit.exporting.export import export
+from optkit.exporting.exported import Exported
+from optkit.exporting.proof import others
 from optkit.frontend import Loaded, proved
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
@@ -81,8 +83,11 @@ def examine(name: str, kind: str, builder: Builder) -> Row:
 
 def _compiled(row: Row, exported: Exported, loaded: Loaded) -> None:
     more, _ = others(exported)
-    row.sizes = [label for _, label in more]
-    cases = [(list(exported.tensors), exported.eager(exported.tensors)), *(case for case, _ in more)]
+    row.sizes = [o.label for o in more]
+    cases = [
+        (list(exported.tensors), exported.eager(exported.tensors)),
+        *((o.tensors, o.expected) for o in more),
+    ]
     feeds = [exported.feeds(tensors) for tensors, _ in cases]
     cpu = target("cpu")
     engine: Backend = available("onnxruntime")

@@ -74,25 +74,31 @@ class Axes:
         return found
 
     def candidates(self, batch: Sequence[str] = ("batch", "n", "b")) -> Iterator[dict[str, int]]:
-        """Sizes to try beside those of the example, most telling first; a module may refuse any of them."""
-        rest = [n for n in self.sizes if n.lower() not in batch]
+        """Sizes to try beside those of the example, most telling first; a module may refuse any of them.
+
+        Axes first move apart from each other, so that one taken for another shows; then together.
+        """
+        rest = {n: i for i, n in enumerate(n for n in self.sizes if n.lower() not in batch)}
         steps: list[Any] = [
-            lambda n: n + 1,
-            lambda n: max(2, n - 1),
-            lambda n: n * 2,
-            lambda n: max(1, n // 2),
+            lambda n, k: n + k,
+            lambda n, k: max(2, n - k),
+            lambda n, k: n * (1 + k),
+            lambda n, k: max(1, n // (1 + k)),
         ]
-        steps += [lambda n, m=m: n + m for m in (2, 4, 8, 16, 32, 64, 128, 256)]
-        steps += [lambda n, m=m: max(m, (n // 2) // m * m) for m in (4, 8, 16, 32, 64)]
-        yield {n: 1 if n not in rest else s + 1 for n, s in self.sizes.items()}
-        yield {n: s + 1 if n not in rest else 2 * s for n, s in self.sizes.items()}
-        yield {n: s + 2 for n, s in self.sizes.items()}
-        for step in steps:
-            yield {n: step(s) if n in rest else s + 1 for n, s in self.sizes.items()}
-            yield {n: step(s) if n in rest else 1 for n, s in self.sizes.items()}
+        steps += [lambda n, k, m=m: n + m * k for m in (2, 4, 8, 16, 32, 64, 128, 256)]
+        steps += [lambda n, k, m=m: max(m * k, (n // 2) // m * m) for m in (4, 8, 16, 32, 64)]
+        for apart in (1, 0) if len(rest) > 1 else (0,):
+            yield {n: s + 1 + apart * rest[n] if n in rest else 1 for n, s in self.sizes.items()}
+            yield {n: 2 * s + apart * rest[n] if n in rest else s + 1 for n, s in self.sizes.items()}
+            yield {n: s + 2 + (2 * apart * rest[n] if n in rest else 0) for n, s in self.sizes.items()}
+        for apart in (1, 0) if len(rest) > 1 else (0,):
+            for step in steps:
+                moved = {n: step(self.sizes[n], 1 + apart * i) for n, i in rest.items()}
+                yield {n: moved.get(n, s + 1) for n, s in self.sizes.items()}
+                yield {n: moved.get(n, 1) for n in self.sizes}
         for chosen in rest:
             for step in steps:
-                yield {n: step(s) if n == chosen else s for n, s in self.sizes.items()}
+                yield {n: step(s, 1) if n == chosen else s for n, s in self.sizes.items()}
 
 
 def ask(dynamic: Dynamic | None, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Axes:
