@@ -38,7 +38,7 @@ _DEEPEST_CALL = 100
 # Constants above this are weights.
 _LARGE = 1024
 
-_TORCH = {".pt2", ".pt", ".pth", ".ckpt", ".ts", ".safetensors", ".torchscript"}
+_TORCH = {".pt2", ".pt", ".pth", ".ckpt", ".ts", ".jit", ".safetensors", ".torchscript"}
 _EXPORTERS = ("torch", "onnxscript")
 _PICKLES = {".pkl", ".pickle", ".joblib"}
 

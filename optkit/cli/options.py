@@ -120,7 +120,8 @@ Inputs = Annotated[
     typer.Option(
         "--inputs",
         metavar="DATA",
-        help="Example inputs of a PyTorch module, in a form that --calib takes; its first batch counts.",
+        help="Example inputs of a PyTorch module: sizes, as in x=1x3x224x224,ids=2x16:int64, an .npz with one array "
+        "an input, or what --calib takes; its first batch counts.",
         show_default="what the module comes with, else --calib",
     ),
 ]
@@ -182,15 +183,15 @@ def torch_given(
                 hint="leave it out, or start from the module",
             )
         return {}
-    example = None
+    given_inputs = None
     # TorchScript alone comes without inputs; what comes with a module wins over calibration data.
-    script = str(model).endswith((".pt", ".pth", ".ts", ".torchscript"))
+    script = str(model).endswith((".pt", ".pth", ".ts", ".jit", ".torchscript"))
     named = inputs or (calib if script and calib != "random" else None)
     if named is not None:
-        from optkit.data import CalibrationData
+        from optkit.cli.example import example
 
-        example = dict(next(iter(CalibrationData.load(named))))
-    return {"inputs": example, "dynamic_shapes": dynamic or None, "weights": weights}
+        given_inputs = example(named)
+    return {"inputs": given_inputs, "dynamic_shapes": dynamic or None, "weights": weights}
 
 
 def size_of(text: str) -> tuple[str, tuple[int, ...]]:

@@ -99,6 +99,8 @@ class Axes:
         for chosen in rest:
             for step in steps:
                 yield {n: step(s, 1) if n == chosen else s for n, s in self.sizes.items()}
+        yield {n: s if n in rest else 1 for n, s in self.sizes.items()}
+        yield {n: s if n in rest else s + 1 for n, s in self.sizes.items()}
 
 
 def ask(dynamic: Dynamic | None, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Axes:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from optkit.errors import OptkitError, UsageError
-from optkit.exporting.explain import located, place
+from optkit.exporting.explain import where
 from optkit.exporting.signature import Signature
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,8 @@ def call(module: Any, signature: Signature, tensors: Sequence[torch.Tensor], nam
     except OptkitError:
         raise
     except Exception as error:
-        at = place(error)
-        where = f"{located(at)}: " if at else ""
+        at = where(error, module)
         raise UsageError(
-            f"{name}: does not run on the example inputs: {where}{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            f"{name}: does not run on the example inputs: {at + ': ' if at else ''}{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             hint="give inputs that the module takes",
         ) from error

@@ -45,17 +45,32 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def untraceable(name: str, error: BaseException) -> ModelError:
+def untraceable(name: str, error: BaseException, root: torch.nn.Module) -> ModelError:
     """The error for a module that torch cannot trace."""
     text = _message(error)
     what, hint = next(
         ((what, hint) for pattern, what, hint in _CAUSES if re.search(pattern, text)),
         ("", "change that line, or export the module yourself and give the .onnx or .pt2 file"),
     )
-    line = place(error)
+    at = where(error, root)
+    at = f"{at}: " if at else ""
     first = _first_line(text)
-    at = f"{located(line)}: " if line is not None else ""
     return ModelError(f"{name}: cannot be traced: {at}{what + ': ' if what else ''}{first}", hint=hint)
+
+
+def where(error: BaseException, root: torch.nn.Module) -> str:
+    """The module below ``root`` and the line of the user's in which an error arose, as far as they are known."""
+    line = place(error)
+    return ", ".join(p for p in (_inside(error, root), located(line) if line is not None else "") if p)
+
+
+def _inside(error: BaseException, root: torch.nn.Module) -> str:
+    paths = {id(m): f"{path} ({type(m).__name__})" for path, m in root.named_modules() if path}
+    for part in reversed(_chain(error)):
+        owners = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(part.__traceback__)]
+        if found := [paths[o] for o in owners if o in paths]:
+            return found[-1]
+    return ""
 
 
 def located(line: tuple[str, int, str]) -> str:
@@ -66,12 +81,7 @@ def located(line: tuple[str, int, str]) -> str:
 
 def place(error: BaseException) -> tuple[str, int, str] | None:
     """``(file, line, code)`` of the user's innermost line: that of the traceback, else one that the message names."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for part in reversed(chain):
+    for part in reversed(_chain(error)):
         stack = traceback.extract_tb(part.__traceback__)
         # What lies before the last frame of this package is whoever called it.
         inside = max((i for i, f in enumerate(stack) if f.filename.startswith(_HERE)), default=-1)
@@ -82,6 +92,16 @@ def place(error: BaseException) -> tuple[str, int, str] | None:
         if is_users(file):
             return shorten(file), int(number), linecache.getline(file, int(number)).strip()
     return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it came from, the last cause last."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return chain
 
 
 def shorten(file: str) -> str:
@@ -100,12 +120,7 @@ def is_users(file: str) -> bool:
 
 
 def _message(error: BaseException) -> str:
-    parts, current, seen = [], error, set[int]()
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        parts.append(f"{type(current).__name__}: {current}")
-        current = current.__cause__ or current.__context__  # type: ignore[assignment]
-    return "\n".join(parts)
+    return "\n".join(f"{type(part).__name__}: {part}" for part in _chain(error))
 
 
 def _first_line(text: str) -> str:

@@ -41,7 +41,7 @@ def export(module: Any, inputs: Any, dynamic: Dynamic | None = None, *, name: st
     if inputs is None:
         raise UsageError(
             f"{name}: a module needs example inputs",
-            hint="give inputs=(tensor, ...), or (module, inputs); on the command line the factory returns both",
+            hint="give inputs=(tensor, ...), or (module, inputs); on the command line --inputs x=1x3x224x224, or a factory that returns both",
         )
     module, notes = _in_float32(module, name)
     with evaluation(module) as was_training:

@@ -13,7 +13,7 @@ from optkit.errors import ModelError, OptkitError, UsageError
 from optkit.exporting.axes import Axes
 from optkit.exporting.blame import baked, first_bad, held
 from optkit.exporting.difference import TOLERANCE, difference, noise
-from optkit.exporting.explain import located, place
+from optkit.exporting.explain import where
 from optkit.exporting.exported import Exported
 from optkit.reference import ReferenceSession
 
@@ -123,8 +123,8 @@ def _try(exported: Exported, tensors: Sequence[torch.Tensor]) -> tuple[dict[str,
     try:
         expected = exported.eager(tensors)
     except Exception as error:  # noqa: BLE001  (whatever the user's module raises for a size that it does not take)
-        at = place(error)
-        return None, f"{located(at) + ': ' if at else ''}{str(error).strip().partition(chr(10))[0][:200]}"
+        at = where(error, exported.module)
+        return None, f"{at + ': ' if at else ''}{str(error).strip().partition(chr(10))[0][:200]}"
     sound = all(v.size and (v.dtype.kind != "f" or np.isfinite(v).any()) for v in expected.values())
     return (expected, "") if sound else (None, "its outputs are empty or not finite")
 

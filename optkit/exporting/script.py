@@ -24,7 +24,7 @@ def from_script(module: Any, inputs: Any, dynamic: Dynamic | None, name: str) ->
     if inputs is None:
         raise UsageError(
             f"{name}: TorchScript does not say what its inputs are",
-            hint=f"give example inputs (--inputs); or {again}",
+            hint=f"give example inputs (--inputs x=1x512); or {again}",
         )
     with evaluation(module), quiet():
         signature = Signature(module, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -47,13 +47,14 @@ def open_source(
     Raises:
         UsageError: It is none of these, or needs what was not given.
     """
-    name = "module"
+    name, notes = "module", tuple[str, ...]()
     if isinstance(source, str | Path):
         path = Path(source)
         if isinstance(source, str) and is_factory(source) and not path.exists():
             source, name = _factory(source), source.rpartition(":")[2].strip("_") or "module"
         elif path.is_dir():
-            source, name = _hugging_face(path), path.resolve().name
+            source, name = _folder(path), path.resolve().name
+            notes = ("its example inputs were drawn at random",) if inputs is None else ()
         else:
             source, name = _file(path), path.stem
     if isinstance(source, tuple | list):
@@ -76,13 +77,12 @@ def open_source(
         )
     if name == "module" and isinstance(module, torch.nn.Module):
         name = type(module).__name__
-    notes: tuple[str, ...] = ()
     if weights is not None:
         if not isinstance(module, torch.nn.Module):
             raise UsageError(
                 f"{name}: an exported program has its weights already", hint="leave the weights out"
             )
-        notes = load_weights(module, Path(weights))
+        notes += load_weights(module, Path(weights))
     return Source(module=module, inputs=inputs, dynamic=dynamic or None, name=name, notes=notes)
 
 
@@ -112,9 +112,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> tuple[str, ...]:
         state: Any = load_file(path)
     else:
         state = _checkpoint(path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+    state = _tensors_in(state)
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UsageError(
             f"{path}: holds no state dict but a {type(state).__name__}", hint="save module.state_dict()"
@@ -139,6 +137,16 @@ def load_weights(module: torch.nn.Module, path: Path) -> tuple[str, ...]:
     return (
         f"{path.name} holds {len(more)} tensors that the module has no place for: {', '.join(sorted(more)[:5])}",
     )
+
+
+def _tensors_in(state: Any) -> Any:
+    """The weights of a training checkpoint, which keeps them under a name of its own beside the optimizer's state."""
+    if not isinstance(state, Mapping) or any(isinstance(v, torch.Tensor) for v in state.values()):
+        return state
+    known = ("state_dict", "model_state_dict", "model_state", "model")
+    inner = [state[k] for k in known if isinstance(state.get(k), Mapping)]
+    inner += [v for v in state.values() if isinstance(v, Mapping) and v and all(isinstance(t, torch.Tensor) for t in v.values())]  # fmt: skip
+    return inner[0] if inner else state
 
 
 def _checkpoint(path: Path) -> Any:
@@ -241,38 +249,15 @@ def _members(path: Path) -> list[str]:
         return []
 
 
-def _hugging_face(folder: Path) -> Any:
+def _folder(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"{folder}: a folder without config.json", hint="give an .onnx file, or a Hugging Face folder"
         )
-    try:
-        import transformers
-    except ImportError as error:
+    if importlib.util.find_spec("transformers") is None:
         raise BackendUnavailableError(
             f"{folder}: a Hugging Face folder needs transformers", hint="pip install transformers safetensors"
-        ) from error
-    from optkit.exporting.hugging_face import example
+        )
+    from optkit.exporting.hugging_face import open_folder
 
-    if not any(folder.glob("*.safetensors")):
-        raise UsageError(
-            f"{folder}: no .safetensors in it",
-            hint="pickled weights are not loaded: model.save_pretrained(folder)",
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        wanted = (config.architectures or [None])[0]
-        kind = getattr(transformers, wanted or "", None) or transformers.AutoModel
-        model = kind.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            **({} if kind is not transformers.AutoModel else {"trust_remote_code": False}),
-        )
-    except Exception as error:
-        raise UsageError(
-            f"{folder}: transformers cannot load it: {str(error).strip().partition(chr(10))[0][:300]}"
-        ) from error
-    return model, *example(model)
+    return open_folder(folder)

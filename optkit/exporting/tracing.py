@@ -56,7 +56,7 @@ def climb(
             continue
         return program, rung
     assert first is not None
-    raise untraceable(name, first) from first
+    raise untraceable(name, first, flat.module) from first
 
 
 def enlarged(module: Any, signature: Signature, axes: Axes, outputs: Sequence[str]) -> list[torch.Tensor]:

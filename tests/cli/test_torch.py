@@ -66,6 +66,42 @@ def test_quantize_takes_a_module(optkit, here):
     assert (here / "q.onnx").is_file()
 
 
+def test_sizes_are_enough_for_a_module_without_inputs(optkit, here):
+    (here / "cli_alone.py").write_text(NETWORK + "\ndef alone():\n    return Net()\n")
+    ran = optkit("inspect", "cli_alone:alone", "--inputs", "ids=2x6:int64", "--json")
+    assert ran.code == 0, ran.err
+    ran = optkit("inspect", "cli_alone:alone", "--inputs", "2x6:int64", "--json")
+    assert ran.code == 0, ran.err
+    ran = optkit("inspect", "cli_alone:alone")
+    assert ran.code == 2
+    assert "--inputs x=1x3x224x224" in ran.err
+
+
+def test_an_npz_is_one_example(optkit, here):
+    np.savez(here / "one.npz", ids=np.zeros((3, 5), np.int64))
+    ran = optkit("inspect", "cli_network:network", "--inputs", "one.npz", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["inputs"] == ["ids: int64[3, 5]"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("ids=2x", "NAME=SIZES is wanted"),
+        ("ids=2x6:string", "string is no type of inputs"),
+        ("ids=2x6:int64,2x6", "either all inputs have a name"),
+        ("nowhere.npz", "nowhere.npz"),
+        ("broken.npz", "cannot be read"),
+        ("words=2x6:int64", "it takes ids"),
+    ],
+)
+def test_inputs_that_cannot_be_are_named(optkit, here, given, said):
+    (here / "broken.npz").write_bytes(b"nothing")
+    ran = optkit("inspect", "cli_network:network", "--inputs", given)
+    assert ran.code == 2, ran.err
+    assert said in ran.err
+
+
 def test_an_axis_that_no_input_has_is_named(optkit, here):
     ran = optkit("compile", "cli_network:network", "--dynamic", "rows=idz:0", "-o", "a")
     assert ran.code == 2

@@ -101,10 +101,11 @@ def test_a_broken_program_is_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_torchscript_is_imported_with_inputs(tmp_path):
+@pytest.mark.parametrize("kind", ["pt", "jit"])
+def test_torchscript_is_imported_with_inputs(tmp_path, kind):
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh()).eval()
-    torch.jit.trace(net, torch.randn(2, 4)).save(tmp_path / "net.pt")
-    loaded = read(tmp_path / "net.pt", inputs=torch.randn(2, 4), dynamic=["batch"])
+    torch.jit.trace(net, torch.randn(2, 4)).save(tmp_path / f"net.{kind}")
+    loaded = read(tmp_path / f"net.{kind}", inputs=torch.randn(2, 4), dynamic=["batch"])
     assert "also batch 1 and batch 3" in loaded.notes[-1]
 
 
@@ -146,6 +147,13 @@ def test_a_checkpoint_goes_into_the_module(tmp_path, kind):
     assert trained.bias.detach().numpy().tobytes() in weights
 
 
+def test_weights_are_found_beside_the_state_of_an_optimizer(tmp_path):
+    trained, fresh = nn.Linear(4, 2), nn.Linear(4, 2)
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, "weights": trained.state_dict()}, tmp_path / "w.pt")
+    assert load_weights(fresh, tmp_path / "w.pt") == ()
+    assert torch.equal(fresh.weight, trained.weight)
+
+
 def test_a_checkpoint_that_does_not_fit_lists_what(tmp_path):
     torch.save(nn.Linear(3, 2, bias=False).state_dict(), tmp_path / "w.pt")
     with pytest.raises(UsageError, match=r"bias is missing; weight is \[2, 3\], not \[2, 4\]"):
@@ -175,11 +183,28 @@ def test_a_hugging_face_folder_is_read_from_disk(tmp_path):
     net.save_pretrained(tmp_path / "bert")
     loaded = read(tmp_path / "bert")
     names = [v.name for v in loaded.model.graph.inputs]
-    assert names == ["input_ids", "attention_mask"]
+    assert names == ["input_ids", "attention_mask", "token_type_ids"]
+    assert "its example inputs were drawn at random" in loaded.notes[0]
     assert [str(d) for d in loaded.model.graph.inputs[0].shape] == ["batch", "sequence"]
     assert any(
         "bert.encoder.layer.0" in n.metadata_props.get("optkit.module", "") for n in loaded.model.graph
     )
+
+
+@pytest.mark.needs("transformers", "safetensors")
+def test_weights_that_a_folder_lacks_are_not_drawn_at_random(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    small = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(small).save_pretrained(tmp_path / "bert")
+    config = tmp_path / "bert" / "config.json"
+    config.write_text(config.read_text().replace('"BertModel"', '"BertForSequenceClassification"'))
+    with pytest.raises(
+        UsageError, match=r"no weights for classifier\.bias, classifier\.weight of BertForSeq"
+    ):
+        load(tmp_path / "bert")
 
 
 def test_a_folder_without_weights_says_so(tmp_path):

@@ -42,6 +42,18 @@ def test_control_flow_on_data_names_the_line_and_a_rewrite(module, code, cause, 
     assert hint in str(caught.value.hint)
 
 
+def test_the_module_in_which_it_stops_is_named():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Branch()))
+    with pytest.raises(
+        ModelError, match=r"cannot be traced: 1\.1 \(Branch\), .*test_untraceable\.py:\d+, `if"
+    ):
+        read(network, inputs=torch.randn(2, 4))
+    broken = nn.ModuleDict({"head": nn.Linear(3, 3)})
+    broken.forward = lambda x: broken["head"](x)
+    with pytest.raises(UsageError, match=r"example inputs: head \(Linear\), .*test_untraceable\.py:\d+"):
+        read(broken, inputs=torch.randn(2, 4))
+
+
 def test_an_operator_that_onnx_lacks_names_its_line():
     class Odd(nn.Module):
         def forward(self, x):
