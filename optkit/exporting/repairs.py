@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from optkit.exporting.recurrent import symbolic
+from optkit.exporting.rows import whole_rows
+from optkit.exporting.shadowing import shadowed
+from optkit.exporting.state_space import selective_scan
 
 
 @contextlib.contextmanager
@@ -68,20 +70,13 @@ def _integer_buffers(module: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lengths(module: torch.nn.Module) -> Iterator[None]:
-    """``len(tensor)`` and ``list(tensor)`` keep the axis free: Python's own make a number of it."""
+    """``len(tensor)`` keeps the axis free: Python's own makes a number of it."""
 
     def length(value: Any) -> Any:
         return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else builtins.len(value)
 
-    files = {sys.modules.get(type(m).__module__) for m in module.modules()}
-    own = [f for f in files if f is not None and not f.__name__.startswith("torch.") and "len" not in vars(f)]
-    try:
-        for file in own:
-            vars(file)["len"] = length
+    with shadowed(module, "len", length):
         yield
-    finally:
-        for file in own:
-            vars(file).pop("len", None)
 
 
 @contextlib.contextmanager
@@ -115,13 +110,18 @@ REPAIRS: dict[str, Callable[[torch.nn.Module], contextlib.AbstractContextManager
     "integer-buffers": _integer_buffers,
     "lengths": _lengths,
     "causal-padding": _causal_padding,
+    "selective-scan": selective_scan,
 }
 
 
+# For what cannot be traced otherwise: rows that are used as more than an argument of ``torch.cat`` cannot be traced so.
+LAST: dict[str, Callable[[torch.nn.Module], contextlib.AbstractContextManager[None]]] = {"rows": whole_rows}
+
+
 @contextlib.contextmanager
-def repaired(module: torch.nn.Module) -> Iterator[None]:
-    """All repairs at once, undone in the end."""
+def repaired(module: torch.nn.Module, *, last: bool = False) -> Iterator[None]:
+    """All repairs at once, undone in the end; ``last`` adds those of ``LAST``."""
     with contextlib.ExitStack() as stack:
-        for repair in REPAIRS.values():
+        for repair in (*REPAIRS.values(), *(LAST.values() if last else ())):
             stack.enter_context(repair(module))
         yield

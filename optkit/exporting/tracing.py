@@ -17,6 +17,7 @@ from optkit.exporting.signature import Flat, Signature
 logger = logging.getLogger(__name__)
 
 _DIM = torch.export.Dim
+_LAST = "dynamic, with the last repairs"
 # ``(name, what becomes of asked axes, keyword arguments of torch.export.export)``, best first.
 _LADDER: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("dynamic", _DIM.DYNAMIC, {"strict": False}),
@@ -25,6 +26,7 @@ _LADDER: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         _DIM.DYNAMIC,
         {"strict": False, "prefer_deferred_runtime_asserts_over_guards": True},
     ),
+    (_LAST, _DIM.DYNAMIC, {"strict": False}),
     ("auto", _DIM.AUTO, {"strict": False}),
     ("strict", _DIM.AUTO, {"strict": True}),
 )
@@ -43,7 +45,7 @@ def climb(
     for rung, kind, options in _LADDER if axes else _FIXED:
         shapes = tuple({axis: kind for axis in axes.names.get(n, {})} for n in signature.names)
         try:
-            with quiet(), torch.no_grad(), repaired(flat.module):
+            with quiet(), torch.no_grad(), repaired(flat.module, last=rung == _LAST):
                 program = torch.export.export(
                     flat,
                     tuple(t.clone() for t in tensors),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from optkit.errors import ModelError
 from optkit.exporting.export import export
 from optkit.exporting.repairs import repaired
 from optkit.frontend import proved, read
@@ -171,3 +172,45 @@ def test_a_window_is_no_larger_than_what_it_pools(pool, kernel):
     assert "also batch 1 and batch 3" in proved(exported).notes[-1]
     (found,) = (n for n in exported.model.graph if n.op_type.endswith("Pool"))
     assert list(found.attributes["kernel_shape"].as_ints()) == kernel
+
+
+class Joined(nn.Module):
+    """As a model of images and text takes its images apart and puts them together."""
+
+    def forward(self, x):
+        rows = list(x)
+        assert isinstance(rows, list)
+        assert isinstance(list("ab"), list)
+        return torch.cat(rows, dim=0) * 2
+
+
+def test_rows_that_are_put_together_again_keep_the_axis_free():
+    loaded = read(Joined(), inputs=torch.randn(2, 3, 4), dynamic=["batch"])
+    assert "also batch 1 and batch 3" in loaded.notes[-1]
+    assert torch.cat.__module__ != "optkit.exporting.rows"
+    assert "list" not in globals()
+
+
+class Stacked(nn.Module):
+    def forward(self, x):
+        return torch.stack([row * 2 for row in list(x)]) + torch.cat(list(x), dim=1).sum()
+
+
+def test_rows_that_are_used_one_by_one_are_as_many_as_the_example_has():
+    assert read(Stacked(), inputs=torch.randn(2, 3, 4)).notes[-1].startswith("computes the same")
+    with pytest.raises(ModelError, match="batch"):
+        read(Stacked(), inputs=torch.randn(2, 3, 4), dynamic=["batch"])
+
+
+@pytest.mark.needs("transformers")
+def test_state_space_layers_are_one_loop_of_any_length():
+    from transformers import MambaConfig, MambaModel
+    from transformers.models.mamba import modeling_mamba
+
+    before = dict(vars(modeling_mamba))
+    small = MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=1)
+    inputs = {"input_ids": torch.randint(0, 20, (2, 6)), "use_cache": False}
+    loaded = read(MambaModel(small).eval(), inputs=inputs, dynamic=["batch", "sequence"])
+    assert "also batch 1, sequence 7 and batch 3, sequence 12" in loaded.notes[-1]
+    assert [n.op_type for n in loaded.model.graph].count("Scan") == 1
+    assert {k: v for k, v in vars(modeling_mamba).items() if before.get(k) is not v} == {}
