@@ -123,7 +123,7 @@ class Compilation:
             self.inputs = "held-out calibration data"
         if data is None or data.random:
             self.inputs = "inputs drawn from the input specification"
-        if data is None and loaded.examples:
+        if data is None and loaded.examples and not self.wanted:
             self.inputs = "example inputs"
         self._cleaned: dict[str, tuple[ir.Model, list[PassRecord], dict[str, float], dict[Any, Any]]] = {}
         self._built = 0
@@ -139,7 +139,7 @@ class Compilation:
         """
         if self.held_out is not None:
             return self.held_out
-        if self.loaded.examples:
+        if self.loaded.examples and not self.wanted:
             return CalibrationData(list(self.loaded.examples), name="example inputs").check(self.loaded.model)
         reason = ""
         for sizes in trial_sizes(specs(self.loaded.model)[0]):
