@@ -482,8 +482,8 @@ def achieved(executed: Sequence[Executed], built: Built) -> Achieved:
 
 def compile(
     source: Any,
-    *,
     inputs: Any = None,
+    *,
     dynamic_shapes: Sequence[str] | Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     target: str | Target | None = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optkit.errors import OptkitError, PassError
 from optkit.graph import count_nodes, verify
+from optkit.origin import inherit
 from optkit.passes.base import Context, GraphPass, Pass
 from optkit.report import PassRecord
 
@@ -47,6 +48,7 @@ def run_passes(
                 f"{step.name}: {type(error).__name__}: {error}",
                 hint="this is a defect of the pass: please report it with the model",
             ) from error
+        inherit(model)
         try:
             verify(model)
         except OptkitError as error:

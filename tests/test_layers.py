@@ -15,7 +15,7 @@ FOLDERS = {name: ROOT / name for name in ("passes", "backends", "kernels", "reci
 LAYERS = {
     1: ["errors", "registry"],
     2: [
-        "graph", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
+        "graph", "origin", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
         "propagation", "inference", "saturation", "arithmetic",
     ],
     3: ["kernels"],

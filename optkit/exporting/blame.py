@@ -15,8 +15,8 @@ from optkit.errors import ModelError, OptkitError
 from optkit.exporting.difference import difference
 from optkit.exporting.eager import quiet
 from optkit.exporting.exported import Exported
-from optkit.exporting.origin import MODULE
 from optkit.graph import constant, describe, walk
+from optkit.origin import MODULE
 from optkit.reference import ReferenceSession, with_outputs
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ import re
 from typing import TYPE_CHECKING
 
 from optkit.exporting.explain import is_users, shorten
-from optkit.graph import graphs, users
+from optkit.graph import graphs
+from optkit.origin import MODULE, SOURCE, inherit
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MODULE, SOURCE = "optkit.module", "optkit.source"
 _TORCH = "pkg.torch."
 
 
@@ -36,13 +36,8 @@ def note_origins(model: ir.Model, *, wrapper: str = "") -> None:
                 props[SOURCE] = source
             for value in node.outputs:
                 _forget(value.metadata_props)
-        # Sizes that tracing itself reads belong to what they are read for.
-        for node in reversed(tuple(graph)):
-            if MODULE not in node.metadata_props and SOURCE not in node.metadata_props:
-                reader = next((u for o in node.outputs for u in users(o) if SOURCE in u.metadata_props), None)
-                for key in (MODULE, SOURCE):
-                    if reader is not None and key in reader.metadata_props:
-                        node.metadata_props[key] = reader.metadata_props[key]
+    # Sizes that tracing itself reads belong to what they are read for.
+    inherit(model)
     _forget(model.graph.metadata_props)
     _forget(model.metadata_props)
     for graph in graphs(model):

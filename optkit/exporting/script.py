@@ -16,6 +16,7 @@ from optkit.exporting.exported import Exported
 from optkit.exporting.interface import name_free_axes, name_interface
 from optkit.exporting.signature import Signature, output_names
 from optkit.graph import walk
+from optkit.origin import MODULE
 
 
 def from_script(module: Any, inputs: Any, dynamic: Dynamic | None, name: str) -> Exported:
@@ -47,7 +48,7 @@ def from_script(module: Any, inputs: Any, dynamic: Dynamic | None, name: str) ->
     for node in walk(model):
         path = str(node.name or "").strip("/").split("/")
         if len(path) > 1:
-            node.metadata_props["optkit.module"] = ".".join(path[:-1])
+            node.metadata_props[MODULE] = ".".join(path[:-1])
     name_interface(model, signature.names, outputs)
     name_free_axes(model, axes, signature.names, trusted=False)
     return Exported(

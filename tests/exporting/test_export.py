@@ -55,7 +55,7 @@ def ids(batch=2, length=10):
 def test_a_module_compiles_and_computes_the_same_at_sizes_that_were_never_traced(tmp_path):
     net, out = Net(), tmp_path / "artifact"
     artifact, report = optkit.compile(
-        net, inputs={"ids": ids()}, dynamic_shapes=["batch", "sequence"], target="cpu", recipe="fp32", out=out
+        net, {"ids": ids()}, dynamic_shapes=["batch", "sequence"], target="cpu", recipe="fp32", out=out
     )
     assert net.training, "the module is left as it was"
     assert report.manifest.fidelity.inputs == "example inputs"
@@ -99,7 +99,7 @@ def loaded():
     return read(Net(), inputs=(ids(),), dynamic=["batch,sequence"])
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8-static", "int8-dynamic"])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8-static", "int8-static-all", "int8-dynamic"])
 def test_every_node_knows_its_line_after_every_pass(recipe, loaded, tmp_path):
     fed = [{"ids": ids().numpy()} for _ in range(2)]
     work = Compilation(
