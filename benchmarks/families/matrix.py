@@ -20,7 +20,7 @@ def written(found: Mapping[str, Any]) -> str:
         "# Model families", "",
         "Written by `python -m optkit.benchmarks.families`. Each family is built from its configuration with seeded random weights at "
         "reduced size, exported with every axis that was asked for free, cleaned up, compiled for the CPU with both runtimes in float32 and "
-        "with ONNX Runtime in int8, and run at the example and at two other sizes, batch 1 among them where the batch is free. Float stages "
+        "with ONNX Runtime in int8, and run at the example and at two other sizes of every free axis, batch 1 among them where the batch is free. Float stages "
         "pass when every output has eager's shape and differs by at most 1e-4 of its largest value, or by what rounding alone explains "
         "(eager in float32 against float64); the number is the largest difference. int8 passes when the cosine to float, averaged over the "
         "outputs, is at least 0.99; calibration had two batches of random inputs. Weights are random, so it says that int8 works, not "
