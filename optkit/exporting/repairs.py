@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from optkit.exporting.durations import vectorized
 from optkit.exporting.recurrent import symbolic
 from optkit.exporting.rows import whole_rows
 from optkit.exporting.shadowing import shadowed
@@ -111,6 +112,7 @@ REPAIRS: dict[str, Callable[[torch.nn.Module], contextlib.AbstractContextManager
     "lengths": _lengths,
     "causal-padding": _causal_padding,
     "selective-scan": selective_scan,
+    "durations": vectorized,
 }
 
 

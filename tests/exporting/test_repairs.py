@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from optkit.errors import ModelError
+from optkit.exporting.durations import repeat
 from optkit.exporting.export import export
 from optkit.exporting.repairs import repaired
 from optkit.frontend import proved, read
@@ -214,3 +215,15 @@ def test_state_space_layers_are_one_loop_of_any_length():
     assert "also batch 1, sequence 7 and batch 3, sequence 12" in loaded.notes[-1]
     assert [n.op_type for n in loaded.model.graph].count("Scan") == 1
     assert {k: v for k, v in vars(modeling_mamba).items() if before.get(k) is not v} == {}
+
+
+@pytest.mark.needs("transformers")
+@pytest.mark.parametrize(
+    ("durations", "speed"),
+    [([[2, 0, 3], [1, 1, 0]], 1.0), ([[0, 0, 0], [0, 0, 0]], 1.0), ([[0, 0, 0], [1, 2, 1]], 1.0), ([[2, 1, 3], [1, 4, 0]], 1.5)],
+)  # fmt: skip
+def test_repeating_by_counting_is_what_the_loop_does(durations, speed):
+    from transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer import length_regulator
+
+    x, counts = torch.randn(2, 3, 4), torch.tensor(durations)
+    assert torch.equal(repeat(x, counts, speed), length_regulator(x, counts.clone(), speed))
