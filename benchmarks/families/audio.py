@@ -90,6 +90,22 @@ def _moonshine_encoder() -> Built:
     )
 
 
+def _moonshine_streaming() -> Built:
+    encoder = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "sliding_windows": [[4, 2], [4, 0]],
+    }  # fmt: skip
+    c = config(
+        "MoonshineStreamingConfig", encoder_config=encoder, vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    whole: Any = model("MoonshineStreamingModel", c)
+    inputs = {"input_values": torch.randn(BATCH, 1920)}
+    return Built(
+        module=_Encoder(whole.encoder), inputs=inputs, dynamic={"input_values": {0: "batch", 1: "samples"}}
+    )
+
+
 def _parakeet() -> Built:
     encoder = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "subsampling_conv_channels": 8,
@@ -251,6 +267,7 @@ FAMILIES: Mapping[str, Builder] = {
     "wav2vec2": _wav2vec2,
     "moonshine_encoder": _moonshine_encoder,
     "moonshine_decode": lambda: _decode(model("MoonshineForConditionalGeneration", config("MoonshineConfig", **_MOONSHINE)), 4, 8, 20, 32),
+    "moonshine_streaming": _moonshine_streaming,
     "parakeet_ctc": _parakeet,
     "log_mel": lambda: Built(module=_LogMel(), inputs={"samples": torch.randn(BATCH, 400)}, dynamic={"samples": {0: "batch", 1: "samples"}}),
     "fastspeech2_conformer": _fastspeech2,

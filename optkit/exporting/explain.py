@@ -66,7 +66,7 @@ def where(error: BaseException, root: torch.nn.Module) -> str:
 
 def _inside(error: BaseException, root: torch.nn.Module) -> str:
     paths = {id(m): f"{path} ({type(m).__name__})" for path, m in root.named_modules() if path}
-    for part in reversed(_chain(error)):
+    for part in reversed(chain(error)):
         owners = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(part.__traceback__)]
         if found := [paths[o] for o in owners if o in paths]:
             return found[-1]
@@ -81,7 +81,7 @@ def located(line: tuple[str, int, str]) -> str:
 
 def place(error: BaseException) -> tuple[str, int, str] | None:
     """``(file, line, code)`` of the user's innermost line: that of the traceback, else one that the message names."""
-    for part in reversed(_chain(error)):
+    for part in reversed(chain(error)):
         stack = traceback.extract_tb(part.__traceback__)
         # What lies before the last frame of this package is whoever called it.
         inside = max((i for i, f in enumerate(stack) if f.filename.startswith(_HERE)), default=-1)
@@ -94,7 +94,7 @@ def place(error: BaseException) -> tuple[str, int, str] | None:
     return None
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def chain(error: BaseException) -> list[BaseException]:
     """An error and what it came from, the last cause last."""
     chain: list[BaseException] = []
     current: BaseException | None = error
@@ -120,7 +120,7 @@ def is_users(file: str) -> bool:
 
 
 def _message(error: BaseException) -> str:
-    return "\n".join(f"{type(part).__name__}: {part}" for part in _chain(error))
+    return "\n".join(f"{type(part).__name__}: {part}" for part in chain(error))
 
 
 def _first_line(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ import torch
 from optkit.errors import ModelError, UnsupportedOpError
 from optkit.exporting.attention import zero_masked_rows
 from optkit.exporting.eager import quiet
-from optkit.exporting.explain import is_users, shorten
+from optkit.exporting.explain import chain, is_users, located, place, shorten
 from optkit.exporting.operators import translations
 from optkit.exporting.pooling import clamp_windows
 from optkit.exporting.program import simplify
@@ -50,36 +50,32 @@ def write(program: Any, name: str) -> ir.Model:
 
 
 def _no_word(program: Any, error: Exception, name: str) -> ModelError:
-    text, current = "", error
-    while current is not None:
-        text += f"{current}\n"
-        current = current.__cause__ or current.__context__  # type: ignore[assignment]
+    text = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(str(part) for part in chain(error)))
     missing = re.search(
         r"No (?:ONNX|decompositions).*?for <OpOverload\(op='([\w.:]+)', overload='(\w+)'\)>", text
     )
-    lines = [line for line in text.splitlines() if line.strip()]
-    reason = next(
-        (ln for ln in lines if "No ONNX" in ln or "Error calling" in ln), lines[0] if lines else str(error)
-    )
     if missing is None:
+        lines = [line for line in text.splitlines() if line.strip()]
+        # What the exporter says first is in which of its steps it was; what went wrong there comes last.
+        inner = str(chain(error)[-1]).strip().partition("\n")[0]
+        reason = next((ln for ln in lines if "No ONNX" in ln or "Error calling" in ln), inner or lines[0])
+        at = place(error)
         return ModelError(
-            f"{name}: torch.onnx cannot write it: {reason[:400]}",
-            hint="run with --debug for the whole message",
+            f"{name}: torch.onnx cannot write it: {located(at) + ': ' if at else ''}{reason[:400]}",
+            hint="write that line with other operators of torch; --debug shows the whole message",
         )
     target = f"{missing[1]}.{missing[2]}"
-    problems = []
-    for node in program.graph.nodes:
-        if str(node.target) in (target, target.replace("::", ".")):
-            trace = node.meta.get("stack_trace") or ""
-            at = re.findall(r'File "([^"]+)", line (\d+)', trace)
-            where = _place(at)
-            problems.append(
-                (f"{node.name} ({target}{': ' + where if where else ''})", "ONNX has no such operator")
-            )
-    problems = problems or [(target, "ONNX has no such operator")]
+    places = [
+        _place(n.meta) for n in program.graph.nodes if str(n.target) in (target, target.replace("::", "."))
+    ]
+    problems = [(f"{target}{': ' + at if at else ''}", "ONNX has no such operator") for at in places or [""]]
     return UnsupportedOpError(name, problems, hint="write that line with other operators of torch")
 
 
-def _place(frames: Sequence[tuple[str, str]]) -> str:
-    users = [(f, n) for f, n in frames if is_users(f)]
-    return f"{shorten(users[-1][0])}:{users[-1][1]}" if users else ""
+def _place(meta: Mapping[str, Any]) -> str:
+    """The module and the line of the user's that a node of the program comes from."""
+    scopes = [str(path) for path, _ in (meta.get("nn_module_stack") or {}).values()]
+    module = re.sub(r"^(L\['self'\]\.)?module\.?|@\d+", "", scopes[-1]) if scopes else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', meta.get("stack_trace") or "")
+    lines = [f"{shorten(f)}:{n}" for f, n in frames if is_users(f)]
+    return ", ".join(p for p in (module, *lines[-1:]) if p)
