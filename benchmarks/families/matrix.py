@@ -23,7 +23,7 @@ def written(found: Mapping[str, Any]) -> str:
         "with ONNX Runtime in int8, and run at the example and at two other sizes of every free axis, batch 1 among them where the batch is free. Float stages "
         "pass when every output has eager's shape and differs by at most 1e-4 of its largest value, or by what rounding alone explains "
         "(eager in float32 against float64); the number is the largest difference. int8 passes when the cosine to float, averaged over the "
-        "outputs, is at least 0.99; calibration had two batches of random inputs. Weights are random, so it says that int8 works, not "
+        "outputs, is at least 0.99, as `optkit compile` gets it: the layers that hurt most return to float until it is. Calibration had two batches of random inputs. Weights are random, so it says that int8 works, not "
         "what it costs a trained network.", "",
         f"{found['processor']}; {versions}.", "",
         "| stage | pass |", "|---|---|",
@@ -46,7 +46,9 @@ def _line(row: Mapping[str, Any]) -> str:
     for stage in STAGES[1:]:
         if stage in row["passed"]:
             error = row["errors"].get(stage)
-            cells.append(f"{error:.4f}" if stage == "int8" else f"{error:.0e}")
+            kept, layers = row["in_float"]
+            mixed = f" ({kept} of {layers} in float)" if kept else ""
+            cells.append(f"{error:.4f}{mixed}" if stage == "int8" else f"{error:.0e}")
         else:
             cells.append("fails" if stage in row["failed"] else "–")
     return "| " + " | ".join([*cells, str(row["seconds"])]) + " |"

@@ -26,7 +26,10 @@ from optkit.exporting.proof import others
 from optkit.frontend import Loaded, proved
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
+from optkit.search import Built, repair
 from optkit.targets import target
+
+_Case = tuple[list[torch.Tensor], dict[str, np.ndarray]]
 
 STAGES = ("export", "onnx", "onnxruntime", "openvino", "int8")
 _RECIPES = {"onnxruntime": "fp32", "openvino": "openvino-fp32", "int8": "int8-static"}
@@ -40,6 +43,7 @@ class Row:
         sizes: At which the module was run beside the example.
         nodes: After export, and after the clean-up.
         passed: Stages that worked at every size.
+        in_float: Layers that int8 keeps in float to stay within its bound, of how many.
         errors: The largest difference from eager, relative to the largest value; cosine to float for int8.
         failed: For the first stage that did not work and those that do not need it: why.
     """
@@ -51,6 +55,7 @@ class Row:
     nodes: tuple[int, int] = (0, 0)
     passed: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    in_float: tuple[int, int] = (0, 0)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -101,14 +106,14 @@ def _compiled(row: Row, exported: Exported, loaded: Loaded) -> None:
                 made = work.build(stage, Recipe.load(name))
                 if stage == "onnxruntime":
                     row.nodes = (made.records[0].nodes_before, made.records[-1].nodes_after)
-                with work.session(made) as session:
-                    found = [session.run(batch) for batch in feeds]
+                if stage == "int8":
+                    bad = _integers(row, work, made, exported, cases)
+                else:
+                    bad = _compare(row, stage, exported, cases, _run(work, made, feeds))
             except OptkitError as error:
-                row.failed[stage] = _line(error)
-                continue
+                bad = _line(error)
             finally:
                 work.reference.close()
-        bad = _cosine(row, exported, cases, found) if stage == "int8" else _compare(row, stage, exported, cases, found)  # fmt: skip
         if bad:
             row.failed[stage] = bad
         else:
@@ -119,7 +124,7 @@ def _compare(
     row: Row,
     stage: str,
     exported: Exported,
-    cases: Sequence[tuple[list[torch.Tensor], dict[str, np.ndarray]]],
+    cases: Sequence[_Case],
     found: Sequence[Mapping[str, np.ndarray]],
 ) -> str:
     worst = 0.0
@@ -135,20 +140,41 @@ def _compare(
     return ""
 
 
-def _cosine(
-    row: Row,
-    exported: Exported,
-    cases: Sequence[tuple[list[torch.Tensor], dict[str, np.ndarray]]],
-    found: Sequence[Mapping[str, np.ndarray]],
-) -> str:
-    """On the example, which calibration has not seen where axes are free; the bound is that of recipes."""
+def _integers(row: Row, work: Compilation, made: Built, exported: Exported, cases: Sequence[_Case]) -> str:
+    """On the example, which calibration has not seen where axes are free; the bound is that of recipes.
+
+    What misses it goes the way of ``optkit compile``: the layers that hurt most return to float.
+    """
     names = dict(zip(exported.outputs, (str(v.name) for v in exported.model.graph.outputs), strict=True))
     expected = {names[own]: array for own, array in cases[0][1].items()}
-    data = CalibrationData([exported.feeds(cases[0][0])], name="example")
-    answer: Any = fidelity(lambda _: expected, lambda _: dict(found[0]), data)
-    row.errors["int8"] = round(float(answer.cosine), 4)
+    feeds = exported.feeds(cases[0][0])
     bound = Recipe.load("int8-static").limits.min_cosine
-    return "" if answer.cosine >= bound else f"cosine {answer.cosine:.4f}, at least {bound} is asked for"
+
+    def missed(built: Built) -> str:
+        try:
+            (found,) = _run(work, built, [feeds])
+            data = CalibrationData([feeds], name="example")
+            answer: Any = fidelity(lambda _: expected, lambda _: dict(found), data)
+        except OptkitError as error:
+            return _line(error)
+        row.errors["int8"] = round(float(answer.cosine), 4)
+        return "" if answer.cosine >= bound else f"cosine {answer.cosine:.4f}, at least {bound} is asked for"
+
+    bad = missed(made)
+    if not bad:
+        return ""
+    fixed = repair(work, made.recipe, made, strict=False, faster_than=0.0)
+    if fixed is None:
+        return f"{bad}; too few layers are left in integers once it is"
+    row.in_float = (sum(r.kept_float for r in fixed.layers), len(fixed.layers))
+    return missed(fixed)
+
+
+def _run(
+    work: Compilation, made: Built, feeds: Sequence[Mapping[str, np.ndarray]]
+) -> list[dict[str, np.ndarray]]:
+    with work.session(made) as session:
+        return [session.run(batch) for batch in feeds]
 
 
 def _line(error: OptkitError) -> str:
