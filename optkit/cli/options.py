@@ -151,7 +151,7 @@ def source(model: str) -> Path | str:
             raise UsageError(f"{path}: no such file", hint=_similar(path))
         return path if path.exists() else model
     if path.is_dir():
-        hint = "give its .onnx file"
+        hint = "give its .onnx file, or the folder that holds config.json"
         if (path / "manifest.json").is_file():
             hint = f"it is an artifact already; its model is {path / 'model.onnx'}"
         raise UsageError(f"{path}: a folder, not a model", hint=hint)

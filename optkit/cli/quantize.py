@@ -99,7 +99,7 @@ def quantize(
         with temporary_folder(place.with_name(f"{place.name}.parts")) as folder:
             work = asked.work(folder, terminal.progress)
             graph, records, _ = work.transform(asked.recipe)
-            _check_changed(asked, records)
+            _check_changed(asked, records, path)
             legalize(graph, asked.backend, asked.target, name=asked.loaded.name)
             written = save(graph, folder / place.name)
             _check_runs(written[0], graph, work.feeds[0])
@@ -166,12 +166,12 @@ def _place(out: Path | None, model: Path | str, label: str) -> Path:
     return place
 
 
-def _check_changed(asked: Request, records: Sequence[PassRecord]) -> None:
+def _check_changed(asked: Request, records: Sequence[PassRecord], model: Path | str) -> None:
     lossy = {p.name for p in asked.recipe.passes if not p.exact}
     if lossy and not any(r.changes for r in records if r.name in lossy):
         raise PassError(
             f"{', '.join(sorted(lossy))}: nothing in {asked.loaded.name} was changed",
-            hint=f"optkit inspect {asked.loaded.path} --why says why its layers stay in float",
+            hint=f"optkit inspect {model} --why says why its layers stay in float",
         )
 
 

@@ -102,6 +102,21 @@ def test_inputs_that_cannot_be_are_named(optkit, here, given, said):
     assert said in ran.err
 
 
+def test_what_cannot_be_quantized_is_named_as_it_was_given(optkit, here):
+    (here / "cli_small.py").write_text(
+        "import torch\n\ndef net():\n    return torch.nn.ReLU(), torch.ones(2, 3)\n"
+    )
+    ran = optkit("quantize", "cli_small:net", "-p", "int8-dyn", "-o", "q.onnx")
+    assert ran.code == 1
+    assert "hint: optkit inspect cli_small:net --why" in ran.err
+
+
+def test_doctor_looks_at_modules_too(optkit, here):
+    ran = optkit("doctor", "cli_network:network", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["ok"] is True
+
+
 def test_an_axis_that_no_input_has_is_named(optkit, here):
     ran = optkit("compile", "cli_network:network", "--dynamic", "rows=idz:0", "-o", "a")
     assert ran.code == 2
