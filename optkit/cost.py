@@ -7,7 +7,7 @@ Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009: arithmetic inten
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,17 +147,7 @@ def _macs(node: ir.Node) -> int | None:
         return matmul_macs(node)
     if node.op_type == "ConvInteger":
         return conv_macs(node)
-    return _recurrent_macs(node) if _FAMILIES.get(node.op_type) == "recurrent" else 0
-
-
-def _recurrent_macs(node: ir.Node) -> int | None:
-    """Each step multiplies input and state with all weights of both."""
-    x, weights = node.inputs[0], [elements(v.shape) for v in node.inputs[1:3] if v is not None]
-    if x is None or x.shape is None or len(x.shape) != 3 or None in weights or len(weights) != 2:
-        return None
-    steps = math.prod(d for d in x.shape[:2] if isinstance(d, int))
-    known = all(isinstance(d, int) for d in x.shape[:2])
-    return steps * sum(w for w in weights if w is not None) if known else None
+    return 0
 
 
 def _bytes(node: ir.Node) -> int | None:
@@ -230,13 +220,15 @@ def constant_size(value: ir.Value) -> int:
     return 0 if array is None else int(array.size)
 
 
-def floor(model: ir.Model, found: Costs, peak: Mapping[str, float], bandwidth: float) -> Floor | None:
+def floor(
+    model: ir.Model, found: Costs, peak: Mapping[str, float], reading: Callable[[float], float]
+) -> Floor | None:
     """The least time of a run.
 
     Args:
         found: As ``costs`` gives them.
         peak: Operations a second by format; has all formats that ``found`` has.
-        bandwidth: Bytes a second.
+        reading: Bytes a second at which so many bytes are read.
 
     Returns:
         None where it depends on free axes.
@@ -247,7 +239,7 @@ def floor(model: ir.Model, found: Costs, peak: Mapping[str, float], bandwidth: f
     total = sum(needed.values())
     stored = sum(_width(fmt) * count / total for fmt, count in needed.items()) if total else 4.0
     moved = int(weights_read(model) * stored) + found.outside
-    compute, memory = sum(count / peak[fmt] for fmt, count in needed.items()), moved / bandwidth
+    compute, memory = sum(count / peak[fmt] for fmt, count in needed.items()), moved / reading(moved)
     return Floor(
         seconds=max(compute, memory),
         bound="compute" if compute >= memory else "memory",

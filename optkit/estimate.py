@@ -44,17 +44,18 @@ def estimate(model: ir.Model, target: Target, shapes: Mapping[str, tuple[int, ..
     needed = found.operations
     if needed is None or any(fmt not in target.peak for fmt in needed):
         return None
-    least = floor(fixed, found, target.peak, target.bandwidth)
+    bandwidth = target.bandwidth
+    least = floor(fixed, found, target.peak, lambda size: bandwidth)
     if least is None:
         return None
     compute = sum(count / target.peak[fmt] for fmt, count in needed.items())
-    memory = max(0, least.bytes - (target.l2 or 0)) / target.bandwidth
+    memory = max(0, least.bytes - (target.l2 or 0)) / bandwidth
     launched = _launched(fixed)
     between = [_bytes(value) for node in launched for value in node.outputs if value.uses()]
     if None in between:
         return None
     # At best everything between two products is fused into them; at worst each value is written and read again.
-    apart = (least.bytes + 2 * sum(size or 0 for size in between)) / target.bandwidth
+    apart = (least.bytes + 2 * sum(size or 0 for size in between)) / bandwidth
     fewest = sum(_is_product(node) for node in launched)
     low = max(compute / _COMPUTE[0], memory / _MEMORY[0], fewest * _LAUNCH[0], _LAUNCH[0])
     high = max(compute / _COMPUTE[1], apart / _MEMORY[1]) + len(launched) * _LAUNCH[1]

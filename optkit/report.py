@@ -174,7 +174,8 @@ class Ceilings(_Record):
     Attributes:
         operations: Operations a second, two for each multiply-accumulate, by arithmetic: the fastest product of any runtime.
         sources: Whose product that was.
-        bytes: Read from memory a second.
+        bytes: Read a second of what fits into no cache.
+        cached: The same of less, by its size in bytes: caches may hold it.
         stretched: Wall-clock over CPU time while this was measured.
         loaded: Whether that is so much that others were using the machine.
     """
@@ -182,8 +183,13 @@ class Ceilings(_Record):
     operations: dict[str, float]
     sources: dict[str, str]
     bytes: float
+    cached: dict[int, float] = {}
     stretched: float
     loaded: bool
+
+    def reading(self, size: float) -> float:
+        """Bytes a second at which ``size`` bytes are read in each run."""
+        return next((rate for held, rate in sorted(self.cached.items()) if size <= held), self.bytes)
 
 
 class Roofline(_Record):

@@ -37,8 +37,8 @@ from optkit.report import Ceilings, Roofline
 
 # CPU seconds for each probe, of which the best run counts, and the fewest runs.
 _BUDGET, _FEWEST = 0.15, 4
-# Read for the bandwidth: more than a core's own caches hold.
-_FLOATS = 32 << 20
+# Bytes that are read for the bandwidth: weights that a last cache keeps from run to run come faster.
+_LARGEST, _SMALLER = 256 << 20, (4 << 20, 16 << 20, 32 << 20, 64 << 20, 128 << 20)
 # Whose products are tried, and in which arithmetic.
 _TRIED = {"fp32": ("onnxruntime", "openvino"), "int8": ("onnxruntime", "openvino"), "bf16": ("openvino",)}
 # Bytes of a weight by the arithmetic that reads it.
@@ -69,7 +69,7 @@ def ceilings(processor: str = "") -> Ceilings:
 def _file(processor: str) -> Path:
     named = os.environ.get("OPTKIT_CACHE")
     root = Path(named) if named else Path.home() / ".cache" / "optkit"
-    facts = [processor, platform.machine(), os.cpu_count()]
+    facts = [processor, platform.machine(), os.cpu_count(), _LARGEST, *_SMALLER]
     for package in ("numpy", *sorted({name for names in _TRIED.values() for name in names})):
         try:
             facts.append(version(package))
@@ -96,12 +96,13 @@ def measure() -> Ceilings:
                 stretched.append(wall / cpu)
                 if 2 * probe.macs / cpu > rates.get(fmt, 0.0):
                     rates[fmt], sources[fmt] = 2 * probe.macs / cpu, f"{name} {probe.name}"
-    read, wall = _reading()
-    stretched.append(wall / read)
+    largest, wall = _reading(_LARGEST)
+    stretched.append(wall * largest / _LARGEST)
     return Ceilings(
         operations=rates,
         sources=sources,
-        bytes=_FLOATS * 4 / read,
+        bytes=largest,
+        cached={size: _reading(size)[0] for size in _SMALLER},
         loaded=float(np.median(stretched)) > _LOADED,
         stretched=float(np.median(stretched)),
     )
@@ -115,9 +116,12 @@ def _engine(name: str) -> Backend | None:
         return None
 
 
-def _reading() -> tuple[float, float]:
-    x = np.ones(_FLOATS, np.float32)
-    return _best(lambda: x.dot(x))
+def _reading(size: int) -> tuple[float, float]:
+    """Bytes a second of CPU time, by whichever of two ways reads faster, and its wall-clock."""
+    x = np.ones((size // 4096, 1024), np.float32)
+    vector = np.ones(len(x), np.float32)
+    cpu, wall = min(_best(lambda: vector @ x), _best(lambda: x.max()))
+    return size / cpu, wall
 
 
 def _best(run: Callable[[], object]) -> tuple[float, float]:
@@ -172,7 +176,8 @@ def against(
     total = sum(macs.values())
     width = sum(_WIDTH.get(fmt, 4) * count / total for fmt, count in macs.items()) if total else 4.0
     compute = sum(2 * count / machine.operations[fmt] for fmt, count in macs.items())
-    memory = (weights * width + moved) / machine.bytes
+    read = weights * width + moved
+    memory = read / machine.reading(read)
     floor = max(compute, memory)
     return Roofline(
         floor_ms=floor * 1e3, share=floor / seconds, bound="compute" if compute >= memory else "memory"

@@ -249,7 +249,11 @@ def peaks(found: Ceilings) -> tuple[str, ...]:
     note = "measured on this machine, one thread by CPU time, best of several runs"
     if found.loaded:
         note += f"; others were using the machine (wall-clock {found.stretched:.1f} times CPU time)"
-    return f"{', '.join(rates)}; memory {_digits(found.bytes / 1e9)} GB/s", note
+    memory = f"memory {_digits(found.bytes / 1e9)} GB/s"
+    if found.cached:
+        size = max(s for s in found.cached if found.reading(s) == max(found.cached.values()))
+        memory += f", up to {_digits(found.cached[size] / 1e9)} GB/s for {size >> 20} MiB that caches hold"
+    return f"{', '.join(rates)}; {memory}", note
 
 
 def predicted(report: Report) -> tuple[str, ...]:

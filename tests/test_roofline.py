@@ -44,6 +44,12 @@ def test_bytes_bound_a_run_that_reads_much(fmt: str, milliseconds: float) -> Non
     assert found.floor_ms == pytest.approx(milliseconds)
 
 
+def test_what_caches_hold_is_read_faster_than_memory() -> None:
+    machine = MACHINE.model_copy(update={"cached": {1_000_000: 40e9, 20_000_000: 20e9}})
+    found = [against([], 0, size, 1.0, machine) for size in (1_000_000, 2_000_000, 20_000_001)]
+    assert [f.floor_ms for f in found if f] == pytest.approx([0.025, 0.1, 2.0000001])
+
+
 def test_arithmetic_without_a_ceiling_has_no_share() -> None:
     assert against([_ran("fp64", 10)], 0, 0, 1.0, MACHINE) is None
 
@@ -101,6 +107,7 @@ def test_the_machine_is_measured_once_and_remembered(tmp_path: Path, monkeypatch
     assert set(found.operations) >= {"fp32", "int8"}
     assert all(rate > 1e8 for rate in found.operations.values())
     assert found.bytes > 1e8
+    assert all(rate > 1e8 for rate in found.cached.values())
     (file,) = (tmp_path / "roofline").iterdir()
     monkeypatch.setattr(roofline, "measure", lambda: pytest.fail("measured again"))
     assert ceilings("chip") == found

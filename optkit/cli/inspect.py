@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,6 +168,10 @@ def _families(model: ir.Model, found: Costs) -> dict[str, Any]:
     }
 
 
+def _everywhere(bandwidth: float, size: float) -> float:
+    return bandwidth
+
+
 def _floor(model: ir.Model, found: Costs, name: str) -> dict[str, Any]:
     """The least time on a target, and the ceilings that it comes from; or why it is not known."""
     from optkit.cost import floor
@@ -174,20 +179,23 @@ def _floor(model: ir.Model, found: Costs, name: str) -> dict[str, Any]:
 
     where = find_target(name)
     peak, bandwidth, source = dict(where.peak), where.bandwidth, where.source
+    reading: Callable[[float], float] | None = None if bandwidth is None else partial(_everywhere, bandwidth)
     if (not peak or bandwidth is None) and where.runs_here:
         from optkit.roofline import ceilings
 
         machine = ceilings()
         peak, bandwidth, source = dict(machine.operations), machine.bytes, "measured here, one thread"
+        reading = machine.reading
     shown: dict[str, Any] = {"target": where.name, "peak": peak, "bandwidth": bandwidth, "source": source}
     needed = found.operations
     missing = sorted(fmt for fmt in needed or () if fmt not in peak)
-    if bandwidth is None or missing:
+    if reading is None or missing:
         what = f"no peak of {', '.join(missing)}" if missing else "no bandwidth"
         return shown | {"ms": None, "why": f"nothing is known about {where.name}: {what}"}
-    least = floor(model, found, peak, bandwidth)
+    least = floor(model, found, peak, reading)
     if least is None:
         return shown | {"ms": None, "why": "depends on free axes (--shape INPUT=SIZES fixes them)"}
+    shown["bandwidth"] = reading(least.bytes)
     formats = {fmt: count / sum(needed.values()) for fmt, count in needed.items()} if needed else {}
     return shown | {
         "ms": least.seconds * 1e3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optkit.graph import attribute, rank
-from optkit.ops.spec import OpSpec, gemm_macs, matmul_macs
+from optkit.ops.spec import OpSpec, gemm_macs, matmul_macs, recurrent_macs
 
 
 def _last(node: ir.Node) -> int:
@@ -25,7 +25,7 @@ ROWS = (
         macs=gemm_macs,
     ),
     OpSpec(name="Einsum", family="matmul"),
-    OpSpec(name="LSTM", family="matmul"),
-    OpSpec(name="GRU", family="matmul"),
-    OpSpec(name="RNN", family="matmul"),
+    OpSpec(name="LSTM", family="matmul", macs=recurrent_macs),
+    OpSpec(name="GRU", family="matmul", macs=recurrent_macs),
+    OpSpec(name="RNN", family="matmul", macs=recurrent_macs),
 )

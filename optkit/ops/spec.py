@@ -78,6 +78,16 @@ def gemm_macs(node: ir.Node) -> int | None:
     return out * inner if isinstance(inner, int) else None
 
 
+def recurrent_macs(node: ir.Node) -> int | None:
+    """Each step multiplies input and state with all weights of both."""
+    x, weights = _shape(node.inputs[0]), [elements(_shape(v)) for v in node.inputs[1:3]]
+    if x is None or len(x) != 3 or len(weights) != 2:
+        return None
+    steps = [d for d in x.dims[:2] if isinstance(d, int)]
+    known = [w for w in weights if w is not None]
+    return math.prod(steps) * sum(known) if len(steps) == len(known) == 2 else None
+
+
 def _shape(value: ir.Value | None) -> ir.Shape | None:
     return None if value is None else value.shape
 

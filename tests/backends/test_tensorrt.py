@@ -373,3 +373,24 @@ def test_the_options_name_what_they_do_not_know(model, tmp_path):
 
 def test_a_target_that_the_backend_does_not_know_has_no_engine():
     assert rtx.capability(replace(target("h100"), capability=None)) is None
+
+
+def test_recurrent_products_count_among_the_formats(tmp_path):
+    random = np.random.default_rng(0)
+    shapes = {"w": (1, 32, 6), "r": (1, 32, 8), "v": (8, 4)}
+    model = parse(
+        HEAD
+        + """g (float[5, 2, 6] x) => (float[10, 4] z) <int64[2] flat = {10, 8}> {
+          [lstm] y = LSTM<hidden_size = 8>(x, w, r)
+          [flat] f = Reshape(y, flat)
+          [head] z = MatMul(f, v)
+        }""",
+        **{name: (random.normal(size=s) * 0.3).astype(np.float32) for name, s in shapes.items()},
+    )
+    data = [{"x": random.normal(size=(5, 2, 6)).astype(np.float32)} for _ in range(2)]
+    artifact, _ = optkit.compile(
+        model, target="h100", data=data, recipe="tensorrt-int8", out=tmp_path / "out",
+        overrides=["options.proxy=false", "limits.min_cosine=0.5"],
+    )  # fmt: skip
+    # 10 steps of 32 x (6 + 8), and 10 rows of 8 x 4.
+    assert artifact.manifest.achieved.formats["int8"] == pytest.approx(320 / (4480 + 320), abs=1e-4)
