@@ -68,6 +68,27 @@ def estimate(model: ir.Model, target: Target, shapes: Mapping[str, tuple[int, ..
     )
 
 
+def of_kernel(operations: float, moved: float, fmt: str, target: Target) -> Estimate:
+    """Floor and range of one launch of a kernel.
+
+    Args:
+        operations: In format ``fmt``, two for a multiply-add.
+        moved: Bytes that it has to read and write once; the floor is for cold caches.
+        fmt: Whose peak counts.
+        target: Its peaks are known.
+    """
+    assert target.bandwidth is not None
+    # A rate that no data sheet gives bounds nothing.
+    compute = operations / target.peak[fmt] if fmt in target.peak else 0.0
+    memory = moved / target.bandwidth
+    return Estimate(
+        floor=max(compute, memory),
+        low=max(compute / _COMPUTE[0], memory / _MEMORY[0], _LAUNCH[0]),
+        high=max(compute / _COMPUTE[1], memory / _MEMORY[1]) + _LAUNCH[1],
+        bound="compute" if compute >= memory else "memory",
+    )
+
+
 def _launched(model: ir.Model) -> list[ir.Node]:
     """Nodes that compute floats, but for movements and changes of format, which are part of what reads them."""
     found = []

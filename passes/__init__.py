@@ -30,6 +30,7 @@ PASSES = Registry(
         "group-heads": "optkit.passes.fusion.grouped_heads:GroupHeads",
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
+        "call-kernels": "optkit.passes.lowering.kernels:CallKernels",
         "cast": "optkit.passes.lowering.cast:CastFloats",
         "equalize-layers": "optkit.passes.quantization.equalize:EqualizeLayers",
         "smooth-activations": "optkit.passes.quantization.smooth:SmoothActivations",

@@ -24,7 +24,7 @@ LAYERS = {
     6: [
         "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate",
         "bench", "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
-        "estimate", "finish",
+        "estimate", "finish", "workbench",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import optkit
-from optkit.cli import bench, compile, doctor, eval, finalize, inspect, quantize, recipe, targets
+from optkit.cli import bench, compile, doctor, eval, finalize, inspect, kernels, quantize, recipe, targets
 from optkit.errors import OptkitError, UsageError
 
 # What typer raises for wrong options; it does not export the class under a name of its own.
@@ -36,6 +36,7 @@ for _name, _command, _help in (
 ):
     app.command(_name, short_help=_help)(_command)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(kernels.app, name="kernels")
 
 
 def _version(value: bool) -> None:

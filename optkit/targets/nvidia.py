@@ -48,7 +48,7 @@ ARCHITECTURES: dict[tuple[int, int], Architecture] = {
 }
 
 
-def _formats(capability: tuple[int, int]) -> frozenset[str]:
+def formats(capability: tuple[int, int]) -> frozenset[str]:
     """Number formats with matrix instructions, or that weights may be stored in."""
     found = {"fp32", "fp16", "int8", "w8a16"}
     if capability >= (8, 0):
@@ -84,13 +84,13 @@ def _gpu(
     source: str,
     **teraops: float,
 ) -> Target:
-    limits, formats = ARCHITECTURES[capability], _formats(capability)
+    limits, known = ARCHITECTURES[capability], formats(capability)
     return Target(
         name=name,
         vendor="nvidia",
         arch=limits.arch,
         backends=("tensorrt",),
-        formats=formats,
+        formats=known,
         memory=int(gib * _GIB),
         bandwidth=gbs * _GIGA,
         peak={fmt: value * _TERA for fmt, value in teraops.items()},
@@ -102,7 +102,7 @@ def _gpu(
         lacks={
             fmt: f"{fmt} starts with {first}; {name} is {limits.arch}"
             for fmt, first in _FIRST.items()
-            if fmt not in formats
+            if fmt not in known
         },
     )  # fmt: skip
 

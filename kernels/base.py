@@ -1,0 +1,188 @@
+"""What a kernel is: one operator of the domain ``optkit`` with an ONNX function body, and programs that compute it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx
+import onnx_ir as ir
+
+from optkit.graph import OPSET
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from optkit.rewrite import Rule
+
+DOMAIN = "optkit"
+Problem = Mapping[str, int | str | bool]
+"""What is fixed when a program is compiled: number format, static sizes, variants."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """One argument of a program, in the order of its signature.
+
+    Attributes:
+        name: As the program calls it.
+        type: As Triton writes it: ``*fp16``, ``i32``.
+        binds: ``input:<i>`` or ``output:<i>`` of the operator, or an expression of what ``Kernel.sizes`` gives.
+        aligned: Whether whoever launches it promises a multiple of 16 (bytes for pointers).
+    """
+
+    name: str
+    type: str
+    binds: str
+    aligned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """One specialization, ready to be compiled.
+
+    Attributes:
+        function: ``package.module:function`` of the source.
+        arguments: Of the launch.
+        constants: Compile-time arguments, by name.
+        grid: Blocks along three axes, expressions of the sizes and ``cdiv``.
+        warps: Of a block, as asked for.
+        stages: Of the software pipeline.
+        products: Format whose matrix instructions the machine code has to have; None for none.
+        wide: Whether global memory has to be read 16 bytes at a time.
+    """
+
+    function: str
+    arguments: tuple[Argument, ...]
+    constants: Mapping[str, int | float | bool | str | None]
+    grid: tuple[str, str, str]
+    warps: int = 4
+    stages: int = 1
+    products: str | None = None
+    wide: bool = True
+    waived: Mapping[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """Of everything in it."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """The value of an expression of a grid or of a size argument."""
+    names = {"cdiv": lambda a, b: -(-a // b), "min": min, "max": max, **sizes}
+    return int(eval(expression, {"__builtins__": {}}, names))
+
+
+class Kernel(ABC):
+    """A fused operator.
+
+    Attributes:
+        name: As in ``optkit kernels list``.
+        op: The operator's name in the domain ``optkit``.
+        body: Its ONNX function in text form, with ``%d`` for the opset: what it means, and what runs where it cannot.
+        source: Where the method comes from.
+        formats: Of its main operand.
+        size: How many operators it stands for: larger kernels are tried first.
+        examples: Problems that stand for its uses; ``optkit kernels build`` compiles them.
+        small: Problems small enough for Triton's interpreter.
+    """
+
+    name: ClassVar[str]
+    op: ClassVar[str]
+    body: ClassVar[str]
+    source: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+    size: ClassVar[int]
+    examples: ClassVar[tuple[Problem, ...]]
+    small: ClassVar[tuple[Problem, ...]]
+
+    def function(self) -> ir.Function:
+        """The ONNX function."""
+        return ir.serde.deserialize_function(onnx.parser.parse_function(self.body % OPSET))
+
+    @abstractmethod
+    def rules(self) -> Sequence[Rule]:
+        """Where a graph computes what the operator does."""
+
+    @abstractmethod
+    def problem(self, node: ir.Node) -> Problem | str:
+        """What is to be compiled for a call, or why nothing can be."""
+
+    @abstractmethod
+    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+        """The specialization for an architecture, by the kernel's configuration table."""
+
+    @abstractmethod
+    def sizes(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
+        """Integers that expressions of the program may use, for inputs of ``shapes``."""
+
+    @abstractmethod
+    def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Shapes of the outputs."""
+
+    @abstractmethod
+    def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
+        """Random inputs, floats as float32 values that the format holds; ``rows`` is the size of the free axis."""
+
+    @abstractmethod
+    def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """The outputs in float64."""
+
+    @abstractmethod
+    def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+        """Operations (two for a multiply-add), and bytes read and written once."""
+
+    @abstractmethod
+    def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
+        """Of the inputs; ``rows`` is the size of the free axis."""
+
+    @abstractmethod
+    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+        """Sizes of the free axis that are worth a test: 1 and those around a block."""
+
+    @abstractmethod
+    def allowed(self, problem: Problem) -> float:
+        """Greatest error of an output that its arithmetic explains in Triton's interpreter, in steps of the format."""
+
+    def output_format(self, problem: Problem) -> str:
+        """Of the outputs."""
+        return str(problem["format"])
+
+    def attributes(self, problem: Problem) -> dict[str, Any]:
+        """Of the call that stands for ``problem``."""
+        return {}
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+TYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
+}
+"""ONNX's types of the formats, which Triton calls the same but for int8."""
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+
+def format_of(value: ir.Value | None) -> str | None:
+    """The format of a value; None where it is none of ``TYPES``."""
+    return next((name for name, kind in TYPES.items() if value is not None and value.dtype == kind), None)
+
+
+def columns_of(value: ir.Value | None) -> int | None:
+    """The last axis, where it is fixed."""
+    if value is None or value.shape is None or not len(value.shape) or not isinstance(value.shape[-1], int):
+        return None
+    return value.shape[-1]

@@ -1,0 +1,137 @@
+"""Run programs in Triton's interpreter and hold what they compute against float64; on the CPU, in a child process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from optkit.kernels.base import Kernel, Problem, Program, evaluate
+from optkit.kernels.build import child, need_triton
+
+# Bits of the fraction, and the unit of the last place of 1.
+_STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+# What stands behind each output and must still stand there afterwards.
+_TAIL, _MARK = 64, 77.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A program with its inputs."""
+
+    kernel: Kernel
+    problem: Problem
+    program: Program
+    inputs: Sequence[np.ndarray | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Error:
+    """How far one output is from float64.
+
+    Attributes:
+        output: Its index.
+        steps: Largest difference, in steps of the format at the value's size (at least the outputs' RMS).
+        found: What the program wrote, as float64.
+    """
+
+    output: int
+    steps: float
+    found: np.ndarray
+
+
+def launch(kernel: Kernel, problem: Problem, capability: tuple[int, int], rows: int, seed: int = 0) -> Launch:
+    """The program for an architecture with random inputs."""
+    return Launch(
+        kernel=kernel,
+        problem=problem,
+        program=kernel.program(problem, capability),
+        inputs=kernel.draw(problem, rows, seed),
+    )
+
+
+def interpret(launches: Sequence[Launch]) -> list[list[np.ndarray]]:
+    """The outputs of each launch.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+        ModelError: The interpreter fails, multiplies wrongly, or a program writes behind its outputs.
+    """
+    need_triton()
+    with tempfile.TemporaryDirectory(prefix="optkit-interpret-") as name:
+        folder, jobs = Path(name), []
+        for index, one in enumerate(launches):
+            job, arrays = _job(f"{index}", one)
+            np.savez(folder / f"{index}.npz", allow_pickle=False, **arrays)
+            jobs.append(job)
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        child(folder, "optkit.kernels.triton.interpret", {"TRITON_INTERPRET": "1"})
+        return [_outputs(folder / f"{index}.out.npz", one) for index, one in enumerate(launches)]
+
+
+def _shapes(one: Launch) -> list[tuple[int, ...]]:
+    return [() if a is None else a.shape for a in one.inputs]
+
+
+def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    sizes = one.kernel.sizes(one.problem, _shapes(one))
+    shapes = one.kernel.outputs(one.problem, _shapes(one))
+    pointers, scalars, arrays, outputs = {}, {}, {}, []
+    for argument in one.program.arguments:
+        kind, _, index = argument.binds.partition(":")
+        fmt = argument.type.lstrip("*")
+        if kind == "input":
+            array = one.inputs[int(index)]
+            assert array is not None
+            arrays[argument.name] = array.view(np.int16) if fmt == "bf16" else array
+        elif kind == "output":
+            dtype = ml_dtypes.bfloat16 if fmt == "bf16" else {"fp32": "f4", "fp16": "f2", "i8": "i1"}[fmt]
+            flat = np.full(int(np.prod(shapes[int(index)])) + _TAIL, _MARK, dtype)
+            arrays[argument.name] = flat.view(np.int16) if fmt == "bf16" else flat
+            outputs.append(argument.name)
+        else:
+            scalars[argument.name] = evaluate(argument.binds, sizes)
+            continue
+        pointers[argument.name] = fmt
+    grid = [evaluate(expression, sizes) for expression in one.program.grid]
+    job = {
+        "key": key, "program": one.program.record(), "pointers": pointers, "scalars": scalars, "grid": grid,
+        "outputs": outputs,
+    }  # fmt: skip
+    return job, arrays
+
+
+def _outputs(file: Path, one: Launch) -> list[np.ndarray]:
+    shapes, found = one.kernel.outputs(one.problem, _shapes(one)), {}
+    with np.load(file) as arrays:
+        for argument in one.program.arguments:
+            kind, _, index = argument.binds.partition(":")
+            if kind != "output":
+                continue
+            array = arrays[argument.name]
+            array = array.view(ml_dtypes.bfloat16) if argument.type == "*bf16" else array
+            if not (array[-_TAIL:].astype(np.float64) == _MARK).all():
+                raise ValueError(f"{one.program.function} wrote behind {argument.name}")
+            found[int(index)] = array[:-_TAIL].reshape(shapes[int(index)])
+    return [found[index] for index in sorted(found)]
+
+
+def errors(one: Launch, found: Sequence[np.ndarray]) -> list[Error]:
+    """Each output against the kernel's float64 reference."""
+    expected = one.kernel.reference(one.problem, one.inputs)
+    result = []
+    for index, (value, right) in enumerate(zip(found, expected, strict=True)):
+        kind = (
+            "bf16" if value.dtype == ml_dtypes.bfloat16 else {"f4": "fp32", "f2": "fp16"}[value.dtype.str[1:]]
+        )
+        least = float(np.sqrt(np.mean(right**2))) or 1.0
+        step = _STEP[kind] * np.maximum(np.abs(right), least)
+        steps = float(np.max(np.abs(value.astype(np.float64) - right) / step))
+        result.append(Error(output=index, steps=steps, found=value.astype(np.float64)))
+    return result

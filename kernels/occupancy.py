@@ -1,0 +1,68 @@
+"""How many blocks of a kernel run on a multiprocessor at a time; equal to NVIDIA's ``cuda_occupancy.h``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optkit.targets.nvidia import Architecture
+
+# cuda_occupancy.h for compute capability 7.0 on: registers go to warps in steps of 256, in each of four partitions;
+# shared memory goes to blocks in steps of 128 bytes, of 256 before 8.0, with one KiB for the system from 8.0 on.
+_REGISTER_STEP, _PARTITIONS, _MOST_REGISTERS, _WARP = 256, 4, 255, 32
+_RESERVED = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupancy:
+    """Blocks of a kernel on one multiprocessor.
+
+    Attributes:
+        blocks: At a time; 0 where it cannot be launched.
+        share: Of the warps that a multiprocessor holds.
+        limit: What decides: ``registers``, ``shared memory``, ``warps`` or ``blocks``.
+    """
+
+    blocks: int
+    share: float
+    limit: str
+
+
+def occupancy(
+    limits: Architecture, capability: tuple[int, int], *, registers: int, shared: int, warps: int
+) -> Occupancy:
+    """Of a kernel with ``registers`` a thread, ``shared`` bytes and ``warps`` a block."""
+    most = {
+        "registers": _by_registers(limits.registers, registers, warps),
+        "shared memory": _by_shared(limits, capability, shared),
+        "warps": limits.threads // _WARP // warps,
+        "blocks": limits.blocks,
+    }
+    if warps * _WARP > 1024:
+        most["warps"] = 0
+    limit = min(most, key=lambda name: most[name])
+    blocks = most[limit]
+    return Occupancy(blocks=blocks, share=blocks * warps / (limits.threads // _WARP), limit=limit)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _by_registers(available: int, registers: int, warps: int) -> int:
+    if registers == 0:
+        return 1 << 30
+    each = _up(registers * _WARP, _REGISTER_STEP)
+    # The hardware's check assumes that all partitions get as many warps.
+    if registers > _MOST_REGISTERS or each * _up(warps, _PARTITIONS) > available:
+        return 0
+    return available // _PARTITIONS // each * _PARTITIONS // warps
+
+
+def _by_shared(limits: Architecture, capability: tuple[int, int], shared: int) -> int:
+    if shared > limits.shared:
+        return 0
+    ampere = capability >= (8, 0)
+    each = _up(shared + (_RESERVED if ampere else 0), 128 if ampere else 256)
+    return limits.shared_unit // each if each else 1 << 30

@@ -1,0 +1,1 @@
+"""The sources that Triton compiles; a program names a function in here."""

@@ -1,0 +1,90 @@
+"""A process of its own that runs programs in Triton's interpreter: ``python -m optkit.kernels.triton.interpret FOLDER``.
+
+The interpreter executes the Python source with NumPy: it shows the arithmetic and the addresses of a kernel, and nothing of
+layouts, machine code or races. Its ``dot`` multiplies bfloat16 as raw bits; that is mended here and tried before anything runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_TORCH = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i8": torch.int8,
+    "i32": torch.int32,
+}
+_stock = InterpreterBuilder.create_dot
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    """With bfloat16 widened; what is raw in the interpreter is 16 bits."""
+    if a.dtype != tl.bfloat16 and b.dtype != tl.bfloat16:
+        return _stock(self, a, b, d, *rest)
+    wide = [
+        v.data.view(ml_dtypes.bfloat16).astype(np.float32) if v.dtype == tl.bfloat16 else v.data
+        for v in (a, b)
+    ]
+    return TensorHandle(np.matmul(*wide, dtype=np.float32).astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+InterpreterBuilder.create_dot = _dot
+
+
+@triton.jit
+def _try_dot(a, b, y):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(y + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+def _check_dot() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
+        y = torch.zeros(16, 16)
+        _try_dot[(1,)](a, b, y)
+        if not torch.allclose(y, a.float() @ b.float(), rtol=1e-5, atol=1e-5):
+            raise RuntimeError(f"the interpreter of Triton {triton.__version__} multiplies {dtype} wrongly")
+
+
+def _tensor(array: np.ndarray, fmt: str) -> Any:
+    raw = array.view(np.int16) if fmt == "bf16" else array
+    return torch.from_numpy(np.ascontiguousarray(raw)).view(_TORCH[fmt])
+
+
+def run(job: dict[str, Any], folder: Path) -> None:
+    """One launch: arrays in from ``<key>.npz``, arrays out to ``<key>.out.npz``."""
+    module, _, name = job["program"]["function"].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    arrays = dict(np.load(folder / f"{job['key']}.npz"))
+    given: dict[str, Any] = dict(job["scalars"])
+    for argument, fmt in job["pointers"].items():
+        given[argument] = _tensor(arrays[argument], fmt)
+    function[tuple(job["grid"])](**given, **job["program"]["constants"])
+    np.savez(folder / f"{job['key']}.out.npz", **{n: given[n].view(torch.int16).numpy() if job["pointers"][n] == "bf16" else given[n].numpy() for n in job["outputs"]})  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """All launches, in order."""
+    _check_dot()
+    for job in json.loads((folder / "jobs.json").read_bytes()):
+        run(job, folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

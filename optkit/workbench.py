@@ -1,0 +1,153 @@
+"""Build kernels for targets that are not at hand, and say what can be known of them: nothing here ran on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optkit.errors import UsageError
+from optkit.estimate import of_kernel
+from optkit.kernels import KERNELS
+from optkit.kernels.build import build
+from optkit.kernels.gates import Gate, gates
+from optkit.kernels.numerics import errors, interpret, launch
+from optkit.kernels.occupancy import Occupancy, occupancy
+from optkit.targets.nvidia import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from optkit.backends.base import Estimate
+    from optkit.kernels.base import Kernel, Problem
+    from optkit.targets import Target
+
+ROWS = 4096  # of a launch that a floor is told for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """One kernel for one problem and target.
+
+    Attributes:
+        record: What the worker read from the machine code.
+        gates: Conditions on it.
+        occupancy: Blocks on a multiprocessor.
+        estimate: Computed, for ``shapes``.
+        shapes: Of the inputs.
+        cached: Whether it had been compiled before.
+    """
+
+    kernel: str
+    problem: Problem
+    target: str
+    record: Mapping[str, Any]
+    gates: tuple[Gate, ...]
+    occupancy: Occupancy
+    estimate: Estimate
+    shapes: tuple[tuple[int, ...], ...]
+    cached: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether all gates hold or are waived."""
+        return all(gate.passed or gate.waived for gate in self.gates)
+
+
+def chosen(names: Sequence[str]) -> list[Kernel]:
+    """The kernels called ``names``; all where there are none.
+
+    Raises:
+        UnknownNameError: Names the nearest one.
+    """
+    return [KERNELS[name]() for name in (names or list(KERNELS))]
+
+
+def sheets(
+    names: Sequence[str], targets: Sequence[Target], *, rows: int = ROWS, fresh: bool = False
+) -> list[Sheet]:
+    """The examples of kernels for targets.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+        ModelError: Triton refuses a program.
+        UsageError: A target is no GPU of NVIDIA's with bfloat16.
+    """
+    for target in targets:
+        if target.capability is None or target.capability < (8, 0):
+            raise UsageError(
+                f"kernels are compiled for NVIDIA's GPUs from sm_80 on; {target.name} is {target.arch}",
+                hint="choose another --target",
+            )
+    wanted = [
+        (kernel, problem, target)
+        for kernel in chosen(names)
+        for problem in kernel.examples
+        for target in targets
+    ]
+    jobs = [(k.program(p, t.capability), t.capability) for k, p, t in wanted if t.capability is not None]
+    built = build(jobs, fresh=fresh)
+    return [
+        _sheet(kernel, problem, target, one.record, rows, one.cached)
+        for (kernel, problem, target), one in zip(wanted, built, strict=True)
+    ]
+
+
+def _sheet(
+    kernel: Kernel, problem: Problem, target: Target, record: Mapping[str, Any], rows: int, cached: bool
+) -> Sheet:
+    assert target.capability is not None
+    shapes = kernel.shapes(problem, rows)
+    operations, moved = kernel.work(problem, shapes)
+    return Sheet(
+        kernel=kernel.name, problem=problem, target=target.name, record=record, gates=gates(record),
+        occupancy=occupancy(
+            ARCHITECTURES[target.capability], target.capability, registers=record["registers"],
+            shared=record["shared"], warps=record["warps"],
+        ),
+        estimate=of_kernel(operations, moved, record["program"]["products"] or "fp32", target),
+        shapes=tuple(shapes), cached=cached,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """A kernel in Triton's interpreter against float64.
+
+    Attributes:
+        rows: Of the inputs.
+        steps: Largest error of any output, in steps of its format.
+        allowed: What the arithmetic explains.
+    """
+
+    kernel: str
+    problem: Problem
+    rows: int
+    steps: float
+    allowed: float
+
+
+def numerics(names: Sequence[str], capability: tuple[int, int]) -> list[Numerics]:
+    """The small problems of kernels, at sizes around a block's, in the interpreter.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+        ModelError: The interpreter fails its own test, or a kernel writes where it may not.
+    """
+    cases = [
+        (kernel, problem, rows)
+        for kernel in chosen(names)
+        for problem in kernel.small
+        for rows in kernel.edges(problem, capability)
+    ]
+    launches = [launch(kernel, problem, capability, rows) for kernel, problem, rows in cases]
+    found = []
+    for (kernel, problem, rows), one, outputs in zip(cases, launches, interpret(launches), strict=True):
+        steps = [e.steps for e in errors(one, outputs)]
+        worst = float(np.max(np.where(np.isnan(steps), np.inf, steps)))
+        found.append(
+            Numerics(
+                kernel=kernel.name, problem=problem, rows=rows, steps=worst, allowed=kernel.allowed(problem)
+            )
+        )
+    return found

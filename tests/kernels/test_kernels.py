@@ -1,0 +1,234 @@
+"""Every kernel: its function body and its program against float64, its machine code against the gates."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.errors import BackendUnavailableError, ModelError, UsageError
+from optkit.kernels import KERNELS
+from optkit.kernels.base import DOMAIN, TYPES
+from optkit.kernels.build import build, key
+from optkit.kernels.gates import failures, gates
+from optkit.kernels.numerics import errors, interpret, launch
+from optkit.kernels.triton.drawing import DTYPES
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.workbench import sheets
+
+HOPPER, ADA = (9, 0), (8, 9)
+NAMES = list(KERNELS)
+CASES = [(name, index) for name in NAMES for index in range(len(KERNELS[name].small))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def call(kernel, problem, inputs):
+    """A model of one call of the kernel's function."""
+    values = [
+        None if a is None else ir.Value(
+            name=f"i{i}", shape=ir.Shape(a.shape), type=ir.TensorType(ir.DataType.from_numpy(a.dtype))
+        )
+        for i, a in enumerate(inputs)
+    ]  # fmt: skip
+    count = len(kernel.reference(problem, inputs))
+    node = ir.node(
+        kernel.op,
+        values,
+        attributes=kernel.attributes(problem),
+        domain=DOMAIN,
+        num_outputs=count,
+        name="call",
+    )
+    for i, output in enumerate(node.outputs):
+        output.name = f"o{i}"
+        output.type = ir.TensorType(TYPES[kernel.output_format(problem)])
+    function = kernel.function()
+    graph = ir.Graph(
+        [v for v in values if v is not None],
+        node.outputs,
+        nodes=[node],
+        opset_imports={"": 21, DOMAIN: 1},
+        name="g",
+    )
+    return ir.Model(graph, ir_version=10, functions=[function])
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_the_function_body_computes_what_the_reference_does(name, index):
+    kernel = KERNELS[name]()
+    problem = kernel.small[index]
+    inputs = kernel.draw(problem, 5, seed=3)
+    wide = [a.astype(np.float32) if a is not None and a.dtype != np.int8 else a for a in inputs]
+    exact = {**problem, "format": "fp32"} if problem["format"] != "int8" else problem
+    found = ReferenceSession(call(kernel, exact, wide), optimize=False).run(
+        {f"i{i}": a for i, a in enumerate(wide) if a is not None}
+    )
+    for value, right in zip(found.values(), kernel.reference(exact, wide), strict=True):
+        # float32 sums of at most 256 terms around 1.
+        np.testing.assert_allclose(value, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_has_a_configuration(name, capability):
+    kernel = KERNELS[name]()
+    for problem in (*kernel.examples, *kernel.small):
+        program = kernel.program(problem, capability)
+        assert program.warps in (1, 2, 4, 8, 16)
+        assert 1 in kernel.edges(problem, capability)
+
+
+@pytest.mark.needs("triton", "torch")
+def test_every_kernel_computes_what_the_reference_does_at_the_edges_of_blocks():
+    launches = [
+        launch(kernel, problem, HOPPER, rows)
+        for kernel in (KERNELS[name]() for name in NAMES)
+        for problem in kernel.small
+        for rows in kernel.edges(problem, HOPPER)
+    ]
+    for one, outputs in zip(launches, interpret(launches), strict=True):
+        for error in errors(one, outputs):
+            assert error.steps <= one.kernel.allowed(one.problem), (
+                one.kernel.name,
+                one.problem,
+                error.output,
+            )
+
+
+@pytest.mark.needs("triton", "torch")
+def test_a_wrong_constant_is_found_by_the_numbers():
+    kernel = KERNELS["layer-norm"]()
+    one = launch(kernel, kernel.small[0], HOPPER, 3)
+    constants = {**one.program.constants, "EPSILON": 0.1}
+    wrong = dataclasses.replace(one, program=dataclasses.replace(one.program, constants=constants))
+    (outputs,) = interpret([wrong])
+    assert errors(wrong, outputs)[0].steps > 10 * kernel.allowed(kernel.small[0])
+
+
+@pytest.mark.needs("triton")
+def test_every_kernel_compiles_for_hopper_and_passes_its_gates():
+    found = sheets(NAMES, [target("h100")])
+    assert {s.kernel for s in found} == set(NAMES)
+    for sheet in found:
+        assert failures(sheet.record) == [], sheet.kernel
+        assert sheet.record["arch"] == "sm_90a"
+        assert sheet.record["registers"] > 0
+        assert not sheet.cached
+        assert 0 < sheet.estimate.floor <= sheet.estimate.low <= sheet.estimate.high
+    again = sheets(NAMES, [target("h100")])
+    assert all(s.cached for s in again)
+    assert [s.record["sha256"] for s in again] == [s.record["sha256"] for s in found]
+
+
+@pytest.mark.needs("triton")
+def test_the_same_program_compiles_to_the_same_bytes():
+    kernel = KERNELS["rms-norm"]()
+    job = (kernel.program(kernel.examples[0], ADA), ADA)
+    (first,) = build([job])
+    (second,) = build([job], fresh=True)
+    assert first.record["sha256"] == second.record["sha256"]
+    assert not second.cached
+
+
+@pytest.mark.needs("triton")
+def test_loads_that_nobody_promised_to_be_aligned_fail_the_gate():
+    kernel = KERNELS["rms-norm"]()
+    program = kernel.program(kernel.examples[0], ADA)
+    loose = dataclasses.replace(
+        program, arguments=tuple(dataclasses.replace(a, aligned=False) for a in program.arguments)
+    )
+    (built,) = build([(loose, ADA)])
+    assert any("128-bit loads" in f for f in failures(built.record))
+
+
+@pytest.mark.needs("triton")
+def test_a_block_too_large_for_registers_fails_the_gate_for_the_stack():
+    kernel = KERNELS["layer-norm"]()
+    program = kernel.program({**kernel.examples[1], "columns": 8192}, ADA)
+    crowded = dataclasses.replace(program, warps=1, constants={**program.constants, "ROWS": 4})
+    (built,) = build([(crowded, ADA)])
+    assert any(f.startswith("stack") for f in failures(built.record))
+
+
+RECORD = {
+    "capability": [9, 0], "arch": "sm_90a", "registers": 128, "stack": 0, "shared": 1 << 16, "warps": 8,
+    "instructions": {"LDG.E.128": 4, "HGMMA.64x64x16.F32": 4},
+    "program": {
+        "arguments": [{"type": "*bf16"}, {"type": "i32"}], "products": "bf16", "wide": True, "waived": {},
+    },
+}  # fmt: skip
+
+
+def altered(**changes):
+    record = copy.deepcopy(RECORD)
+    for name, value in changes.items():
+        if name in record["program"]:
+            record["program"][name] = value
+        else:
+            record[name] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    ("changes", "gate"),
+    [
+        ({"shared": 228 << 10}, "shared memory"),
+        ({"stack": 8}, "stack"),
+        ({"registers": 256}, "occupancy"),
+        ({"instructions": {"LDG.E.128": 4, "HMMA.16816.F32": 16}}, "matrix instructions"),
+        ({"instructions": {"LDG.E.U16": 16, "HGMMA.64x64x16.F32": 4}}, "128-bit loads"),
+        ({"arch": "sm_89"}, "architecture"),
+        ({"arguments": [{"type": "*fp8e4nv"}], "capability": [8, 0], "arch": "sm_80"}, "formats"),
+    ],
+)
+def test_each_gate_catches_its_failure(changes, gate):
+    assert all(g.passed for g in gates(RECORD))
+    assert gate in [g.name for g in gates(altered(**changes)) if not g.passed]
+    waived = altered(**changes, waived={gate: "for the test"})
+    assert gate not in [f.partition(":")[0] for f in failures(waived)]
+
+
+@pytest.mark.needs("triton")
+def test_a_program_that_does_not_fit_its_source_is_refused_by_name():
+    kernel = KERNELS["rms-norm"]()
+    program = kernel.program(kernel.examples[0], ADA)
+    with pytest.raises(ModelError, match="disagree on rows"):
+        build([(dataclasses.replace(program, arguments=program.arguments[:-1]), ADA)])
+
+
+def test_without_triton_the_line_that_installs_it_is_told(monkeypatch):
+    monkeypatch.setattr("optkit.kernels.build.installed", lambda: False)
+    with pytest.raises(BackendUnavailableError) as caught:
+        sheets(["rms-norm"], [target("h100")])
+    assert caught.value.hint == "pip install 'optkit[triton]'"
+
+
+@pytest.mark.parametrize("name", ["cpu", "t4"])
+def test_targets_without_kernels_are_refused(name):
+    with pytest.raises(UsageError, match="sm_80"):
+        sheets(["rms-norm"], [target(name)])
+
+
+@pytest.mark.needs("triton")
+def test_the_key_depends_on_program_and_architecture():
+    kernel = KERNELS["rms-norm"]()
+    first, second = (kernel.program(p, HOPPER) for p in kernel.examples[:2])
+    assert len({key(first, HOPPER), key(second, HOPPER), key(first, ADA)}) == 3
+
+
+def test_drawn_values_are_exact_in_their_formats():
+    for name in NAMES:
+        kernel = KERNELS[name]()
+        arrays = kernel.draw(kernel.small[0], 3, seed=0)
+        assert [a.shape for a in arrays if a is not None] == kernel.shapes(kernel.small[0], 3)
+        assert arrays[0].dtype == DTYPES[str(kernel.small[0]["format"])]
