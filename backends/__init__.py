@@ -11,6 +11,7 @@ BACKENDS = Registry(
         "openvino": "optkit.backends.openvino.lower:OpenVino",
         "tensorrt": "optkit.backends.tensorrt.lower:TensorRt",
         "coreml": "optkit.backends.coreml.lower:CoreMl",
+        "triton": "optkit.backends.triton.lower:Triton",
     },
     group="optkit.backends",
     extras={"openvino": "openvino", "coreml": "coreml"},

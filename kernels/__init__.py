@@ -11,6 +11,12 @@ KERNELS = Registry(
         "add-layer-norm": "optkit.kernels.triton.norm:AddLayerNorm",
         "rms-norm": "optkit.kernels.triton.norm:RmsNorm",
         "add-rms-norm": "optkit.kernels.triton.norm:AddRmsNorm",
+        "swiglu": "optkit.kernels.triton.gated:SwiGlu",
+        "geglu": "optkit.kernels.triton.gated:GeGlu",
+        "matmul": "optkit.kernels.triton.matmul:MatMul",
+        "linear": "optkit.kernels.triton.matmul:Linear",
+        "linear-relu": "optkit.kernels.triton.matmul:LinearRelu",
+        "linear-gelu": "optkit.kernels.triton.matmul:LinearGelu",
     },
     group="optkit.kernels",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -75,7 +76,7 @@ class Program:
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
 
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+def evaluate(expression: str, sizes: Mapping[str, Any]) -> int:
     """The value of an expression of a grid or of a size argument."""
     names = {"cdiv": lambda a, b: -(-a // b), "min": min, "max": max, **sizes}
     return int(eval(expression, {"__builtins__": {}}, names))
@@ -121,8 +122,13 @@ class Kernel(ABC):
         """The specialization for an architecture, by the kernel's configuration table."""
 
     @abstractmethod
+    def expressions(self, problem: Problem) -> dict[str, str]:
+        """What the names in a program's expressions stand for, by ``elements(<input>)`` and ``axis(<input>, <axis>)``."""
+
     def sizes(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-        """Integers that expressions of the program may use, for inputs of ``shapes``."""
+        """The values of ``expressions`` for inputs of ``shapes``."""
+        known = {"elements": lambda i: math.prod(shapes[i]), "axis": lambda i, k: shapes[i][k]}
+        return {name: evaluate(text, known) for name, text in self.expressions(problem).items()}
 
     @abstractmethod
     def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

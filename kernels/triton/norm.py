@@ -90,8 +90,8 @@ class _Norm(Kernel):
             warps=warps,
         )  # fmt: skip
 
-    def sizes(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-        return {"rows": int(np.prod(shapes[0][:-1], dtype=np.int64))}
+    def expressions(self, problem: Problem) -> dict[str, str]:
+        return {"rows": f"elements(0) // {problem['columns']}"}
 
     def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         return [shapes[0]] * (2 if problem["total"] else 1)
