@@ -15,6 +15,7 @@ from optkit.kernels.base import DOMAIN
 from optkit.kernels.build import build
 from optkit.kernels.gates import failures, gates
 from optkit.ops import spec
+from optkit.rewrite import label
 from optkit.store import save
 
 if TYPE_CHECKING:
@@ -75,18 +76,21 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
     for digest, one in zip(unique, built, strict=True):
         name = names[digest] = f"{one.record['entry']}-{digest[:12]}"
         shutil.copyfile(one.cubin, folder / f"{name}.cubin")
-        verdicts = [{"gate": g.name, "found": g.found, "passed": g.passed, "waived": g.waived} for g in gates(one.record)]
+        verdicts = [
+            {"gate": g.name, "found": g.found, "passed": g.passed, "waived": g.waived}
+            for g in gates(one.record)
+        ]
         _json(folder / f"{name}.json", {**one.record, "gates": verdicts})
     rows = [
         {
-            "node": str(node.name), "op": node.op_type, "kernel": names[program.digest()],
+            "node": label(node), "op": node.op_type, "kernel": names[program.digest()],
             "inputs": [None if v is None else v.name for v in node.inputs],
             "outputs": [v.name if v.uses() or v.is_graph_output() else None for v in node.outputs],
             "sizes": kernel.expressions(problem), "grid": list(program.grid),
         }
         for (node, kernel, problem), program in zip(calls, programs, strict=True)
     ]  # fmt: skip
-    left = [str(node.name) for node in walk(model) if node.domain != DOMAIN and _computes(node)]
+    left = [label(node) for node in walk(model) if node.domain != DOMAIN and _computes(node)]
     _json(path / LAUNCHES, {"launches": rows, "without_kernel": left})
 
 

@@ -80,10 +80,6 @@ class Triton(Backend):
         """The functions' bodies in ONNX Runtime: machine code needs its GPU."""
         return FunctionBodySession(path / bundle.MODEL)
 
-    def prediction(self, target: Target) -> str | None:
-        """That bodies stand in for kernels."""
-        return f"the ONNX bodies of the kernels run on this CPU: no machine code for {target.arch} does"
-
     def executed(
         self, path: Path, target: Target, options: TritonOptions, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:

@@ -30,7 +30,9 @@ class _Gated(Kernel):
         {"format": "bf16", "columns": 14336},
         {"format": "fp32", "columns": 4096},
     )
-    small: ClassVar[tuple[Problem, ...]] = tuple({"format": f, "columns": 128} for f in ("fp16", "bf16", "fp32"))
+    small: ClassVar[tuple[Problem, ...]] = tuple(
+        {"format": f, "columns": 128} for f in ("fp16", "bf16", "fp32")
+    )
 
     def problem(self, node: ir.Node) -> Problem | str:
         fmt, columns = format_of(node.inputs[0]), columns_of(node.inputs[0])
@@ -113,17 +115,16 @@ class _Gated(Kernel):
 def activated(kind: str, x: np.ndarray) -> np.ndarray:
     """The activation of float64 values."""
     if kind == "silu":
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)))
     if kind == "gelu":
-        return 0.5 * x * (1 + _erf(x / np.sqrt(2)))
+        return np.asarray(0.5 * x * (1 + _erf(x / np.sqrt(2))))
     return np.maximum(x, 0) if kind == "relu" else x
 
 
 def _erf(x: np.ndarray) -> np.ndarray:
     # The standard library has it for numbers alone.
 
-
-    return np.vectorize(math.erf, otypes=[np.float64])(x)
+    return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x))
 
 
 def _silu(op: Any, gate: Any, up: Any) -> Any:

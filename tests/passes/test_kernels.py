@@ -128,3 +128,84 @@ def test_kernels_can_be_chosen():
         ops=["Add", "LayerNorm", "Exp", "Add"],
     )  # fmt: skip
     assert len(after.functions) == 1
+
+
+GATED = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, %s] g, float[N, %s] u) => (float[N, 32] y) {
+  %s
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kernel"),
+    [
+        ("s = Sigmoid (g) a = Mul (g, s) y = Mul (a, u)", "SwiGlu"),
+        ("s = Sigmoid (g) a = Mul (s, u) y = Mul (g, a)", "SwiGlu"),
+        ("s = Sigmoid (g) a = Mul (u, g) y = Mul (a, s)", "SwiGlu"),
+        ("a = Gelu (g) y = Mul (u, a)", "GeGlu"),
+    ],
+)
+def test_a_gated_activation_is_a_kernel(nodes, kernel):
+    call(GATED % (32, 32, nodes), ops=[kernel])
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "nodes", "ops"),
+    [
+        (32, 32, 'a = Gelu <approximate = "tanh"> (g) y = Mul (u, a)', ["Gelu", "Mul"]),
+        (32, 1, "a = Gelu (g) y = Mul (a, u)", ["Gelu", "Mul"]),
+        (32, 32, "s = Sigmoid (u) a = Mul (g, s) y = Mul (a, u)", ["SwiGlu"]),
+        (32, 32, "s = Tanh (g) a = Mul (g, s) y = Mul (a, u)", ["Tanh", "Mul", "Mul"]),
+        (32, 32, "s = Sigmoid (g) a = Mul (s, s) y = Mul (a, u)", ["Sigmoid", "Mul", "Mul"]),
+    ],
+)
+def test_other_gates_are_left_alone(gate, up, nodes, ops):
+    call(GATED % (gate, up, nodes), ops=ops)
+
+
+PRODUCT = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 3, 16] x) => (float16[N, 3, 32] y) {
+  %s
+}
+"""
+HALVES = {
+    "w": (np.arange(512).reshape(16, 32) % 7 / 8 - 0.4).astype(np.float16),
+    "b": np.linspace(-1, 1, 32).astype(np.float16),
+}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ops"),
+    [
+        ("y = MatMul (x, w)", ["MatMul"]),
+        ("p = MatMul (x, w) y = Add (b, p)", ["Linear"]),
+        ("p = MatMul (x, w) s = Add (p, b) y = Relu (s)", ["LinearRelu"]),
+        ("p = MatMul (x, w) s = Add (p, b) y = Gelu (s)", ["LinearGelu"]),
+        ('p = MatMul (x, w) s = Add (p, b) y = Gelu <approximate = "tanh"> (s)', ["Linear", "Gelu"]),
+        ("p = MatMul (x, w) s = Exp (p) y = Add (s, b)", ["MatMul", "Exp", "Add"]),
+    ],
+)
+def test_a_product_with_what_follows_is_a_kernel(nodes, ops):
+    # Halves: a rounding of the product more or less is 2**-11 of values up to 8.
+    after = check_pass(
+        CallKernels(), parse(PRODUCT % nodes, **HALVES), context=H100, ops=ops, atol=8e-3, rtol=2e-3
+    )
+    assert next(iter(walk(after))).domain == "optkit"
+
+
+def test_products_in_float32_and_of_two_activations_are_left_alone():
+    text = PRODUCT.replace("float16", "float") % "y = MatMul (x, w)"
+    after = check_pass(CallKernels(), parse(text, w=HALVES["w"].astype(np.float32)), context=H100)
+    assert [n.domain for n in walk(after)] == [""]
+    both = PRODUCT.replace("x)", "x, float16[16, 32] w)") % "y = MatMul (x, w)"
+    after = check_pass(CallKernels(), parse(both), context=H100, atol=8e-3)
+    assert [n.domain for n in walk(after)] == [""]
+
+
+def test_matrices_that_are_not_read_16_bytes_at_a_time_are_left_alone():
+    text = PRODUCT.replace("32]", "24]") % "y = MatMul (x, w)"
+    after = check_pass(CallKernels(), parse(text, w=HALVES["w"][:, :24].copy()), context=H100, atol=8e-3)
+    assert [n.domain for n in walk(after)] == [""]

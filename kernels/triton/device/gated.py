@@ -13,8 +13,5 @@ def gated(gate, up, y, n, BLOCK: tl.constexpr, KIND: tl.constexpr):
     inside = at < n
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    if KIND == "silu":
-        a = g / (1.0 + tl.exp(-g))
-    else:
-        a = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    a = g / (1.0 + tl.exp(-g)) if KIND == "silu" else 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     tl.store(y + at, (a * u).to(y.dtype.element_ty), mask=inside)

@@ -7,7 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def place(tile, rows, COLUMNS: tl.constexpr, ROWS_TILE: tl.constexpr, COLUMNS_TILE: tl.constexpr, GROUP: tl.constexpr):
+def place(
+    tile,
+    rows,
+    COLUMNS: tl.constexpr,
+    ROWS_TILE: tl.constexpr,
+    COLUMNS_TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Row and column of a tile: ``GROUP`` rows of tiles are walked together, so that they share columns in L2."""
     down = tl.cdiv(rows, ROWS_TILE)
     across: tl.constexpr = (COLUMNS + COLUMNS_TILE - 1) // COLUMNS_TILE

@@ -1,0 +1,169 @@
+"""The Triton backend: artifacts for GPUs that are not here, and what they say of themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from optkit.backends.triton import bundle
+from optkit.backends.triton.lower import Triton, TritonOptions
+from optkit.cli.app import main
+from optkit.errors import BackendUnavailableError, ModelError, UnsupportedOpError, UsageError
+from optkit.passes.base import Context
+from optkit.passes.lowering.kernels import CallKernels
+from optkit.reference import ReferenceSession
+from optkit.store import save
+from optkit.targets import target
+from optkit.testing import parse
+
+BLOCK = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 64] x) => (float[N, 64] y) {
+  h = MatMul (x, w)
+  t = Add (x, h)
+  n = LayerNormalization <axis = -1> (t, s, b)
+  u = MatMul (n, v)
+  y = Add (t, u)
+}
+"""
+ONLY = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 64] x, float[N, 64] r) => (float[N, 64] y) {
+  t = Add (x, r)
+  y = LayerNormalization <axis = -1> (t, s, b)
+}
+"""
+_RANDOM = np.random.default_rng(0)
+WEIGHTS = {
+    "w": (_RANDOM.standard_normal((64, 64)) / 8).astype(np.float32),
+    "v": (_RANDOM.standard_normal((64, 64)) / 8).astype(np.float32),
+    "s": np.linspace(0.5, 1.5, 64, dtype=np.float32),
+    "b": np.linspace(-1, 1, 64, dtype=np.float32),
+}
+H100 = target("h100")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def model(text, *, calls=True):
+    found = parse(text, **{k: v for k, v in WEIGHTS.items() if f"{k})" in text or f"{k}," in text})
+    if calls:
+        CallKernels().run(found, Context(target=H100))
+    return found
+
+
+@pytest.mark.needs("triton")
+def test_the_artifact_holds_the_graph_the_code_and_the_launches(tmp_path):
+    backend, options = Triton(), TritonOptions()
+    backend.lower(model(BLOCK), H100, options, tmp_path)
+    found = bundle.read(tmp_path)
+    (row,) = found["launches"]
+    assert row["op"] == "AddLayerNorm"
+    assert row["inputs"] == ["x", "h", "s", "b"]
+    assert found["without_kernel"] == ["h", "u", "y"]
+    record = json.loads((tmp_path / "kernels" / f"{row['kernel']}.json").read_bytes())
+    code = (tmp_path / "kernels" / f"{row['kernel']}.cubin").read_bytes()
+    assert code[:4] == b"\x7fELF"
+    assert hashlib.sha256(code).hexdigest() == record["sha256"]
+    assert record["arch"] == "sm_90a"
+    assert all(g["passed"] for g in record["gates"])
+    assert backend.evidence(tmp_path, H100, options) == frozenset()
+    x = {"x": np.linspace(-2, 2, 192, dtype=np.float32).reshape(3, 64)}
+    right = ReferenceSession(model(BLOCK, calls=False)).run(x)["y"]
+    with backend.load(tmp_path, H100, options) as session:
+        np.testing.assert_allclose(session.run(x)["y"], right, atol=1e-5)
+    steps = " ".join(backend.deferred(tmp_path, H100, options))
+    assert "no program for that yet" in steps
+    assert "other 3 nodes" in steps
+    executed = backend.executed(tmp_path, H100, options, x)
+    assert [(e.op, e.where) for e in executed] == [
+        ("MatMul", "graph"), ("optkit.AddLayerNorm", "function body"), ("MatMul", "graph"),
+    ]  # fmt: skip
+
+
+@pytest.mark.needs("triton")
+def test_two_builds_write_the_same_files(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Triton().lower(model(ONLY), H100, TritonOptions(), tmp_path / name)
+        folder = tmp_path / name
+        files.append({str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()})
+    assert files[0] == files[1]
+
+
+@pytest.mark.needs("triton")
+def test_only_graphs_of_kernels_alone_are_called_compiled(tmp_path):
+    Triton().lower(model(ONLY), H100, TritonOptions(), tmp_path)
+    assert Triton().evidence(tmp_path, H100, TritonOptions()) == {"compiled", "inspected"}
+
+
+@pytest.mark.needs("triton")
+def test_compile_says_what_was_not_done(tmp_path, capsys):
+    save(model(BLOCK, calls=False), tmp_path / "m.onnx")
+    out = tmp_path / "out"
+    arguments = [
+        "compile",
+        str(tmp_path / "m.onnx"),
+        "--target",
+        "h100",
+        "--recipe",
+        "triton-fp32",
+        "--out",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "DEFERRED: 3 steps that need h100" in said
+    assert "not measured: there is no h100 here" in said
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    assert not manifest["evidence"]["ran_on_device"]
+    assert not manifest["evidence"]["compiled"]
+
+
+def test_a_graph_that_calls_nothing_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="calls no kernel"):
+        Triton().lower(model(BLOCK, calls=False), H100, TritonOptions(), tmp_path)
+
+
+def test_calls_without_a_program_are_all_listed(tmp_path):
+    text = """
+<ir_version: 10, opset_import: ["" : 21, "optkit" : 1]>
+g (float[N, 24] x) => (float[N, 24] y) {
+  [narrow] a = optkit.LayerNorm (x, s, s)
+  [odd] y = optkit.Nothing (a)
+}
+"""
+    found = parse(text, s=np.ones(24, np.float32))
+    with pytest.raises(UnsupportedOpError) as caught:
+        bundle.write(found, H100, tmp_path)
+    assert "narrow" in str(caught.value)
+    assert "no kernel has this name" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cpu", "t4"])
+def test_targets_without_kernels_are_refused_before_any_work(name):
+    with pytest.raises(UsageError, match="sm_80"):
+        Triton().ready(target(name), TritonOptions())
+
+
+def test_without_triton_the_line_that_installs_it_is_told(monkeypatch):
+    monkeypatch.setattr("optkit.kernels.build.installed", lambda: False)
+    with pytest.raises(BackendUnavailableError) as caught:
+        Triton().ready(H100, TritonOptions())
+    assert caught.value.hint == "pip install 'optkit[triton]'"
+
+
+def test_an_artifact_without_its_files_says_which(tmp_path):
+    with pytest.raises(ModelError, match=r"launches.json is missing"):
+        Triton().deferred(tmp_path, H100, TritonOptions())
+    with pytest.raises(ModelError, match=r"model.onnx is missing"):
+        Triton().load(tmp_path, H100, TritonOptions())

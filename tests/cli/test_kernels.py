@@ -1,0 +1,65 @@
+"""``optkit kernels``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from optkit.cli.app import main
+from optkit.kernels import KERNELS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_list_names_all_and_needs_nothing(capsys):
+    assert main(["kernels", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found] == list(KERNELS)
+    assert all(row["what"] and row["source"] for row in found)
+    assert main(["kernels", "list"]) == 0
+    assert "optkit.AddRmsNorm" in capsys.readouterr().out
+
+
+@pytest.mark.needs("triton", "torch")
+def test_check_build_and_inspect_tell_that_nothing_ran_on_a_gpu(capsys):
+    assert main(["kernels", "check", "rms-norm", "-t", "l4"]) == 0
+    said = capsys.readouterr()
+    assert "all pass" in said.out
+    assert "nothing was run on a GPU" in said.err
+    assert main(["kernels", "build", "rms-norm", "-t", "l4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(row["cached"] and row["passed"] and row["ran_on_device"] is False for row in found)
+    assert main(["kernels", "inspect", "rms-norm", "-t", "l4"]) == 0
+    said = capsys.readouterr()
+    for word in ("multiples of 16: x", "cdiv(rows", "LDG.E.128", "blocks of", "not a measurement"):
+        assert word in said.out
+    assert "measured" not in said.out
+
+
+@pytest.mark.needs("triton")
+def test_a_failing_gate_is_named_and_is_exit_code_1(capsys, monkeypatch):
+    from optkit.kernels.triton import norm
+
+    monkeypatch.setattr(norm, "_BLOCKS", {(8, 9): (4096, 1)})
+    assert main(["kernels", "build", "layer-norm", "-t", "l4"]) == 1
+    said = capsys.readouterr()
+    assert "stack" in said.err
+
+
+def test_unknown_kernels_and_targets_are_usage_errors(capsys):
+    assert main(["kernels", "build", "rms-norn"]) == 2
+    assert "rms-norm" in capsys.readouterr().err
+    assert main(["kernels", "build", "rms-norm", "-t", "cpu"]) == 2
+    assert main(["kernels"]) == 0
+
+
+def test_without_triton_building_is_not_possible_here(capsys, monkeypatch):
+    monkeypatch.setattr("optkit.kernels.build.installed", lambda: False)
+    assert main(["kernels", "build", "rms-norm"]) == 4
+    assert "pip install 'optkit[triton]'" in capsys.readouterr().err
