@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from optkit.errors import ModelError
 from optkit.kernels.base import Kernel, Problem, Program, evaluate
 from optkit.kernels.build import child, need_triton
 
@@ -117,7 +118,7 @@ def _outputs(file: Path, one: Launch) -> list[np.ndarray]:
             array = arrays[argument.name]
             array = array.view(ml_dtypes.bfloat16) if argument.type == "*bf16" else array
             if not (array[-_TAIL:].astype(np.float64) == _MARK).all():
-                raise ValueError(f"{one.program.function} wrote behind {argument.name}")
+                raise ModelError(f"{one.program.function} wrote behind {argument.name}")
             found[int(index)] = array[:-_TAIL].reshape(shapes[int(index)])
     return [found[index] for index in sorted(found)]
 
