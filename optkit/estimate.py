@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from onnx_ir.passes.common import InlinePass
+
 from optkit.backends.base import Estimate
 from optkit.cost import costs, floor
 from optkit.graph import elements, walk
@@ -39,6 +41,9 @@ def estimate(model: ir.Model, target: Target, shapes: Mapping[str, tuple[int, ..
     """
     if target.bandwidth is None or not target.peak:
         return None
+    if model.functions:  # what calls compute counts too
+        model = model.clone()
+        InlinePass()(model)
     fixed = at_shapes(model, shapes)
     found = costs(fixed)
     needed = found.operations

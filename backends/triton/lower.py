@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from optkit.arithmetic import product_format
 from optkit.backends.base import Backend, Executed, Options
@@ -15,7 +16,6 @@ from optkit.backends.triton.session import FunctionBodySession
 from optkit.errors import UsageError
 from optkit.graph import walk
 from optkit.inference import at_shapes
-from optkit.kernels.base import DOMAIN
 from optkit.kernels.build import need_triton
 from optkit.ops import spec
 
@@ -83,23 +83,24 @@ class Triton(Backend):
     def executed(
         self, path: Path, target: Target, options: TritonOptions, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
-        """Products and calls as the graph has them; they ran as ONNX on the CPU."""
-        model = at_shapes(ir.load(path / bundle.MODEL), {k: v.shape for k, v in feeds.items()})
+        """Products, those in the bodies of kernels too; they ran as ONNX on the CPU."""
+        model = ir.load(path / bundle.MODEL)
+        InlinePass()(model)
+        model = at_shapes(model, {k: v.shape for k, v in feeds.items()})
         found = []
         for node in walk(model):
             known = spec(node)
-            macs = known.macs(node) if known is not None and known.macs is not None else None
-            if node.domain != DOMAIN and macs is None:
-                continue
-            ours = node.domain == DOMAIN
-            found.append(
-                Executed(
-                    name=str(node.name), op=f"optkit.{node.op_type}" if ours else node.op_type,
-                    where="function body" if ours else "graph", macs=macs or 0, seconds=0.0,
-                    format="fp32" if ours else product_format(node),
-                )
-            )  # fmt: skip
-        return found
+            if (
+                macs := known.macs(node) if known is not None and known.macs is not None else None
+            ) is not None:
+                found.append(
+                    Executed(
+                        name=str(node.name), op=node.op_type, where="ONNX on the CPU",
+                        format=product_format(node), macs=macs, seconds=0.0,
+                    )
+                )  # fmt: skip
+        nothing = Executed(name="", op="none", where="ONNX on the CPU", format="fp32", macs=0, seconds=0.0)
+        return found or [nothing]
 
     def evidence(self, path: Path, target: Target, options: TritonOptions) -> frozenset[str]:
         """Compiled and inspected only where kernels are all that the graph computes with."""
