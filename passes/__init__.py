@@ -34,6 +34,8 @@ PASSES = Registry(
         "cast": "optkit.passes.lowering.cast:CastFloats",
         "equalize-layers": "optkit.passes.quantization.equalize:EqualizeLayers",
         "smooth-activations": "optkit.passes.quantization.smooth:SmoothActivations",
+        "prune-channels": "optkit.passes.pruning.structured:PruneChannels",
+        "zero-weights": "optkit.passes.pruning.zeros:ZeroWeights",
         "quantize-static": "optkit.passes.quantization.static:QuantizeStatic",
         "quantize-embedding": "optkit.passes.quantization.embedding:QuantizeEmbedding",
         "quantize-weights": "optkit.passes.quantization.weights:QuantizeWeights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -45,6 +45,44 @@ class Silent(Progress):
         yield _SilentTask()
 
 
+# Inputs of a torch module: positional ones, or named ones.
+Batch = tuple[Any, ...] | Mapping[str, Any]
+
+
+def call(module: Any, batch: Batch) -> Any:
+    """The outputs of a torch module."""
+    return module(**batch) if isinstance(batch, Mapping) else module(*batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What passes over a torch module may know of the training that they are part of.
+
+    Attributes:
+        batches: Inputs of the module: to trace it, and to observe it before training starts.
+        steps: How many optimizer steps there will be; schedules are shares of it. 0 means none: one shot.
+        export: The module as torch writes it as a graph: weights keep the names that they have in the module.
+        load: Such a graph in the form that passes over graphs rely on.
+        clean: The same, after the exact passes over the graph that the recipe goes on with.
+        narrow: Units of a graph to remove so that it runs ``wanted`` times as fast, measured; takes the graph, its
+            dependencies, groups, and the importance of their units.
+        loss: ``loss(outputs, index of the batch)`` on ``batches``, for criteria that ask for gradients; None where
+            there are no labels.
+        teacher: The module to learn from, where it is another one than the module itself.
+        assistants: Modules between teacher and student in size, the largest first.
+    """
+
+    batches: Sequence[Batch]
+    steps: int
+    export: Callable[[Any], ir.Model]
+    load: Callable[[ir.Model], ir.Model]
+    clean: Callable[[ir.Model], ir.Model]
+    narrow: Callable[..., set[int]]
+    loss: Callable[[Any, int], Any] | None = None
+    teacher: Any = None
+    assistants: Sequence[Any] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """What a pass may know beside the model.
@@ -55,6 +93,7 @@ class Context:
         placements: Named rows that say where Q/DQ pairs go, as the backend gives them.
         seed: For every random choice.
         memo: What a pass measured on this very graph and data and may need again; keys start with the pass's name.
+        training: What passes over a torch module may know; None for passes over a graph.
     """
 
     target: Target
@@ -63,6 +102,7 @@ class Context:
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     memo: dict[Any, Any] = field(default_factory=dict)
+    training: Training | None = None
 
 
 class Pass(BaseModel, ABC):
@@ -89,3 +129,57 @@ class GraphPass(Pass):
 
         A valid graph comes in and a valid graph goes out; names, types and shapes of inputs and outputs stay.
         """
+
+
+class Attached(ABC):
+    """A torch pass at work: what it keeps while the module is trained.
+
+    The session calls ``start`` once all passes of the recipe are attached, ``extra_loss`` after each forward pass,
+    ``on_step`` after each optimizer step, ``finish`` at the end.
+    """
+
+    def start(self) -> None:  # noqa: B027
+        """All passes are attached: the module has the form in which it will be trained."""
+
+    def on_step(self, step: int) -> None:  # noqa: B027
+        """The optimizer made its ``step``-th step, counted from 1."""
+
+    def extra_loss(self, inputs: Batch, outputs: Any) -> Any:
+        """What to add to the loss of the task, or None."""
+        return None
+
+    def task_weight(self) -> float:
+        """By how much the loss of the task itself is multiplied."""
+        return 1.0
+
+    def settled(self) -> bool:
+        """Whether the module has the form that it will have in the end."""
+        return True
+
+    def parameters(self) -> Sequence[Any]:
+        """Parameters to train that do not belong to the module."""
+        return ()
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers that a checkpoint must hold beside the state of the module."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what ``state`` gave."""
+
+    @abstractmethod
+    def finish(self) -> Sequence[Change]:
+        """Bring the module to the form that is exported, and say what changed."""
+
+
+class TorchPass(Pass):
+    """A pass over a torch module; its state lives in what ``attach`` gives.
+
+    Classes of this kind are imported where torch is not installed: they import what needs it inside ``attach``.
+    """
+
+    stage: ClassVar[Stage] = "torch"
+
+    @abstractmethod
+    def attach(self, module: Any, context: Context) -> Attached:
+        """Prepare ``module`` in place; ``context.training`` is set."""

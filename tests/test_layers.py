@@ -25,6 +25,8 @@ LAYERS = {
         "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate",
         "bench", "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
         "estimate", "finish", "workbench",
+        "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",
+        "narrowing", "latency_table", "sparsity", "pruning",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import optkit
-from optkit.cli import bench, compile, doctor, eval, finalize, inspect, kernels, quantize, recipe, targets
+from optkit.cli import bench, compile, doctor, eval, finalize, inspect, kernels, prune, quantize, recipe, targets
 from optkit.errors import OptkitError, UsageError
 
 # What typer raises for wrong options; it does not export the class under a name of its own.
@@ -27,6 +27,7 @@ app = typer.Typer(
 for _name, _command, _help in (
     ("compile", compile.compile, "Build, measure and judge candidates; write the artifact."),
     ("quantize", quantize.quantize, "Quantize and write ONNX; nothing is measured."),
+    ("prune", prune.prune, "Remove channels or weights, and measure what it is worth."),
     ("eval", eval.evaluate, "Compute a metric, alone or against another model."),
     ("bench", bench.bench, "Time a run, alone or in turn with another model."),
     ("finalize", finalize.finalize, "Finish an artifact on the device that it is for."),

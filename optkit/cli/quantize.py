@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,13 +9,10 @@ import typer
 
 from optkit.cli import options
 from optkit.cli.terminal import Terminal, command
-from optkit.errors import ModelError, PassError, UsageError
+from optkit.errors import PassError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import numpy as np
-    import onnx_ir as ir
+    from collections.abc import Sequence
 
     from optkit.compiler import Request
     from optkit.report import PassRecord
@@ -72,6 +68,7 @@ def quantize(
     from optkit import sentences
     from optkit.cli.memory import limited, needed, parse_size
     from optkit.cli.render import facts, show, table
+    from optkit.cli.writing import check_runs, move, place
     from optkit.compiler import request, scheme
     from optkit.graph import count_nodes, weight_bytes
     from optkit.legalize import legalize
@@ -95,21 +92,21 @@ def quantize(
             path, target=target, recipe=named, precision=None if named else precision, data=calib, backend=backend,
             overrides=sets or (), seed=seed, **options.torch_given(path, dynamic, inputs, weights, calib),
         )  # fmt: skip
-        place = _place(out, path, Path(named or str(precision)).stem.lower())
-        with temporary_folder(place.with_name(f"{place.name}.parts")) as folder:
+        final = place(out, path, Path(named or str(precision)).stem.lower())
+        with temporary_folder(final.with_name(f"{final.name}.parts")) as folder:
             work = asked.work(folder, terminal.progress)
             graph, records, _ = work.transform(asked.recipe)
             _check_changed(asked, records, path)
             legalize(graph, asked.backend, asked.target, name=asked.loaded.name)
-            written = save(graph, folder / place.name)
-            _check_runs(written[0], graph, work.feeds[0])
+            written = save(graph, folder / final.name)
+            check_runs(written[0], graph, work.feeds[0])
             nodes, kinds = count_nodes(graph), scheme(graph)
-            files = _move(written, place)
+            files = move(written, final)
     size = sum(f.stat().st_size for f in files)
     if json:
         terminal.json(
             {
-                "model": str(place),
+                "model": str(final),
                 "files": [str(f) for f in files],
                 "bytes": size,
                 "nodes": {"before": count_nodes(asked.loaded.model), "after": nodes},
@@ -149,21 +146,8 @@ def quantize(
             ),
         ],
     )
-    terminal.result(str(place))
+    terminal.result(str(final))
     return 0
-
-
-def _place(out: Path | None, model: Path | str, label: str) -> Path:
-    # Of package.module:factory, the function gives the name.
-    source = Path(model if isinstance(model, Path) else model.rpartition(":")[2])
-    if out is None:
-        return Path(f"{source.stem}-{label}.onnx")
-    place = out if out.suffix == ".onnx" else out / "model.onnx"
-    if place.is_dir():
-        raise UsageError(f"{place}: a folder", hint="choose another --out")
-    if place.exists() and place.resolve() == source.resolve():
-        raise UsageError(f"{place}: is the model itself", hint="choose another --out")
-    return place
 
 
 def _check_changed(asked: Request, records: Sequence[PassRecord], model: Path | str) -> None:
@@ -173,29 +157,3 @@ def _check_changed(asked: Request, records: Sequence[PassRecord], model: Path | 
             f"{', '.join(sorted(lossy))}: nothing in {asked.loaded.name} was changed",
             hint=f"optkit inspect {model} --why says why its layers stay in float",
         )
-
-
-def _check_runs(file: Path, graph: ir.Model, feeds: Mapping[str, np.ndarray]) -> None:
-    """Load what was written and run it once."""
-    from optkit.reference import ReferenceSession
-
-    session = ReferenceSession(file)
-    try:
-        outputs = session.run(feeds)
-    finally:
-        session.close()
-    for value in graph.graph.outputs:
-        found = outputs.get(str(value.name))
-        if found is None or (value.shape is not None and len(value.shape) != found.ndim):
-            raise ModelError(
-                f"output {value.name!r} came out as {'nothing' if found is None else list(found.shape)}"
-            )
-
-
-def _move(written: Sequence[Path], place: Path) -> list[Path]:
-    """Put the files where they belong: weights first, so that the graph never names a file that is not there."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    moved = [place.with_name(f.name) for f in written]
-    for source, final in reversed(list(zip(written, moved, strict=True))):
-        os.replace(source, final)
-    return moved
