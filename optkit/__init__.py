@@ -2,6 +2,7 @@
 
     artifact, report = optkit.compile("model.onnx", target="cpu", data=batches, evaluate=evaluator, out="build/")
     outputs = optkit.load("build/").run({"x": x})
+    session = optkit.training(model, "int8-qat", example=(x,), steps=1000)  # inside a training loop
 
 Public names are resolved on first use, so that importing optkit imports nothing heavy.
 """
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from optkit.recipe import Recipe
     from optkit.report import Report
     from optkit.targets import Target
+    from optkit.training_callbacks import lightning_callback, trainer_callback
+    from optkit.training_loop import Fit, finetune
+    from optkit.training_start import training
 
 __version__ = "0.1.0"
 
@@ -27,24 +31,34 @@ _PUBLIC = {
     "Artifact": "optkit.artifact",
     "CalibrationData": "optkit.data",
     "Evaluator": "optkit.evaluate",
+    "Fit": "optkit.training_loop",
     "OptkitError": "optkit.errors",
     "Recipe": "optkit.recipe",
     "Report": "optkit.report",
     "Target": "optkit.targets",
     "compile": "optkit.compiler",
+    "finetune": "optkit.training_loop",
+    "lightning_callback": "optkit.training_callbacks",
     "load": "optkit.artifact",
+    "trainer_callback": "optkit.training_callbacks",
+    "training": "optkit.training_start",
 }
 
 __all__ = [
     "Artifact",
     "CalibrationData",
     "Evaluator",
+    "Fit",
     "OptkitError",
     "Recipe",
     "Report",
     "Target",
     "compile",
+    "finetune",
+    "lightning_callback",
     "load",
+    "trainer_callback",
+    "training",
 ]
 
 

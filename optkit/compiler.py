@@ -624,10 +624,16 @@ def request(
                 "max-drop needs an evaluator: without labels there is no metric to lose",
                 hint="give --eval FILE, or limits.min_cosine for fidelity",
             )
-    if not is_torch(source) and (torch_passes := [p.name for p in plan.passes if p.stage == "torch"]):
+    torch_passes = [p.name for p in plan.passes if p.stage == "torch"]
+    if torch_passes and not is_torch(source):
         raise RecipeError(
             f"{', '.join(torch_passes)}: works on a PyTorch module, but {_named(source)} is already a graph",
             hint="remove the pass, or start from the module: optkit compile package.module:factory",
+        )
+    if torch_passes:
+        raise RecipeError(
+            f"{', '.join(torch_passes)}: trains a module, and compile trains nothing",
+            hint="optkit.training(module, recipe) in a loop of your own, or optkit.finetune; what they finish compiles",
         )
     loaded = read(source, inputs=inputs, dynamic=dynamic_shapes, weights=weights)
     batches = _batches(data, loaded, plan)

@@ -185,7 +185,7 @@ def schema() -> dict[str, Any]:
     properties["imports"] = {
         "type": "array",
         "items": {"type": "string"},
-        "description": "recipes whose passes come first",
+        "description": "recipes whose passes come first, but behind passes over a torch module",
     }
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {**base, "$schema": draft, "properties": properties, "required": ["recipe"]}
@@ -245,8 +245,20 @@ def _with_imports(where: str, raw: dict[str, Any], seen: tuple[str, ...]) -> dic
         own = raw.get("passes") or []
         if not isinstance(own, list | tuple):
             raise RecipeError(f"{where}: passes: a list is wanted, not {type(own).__name__}")
-        raw["passes"] = [*before, *own]
+        # Passes over a torch module come before any over the graph, those of imports too.
+        torch = [_over_torch(item) for item in own]
+        first = next((i for i, is_torch in enumerate(torch) if not is_torch), len(own))
+        raw["passes"] = [*own[:first], *before, *own[first:]]
     return raw
+
+
+def _over_torch(item: Any) -> bool:
+    """Whether an entry of ``passes`` names a pass over a torch module; what is wrong with it, ``_build`` says."""
+    name = (
+        next(iter(item), None) if isinstance(item, Mapping) else item.name if isinstance(item, Pass) else item
+    )
+    kind = PASSES.get(name) if isinstance(name, str) else None
+    return kind is not None and kind.stage == "torch"
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:

@@ -1,0 +1,221 @@
+"""Compression inside the user's own training loop: the torch passes of a recipe, attached to a module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from optkit.errors import OptkitError, UsageError
+from optkit.passes.base import Attached, Batch, Context, TorchPass
+from optkit.recipe import Recipe
+from optkit.report import Report
+from optkit.targets import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from torch import nn
+
+    from optkit.artifact import Artifact
+    from optkit.rewrite import Change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What ``finish`` gives.
+
+    Attributes:
+        module: The module that was trained, in the form that is exported.
+        changes: What the passes did, by their names in the recipe.
+        recipe: The passes over the graph that remain, for ``compile``.
+    """
+
+    module: nn.Module
+    changes: Mapping[str, Sequence[Change]]
+    recipe: Recipe
+    _export: Callable[[nn.Module], ir.Model] = field(repr=False)
+
+    def export(self) -> ir.Model:
+        """The module as a graph that was compared with it, at other sizes of its free axes too.
+
+        Raises:
+            ModelError: It computes something else than the module.
+        """
+        return self._export(self.module)
+
+    def compile(self, **options: Any) -> tuple[Artifact, Report]:
+        """``optkit.compile`` of the module with the rest of the recipe."""
+        from optkit.compiler import compile
+
+        return compile(self.export(), recipe=self.recipe, **options)
+
+
+class TrainingSession:
+    """The torch passes of a recipe at work on a module.
+
+        session = optkit.training(model, "int8-qat", example=(images,), steps=1000)
+        optimizer = torch.optim.AdamW(session.parameters())
+        for images, labels in loader:
+            outputs = model(images)
+            loss = session.loss(criterion(outputs, labels), (images,), outputs)
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            session.step()
+        artifact, report = session.finish().compile(target="cpu")
+
+    The optimizer must be made after the session: passes add parameters, and some replace those of the module.
+    ``loss`` and ``step`` never wait for the device.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        recipe: Recipe,
+        target: Target,
+        context: Context,
+        export: Callable[[nn.Module], ir.Model],
+    ) -> None:
+        self.module, self.recipe, self.target = module, recipe, target
+        self.steps = 0
+        self._export, self._finished = export, False
+        self._known: set[int] = set()
+        self._attached: list[tuple[str, Attached]] = []
+        for step in recipe.passes:
+            if not isinstance(step, TorchPass):
+                continue
+            with _named(step.name):
+                self._attached.append((step.name, step.attach(module, context)))
+        for name, attached in self._attached:
+            with _named(name):
+                attached.start()
+        self._known = set(map(id, module.parameters()))
+
+    @property
+    def settled(self) -> bool:
+        """Whether schedules have come to their end: what is trained from now on is what will be deployed."""
+        return all(attached.settled() for _, attached in self._attached)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is to be trained: the module's parameters and those that passes added, each once."""
+        own = [p for p in self.module.parameters() if p.requires_grad]
+        more = [p for _, attached in self._attached for p in attached.parameters()]
+        return list(dict.fromkeys([*own, *more]))
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameters for an optimizer; biases, norms and step sizes, which have fewer than two axes, do not decay."""
+        found = self.parameters()
+        return [
+            {"params": [p for p in found if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in found if p.ndim < 2], "weight_decay": 0.0},
+        ]
+
+    def loss(self, task: torch.Tensor, inputs: Batch, outputs: Any) -> torch.Tensor:
+        """The loss of the task with what the passes add to it.
+
+        Args:
+            task: The loss of the task itself.
+            inputs: Of the module, as it was called: positional ones as a tuple, or named ones as a mapping.
+            outputs: What it gave.
+        """
+        self._check_open("loss")
+        if self.steps == 0:
+            self._check_known()
+        total = task
+        for _, attached in self._attached:
+            total = total * attached.task_weight()
+        for _, attached in self._attached:
+            extra = attached.extra_loss(inputs, outputs)
+            if extra is not None:
+                total = total + extra
+        return total
+
+    def step(self) -> None:
+        """The optimizer has made a step."""
+        import torch
+
+        self._check_open("step")
+        self.steps += 1
+        with torch.no_grad():
+            for _, attached in self._attached:
+                attached.on_step(self.steps)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Call ``step`` after each step of ``optimizer``, for loops that the caller does not write.
+
+        Steps that a gradient scaler leaves out do not count. Gives the handle; ``remove()`` ends it.
+        """
+        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def finish(self) -> Trained:
+        """Bring the module to the form that is exported; the session is over.
+
+        Raises:
+            PassError: A pass changed nothing.
+        """
+        import torch
+
+        self._check_open("finish")
+        self._check_known()
+        self._finished = True
+        changes: dict[str, list[Change]] = {}
+        with torch.no_grad():
+            for name, attached in self._attached:
+                with _named(name):
+                    changes.setdefault(name, []).extend(attached.finish())
+        self.module.eval()
+        rest = tuple(p for p in self.recipe.passes if not isinstance(p, TorchPass))
+        return Trained(
+            module=self.module,
+            changes=changes,
+            recipe=self.recipe.model_copy(update={"passes": rest}),
+            _export=self._export,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and the passes' own state; the module's is the caller's, as ``module.state_dict()``."""
+        return {
+            "steps": self.steps,
+            "passes": [attached.state() for _, attached in self._attached],
+            "names": [name for name, _ in self._attached],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            UsageError: It is from another recipe.
+        """
+        names = [name for name, _ in self._attached]
+        if list(state["names"]) != names:
+            raise UsageError(
+                f"the checkpoint is of a session with {', '.join(state['names']) or 'no passes'}, this one has "
+                f"{', '.join(names) or 'none'}",
+                hint="resume with the recipe that the training started with",
+            )
+        self.steps = int(state["steps"])
+        for (_, attached), saved in zip(self._attached, state["passes"], strict=True):
+            attached.restore(saved)
+
+    def _check_known(self) -> None:
+        if not self._known <= set(map(id, self.module.parameters())):
+            raise UsageError(
+                "the module's parameters are others than when the session was made",
+                hint="make the session last, on the device of the training; wrappers that replace parameters, as FSDP does, "
+                "cannot be used with it: DistributedDataParallel can",
+            )
+
+    def _check_open(self, what: str) -> None:
+        if self._finished:
+            raise UsageError(f"{what}: the session is finished", hint="start another with optkit.training")
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of the pass before what it complains about."""
+    try:
+        yield
+    except OptkitError as error:
+        error.args = (f"{name}: {error}",)
+        raise

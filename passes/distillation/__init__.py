@@ -1,0 +1,1 @@
+"""Passes that let a module learn from another one."""
