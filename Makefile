@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make lint   types and style
 # make bench  the tables of the README, with torch: about half an hour
+# make bench-training  every recipe for training, on handwritten digits: about five minutes
 # make bench-families  every model family through every stage: about half an hour
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EVAL   := benchmarks/evaluators/ppocr4_rec.py
 
-.PHONY: demo test lint bench bench-families clean
+.PHONY: demo test lint bench bench-training bench-families clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optkit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -42,6 +43,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m optkit.benchmarks.suite fetch
 	$(BIN)/python -m optkit.benchmarks.cpu
+
+bench-training: $(VENV)/.bench
+	$(BIN)/python -m optkit.benchmarks.training
 
 $(VENV)/.families: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[families]'

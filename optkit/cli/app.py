@@ -12,7 +12,19 @@ from typing import Annotated, Any
 import typer
 
 import optkit
-from optkit.cli import bench, compile, doctor, eval, finalize, inspect, kernels, prune, quantize, recipe, targets
+from optkit.cli import (
+    bench,
+    compile,
+    doctor,
+    eval,
+    finalize,
+    inspect,
+    kernels,
+    prune,
+    quantize,
+    recipe,
+    targets,
+)
 from optkit.errors import OptkitError, UsageError
 
 # What typer raises for wrong options; it does not export the class under a name of its own.

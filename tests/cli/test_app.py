@@ -27,7 +27,18 @@ HEAVY = (
     "torch",
     "yaml",
 )
-COMMANDS = ("compile", "quantize", "prune", "eval", "bench", "finalize", "inspect", "targets", "recipe", "doctor")
+COMMANDS = (
+    "compile",
+    "quantize",
+    "prune",
+    "eval",
+    "bench",
+    "finalize",
+    "inspect",
+    "targets",
+    "recipe",
+    "doctor",
+)
 
 # Says that it has begun, then takes its time.
 SLOW = """
