@@ -66,9 +66,10 @@ def test_a_speed_up_is_reached_or_missed_with_exit_code_3(optkit, wide):
     assert ran.code == 3
     assert "missed: 5000x was asked for, and the narrowest widths reach" in ran.err
     assert ran.json["missed"].startswith("5000x was asked for")
-    # A tenth of 1024, and a multiple of 16.
-    assert ran.json["pass"]["prune-channels"]["keep"] == {"w1": 112, "w2": 112}
-    assert _shapes("folder/model.onnx")["w2"] == (112, 112)
+    # A tenth of 1024 at least, and a multiple of 16; which of the narrowest is the fastest is chance.
+    keep = ran.json["pass"]["prune-channels"]["keep"]
+    assert all(112 <= n <= 256 and n % 16 == 0 for n in (keep["w1"], keep["w2"]))
+    assert _shapes("folder/model.onnx")["w2"] == (keep["w1"], keep["w2"])
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", "90%"])
