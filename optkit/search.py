@@ -38,6 +38,8 @@ _CLEARLY = 1.03
 _ALIKE = 1.05
 # What is below this share of the fastest so far is not timed further.
 _BEHIND = 0.8
+# Share of the speed of a candidate that the samples leave undecided, for which one that they do not is taken.
+_PROVEN = 0.9
 # CPU seconds that one evaluation may take for candidates that are as fast to be evaluated too.
 _CHEAP = 15.0
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
@@ -154,6 +156,7 @@ def choose(
                 order = sorted([*order, fixed], key=lambda b: -_ratio(b))
     if best is not None:
         best = _more_accurate(work, recipe, best, order, strict=strict)
+        best = _proven(work, recipe, best, order, tried)
     for one in order:
         assert best is not None
         alike = _ratio(one) * _ALIKE >= _ratio(best)
@@ -191,6 +194,42 @@ def _more_accurate(
         if one.accuracy.drop < best.accuracy.drop and not shortfalls(one, recipe, strict=strict):
             order[order.index(one)], best = best, one
     return best
+
+
+def _proven(
+    work: Compilation, recipe: Recipe, best: Built, order: list[Built], tried: dict[str, CandidateRecord]
+) -> Built:
+    """Where the samples leave ``best`` undecided and the metric costs little, what keeps the limits for certain and is hardly slower."""
+    if (
+        best.accuracy is None
+        or best.accuracy.verdict != "inconclusive"
+        or work.evaluation_seconds > _CHEAP
+        or not best.lossy
+    ):
+        return best
+    enough = _PROVEN * _ratio(best)
+    certain: Built | None = None
+    for one in [b for b in order if b.lossy and b.accuracy is None and _ratio(b) >= enough]:
+        try:
+            _tune(work, one)
+            work.judge(one, recipe.limits)
+        except OptkitError as error:
+            logger.warning("%s: left out: %s", one.name, error)
+            continue
+        if not shortfalls(one, recipe, strict=True):
+            certain = one
+            order.remove(one)
+            break
+    if recipe.repair:
+        fixed = repair(work, recipe, best, strict=True, faster_than=enough / _CLEARLY)
+        if fixed is not None and (certain is None or _ratio(fixed) > _ratio(certain)):
+            order += [] if certain is None else [certain]
+            certain = fixed
+    if certain is None:
+        return best
+    open_ = "; ".join(losses(best, recipe, strict=True))
+    tried[best.name] = _record(best.name, best, "inconclusive", f"{open_}; {certain.name} is hardly slower")
+    return certain
 
 
 def _floor(work: Compilation, name: str, recipe: Recipe, tried: dict[str, CandidateRecord]) -> Built:

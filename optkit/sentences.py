@@ -20,6 +20,8 @@ from optkit.report import (
 
 # Layers that are named one by one.
 _LISTED = 6
+# Times the samples at hand that one might still collect.
+_MANY = 100
 # Of the candidate: what ``CandidateRecord.verdict`` says.
 SHIPPED = "shipped"
 
@@ -300,9 +302,12 @@ def accuracy(a: AccuracyRecord) -> tuple[str, ...]:
         None: "no limit was given",
     }[a.met]
     if a.met == "inconclusive":
-        verdict += (
-            f"; about {count(a.needed, 'sample')} would decide" if a.needed else "; more samples would decide"
-        )
+        if a.needed is None:
+            verdict += "; more samples would decide"
+        elif a.needed <= _MANY * a.n:
+            verdict += f"; about {count(a.needed, 'sample')} would decide"
+        else:
+            verdict += "; the drop is so near to it that more samples would hardly decide"
     return figures, f"{verdict} ({a.method} interval, same samples for both)"
 
 

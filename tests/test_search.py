@@ -157,13 +157,13 @@ class _Work:
         return [name for kind, name in self.log if kind == what]
 
 
-def _choose(tmp_path, plans, *, strict=False, evaluation_seconds=1e3, **limits):
+def _choose(tmp_path, plans, *, strict=False, evaluation_seconds=1e3, repair=False, **limits):
     work = _Work(tmp_path, plans)
     work.evaluation_seconds = evaluation_seconds
     evaluated = not any(p.drop is None for p in plans.values())
     if evaluated:
         limits.setdefault("max_drop", "1%")
-    recipe = Recipe.load({"recipe": 1, "candidates": list(plans), "limits": limits})
+    recipe = Recipe.load({"recipe": 1, "candidates": list(plans), "limits": limits, "repair": repair})
     recipes = [(n, EXACT if i == 0 else LOSSY) for i, n in enumerate(plans) if n != "as-given"]
     return choose(work, recipe, recipes, strict=strict), work
 
@@ -390,6 +390,53 @@ def test_an_open_verdict_ships_with_a_word(tmp_path):
     assert (choice.missed, choice.inconclusive) == ([], [])
     assert choice.best.accuracy.verdict == "inconclusive"
     assert choice.best.accuracy.needed > 100
+
+
+OPEN = {"fp32": _Plan(1.0), "open": _Plan(2.0, drop=0.001, wobble=0.04)}
+
+
+@pytest.mark.parametrize(("ratio", "ships"), [(1.85, "sure"), (1.75, "open")])
+def test_an_open_verdict_gives_way_to_a_certain_one_that_is_hardly_slower(tmp_path, ratio, ships):
+    choice, _ = _choose(tmp_path, OPEN | {"sure": _Plan(ratio, drop=0.002)}, evaluation_seconds=1.0)
+    assert choice.best.name == ships
+    assert _verdicts(choice)["open"] == ("inconclusive" if ships == "sure" else "shipped")
+    reason = next(r.reason for r in choice.records if r.name == "open")
+    assert ("sure is hardly slower" in reason) == (ships == "sure")
+
+
+def test_an_open_verdict_stays_where_others_are_open_or_fail_too(tmp_path):
+    others = {"open too": _Plan(1.85, drop=0.002, wobble=0.04), "odd": _Plan(1.85, unfit=DataError("NaN"))}
+    choice, _ = _choose(tmp_path, OPEN | others, evaluation_seconds=1.0)
+    assert choice.best.name == "open"
+
+
+def test_nothing_more_is_judged_for_an_open_verdict_where_the_metric_takes_long(tmp_path):
+    _, work = _choose(tmp_path, OPEN | {"sure": _Plan(1.85, drop=0.002)}, evaluation_seconds=100.0)
+    assert ("judge", "sure") not in work.log
+
+
+@pytest.mark.parametrize(("ratio", "ships"), [(1.95, "repaired"), (1.82, "sure"), (None, "sure")])
+def test_an_open_verdict_is_repaired_until_it_is_certain(tmp_path, monkeypatch, ratio, ships):
+    asked = []
+
+    def repaired(work, recipe, built, *, strict, faster_than):
+        asked.append((built.name, strict, faster_than))
+        if ratio is None:
+            return None
+        work.plans["repaired"] = _Plan(ratio, drop=0.0)
+        fixed = work.build("repaired", built.recipe)
+        fixed.speedup = work.measure(fixed, rounds=1, budget=1)
+        work.judge(fixed, recipe.limits)
+        return fixed
+
+    monkeypatch.setattr("optkit.search.repair", repaired)
+    plans = OPEN | {"sure": _Plan(1.85, drop=0.002)}
+    choice, _ = _choose(tmp_path, plans, evaluation_seconds=1.0, repair=True)
+    assert choice.best.name == ships
+    ((name, strict, faster_than),) = asked
+    assert (name, strict) == ("open", True)
+    # What repair builds must be clearly faster than this, that is 0.9 times as fast as what it repairs.
+    assert faster_than * 1.03 == pytest.approx(0.9 * 2.0)
 
 
 def test_strict_refuses_an_open_verdict(tmp_path):

@@ -112,7 +112,7 @@ def test_what_the_samples_cannot_decide_ships_unless_strict(optkit, given):
         pytest.skip("the toy's drop is real here: nothing is undecided")
     assert ran.code == 0
     assert "inconclusive" in ran.err
-    assert "samples would decide" in ran.err
+    assert "samples would" in ran.err
     assert optkit(*arguments, "--strict").code == 5
 
 
