@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from optkit.formats import Format
+from optkit.passes.quantization.through import Function, felt
 
 Method = Literal["min-max", "percentile", "entropy", "mse"]
+_Loss = Callable[[np.ndarray, np.ndarray, float, float, Format], float]
 
 BINS = 2048
 # Values of a tensor that enter the histogram a batch, evenly spread: a 2048-bin histogram of 64 Ki values places the
 # 99.99th percentile within a bin, and counting them costs less than the convolution that made them.
 SAMPLE = 1 << 14
+# Of the distance of an end from 0, what a search tries.
+_SHARES = np.linspace(1.0, 0.2, 65)
+# Points that stand for the values of a bin where rounding counts: a step may be no wider than a bin.
+_POINTS = 4
 
 
 class Range:
@@ -39,9 +47,17 @@ class Range:
         assert method == "min-max", method
         return self
 
-    def limits(self, fmt: Format) -> tuple[float, float]:
-        """The range to quantize."""
-        return self.low, self.high
+    def limits(self, fmt: Format, function: Function | None = None) -> tuple[float, float]:
+        """The range to quantize.
+
+        Args:
+            function: What is applied to every element behind the quantizer; where it is flat, no range is needed.
+        """
+        return self._felt(function)
+
+    def _felt(self, function: Function | None) -> tuple[float, float]:
+        limits = self.low, self.high
+        return limits if function is None or not self.finite else felt(*limits, function)
 
 
 class Histogram(Range):
@@ -112,13 +128,24 @@ class Histogram(Range):
         other._method, other._percentile = method, percentile
         return other
 
-    def limits(self, fmt: Format) -> tuple[float, float]:
-        """The range to quantize by the method."""
+    def limits(self, fmt: Format, function: Function | None = None) -> tuple[float, float]:
+        """The range to quantize by the method; errors count behind ``function``."""
+        low, high = self._felt(function)
         if not self.finite or not self.counts.any():
-            return self.low, self.high
+            return low, high
         if self._method == "percentile":
-            return self._by_percentile()
-        return self._search(fmt, _squared_error if self._method == "mse" else _divergence)
+            left, right = self._by_percentile()
+            return max(low, left), min(high, right)
+        together = [(min(low, 0.0) * share, max(high, 0.0) * share) for share in _SHARES]
+        if self._method == "entropy":
+            return self._best(fmt, _divergence, together, points=1)
+        best = partial(self._best, fmt, partial(_squared_error, function=function), points=_POINTS)
+        left, right = best(together)
+        if fmt.symmetric:
+            return left, right
+        # One end after the other: what lies below 0 is often of another kind than what is above.
+        left, right = best([(left, right), *((min(low, 0.0) * share, right) for share in _SHARES)])
+        return best([(left, right), *((left, max(high, 0.0) * share) for share in _SHARES)])
 
     @property
     def edges(self) -> np.ndarray:
@@ -133,18 +160,16 @@ class Histogram(Range):
         high = edges[min(int(np.searchsorted(share, 1 - tail)) + 1, BINS)]
         return max(float(low), self.low), min(float(high), self.high)
 
-    def _search(self, fmt: Format, loss: object) -> tuple[float, float]:
-        """The best of 65 ranges, each the observed one with both ends moved towards 0 by the same share."""
-        assert callable(loss)
-        centers, best, limits = self.edges[:-1] + self._width / 2, np.inf, (self.low, self.high)
+    def _best(
+        self, fmt: Format, loss: _Loss, ends: Sequence[tuple[float, float]], *, points: int
+    ) -> tuple[float, float]:
+        """The first of the ranges with the smallest loss, where each bin is that many points."""
         used = self.counts > 0
-        centers, counts = centers[used], self.counts[used].astype(np.float64)
-        for share in np.linspace(1.0, 0.2, 65):
-            low, high = min(self.low, 0.0) * share, max(self.high, 0.0) * share
-            found = loss(centers, counts, low, high, fmt)
-            if found < best * (1 - 1e-9):
-                best, limits = found, (low, high)
-        return limits
+        x = self.edges[:-1][used, None] + self._width * (np.arange(points) + 0.5) / points
+        counts = np.repeat(self.counts[used] / points, points)
+        losses = [loss(x.ravel(), counts, low, high, fmt) for low, high in ends]
+        least = min(losses) * (1 + 1e-9)
+        return next(e for e, found in zip(ends, losses, strict=True) if found <= least)
 
 
 def _stride(size: int) -> int:
@@ -163,10 +188,17 @@ def _on_grid(x: np.ndarray, low: float, high: float, fmt: Format) -> np.ndarray:
     return np.clip(np.round(x / step) * step, low, high)
 
 
-def _squared_error(x: np.ndarray, counts: np.ndarray, low: float, high: float, fmt: Format) -> float:
-    """Sum of squared rounding and clipping errors (Banner et al. 2018, arXiv:1810.05723, measured, not modelled)."""
+def _squared_error(
+    x: np.ndarray, counts: np.ndarray, low: float, high: float, fmt: Format, *, function: Function | None
+) -> float:
+    """Sum of squared rounding and clipping errors (Banner et al. 2018, arXiv:1810.05723, measured, not modelled).
+
+    Differs from the source: errors are those behind the function that the quantized values go into.
+    """
     # Within a bin, values are spread evenly: the rounding error of a step much wider than a bin comes out right.
-    return float(counts @ (x - _on_grid(x, low, high, fmt)) ** 2)
+    y = _on_grid(x, low, high, fmt)
+    error = x - y if function is None else function(x) - function(y)
+    return float(counts @ error**2)
 
 
 def _divergence(x: np.ndarray, counts: np.ndarray, low: float, high: float, fmt: Format) -> float:

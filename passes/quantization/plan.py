@@ -166,7 +166,7 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
     value = node.outputs[0]
     readers = users(value)
     if len(readers) == 2 and "Swish" in row.absorbs and not value.is_graph_output():
-        return _swish(value) or value
+        return swish(value) or value
     if len(readers) != 1 or value.is_graph_output():
         return value
     reader = readers[0]
@@ -181,7 +181,7 @@ def _end(node: ir.Node, row: Row) -> ir.Value:
     return reader.outputs[0]
 
 
-def _swish(x: ir.Value) -> ir.Value | None:
+def swish(x: ir.Value) -> ir.Value | None:
     """``x * Sigmoid(x)``, where nothing else reads ``x`` or the sigmoid."""
     sigmoid = next((n for n in users(x) if n.op_type == "Sigmoid" and n.domain == ""), None)
     if sigmoid is None or sigmoid.outputs[0].is_graph_output():

@@ -20,10 +20,8 @@ from optkit.passes.quantization.integers import Weights
 from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.rounding import second_moments
-from optkit.qdq import (
-    insert_pair,
-    scale_zero,
-)
+from optkit.passes.quantization.through import Function, through
+from optkit.qdq import insert_pair, scale_zero
 from optkit.rewrite import Change, Names
 from optkit.saturation import narrowed, saturated
 
@@ -140,7 +138,7 @@ class QuantizeStatic(GraphPass):
                 seen = observe(model, names, self.method, self.percentile, context)
                 bad = {v for v in origins if not seen[str(v.name)].finite}
                 if not bad:
-                    limits = {v: seen[str(v.name)].limits(fmt) for v in origins}
+                    limits = {v: seen[str(v.name)].limits(fmt, _through(v, plan)) for v in origins}
                     for group in plan.shared:
                         lows, highs = zip(*(limits[v] for v in group), strict=True)
                         limits |= dict.fromkeys(group, (min(lows), max(highs)))
@@ -151,6 +149,12 @@ class QuantizeStatic(GraphPass):
             for node, reason in found.items():
                 logger.warning("%s stays in float: %s", describe(node), reason)
             unfit |= found
+
+
+def _through(origin: ir.Value, plan: Plan) -> Function | None:
+    """What is applied to all that lies on the grid of ``origin``."""
+    on_grid = [v for v, start in plan.pairs.items() if start is origin]
+    return through(origin) if on_grid == [origin] and origin in plan.owners else None
 
 
 def _means(model: ir.Model, nodes: Sequence[ir.Node], context: Context) -> Mapping[str, np.ndarray]:

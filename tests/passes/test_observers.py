@@ -223,6 +223,32 @@ def test_mse_finds_the_range_with_the_least_squared_error(kind, fmt):
     assert _true_error(x, low, high, fmt) <= 1.05 * best
 
 
+def test_mse_moves_each_end_on_its_own():
+    # A crowd below 0 and a lone outlier above: both ends together would cut the crowd to keep the step small.
+    random = np.random.default_rng(0)
+    x = np.concatenate([random.uniform(-4, 0, 300_000), random.exponential(0.5, 300_000), [60.0]])
+    x = x.astype(np.float32)
+    low, high = _fed(np.array_split(x, 50), "mse").limits(U8)
+    assert low < -3.8
+    assert high < 40
+    assert _true_error(x, low, high, U8) < 0.7 * min(_true_error(x, *c, U8) for c in _candidates(x))
+
+
+def test_mse_counts_errors_behind_the_function():
+    def hard_swish(x):
+        return x * np.clip(x / 6 + 0.5, 0, 1)
+
+    x = np.random.default_rng(0).normal(-4, 5, 60_000).astype(np.float32)
+    seen = _fed(np.array_split(x, 7), "mse")
+
+    def error(limits):
+        scale, zero = scale_zero(*limits, U8)
+        y = dequantize(quantize(x, scale, zero, U8), scale, zero)
+        return float(((hard_swish(x) - hard_swish(y)) ** 2).sum())
+
+    assert error(seen.limits(U8, hard_swish)) < 0.5 * error(seen.limits(U8))
+
+
 def test_mse_cuts_lone_outliers_off_and_keeps_all_of_a_uniform_range():
     random = np.random.default_rng(0)
     # Rounding 3 million values on a range of 46 costs more than clipping one by 30.

@@ -95,6 +95,12 @@ def _executed(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> tuple[list[st
             return [e.op for e in ran if e.op != "Transpose"], session.run(feeds)
 
 
+def _observed(model: ir.Model, batches, name: str) -> np.ndarray:
+    """All that a value was on the batches."""
+    session = ReferenceSession(model, outputs=[name])
+    return np.concatenate([session.run(b)[name].ravel() for b in batches])
+
+
 def _scales(model: ir.Model) -> dict[str, tuple[float, int]]:
     """Scale and zero point of each activation by the name of what is quantized."""
     return {
@@ -467,6 +473,34 @@ def test_hard_swish_between_convolutions_stays_whole():
     after = _quantized(model)
     assert _ops(after) == ["Q", "DQ", "Conv", "Q", "DQ", "HardSwish", "Q", "DQ", "Conv", "Q", "DQ"]
     assert _executed(after, _batches(model)[0])[0].count("QLinearConv") == 2
+
+
+@pytest.mark.parametrize("method", ["min-max", "percentile", "mse"])
+def test_a_grid_before_an_activation_ends_where_that_is_flat(method):
+    model = _model(HARD_SWISH)
+    batches = [{"x": 8 * b["x"]} for b in _batches(model)]
+    a = _observed(model, batches, "a")
+    assert a.min() < -10
+    scale, zero = _scales(_quantized(model, batches, method=method))["a"]
+    assert -3.5 < -zero * scale < -2.5
+    assert (255 - zero) * scale > 0.8 * a.max()
+
+
+def test_a_grid_that_more_than_the_activation_reads_is_whole():
+    model = _model(HARD_SWISH)
+    a = next(n for n in model.graph if n.op_type == "Conv").outputs[0]
+    model.graph.outputs.append(a)
+    batches = [{"x": 8 * b["x"]} for b in _batches(model)]
+    lowest = _observed(model, batches, "a").min()
+    grids = _scales(_quantized(model, batches)).values()
+    assert min(-zero * scale for scale, zero in grids) == pytest.approx(lowest, rel=0.02)
+
+
+def test_a_grid_before_a_swish_ends_where_little_is_left():
+    model = _model(SWISH)
+    batches = [{"x": 8 * b["x"]} for b in _batches(model)]
+    scale, zero = _scales(_quantized(model, batches, method="mse"))["a"]
+    assert -zero * scale > _observed(model, batches, "a").min() / 2
 
 
 @pytest.mark.parametrize(
