@@ -37,7 +37,7 @@ from optkit.reference import ReferenceSession
 from optkit.targets import target
 
 METHODS: tuple[Method, ...] = ("min-max", "percentile", "entropy", "mse")
-_SAMPLES, _FEW, _MANY = 32, 16, 256
+_FEW, _MANY = 16, 256
 
 
 def measure(name: str, method: Method, samples: int, *, streamed: bool) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = options.method or METHODS
     rows = []
     for name in options.model or ("minilm_l6", "resnet50_shaped"):
-        plans = [(method, _SAMPLES, False) for method in methods]
+        plans = [(method, _MANY, False) for method in methods]
         plans += [(method, samples, True) for method in methods for samples in (_FEW, _MANY)]
         for method, samples, streamed in plans:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
