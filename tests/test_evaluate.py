@@ -140,6 +140,24 @@ def test_an_aggregate_gets_a_bootstrap_that_pairs_and_is_the_same_each_time():
     assert compare(POOLED, reference.tolist(), candidate.tolist(), None, seed=1) != found
 
 
+def test_a_metric_that_drawing_samples_twice_makes_easier_has_the_drop_amid_its_interval():
+    # Retrieval: a query finds its document unless it takes the neighbour's for it, which must be there for that. Of 160
+    # documents about 101 are different ones in a draw of 160 with replacement.
+    def found_first(scores):
+        there = {document for document, _ in scores}
+        return sum(not (confused and document ^ 1 in there) for document, confused in scores) / len(scores)
+
+    retrieval = Evaluator(samples=list, score=lambda o, label: 0, aggregate=found_first, metric="recall")
+    found = compare(
+        retrieval, [(i, False) for i in range(160)], [(i, i % 3 == 0) for i in range(160)], PERCENT
+    )
+    assert found.drop == pytest.approx(54 / 160)
+    low, high = found.ci95
+    assert 0.4 < (found.drop - low) / (high - low) < 0.6
+    # As wide as that of the resampled: a binomial share's at least.
+    assert high - low > 2 * 1.96 * math.sqrt(0.2 * 0.8 / 160)
+
+
 def test_the_interval_always_holds_the_drop():
     spread = Evaluator(
         samples=list,
