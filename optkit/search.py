@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,17 +183,25 @@ def _more_accurate(
     """Where the metric costs little, compute it for what is as fast too, and take what loses least."""
     if best.accuracy is None or not best.lossy or work.evaluation_seconds > _CHEAP:
         return best
-    for one in [b for b in order if b.lossy and b.accuracy is None and _ratio(b) * _ALIKE >= _ratio(best)]:
-        try:
-            _tune(work, one)
-            work.judge(one, recipe.limits)
-        except OptkitError as error:
-            logger.warning("%s: left out: %s", one.name, error)
-            continue
+    alike = [b for b in order if b.lossy and _ratio(b) * _ALIKE >= _ratio(best)]
+    for one in _judged(work, recipe, alike):
         assert one.accuracy is not None
         if one.accuracy.drop < best.accuracy.drop and not shortfalls(one, recipe, strict=strict):
             order[order.index(one)], best = best, one
     return best
+
+
+def _judged(work: Compilation, recipe: Recipe, candidates: Sequence[Built]) -> Iterator[Built]:
+    """Those that can be judged, each judged when its turn comes, if it was not before."""
+    for one in candidates:
+        if one.accuracy is None:
+            try:
+                _tune(work, one)
+                work.judge(one, recipe.limits)
+            except OptkitError as error:
+                logger.warning("%s: left out: %s", one.name, error)
+                continue
+        yield one
 
 
 def _proven(
@@ -208,25 +216,15 @@ def _proven(
     ):
         return best
     enough = _PROVEN * _ratio(best)
-    certain: Built | None = None
-    for one in [b for b in order if b.lossy and b.accuracy is None and _ratio(b) >= enough]:
-        try:
-            _tune(work, one)
-            work.judge(one, recipe.limits)
-        except OptkitError as error:
-            logger.warning("%s: left out: %s", one.name, error)
-            continue
-        if not shortfalls(one, recipe, strict=True):
-            certain = one
-            order.remove(one)
-            break
+    near = _judged(work, recipe, [b for b in order if b.lossy and _ratio(b) >= enough])
+    certain = next((one for one in near if not shortfalls(one, recipe, strict=True)), None)
     if recipe.repair:
         fixed = repair(work, recipe, best, strict=True, faster_than=enough / _CLEARLY)
         if fixed is not None and (certain is None or _ratio(fixed) > _ratio(certain)):
-            order += [] if certain is None else [certain]
             certain = fixed
     if certain is None:
         return best
+    order[:] = [b for b in order if b is not certain]
     open_ = "; ".join(losses(best, recipe, strict=True))
     tried[best.name] = _record(best.name, best, "inconclusive", f"{open_}; {certain.name} is hardly slower")
     return certain

@@ -404,6 +404,13 @@ def test_an_open_verdict_gives_way_to_a_certain_one_that_is_hardly_slower(tmp_pa
     assert ("sure is hardly slower" in reason) == (ships == "sure")
 
 
+def test_an_open_verdict_gives_way_to_a_certain_one_that_was_judged_for_losing_less(tmp_path):
+    # As fast, and judged for that: it loses more on these samples, but for certain no more than is allowed.
+    choice, work = _choose(tmp_path, OPEN | {"sure": _Plan(1.98, drop=0.002)}, evaluation_seconds=1.0)
+    assert choice.best.name == "sure"
+    assert work.log.count(("judge", "sure")) == 1
+
+
 def test_an_open_verdict_stays_where_others_are_open_or_fail_too(tmp_path):
     others = {"open too": _Plan(1.85, drop=0.002, wobble=0.04), "odd": _Plan(1.85, unfit=DataError("NaN"))}
     choice, _ = _choose(tmp_path, OPEN | others, evaluation_seconds=1.0)
