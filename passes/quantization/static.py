@@ -38,6 +38,9 @@ class QuantizeStatic(GraphPass):
     arXiv:1712.05877: affine activations per tensor, symmetric weights per output channel, bias in int32 with
     ``scale = scale_x * scale_w``. Bodies of If and Loop are left in float: calibration can't look into them.
 
+    Where all that reads a value is one activation, its grid ends where that is flat, and MSE counts errors behind it
+    (``through.py``): integer convolutions store before a float kernel applies HardSwish.
+
     On a target whose u8 x s8 products saturate in 16 bits, layers that do so on the calibration data get weights in 7 bits
     (-63 to 63), in those output channels that could: then they cannot any more.
 
