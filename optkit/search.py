@@ -157,20 +157,22 @@ def choose(
     if best is not None:
         best = _more_accurate(work, recipe, best, order, strict=strict)
         best = _proven(work, recipe, best, order, tried)
+    missed: list[str] = []
+    if best is None:
+        best, missed = floor, shortfalls(floor, recipe, strict=strict)
+    ranked = _ratio(best)
+    best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
     for one in order:
-        assert best is not None
-        alike = _ratio(one) * _ALIKE >= _ratio(best)
+        alike = _ratio(one) * _ALIKE >= ranked
         gain = "loses less" if one.accuracy is not None else "closer to the reference"
         reason = (
             f"{best.name} is as {_faster(best).replace('er', '', 1)} and {gain}"
             if alike
             else f"{best.name} is {_faster(best)} and keeps the limits"
         )
+        if not alike and best.speedup is not None and _ratio(best) <= _ratio(one):
+            reason = f"{best.name} was faster when they were ranked, {ranked:.2f}x, and keeps the limits"
         tried[one.name] = _record(one.name, one, "farther" if alike else "slower", reason)
-    missed: list[str] = []
-    if best is None:
-        best, missed = floor, shortfalls(floor, recipe, strict=strict)
-    best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
     if best.speedup is not None and _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
         best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")

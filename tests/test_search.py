@@ -292,6 +292,14 @@ def test_what_ships_is_measured_again(tmp_path):
     assert work.asked("measure") == ["fp32", "int8", "int8"]
 
 
+def test_where_that_contradicts_the_ranking_the_reason_says_what_was_found_then(tmp_path):
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0), "a": _Plan(2.1), "b": _Plan([2.3, 2.05])})
+    reasons = {r.name: r.reason for r in choice.records}
+    assert choice.best.name == "b"
+    assert reasons["a"] == "b was faster when they were ranked, 2.30x, and keeps the limits"
+    assert reasons["fp32"] == "b is faster and keeps the limits"
+
+
 def test_options_that_are_clearly_faster_are_taken_for_the_candidate_whose_turn_it_is(tmp_path):
     class Turn(_Work):
         def prepare(self, passes):
