@@ -105,12 +105,14 @@ class OpenVino(Backend):
         """Write ``model.xml`` and ``model.bin``; weights keep their formats.
 
         Raises:
-            BackendUnavailableError: The processor has no instructions for the precision.
+            BackendUnavailableError: The processor, or the target, has no instructions for the precision.
             ModelError: OpenVINO does not take the model.
         """
         able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if options.precision == "bf16" and "BF16" not in able:
             raise BackendUnavailableError("this processor has no bfloat16 instructions")
+        if options.precision == "bf16" and not target.runs_here and "bf16" not in target.formats:
+            raise BackendUnavailableError(f"{target.name} has no bfloat16 instructions")
         if model.functions:
             model = model.clone()
             InlinePass()(model)

@@ -17,7 +17,7 @@ from optkit.backends.openvino.messages import refused
 from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import read_runtime
 from optkit.data import CalibrationData
-from optkit.errors import DataError, ModelError, UnsupportedOpError
+from optkit.errors import BackendUnavailableError, DataError, ModelError, UnsupportedOpError
 from optkit.graph import walk
 from optkit.ops import OPS
 from optkit.passes.base import Context
@@ -660,6 +660,29 @@ def test_bfloat16_is_lossy_and_held_to_the_limits(tmp_path):
     assert [c.name for c in report.candidates] == ["recipe", "float"]
     assert report.manifest.options["precision"] == "f32"
     assert report.missed
+
+
+@needs_openvino
+@pytest.mark.parametrize("name", ["x86-vnni", "arm64-dot"])
+def test_bfloat16_is_refused_for_a_target_without_it_whatever_this_processor_has(tmp_path, name):
+    backend = BACKENDS["openvino"]()
+    with pytest.raises(BackendUnavailableError, match=f"{name} has no bfloat16 instructions"):
+        backend.lower(_mobile(), target(name), backend.options(precision="bf16"), tmp_path)
+
+
+@needs_openvino
+def test_what_int8_leaves_in_float_runs_in_bfloat16_where_that_is_asked_for(tmp_path):
+    from optkit.backends.openvino.quiet import core
+
+    if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16 instructions")
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    text = "g (float[32, 64] x, float[64, 32] y) => (float[32, 32] z) { a = MatMul(x, w) z = MatMul(a, y) }"
+    model = _quantized(parse(HEAD + text, w=weight), "default")
+    for precision, rest in (("f32", "fp32"), ("bf16", "bf16")):
+        backend, options = _lower(model, tmp_path / precision, precision=precision)
+        executed = backend.executed(tmp_path / precision, CPU, options, random_feeds(model, size=1))
+        assert sorted(e.format for e in executed if e.macs) == sorted(["int8", rest])
 
 
 @needs_openvino
