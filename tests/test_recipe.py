@@ -74,6 +74,12 @@ PASS = st.one_of(
     ).map(lambda options: {"quantize-static": options}),
     st.integers(0, 10**9).map(lambda n: {"quantize-dynamic": {"smallest": n}}),
 )  # fmt: skip
+
+
+def _torch_first(passes):
+    return sorted(passes, key=lambda p: PASSES[next(iter(p))].stage != "torch")
+
+
 RECIPES = st.fixed_dictionaries(
     {"recipe": st.just(1)},
     optional={
@@ -81,7 +87,7 @@ RECIPES = st.fixed_dictionaries(
         "target": st.none() | NAMES,
         "backend": st.none() | NAMES,
         "options": st.dictionaries(NAMES, st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | NAMES, max_size=3),
-        "passes": st.lists(PASS, max_size=4),
+        "passes": st.lists(PASS, max_size=4).map(_torch_first),
         "candidates": st.lists(NAMES, max_size=2),
         "repair": st.booleans(),
         "samples": st.none() | st.integers(1, 10**6),
