@@ -14,6 +14,7 @@ PASSES = Registry(
         "remove-dead": "optkit.passes.cleanup.dead:RemoveDead",
         "share-duplicates": "optkit.passes.cleanup.duplicates:ShareDuplicates",
         "slices-to-split": "optkit.passes.cleanup.slices:SlicesToSplit",
+        "sequences-to-split": "optkit.passes.cleanup.sequences:SequencesToSplit",
         "cancel-layout": "optkit.passes.cleanup.layout:CancelLayout",
         "clean-casts": "optkit.passes.cleanup.casts:CleanCasts",
         "fold-batch-norm": "optkit.passes.fusion.batch_norm:FoldBatchNorm",

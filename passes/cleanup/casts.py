@@ -47,6 +47,7 @@ def holds(narrow: ir.DataType, wide: ir.DataType) -> bool:
 class CleanCasts(GraphPass):
     """Remove casts to the same type, and casts whose effect the next one takes back.
 
+    * ``CastLike(x, like)`` becomes ``Cast(x, to)``, where the type of ``like`` is known.
     * ``Cast(Cast(x, wide), to)`` becomes ``Cast(x, to)``, or ``x``, where ``wide`` has every value of ``x``'s type.
     * ``Equal(Cast(b), 1)``, ``Greater(Cast(b), 0)`` become ``b``; ``Equal(Cast(b), 0)`` becomes ``Not(b)``: truth values.
     * ``Shape(Cast(x))`` becomes ``Shape(x)``.
@@ -75,6 +76,8 @@ def _clean(node: ir.Node, names: Names) -> bool:
     match node.op_type:
         case "Cast":
             return _cast(node, names)
+        case "CastLike":
+            return _like(node, names)
         case "Equal" | "Greater":
             return _compare(node, names)
         case "Shape" | "Size":
@@ -84,6 +87,17 @@ def _clean(node: ir.Node, names: Names) -> bool:
                 remove_unused([source])
             return source is not None
     return False
+
+
+def _like(node: ir.Node, names: Names) -> bool:
+    like = node.inputs[1]
+    if like is None or like.dtype is None:
+        return False
+    options = {key: a.value for key, a in node.attributes.items()}
+    cast = Builder(node, names).node("Cast", [node.inputs[0]], {"to": int(like.dtype), **options})[0]
+    substitute(node.outputs[0], cast)
+    remove_unused([node])
+    return True
 
 
 def _cast_before(value: ir.Value | None) -> ir.Node | None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import attribute, constant, users
 from optkit.inference import infer
 from optkit.passes.base import Context
 from optkit.passes.cleanup.constants import FoldConstants, LiftConstants
 from optkit.passes.cleanup.dead import RemoveDead
 from optkit.passes.cleanup.noops import RemoveNoops
+from optkit.passes.cleanup.sequences import SequencesToSplit
 from optkit.passes.cleanup.shapes import FoldShapes
-from optkit.rewrite import Names, register, substitute
 
 
 def prepare(model: ir.Model, context: Context) -> None:
     """Fold what computes sizes, but nothing into weights, whose names and axes stay; in place."""
     LiftConstants().run(model, context)
-    _sequences_to_splits(model)
+    SequencesToSplit().run(model, context)
     inputs = model.graph.inputs
     weights = [
         v for v in model.graph.initializers.values()
@@ -39,43 +37,4 @@ def prepare(model: ir.Model, context: Context) -> None:
     finally:
         gone = set(weights)
         inputs[:] = [v for v in inputs if v not in gone]
-    infer(model)
-
-
-def _sequences_to_splits(model: ir.Model) -> None:
-    """``SplitToSequence`` whose pieces are taken by number, as torch writes ``chunk``, becomes ``Split``."""
-    names = Names(model)
-    for node in tuple(model.graph):
-        if node.op_type != "SplitToSequence" or node.domain != "":
-            continue
-        x, readers = node.inputs[0], users(node.outputs[0])
-        axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
-        size = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        length = None if x is None or x.shape is None else x.shape[axis]
-        places = [constant(r.inputs[1]) if r.op_type == "SequenceAt" else None for r in readers]
-        if size is None or not isinstance(length, int) or any(p is None for p in places):
-            continue
-        if not attribute(node, "keepdims", 1) and size.ndim == 0:
-            continue
-        whole = int(size) if size.ndim == 0 else 0
-        sizes = size if size.ndim else [min(whole, length - s) for s in range(0, length, whole)]
-        vector = register(model.graph, names.new(f"{node.name}/sizes"), np.asarray(sizes, np.int64))
-        split = ir.node(
-            "Split",
-            [x, vector],
-            attributes={"axis": axis},
-            num_outputs=len(sizes),
-            name=names.new(f"{node.name}/split"),
-        )
-        for k, output in enumerate(split.outputs):
-            output.name, output.type = (
-                names.new(f"{node.name}/piece_{k}"),
-                ir.TensorType(ir.DataType.FLOAT if x is None or x.dtype is None else x.dtype),
-            )
-        node.append(split)
-        for reader, place in zip(readers, places, strict=True):
-            assert place is not None
-            substitute(reader.outputs[0], split.outputs[int(place)])
-            model.graph.remove(reader)
-        model.graph.remove(node)
     infer(model)

@@ -128,3 +128,24 @@ def test_a_cast_that_others_read_stays_for_them():
         f"{HEADER} g (float16[N] x) => (double[N] y, float[N] z) {{ a = Cast<to = 1>(x) y = Cast<to = 11>(a) z = Neg(a) }}",
         ops=["Cast", "Cast", "Neg"],
     )
+
+
+@pytest.mark.parametrize("like", ["float", "float16", "int64", "bool"])
+def test_a_cast_to_the_type_of_another_value_names_the_type(like):
+    check_pass(
+        CleanCasts(),
+        f"{HEADER} g (int32[N] x, {like}[2] like) => ({like}[N] y) {{ a = Add(x, x) y = CastLike(a, like) }}",
+        ops=["Add", "Cast"],
+        atol=0,
+        rtol=0,
+    )
+
+
+def test_a_cast_to_the_own_type_goes():
+    check_pass(
+        CleanCasts(),
+        f"{HEADER} g (float[N] x, float[2] like) => (float[N] y) {{ a = CastLike(x, like) y = Add(a, a) }}",
+        ops=["Add"],
+        atol=0,
+        rtol=0,
+    )
