@@ -16,6 +16,7 @@ PASSES = Registry(
         "slices-to-split": "optkit.passes.cleanup.slices:SlicesToSplit",
         "sequences-to-split": "optkit.passes.cleanup.sequences:SequencesToSplit",
         "cancel-layout": "optkit.passes.cleanup.layout:CancelLayout",
+        "merge-axes": "optkit.passes.cleanup.axes:MergeAxes",
         "clean-casts": "optkit.passes.cleanup.casts:CleanCasts",
         "fold-batch-norm": "optkit.passes.fusion.batch_norm:FoldBatchNorm",
         "fold-pad": "optkit.passes.fusion.pad:FoldPad",

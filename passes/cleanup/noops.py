@@ -20,8 +20,8 @@ class RemoveNoops(GraphPass):
     ``x + 0`` and ``x - 0`` count, although ``-0.0 + 0.0`` is ``0.0``: the two compare equal. Everything else keeps the
     very bits, NaN included.
 
-    Removed as well: an Expand to the shape that the reader broadcasts to anyway, and initial states of LSTM, GRU and RNN
-    that are zero.
+    Removed as well: an Expand to the shape that the reader broadcasts to anyway, initial states of LSTM, GRU and RNN
+    that are zero, and parts of a Concat without elements.
     """
 
     name: ClassVar[str] = "remove-noops"
@@ -40,6 +40,8 @@ def _remove(graph: ir.Graph) -> Iterator[Change]:
             continue
         if node.op_type in _RECURRENT and _drop_zero_states(node):
             yield Change(rule="drop-zero-states", node=label(node), detail=node.op_type)
+        if node.op_type == "Concat" and _drop_empty_parts(node):
+            yield Change(rule="drop-empty-parts", node=label(node), detail=node.op_type)
         rule = _RULES.get(node.op_type)
         output = node.outputs[0]
         same = rule(node) if rule is not None and (output.uses() or output.is_graph_output()) else None
@@ -216,6 +218,20 @@ def _drop_zero_states(node: ir.Node) -> bool:
             node.replace_input_with(index, None)
             dropped = True
     return dropped
+
+
+def _drop_empty_parts(node: ir.Node) -> bool:
+    """Leave out inputs that are known to be empty along the axis, as rotary embeddings of all channels have them."""
+    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    full = [v for v in node.inputs if (shape_of(v) or {axis: None})[axis] != 0]
+    if not full or len(full) == len(node.inputs):
+        return False
+    gone = [v.producer() for v in node.inputs if v is not None and v not in full]
+    node.resize_inputs(len(full))
+    for index, value in enumerate(full):
+        node.replace_input_with(index, value)
+    remove_unused([n for n in gone if n is not None])
+    return True
 
 
 def _is_zero(value: ir.Value) -> bool:

@@ -36,16 +36,15 @@ class SequencesToSplit(GraphPass):
 
 def _split(node: ir.Node, names: Names) -> bool:
     sizes, sequence, readers = _sizes(node), node.outputs[0], users(node.outputs[0])
-    if sizes is None or not readers or sequence.is_graph_output():
+    count = len(sizes) if isinstance(sizes, np.ndarray) else (shape_of(sizes) or [None])[0]
+    if sizes is None or not isinstance(count, int) or not readers or sequence.is_graph_output():
         return False
-    places = [_place(reader, node, len(sizes)) for reader in readers]
+    places = [_place(reader, node, count) for reader in readers]
     given = [p for r, p in zip(readers, places, strict=True) if r.outputs[0].is_graph_output()]
     if None in places or len(given) > len(set(given)):
         return False
     axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
-    split = Builder(node, names).node(
-        "Split", [node.inputs[0], np.asarray(sizes, np.int64)], {"axis": axis}, outputs=len(sizes)
-    )
+    split = Builder(node, names).node("Split", [node.inputs[0], sizes], {"axis": axis}, outputs=count)
     for reader, place in zip(readers, places, strict=True):
         assert place is not None
         substitute(reader.outputs[0], split[place])
@@ -53,22 +52,21 @@ def _split(node: ir.Node, names: Names) -> bool:
     return True
 
 
-def _sizes(node: ir.Node) -> list[int] | None:
-    """Of the pieces along the axis; None where they are not known, or the pieces lose the axis."""
-    if len(node.inputs) < 2 or node.inputs[1] is None:
+def _sizes(node: ir.Node) -> np.ndarray | ir.Value | None:
+    """Of the pieces along the axis, or what computes them; None where it cannot be told how many pieces there are."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    if given is None or given.shape is None:
         return None  # Pieces of one element, without the axis unless the node says that it stays.
-    given = constant(node.inputs[1])
-    if given is None:
-        return None
-    if given.ndim:
-        return [int(size) for size in given]
-    if not attribute(node, "keepdims", 1):
+    if len(given.shape):
+        return given if given.dtype == ir.DataType.INT64 else None
+    size = constant(given)
+    if size is None or not attribute(node, "keepdims", 1):
         return None  # ONNX ignores it beside sizes, ONNX Runtime drops the axis beside a single one.
-    shape, most = shape_of(node.inputs[0]), int(given)
+    shape, most = shape_of(node.inputs[0]), int(size)
     length = None if shape is None else shape[int(attribute(node, "axis", 0))]  # type: ignore[call-overload]
     if not isinstance(length, int) or most < 1:
         return None
-    return [min(most, length - start) for start in range(0, length, most)]
+    return np.array([min(most, length - start) for start in range(0, length, most)], np.int64)
 
 
 def _place(reader: ir.Node, node: ir.Node, count: int) -> int | None:

@@ -208,6 +208,30 @@ def test_resizing_by_one():
     )
 
 
+@pytest.mark.parametrize(
+    ("end", "ops"),
+    [(4, ["Slice", "Neg"]), (3, ["Slice", "Slice", "Concat", "Neg"])],
+    ids=["empty", "one element"],
+)
+def test_parts_of_a_concatenation_without_elements_go(end, ops):
+    check_pass(
+        RemoveNoops(),
+        f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 4] x) => (float[N, M] y)
+        <int64[1] two = {{2}}, int64[1] start = {{{end}}}, int64[1] last = {{4}}, int64[1] axis = {{1}}> {{
+          a = Slice(x, two, last, axis)
+          b = Slice(x, start, last, axis)
+          c = Concat<axis = 1>(a, b)
+          y = Neg(c)
+        }}
+        """,
+        ops=ops,
+        atol=0,
+        rtol=0,
+    )
+
+
 LSTM = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (float[T, N, 3] x) => (float[T, 1, N, 4] y) <int64[1] one = {1}, int64[1] four = {4}, float start = {%s}> {

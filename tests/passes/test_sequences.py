@@ -56,6 +56,22 @@ def test_sizes_need_no_known_length():
     )
 
 
+def test_sizes_may_be_computed():
+    text = f"""{HEADER}
+    g (float[N, 8] x, float[M, 8] u) => (float[A, 8] y) <int64 one = {{1}}> {{
+      n = Shape<start = 0, end = 1>(x)
+      m = Shape<start = 0, end = 1>(u)
+      sizes = Concat<axis = 0>(n, m)
+      both = Concat<axis = 0>(x, u)
+      s = SplitToSequence(both, sizes)
+      a = SequenceAt(s, one)
+      y = Neg(a)
+    }}"""
+    check_pass(
+        SequencesToSplit(), text, ops=["Shape", "Shape", "Concat", "Concat", "Split", "Neg"], atol=0, rtol=0
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [

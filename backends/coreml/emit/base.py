@@ -133,6 +133,21 @@ def through_ints(x: Any, function: Callable[[Any], Any]) -> Any:
     return mb.cast(x=function(mb.cast(x=x, dtype="int32")), dtype="bool")
 
 
+def select(condition: Any, a: Any, b: Any) -> Any:
+    """``a`` where the condition holds and ``b`` elsewhere, of the shape that all three broadcast to.
+
+    The builder declares the shape that ``a`` and ``b`` broadcast to: where the condition is larger, ``a`` is made as large.
+    """
+    shapes = [list(reversed(v.shape)) for v in (a, b)]
+    for place, size in enumerate(reversed(condition.shape)):
+        others = [shape[place] for shape in shapes if place < len(shape)]
+        if size not in others and (size != 1 or not others):
+            zeros = mb.mul(x=cast(condition, name_of(a)), y=like(a, 0))
+            a = mb.add(x=a, y=zeros)
+            break
+    return mb.select(cond=condition, a=a, b=b)
+
+
 @dataclass(slots=True, kw_only=True)
 class Context:
     """The program as far as it was built.
@@ -227,6 +242,11 @@ class Context:
     def reshape(self, x: Any, sizes: Sequence[Any]) -> Any:
         """Reshape to ``sizes``; one may be -1."""
         return through_ints(x, lambda v: mb.reshape(x=v, shape=self.shape(sizes)))
+
+    def count(self, size: Any) -> Any:
+        """0, 1, 2 ... below a size: a number, or a variable ``[1]``."""
+        end = np.int32(size) if isinstance(size, int) else mb.squeeze(x=size, axes=[0])
+        return mb.range_1d(start=np.int32(0), end=end, step=np.int32(1))
 
     def product(self, sizes: Sequence[Any]) -> Any:
         """The product of sizes: a number, or a variable ``[1]``."""

@@ -115,21 +115,26 @@ def _pool(c: Context, node: ir.Node) -> Any:
     settings = {
         "x": x, "kernel_sizes": kernel, "strides": ints(node, "strides", [1] * axes), "ceil_mode": False, **_pads(node, axes),
     }  # fmt: skip
+    counted = node.op_type == "AveragePool" and bool(integer(node, "count_include_pad", 0))
     if integer(node, "ceil_mode", 0) and settings["pad_type"] in ("valid", "custom"):
-        # Spelled out as pads at the end, of which an average counts none.
-        if node.op_type == "AveragePool" and integer(node, "count_include_pad", 0):
-            raise refused(node, "an average that counts pads, with ceil_mode")
-        settings |= _ceiling(node, x, kernel)
+        # Spelled out as pads at the end, of which an average counts none: those that it counts become part of the input.
+        pads = ints(node, "pads", [0] * 2 * axes) or []
+        if counted and any(pads):
+            amounts = [0, 0, 0, 0, *(p for i in range(axes) for p in (pads[i], pads[i + axes]))]
+            settings["x"] = x = mb.pad(x=x, pad=amounts, mode="constant", constant_val=like(x, 0))
+            pads = [0] * 2 * axes
+        counted = False
+        settings |= _ceiling(node, x, kernel, pads)
     if node.op_type == "MaxPool":
         out = mb.max_pool(**settings)
     else:
-        out = mb.avg_pool(exclude_padding_from_average=not integer(node, "count_include_pad", 0), **settings)
+        out = mb.avg_pool(exclude_padding_from_average=not counted, **settings)
     return [out, None] if len(node.outputs) > 1 else out
 
 
-def _ceiling(node: ir.Node, x: Any, kernel: list[int]) -> dict[str, Any]:
+def _ceiling(node: ir.Node, x: Any, kernel: list[int], pads: list[int]) -> dict[str, Any]:
     axes = len(kernel)
-    strides, pads = ints(node, "strides", [1] * axes) or [], ints(node, "pads", [0] * 2 * axes) or []
+    strides = ints(node, "strides", [1] * axes) or []
     custom = []
     for i, k in enumerate(kernel):
         size = x.shape[i + 2]
@@ -149,3 +154,28 @@ def _global_pool(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
     reduce = mb.reduce_mean if node.op_type == "GlobalAveragePool" else mb.reduce_max
     return reduce(x=x, axes=list(range(2, x.rank)), keep_dims=True)
+
+
+@emits("STFT")
+def _stft(c: Context, node: ir.Node) -> Any:
+    """A convolution with the waves of the discrete Fourier transform, times the window."""
+    x, step, window, length = c.input(node, 0), c.known(node, 1), c.known(node, 2), c.known(node, 3)
+    if c.has(node, 2) and window is None:
+        raise refused(node, "Core ML needs the window when it is compiled")
+    if window is None and length is not None:
+        window = np.ones(int(length.reshape(-1)[0]))
+    if step is None or window is None:
+        raise refused(node, "Core ML needs the steps and the length of the frames when it is compiled")
+    if x.rank > 2 and x.shape[-1] != 1:
+        raise refused(node, "a signal of complex numbers")
+    size = len(window)
+    bins = size // 2 + 1 if integer(node, "onesided", 1) else size
+    angles = 2 * np.pi * np.outer(np.arange(bins), np.arange(size)) / size
+    waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * window.astype(np.float64)
+    signal = mb.squeeze(x=x, axes=[x.rank - 1]) if x.rank > 2 else x
+    found = mb.conv(
+        x=mb.expand_dims(x=signal, axes=[1]), weight=waves[:, None].astype(np.float32),
+        strides=[int(step.reshape(-1)[0])], pad_type="valid",
+    )  # fmt: skip
+    batch, _, frames = c.sizes(found)
+    return mb.transpose(x=c.reshape(found, [batch, 2, bins, frames]), perm=[0, 3, 2, 1])

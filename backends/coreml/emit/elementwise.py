@@ -18,6 +18,7 @@ from optkit.backends.coreml.emit.base import (
     name_of,
     number,
     refused,
+    select,
     static,
     string,
     wide,
@@ -228,6 +229,14 @@ def _thresholded_relu(c: Context, node: ir.Node) -> Any:
     return mb.select(cond=above, a=x, b=like(x, 0))
 
 
+@emits("Asinh")
+def _asinh(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    size = mb.abs(x=x)
+    root = mb.sqrt(x=mb.add(x=mb.mul(x=x, y=x), y=like(x, 1)))
+    return mb.mul(x=mb.sign(x=x), y=mb.log(x=mb.add(x=size, y=root)))
+
+
 @emits("HardSigmoid")
 def _hard_sigmoid(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
@@ -265,9 +274,8 @@ def _swish(c: Context, node: ir.Node) -> Any:
 def _where(c: Context, node: ir.Node) -> Any:
     condition, a, b = c.inputs(node)
     if a.dtype == types.bool:
-        chosen = mb.select(cond=condition, a=cast(a, "int32"), b=cast(b, "int32"))
-        return mb.cast(x=chosen, dtype="bool")
-    return mb.select(cond=condition, a=wide(a), b=wide(b))
+        return mb.cast(x=select(condition, cast(a, "int32"), cast(b, "int32")), dtype="bool")
+    return select(condition, wide(a), wide(b))
 
 
 _CASTS = {
@@ -312,12 +320,16 @@ def _identity(c: Context, node: ir.Node) -> Any:
 def _triangle(c: Context, node: ir.Node) -> Any:
     x, upper = c.input(node, 0), integer(node, "upper", 1)
     offset = 0 if not c.has(node, 1) else c.known(node, 1)
-    sizes = static(x)
-    if offset is None or sizes is None:
-        raise refused(node, "Core ML needs the size and the diagonal of a triangle when it is compiled")
-    k = int(np.asarray(offset).reshape(-1)[0])
-    ones = np.ones(sizes[-2:], np.bool_)
-    mask = np.triu(ones, k) if upper else np.tril(ones, k)
+    if offset is None:
+        raise refused(node, "Core ML needs the diagonal of a triangle when it is compiled")
+    k, sizes = int(np.asarray(offset).reshape(-1)[0]), static(x)
+    if sizes is not None:
+        ones = np.ones(sizes[-2:], np.bool_)
+        mask = mb.const(val=np.triu(ones, k) if upper else np.tril(ones, k))
+    else:
+        rows, columns = (c.count(size) for size in c.sizes(x)[-2:])
+        ahead = mb.sub(x=mb.expand_dims(x=columns, axes=[0]), y=mb.expand_dims(x=rows, axes=[1]))
+        mask = (mb.greater_equal if upper else mb.less_equal)(x=ahead, y=np.int32(k))
     if x.dtype == types.bool:
         return mb.logical_and(x=x, y=mask)
-    return mb.select(cond=mask, a=x, b=like(x, 0))
+    return select(mask, x, mb.const(val=like(x, 0)))

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, ints, like, number, refused, string
+from optkit.backends.coreml.emit.base import (
+    Context,
+    cast,
+    emits,
+    integer,
+    ints,
+    like,
+    number,
+    refused,
+    string,
+)
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import attribute
 
@@ -257,3 +267,25 @@ def _weighted(x: Any, axis: int, matrix: np.ndarray) -> Any:
     perm = [i for i in range(x.rank) if i != axis] + [axis]
     out = mb.matmul(x=mb.transpose(x=x, perm=perm), y=np.ascontiguousarray(matrix.T.astype(kind)))
     return mb.transpose(x=out, perm=[perm.index(i) for i in range(x.rank)])
+
+
+def _refuse_grid(node: ir.Node) -> str | None:
+    mode = string(node, "mode", "linear")
+    if mode not in ("linear", "bilinear", "nearest"):
+        return f"mode {mode!r}: Core ML samples the nearest value or between two"
+    x = node.inputs[0]
+    return "Core ML samples planes" if x is not None and x.shape is not None and len(x.shape) != 4 else None
+
+
+@emits("GridSample", refuse=_refuse_grid)
+def _grid_sample(c: Context, node: ir.Node) -> Any:
+    x, grid = c.inputs(node)
+    padding, aligned = string(node, "padding_mode", "zeros"), bool(integer(node, "align_corners", 0))
+    # What reflects at the edges of the outer pixels repeats them.
+    mirror = "reflection" if aligned else "symmetric"
+    return mb.resample(
+        x=x, coordinates=cast(grid, "fp32"),
+        sampling_mode="nearest" if string(node, "mode", "linear") == "nearest" else "bilinear",
+        padding_mode={"zeros": "constant", "border": "border", "reflection": mirror}[padding], padding_value=like(x, 0),
+        coordinates_mode="normalized_minus_one_to_one", align_corners=aligned,
+    )  # fmt: skip

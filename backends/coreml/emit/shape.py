@@ -134,8 +134,10 @@ def _concat(c: Context, node: ir.Node) -> Any:
 def _split(c: Context, node: ir.Node) -> Any:
     x, axis, count = c.input(node, 0), integer(node, "axis", 0), len(node.outputs)
     sizes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "split")
+    if sizes is None and c.has(node, 1):
+        return _parts(c, node, x, axis % x.rank)
     if sizes is None:
-        if c.has(node, 1) or not isinstance(x.shape[axis], int | np.integer):
+        if not isinstance(x.shape[axis], int | np.integer):
             raise refused(node, "Core ML needs the sizes of the parts when it is compiled")
         whole = int(x.shape[axis])
         each = -(-whole // count)
@@ -145,6 +147,24 @@ def _split(c: Context, node: ir.Node) -> Any:
     if 0 in sizes:
         raise refused(node, "a part without elements")
     return mb.split(x=x, split_sizes=sizes, axis=axis)
+
+
+def _parts(c: Context, node: ir.Node, x: Any, axis: int) -> list[Any]:
+    """One slice after the other, of sizes that are computed at run time."""
+    sizes, parts = c.input(node, 1), []
+    end: Any = None
+    for i in range(len(node.outputs)):
+        begin, size = end, mb.slice_by_index(x=sizes, begin=[i], end=[i + 1])
+        end = size if begin is None else mb.add(x=begin, y=size)
+        begins: list[Any] = [0] * x.rank
+        ends: list[Any] = [0] * x.rank
+        begins[axis], ends[axis] = 0 if begin is None else begin, end
+        parts.append(
+            mb.slice_by_index(
+                x=x, begin=c.shape(begins), end=c.shape(ends), end_mask=[a != axis for a in range(x.rank)]
+            )
+        )
+    return parts
 
 
 def _bounds(begin: int, end: int, step: int, size: int | None) -> tuple[int, int, bool, bool]:
@@ -294,10 +314,24 @@ def _pad(c: Context, node: ir.Node) -> Any:
         pairs = [(max(0, low), max(0, high)) for low, high in pairs]
     if not any(p for pair in pairs for p in pair):
         return mb.identity(x=x)
+    if mode == "constant" and not is_float(x):
+        return _framed(c, x, pairs, _fill(c, node, x))
     if mode == "constant":
         flat = [p for pair in pairs for p in pair]
         return mb.pad(x=x, pad=flat, mode="constant", constant_val=_fill(c, node, x))
     return _mirrored(node, x, pairs, _PADS[mode])
+
+
+def _framed(c: Context, x: Any, pairs: list[tuple[int, int]], value: Any) -> Any:
+    """Integers with a constant around them, of which Core ML pads floats alone."""
+    for axis, amounts in enumerate(pairs):
+        sides = []
+        for amount in amounts:
+            shape = c.shape([amount if a == axis else size for a, size in enumerate(c.sizes(x))])
+            sides.append(mb.fill(shape=shape, value=value) if amount else None)
+        parts = [part for part in (sides[0], x, sides[1]) if part is not None]
+        x = mb.concat(values=parts, axis=axis) if len(parts) > 1 else x
+    return x
 
 
 def _mirrored(node: ir.Node, x: Any, pairs: list[tuple[int, int]], mode: str) -> Any:

@@ -21,7 +21,7 @@ PHONE = target("iphone15")
 UNARY = (
     "Abs", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
     "LeakyRelu", "LogSoftmax", "Mish", "Neg", "Relu", "Round", "Selu", "Celu", "Sigmoid", "Sign", "Sin",
-    "Sinh", "Cosh", "Softmax", "Softplus", "Softsign", "Tan", "Tanh", "ThresholdedRelu", "Hardmax", "IsNaN", "Dropout",
+    "Sinh", "Cosh", "Softmax", "Softplus", "Softsign", "Tan", "Tanh", "Asinh", "ThresholdedRelu", "Hardmax", "IsNaN", "Dropout",
 )  # fmt: skip
 POSITIVE = ("Log", "Sqrt", "Reciprocal")
 INSIDE = ("Acos", "Asin", "Atan", "Atanh")
@@ -92,6 +92,12 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "(float[N, 4] x, bool[N, 4] c, int64[N, 4] i) => (float[N, 4] y, int64[N, 4] z) { s = Neg(x) y = Where(c, x, s) j = Add(i, i) z = Where(c, i, j) }",
         {},
     ),
+    "chosen by a larger condition": (
+        """(bool[N, 3, 1, 5] c, float[N, 1, 4, 1] x, int64[5] i) => (float[] a, float[] b, float[] d, int64[] e)
+        <float zero = {0}, float most = {-1e30}, int64 one = {1}> {
+        a = Where(c, zero, most) b = Where(c, x, zero) d = Where(c, most, x) e = Where(c, one, i) }""",
+        {},
+    ),
     "cast": (
         """(float[N, 4] x, int64[N] i) => (int32[N, 4] a, bool[N, 4] b, float[N] c, float[N, 4] d) {
         a = Cast<to = 6>(x) b = Cast<to = 9>(x) c = Cast<to = 1>(i) h = Cast<to = 10>(x) d = Cast<to = 1>(h) }""",
@@ -100,6 +106,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "triangles": (
         """(float[4, 5] x) => (float[4, 5] a, float[4, 5] b, float[4, 5] c, float[4, 5] d) <int64 k = {1}> {
         a = Trilu<upper = 1>(x) b = Trilu<upper = 0>(x) c = Trilu<upper = 1>(x, k) d = EyeLike<k = 1>(x) }""",
+        {},
+    ),
+    "triangles of free sizes": (
+        """(float[2, N, M] x) => (float[2, N, M] a, float[2, N, M] b, float[2, N, M] d, bool[2, N, M] e) <int64 k = {-1}> {
+        a = Trilu<upper = 1>(x) b = Trilu<upper = 0>(x) d = Trilu<upper = 1>(x, k) t = Cast<to = 9>(x) e = Trilu<upper = 0>(t, k) }""",
         {},
     ),
     "swish": ("(float[N, 4] x) => (float[N, 4] y, float[N, 4] z) { y = Swish(x) z = Swish<alpha = 1.7>(x) }", {}),
@@ -142,6 +153,19 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         d = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1>(x)
         e = AveragePool<kernel_shape = [2, 3], strides = [2, 2], ceil_mode = 1>(x)
         f = GlobalAveragePool(x) g = GlobalMaxPool(x) }""",
+        {},
+    ),
+    "averages of windows that reach beyond the end": (
+        """(float[N, 3, 9, 8] x) => (float[] a, float[] b) {
+        a = AveragePool<kernel_shape = [4, 4], strides = [4, 4], ceil_mode = 1, count_include_pad = 1>(x)
+        b = AveragePool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 0, 1, 1], ceil_mode = 1, count_include_pad = 1>(x) }""",
+        {},
+    ),
+    "samples of a plane": (
+        """(float[N, 3, 5, 4] x, float[N, 6, 7, 2] g) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f) {
+        a = GridSample(x, g) b = GridSample<align_corners = 1>(x, g) c = GridSample<mode = "nearest">(x, g)
+        d = GridSample<padding_mode = "border">(x, g) e = GridSample<padding_mode = "reflection">(x, g)
+        f = GridSample<padding_mode = "reflection", align_corners = 1>(x, g) }""",
         {},
     ),
     "products": (
@@ -282,6 +306,22 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         <int64[8] p = {0, 0, 1, 2, 0, 0, 2, 1}, int64[8] q = {0, 1, 1, -1, 0, 0, 0, 2}, float v = {0.5}> {
         a = Pad(x, p) b = Pad<mode = "reflect">(x, p) c = Pad<mode = "edge">(x, p) d = Pad(x, q, v) }""",
         {},
+    ),
+    "integers padded": (
+        """(int64[N, 3] x) => (int64[] a, int64[] b) <int64[4] p = {1, 0, 0, 2}, int64[4] q = {0, -1, 2, 1}, int64 v = {16777217}> {
+        a = Pad(x, p, v) b = Pad(x, q) }""",
+        {},
+    ),
+    "parted by computed sizes": (
+        """(float[N, 4] x, float[N, 4] u) => (float[] a, float[] b) {
+        n = Shape<start = 0, end = 1>(x) m = Shape<start = 0, end = 1>(u) sizes = Concat<axis = 0>(n, m)
+        both = Concat<axis = 0>(x, u) v = Mul(both, both) a, b = Split<axis = 0>(v, sizes) }""",
+        {},
+    ),
+    "spectra": (
+        """(float[2, N, 1] x, float[2, 40] u) => (float[] a, float[] b, float[] c) <int64 step = {1}, int64 two = {2}, int64 wide = {8}> {
+        l = Concat<axis = 1>(x, x, x, x) a = STFT(l, two, w) b = STFT<onesided = 0>(l, step, , two) c = STFT<onesided = 1>(u, two, w, wide) }""",
+        {"w": (8,)},
     ),
     "blocks": (
         """(float[N, 8, 2, 4] x) => (float[] a, float[] b, float[] c) {

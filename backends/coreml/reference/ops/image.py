@@ -117,7 +117,7 @@ def resample(
             at = (at + 1) / 2 * (size - 1) if align_corners else ((at + 1) * size - 1) / 2
         elif coordinates_mode == "normalized_zero_to_one":
             at = at * (size - 1) if align_corners else at * size - 0.5
-        places.append(_folded(at, size, padding_mode, align_corners))
+        places.append(_folded(at, size, padding_mode))
     if sampling_mode == "nearest":
         return _read(x, np.rint(places[0]), np.rint(places[1]), padding_mode, padding_value)
     top, left = np.floor(places[0]), np.floor(places[1])
@@ -129,11 +129,12 @@ def resample(
     return total
 
 
-def _folded(at: Array, size: int, padding: str, align_corners: bool) -> Array:
+def _folded(at: Array, size: int, padding: str) -> Array:
     if padding == "border":
         return np.clip(at, 0, size - 1)
-    if padding == "reflection":
-        low, span = (0.0, float(size - 1)) if align_corners else (-0.5, float(size))
+    if padding in ("reflection", "symmetric"):
+        # At the centre of the outer pixels, or at their edge, which repeats them.
+        low, span = (0.0, float(size - 1)) if padding == "reflection" else (-0.5, float(size))
         if span == 0:
             return np.zeros_like(at)
         at = np.abs(at - low) % (2 * span)
