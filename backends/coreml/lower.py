@@ -20,6 +20,7 @@ from optkit.backends.coreml.interface import Picture, describe_ports
 from optkit.backends.coreml.package import DATA, PACKAGE, convert, write
 from optkit.backends.coreml.placement import PLACEMENTS
 from optkit.backends.coreml.program import build
+from optkit.backends.coreml.quiet import silence
 from optkit.backends.coreml.session import MacSession, ReferenceSession, has_core_ml
 from optkit.backends.coreml.shapes import Size, axes, fix
 from optkit.backends.coreml.validate import problems
@@ -140,7 +141,8 @@ class CoreMl(Backend):
         package = path / PACKAGE
         weights = package / DATA / "weights"
         weights.mkdir(parents=True)
-        program, features = build(model, interface, chosen, oldest, options.states)
+        with silence():
+            program, features = build(model, interface, chosen, oldest, options.states)
         spec = convert(program, features, oldest, fp16=options.precision == "fp16", weights=weights)
         write(spec, package, {str(k): v for k, v in options.metadata.items()})
         interface.write(path)

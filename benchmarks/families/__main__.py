@@ -30,7 +30,16 @@ from optkit.benchmarks.machine import processor
 
 FOLDER = Path(__file__).parents[1]
 _SECONDS, _BYTES = 240, 8 << 30
-_PACKAGES = ("torch", "transformers", "diffusers", "peft", "onnxscript", "onnxruntime", "openvino")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "peft",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "coremltools",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Any
 from optkit.benchmarks.families.stages import STAGES
 
 _TITLES = {
-    "export": "torch.export", "onnx": "ONNX, every size", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "int8": "int8",
+    "export": "torch.export", "onnx": "ONNX, every size", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
+    "coreml": "Core ML", "int8": "int8",
 }  # fmt: skip
 
 
@@ -22,7 +23,8 @@ def written(found: Mapping[str, Any]) -> str:
         "reduced size, exported with every axis that was asked for free, cleaned up, compiled for the CPU with both runtimes in float32 and "
         "with ONNX Runtime in int8, and run at the example and at two other sizes of every free axis, batch 1 among them where the batch is free. Float stages "
         "pass when every output has eager's shape and differs by at most 1e-4 of its largest value, or by what rounding alone explains "
-        "(eager in float32 against float64); the number is the largest difference. int8 passes when the cosine to float, averaged over the "
+        "(eager in float32 against float64); the number is the largest difference. Core ML's is that of the reference evaluator on the saved "
+        "package, with free axes as ranges, or with fixed sizes, a package for each, where the row says so; nothing ran on Apple hardware. int8 passes when the cosine to float, averaged over the "
         "outputs, is at least 0.99, as `optkit compile` gets it: the layers that hurt most return to float until it is. Calibration had two batches of random inputs. Weights are random, so it says that int8 works, not "
         "what it costs a trained network.", "",
         f"{found['processor']}; {versions}.", "",
@@ -48,7 +50,8 @@ def _line(row: Mapping[str, Any]) -> str:
             error = row["errors"].get(stage)
             kept, layers = row["in_float"]
             mixed = f" ({kept} of {layers} in float)" if kept else ""
-            cells.append(f"{error:.4f}{mixed}" if stage == "int8" else f"{error:.0e}")
+            sizes = " (fixed sizes)" if stage == "coreml" and row["fixed"] else ""
+            cells.append(f"{error:.4f}{mixed}" if stage == "int8" else f"{error:.0e}{sizes}")
         else:
             cells.append("fails" if stage in row["failed"] else "–")
     return "| " + " | ".join([*cells, str(row["seconds"])]) + " |"

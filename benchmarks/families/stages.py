@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optkit.backends.base import Backend
+from optkit.backends.coreml.shapes import keys
 from optkit.benchmarks.families.catalogue import Builder, build
 from optkit.compiler import Compilation, available
 from optkit.data import CalibrationData
@@ -31,8 +31,14 @@ from optkit.targets import target
 
 _Case = tuple[list[torch.Tensor], dict[str, np.ndarray]]
 
-STAGES = ("export", "onnx", "onnxruntime", "openvino", "int8")
-_RECIPES = {"onnxruntime": "fp32", "openvino": "openvino-fp32", "int8": "int8-static"}
+STAGES = ("export", "onnx", "onnxruntime", "openvino", "coreml", "int8")
+# Stage -> target, backend and recipe.
+_WAYS = {
+    "onnxruntime": ("cpu", "onnxruntime", "fp32"),
+    "openvino": ("cpu", "onnxruntime", "openvino-fp32"),
+    "coreml": ("mac-m4", "coreml", "coreml-fp32"),
+    "int8": ("cpu", "onnxruntime", "int8-static"),
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +49,7 @@ class Row:
         sizes: At which the module was run beside the example.
         nodes: After export, and after the clean-up.
         passed: Stages that worked at every size.
+        fixed: Whether Core ML takes it with fixed sizes alone, a package for each.
         in_float: Layers that int8 keeps in float to stay within its bound, of how many.
         errors: The largest difference from eager, relative to the largest value; cosine to float for int8.
         failed: For the first stage that did not work and those that do not need it: why.
@@ -55,6 +62,7 @@ class Row:
     nodes: tuple[int, int] = (0, 0)
     passed: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    fixed: bool = False
     in_float: tuple[int, int] = (0, 0)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -94,30 +102,59 @@ def _compiled(row: Row, exported: Exported, loaded: Loaded) -> None:
         *((o.tensors, o.expected) for o in more),
     ]
     feeds = [exported.feeds(tensors) for tensors, _ in cases]
-    cpu = target("cpu")
-    engine: Backend = available("onnxruntime")
-    for stage, name in _RECIPES.items():
-        data = CalibrationData(feeds[1:] or feeds, name="examples") if stage == "int8" else None
-        with tempfile.TemporaryDirectory() as folder:
-            work = Compilation(
-                loaded, cpu, engine, data, None, seed=0, folder=Path(folder), progress=Silent()
-            )
-            try:
-                made = work.build(stage, Recipe.load(name))
-                if stage == "onnxruntime":
-                    row.nodes = (made.records[0].nodes_before, made.records[-1].nodes_after)
-                if stage == "int8":
-                    bad = _integers(row, work, made, exported, cases)
-                else:
-                    bad = _compare(row, stage, exported, cases, _run(work, made, feeds))
-            except OptkitError as error:
-                bad = _line(error)
-            finally:
-                work.reference.close()
+    for stage, (_, _, recipe) in _WAYS.items():
+        plan, data = Recipe.load(recipe), (feeds[1:] or feeds) if stage == "int8" else None
+        bad = _tried(row, stage, exported, loaded, plan, data, cases, feeds)
+        if bad and stage == "coreml":
+            each = [
+                _tried(row, stage, exported, loaded, _fixed(plan, loaded, f), [f], [case], [f])
+                for case, f in zip(cases, feeds, strict=True)
+            ]
+            row.fixed, bad = not any(each), next(filter(None, each), "")
         if bad:
             row.failed[stage] = bad
         else:
             row.passed.append(stage)
+
+
+def _tried(
+    row: Row,
+    stage: str,
+    exported: Exported,
+    loaded: Loaded,
+    plan: Recipe,
+    batches: Sequence[dict[str, np.ndarray]] | None,
+    cases: Sequence[_Case],
+    feeds: Sequence[dict[str, np.ndarray]],
+) -> str:
+    where, backend, _ = _WAYS[stage]
+    data = None if batches is None else CalibrationData(batches, name="examples")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Compilation(
+            loaded, target(where), available(backend), data, None, seed=0, folder=Path(folder), progress=Silent()
+        )  # fmt: skip
+        try:
+            made = work.build(stage, plan)
+            if stage == "onnxruntime":
+                row.nodes = (made.records[0].nodes_before, made.records[-1].nodes_after)
+            if stage == "int8":
+                return _integers(row, work, made, exported, cases)
+            return _compare(row, stage, exported, cases, _run(work, made, feeds))
+        except OptkitError as error:
+            return _line(error)
+        finally:
+            work.reference.close()
+
+
+def _fixed(plan: Recipe, loaded: Loaded, feeds: Mapping[str, np.ndarray]) -> Recipe:
+    """The recipe for the sizes of ``feeds`` alone."""
+    sizes = {
+        key: feeds[str(value.name)].shape[axis]
+        for value in loaded.model.graph.inputs
+        for axis, key in enumerate(keys(value))
+        if isinstance(key, str)
+    }
+    return plan.model_copy(update={"options": {**plan.options, "shapes": sizes}})
 
 
 def _compare(
@@ -136,7 +173,7 @@ def _compare(
                 shapes = ", ".join(str(list(t.shape)) for t in tensors)
                 return f"output {own!r} for inputs of {shapes} differs from eager by {apart:.1e} of its largest value"
             worst = max(worst, apart)
-    row.errors[stage] = worst
+    row.errors[stage] = max(worst, row.errors.get(stage, 0.0))
     return ""
 
 

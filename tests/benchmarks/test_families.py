@@ -21,7 +21,7 @@ pytestmark = pytest.mark.needs("torch", "onnxscript")
 _RESULTS = Path(optkit.benchmarks.__file__).parent
 
 
-@pytest.mark.needs("openvino")
+@pytest.mark.needs("openvino", "coremltools")
 @pytest.mark.parametrize("name", ["gru_tagger", "rnnt_streaming_step"])
 def test_recurrent_families_pass_every_stage(name):
     row = examine(name, "recurrent", table("recurrent")[name])

@@ -333,6 +333,12 @@ def test_the_command_line_compiles_and_coremltools_prints_nothing(tmp_path):
     assert (tmp_path / "out" / "model.mlpackage" / "Manifest.json").is_file()
 
 
+def test_coremltools_says_nothing_about_values_that_it_computes(tmp_path, caplog):
+    text = "g (float[4, 5] x) => (float[3, 5] y) <int64 axis = {0}, int64[3] v = {0, 0, 1}> { i = CumSum(v, axis) y = Gather(x, i) }"
+    _lower(parse(f'<ir_version: 10, opset_import: ["" : 21]> {text}'), tmp_path).close()
+    assert not caplog.records
+
+
 def test_a_broken_artifact_is_refused(tmp_path):
     _lower(_linear(), tmp_path).close()
     backend = BACKENDS.get("coreml")()
