@@ -210,17 +210,15 @@ def _proven(
     work: Compilation, recipe: Recipe, best: Built, order: list[Built], tried: dict[str, CandidateRecord]
 ) -> Built:
     """Where the samples leave ``best`` undecided and the metric costs little, what keeps the limits for certain and is hardly slower."""
-    if (
-        best.accuracy is None
-        or best.accuracy.verdict != "inconclusive"
-        or work.evaluation_seconds > _CHEAP
-        or not best.lossy
-    ):
+    if best.accuracy is None or best.accuracy.verdict != "inconclusive" or not best.lossy:
+        return best
+    # What is as fast evaluates as fast.
+    if work.evaluation_seconds > _CHEAP * max(1.0, best.speedup.ratio if best.speedup is not None else 1.0):
         return best
     enough = _PROVEN * _ratio(best)
     near = _judged(work, recipe, [b for b in order if b.lossy and _ratio(b) >= enough])
     certain = next((one for one in near if not shortfalls(one, recipe, strict=True)), None)
-    if recipe.repair:
+    if recipe.repair and work.evaluation_seconds <= _CHEAP:
         fixed = repair(work, recipe, best, strict=True, faster_than=enough / _CLEARLY)
         if fixed is not None and (certain is None or _ratio(fixed) > _ratio(certain)):
             certain = fixed
