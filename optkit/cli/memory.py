@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import re
 import resource
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -108,9 +109,14 @@ def limited(budget: int | None, needed: int) -> Iterator[None]:
         while not done.wait(_INTERVAL):
             most = max(most, used())
             if most > budget:
-                _thread.interrupt_main()
+                _thread.interrupt_main(signal.SIGUSR1)
                 return
 
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # Not SIGINT, which shells make the processes ignore that they start in the background.
+    before = signal.signal(signal.SIGUSR1, stop)
     thread = threading.Thread(target=watch, name="memory", daemon=True)
     thread.start()
     try:
@@ -125,3 +131,4 @@ def limited(budget: int | None, needed: int) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        signal.signal(signal.SIGUSR1, before)

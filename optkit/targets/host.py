@@ -68,7 +68,9 @@ def detected(row: Target, rows: Sequence[Target], have: frozenset[str]) -> tuple
     told = " ".join((platform.machine(), *(f for f in TOLD if f in have)))
     here = replace(row, arch=told, features=(have,) if have else ())
     if mine is not None:
-        here = replace(here, formats=mine.formats, saturates=mine.saturates)
+        # Processors have bfloat16 products beside AMX too, which is no level of its own.
+        more = {"bf16"} if have & {"avx512_bf16", "bf16"} else set()
+        here = replace(here, formats=mine.formats | more, saturates=mine.saturates)
     return (here, *(replace(r, runs_here=r is mine) for r in rows))
 
 

@@ -232,6 +232,11 @@ def test_a_full_disk_is_an_error_of_the_disk(command, bench_, tmp_path):
     assert "Traceback" not in ran.stderr
 
 
+def _attentive():
+    """As in a shell's foreground, also where the tests themselves run in the background of one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _started(command, bench_, folder, *more):
     (folder / "slow.py").write_text(SLOW)
     arguments = command(
@@ -247,7 +252,14 @@ def _started(command, bench_, folder, *more):
         "build",
         *more,
     )
-    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    child = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        preexec_fn=_attentive,
+    )
     deadline = time.monotonic() + 50
     while not (folder / "began").exists():
         assert child.poll() is None, child.communicate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 import time
 
 import pytest
@@ -30,6 +32,12 @@ def test_other_texts_are_refused(text):
         parse_size(text)
 
 
+@pytest.fixture(autouse=True)
+def _collected():
+    """What other tests left must not be freed while memory is watched."""
+    gc.collect()
+
+
 def _hold(size: int, seconds: float) -> None:
     filled = bytearray(b"\1") * size
     time.sleep(seconds)
@@ -39,6 +47,15 @@ def _hold(size: int, seconds: float) -> None:
 def test_work_that_takes_more_is_stopped():
     with pytest.raises(OptkitError, match=r"stopped: .* were in use"), limited(used() + 20 * 2**20, 0):
         _hold(200 * 2**20, 5)
+
+
+def test_work_in_the_background_of_a_shell_is_stopped_too():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(OptkitError, match="stopped"), limited(used() + 20 * 2**20, 0):
+            _hold(200 * 2**20, 5)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_work_that_takes_less_is_left_alone():
