@@ -65,6 +65,10 @@ CASES = (
         ("passes.prune-structured.speedup=1.8",), 3e-3,
     ),
     Case("residual", "qat-prune-distil", "channels 50 % + distillation + QAT int8", 12, rate=3e-3),
+    Case(
+        "residual", "nas-latency", "searched to be 2.5x as fast + distillation", 12,
+        ("passes.search-architecture.speedup=2.5",), 3e-3,
+    ),
     Case("residual", "prune-gradual", "80 % zeros, gradual", 10),
     Case("residual", "prune-2-4", "2:4, SparseGPT", 4),
     Case("residual", "lottery-ticket", "80 % zeros, lottery ticket", 24, rate=3e-3),

@@ -139,7 +139,7 @@ def narrow(
     layers = Layers(model, found, groups, feeds[0], LatencyTable(backend))
     ladder = [_ladder(g, multiple, least) for g in groups]
     order = [np.argsort(importance[i], kind="stable") for i in range(len(groups))]
-    trial = _Trial(model, found, feeds, context, backend, folder)
+    trial = Trial(model, feeds, context, backend, folder)
     widest = [len(g.units) for g in groups]
     narrowest = [steps[-1] for steps in ladder]
     full, whole = sum(layers.seconds(widest)), trial.seconds()
@@ -155,14 +155,14 @@ def narrow(
             for g, n, o in zip(groups, state, order, strict=True)
             for k in o[: len(g.units) - n].tolist()
         )
-        timed = trial.measure(gone)
+        timed = trial.race(remove_from_copy(model, found, gone))
         keep = {g.name: n for g, n in zip(groups, state, strict=True) if n < len(g.units)}
         logger.info("%.2fx measured, %.2fx wanted: %s", timed.ratio, wanted, keep)
         reached = timed.ratio >= wanted
-        found = tried[tuple(state)] = Narrowed(
+        result = tried[tuple(state)] = Narrowed(
             keep=keep, gone=gone, measured=timed, reached=reached, layers=layers.table.entries
         )
-        return found
+        return result
 
     while len(tried) < _ROUNDS and high - low > _FINE * needed:
         # A layer on its own has costs that it has not inside of a network: what counts is what it saves.
@@ -235,20 +235,18 @@ def _descend(
     return state
 
 
-class _Trial:
+class Trial:
     """Graphs, compiled and timed in turn with the whole one."""
 
     def __init__(
         self,
         model: ir.Model,
-        found: Dependencies,
         feeds: Sequence[Mapping[str, np.ndarray]],
         context: Context,
         backend: Backend,
         folder: Path,
     ) -> None:
-        self._model, self._found, self._feeds = model, found, feeds
-        self._context, self._backend, self._folder = context, backend, folder
+        self._feeds, self._context, self._backend, self._folder = feeds, context, backend, folder
         self._options = backend.options()
         self._whole = self._built("whole", model.clone())
         self._count = 0
@@ -261,11 +259,11 @@ class _Trial:
             )
         return min(found.reference.median, found.candidate.median)
 
-    def measure(self, gone: frozenset[int]) -> Speedup:
-        """The graph without the units ``gone``."""
+    def race(self, model: ir.Model) -> Speedup:
+        """Another graph, which is used up, against the whole one."""
         self._count += 1
-        pruned = self._built(f"pruned-{self._count}", remove_from_copy(self._model, self._found, gone))
-        with self._open(self._whole) as whole, self._open(pruned) as other:
+        path = self._built(f"other-{self._count}", model)
+        with self._open(self._whole) as whole, self._open(path) as other:
             return speedup(
                 whole.run, other.run, self._feeds, rounds=_RUNS, budget=_BUDGET, seed=self._context.seed
             )

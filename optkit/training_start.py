@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,13 @@ from optkit.targets import target as find_target
 from optkit.training_session import TrainingSession
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
     import torch
     from torch import nn
 
     from optkit.backends.base import Backend
+    from optkit.bench import Speedup
 
 
 def training(
@@ -103,6 +107,7 @@ def training(
             load=loaded,
             clean=clean,
             narrow=partial(_narrow, first, graph_context, engine),
+            race=partial(_race, first, graph_context, engine),
             loss=loss,
             teacher=teacher,
             assistants=tuple(assistants),
@@ -137,18 +142,10 @@ def _narrow(
     **limits: Any,
 ) -> set[int]:
     """What ``narrow`` finds for the first batch, or an error."""
-    import tempfile
-
     from optkit.compiler import available
     from optkit.narrowing import narrow
 
-    names = [str(v.name) for v in model.graph.inputs]
-    given = (
-        batch
-        if isinstance(batch, Mapping)
-        else dict(zip(names, (x for x in batch if x is not None), strict=True))
-    )
-    feeds = [{name: given[name].numpy(force=True) for name in names}]
+    feeds = [_feeds(model, batch)]
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
         result = narrow(
             model, found, groups, importance, feeds, context, available(engine.name), Path(folder), wanted=wanted, **limits
@@ -159,6 +156,34 @@ def _narrow(
             hint="lower speedup or least",
         )
     return set(result.gone)
+
+
+@contextlib.contextmanager
+def _race(
+    batch: Batch, context: Context, engine: type[Backend], whole: ir.Model
+) -> Iterator[Callable[[ir.Model], Speedup]]:
+    """``Trial`` on the first batch.
+
+    Raises:
+        BackendUnavailableError: The target is not this machine.
+    """
+    from optkit.compiler import available
+    from optkit.narrowing import Trial, check_measurable
+
+    backend = available(engine.name)
+    check_measurable(context.target, backend)
+    with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
+        yield Trial(whole, [_feeds(whole, batch)], context, backend, Path(folder)).race
+
+
+def _feeds(model: ir.Model, batch: Batch) -> dict[str, np.ndarray]:
+    names = [str(v.name) for v in model.graph.inputs]
+    given = (
+        batch
+        if isinstance(batch, Mapping)
+        else dict(zip(names, (x for x in batch if x is not None), strict=True))
+    )
+    return {name: given[name].numpy(force=True) for name in names}
 
 
 def _batches(example: Any) -> list[Batch]:

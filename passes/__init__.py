@@ -38,6 +38,7 @@ PASSES = Registry(
         "smooth-activations": "optkit.passes.quantization.smooth:SmoothActivations",
         "prune-channels": "optkit.passes.pruning.structured:PruneChannels",
         "prune-structured": "optkit.passes.pruning.structured:PruneStructured",
+        "search-architecture": "optkit.passes.architecture.search:SearchArchitecture",
         "prune-weights": "optkit.passes.pruning.weights:PruneWeights",
         "zero-weights": "optkit.passes.pruning.zeros:ZeroWeights",
         "distil": "optkit.passes.distillation.distil:Distil",

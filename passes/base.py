@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from optkit.rewrite import Change
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import onnx_ir as ir
 
+    from optkit.bench import Speedup
     from optkit.data import CalibrationData
     from optkit.placement import Placement
     from optkit.targets import Target
@@ -66,6 +69,7 @@ class Training:
         clean: The same, after the exact passes over the graph that the recipe goes on with.
         narrow: Units of a graph to remove so that it runs ``wanted`` times as fast, measured; takes the graph, its
             dependencies, groups, and the importance of their units.
+        race: Opens a stopwatch: how many times as fast as a first graph others are, compiled alike and timed in turn.
         loss: ``loss(outputs, index of the batch)`` on ``batches``, for criteria that ask for gradients; None where
             there are no labels.
         teacher: The module to learn from, where it is another one than the module itself.
@@ -78,6 +82,7 @@ class Training:
     load: Callable[[ir.Model], ir.Model]
     clean: Callable[[ir.Model], ir.Model]
     narrow: Callable[..., set[int]]
+    race: Callable[[ir.Model], AbstractContextManager[Callable[[ir.Model], Speedup]]]
     loss: Callable[[Any, int], Any] | None = None
     teacher: Any = None
     assistants: Sequence[Any] = ()

@@ -75,9 +75,13 @@ def scores(found: Dependencies, group: Group, score: Score) -> np.ndarray:
 
 
 def matches(group: Group, patterns: Sequence[str]) -> bool:
-    """Whether a pattern, glob or ``re:``, names one of the group's weights or the module that holds it."""
+    """Whether a pattern names one of the group's weights or the module that holds it."""
     names = {str(w.name) for w, _ in group.places}
-    names |= {name.rpartition(".")[0] for name in names}
+    return named(names | {name.rpartition(".")[0] for name in names}, patterns)
+
+
+def named(names: Collection[str], patterns: Sequence[str]) -> bool:
+    """Whether a pattern, glob or ``re:``, names one of ``names``."""
     return any(
         bool(re.search(p[3:], name)) if p.startswith("re:") else fnmatch.fnmatchcase(name, p)
         for p in patterns

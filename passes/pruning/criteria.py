@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,17 +14,14 @@ from optkit.errors import UsageError
 from optkit.passes.base import Context, call
 from optkit.passes.pruning.choose import Score, by_norm_scale, magnitude, norm_scales
 
-if TYPE_CHECKING:
-    from optkit.passes.pruning.structured import PruneStructured
 
-
-def score(options: PruneStructured, module: nn.Module, graph: ir.Graph, context: Context) -> Score:
-    """What the criterion of ``options`` says of weights, named as in the module."""
-    if options.criterion == "magnitude":
+def score(criterion: str, module: nn.Module, graph: ir.Graph, context: Context) -> Score:
+    """What a criterion of ``PruneStructured`` says of weights, named as in the module."""
+    if criterion == "magnitude":
         return magnitude
-    if options.criterion == "norm-scale":
+    if criterion == "norm-scale":
         return by_norm_scale(norm_scales(graph))
-    found = _taylor(module, context) if options.criterion == "taylor" else _wanda(module, context)
+    found = _taylor(module, context) if criterion == "taylor" else _wanda(module, context)
 
     def of(weight: ir.Value, axis: int) -> np.ndarray:
         part = found(str(weight.name), axis)

@@ -41,13 +41,9 @@ def attach(options: PruneStructured, module: nn.Module, context: Context) -> Att
     """Choose and cut."""
     training = context.training
     assert training is not None
-    model = training.load(training.export(module))
-    prepare(model, context)
-    whole = tuple(f"{path}." for path, m in module.named_modules() if isinstance(m, _WHOLE))
-    frozen = [str(n) for n in model.graph.initializers if whole and str(n).startswith(whole)]
-    found = dependencies(model.graph, frozen, even=True)
+    model, found = traced(module, context)
     groups = selected(found, options.targets, options.ignore)
-    of = score(options, module, model.graph, context)
+    of = score(options.criterion, module, model.graph, context)
     importance = {i: scores(found, g, of) for i, g in enumerate(groups)}
     multiple = multiple_for(options.multiple)
     if options.speedup is None:
@@ -58,7 +54,7 @@ def attach(options: PruneStructured, module: nn.Module, context: Context) -> Att
         gone = training.narrow(
             model, found, groups, importance, wanted=options.speedup, multiple=multiple, least=options.least
         )
-    cut = _Cut(module, model, found, training.batches[0])
+    cut = Cut(module, model, found, training.batches[0])
     parts = [g for g in groups if not gone.isdisjoint(g.units)]
     reason = cut.try_all(parts, gone)
     if reason is not None:
@@ -79,6 +75,17 @@ def attach(options: PruneStructured, module: nn.Module, context: Context) -> Att
     return _Pruned(described(options.name, groups, cut.done))
 
 
+def traced(module: nn.Module, context: Context) -> tuple[ir.Model, Dependencies]:
+    """The graph of a module, and which of its units go together."""
+    training = context.training
+    assert training is not None
+    model = training.load(training.export(module))
+    prepare(model, context)
+    whole = tuple(f"{path}." for path, m in module.named_modules() if isinstance(m, _WHOLE))
+    frozen = [str(n) for n in model.graph.initializers if whole and str(n).startswith(whole)]
+    return model, dependencies(model.graph, frozen, even=True)
+
+
 class _Pruned(Attached):
     """All was done before training."""
 
@@ -90,7 +97,7 @@ class _Pruned(Attached):
         return self._changes
 
 
-class _Cut:
+class Cut:
     """A module being cut.
 
     Attributes:
@@ -231,7 +238,7 @@ def _compare(
             given = call(module, batch)
     finally:
         module.train(was)
-    found_outputs = [x.float().cpu().numpy() for x in _tensors(given)]
+    found_outputs = [x.float().cpu().numpy() for x in tensors(given)]
     for a, b in zip(found_outputs, expected, strict=False):
         if a.shape != b.shape:
             return f"an output is {list(a.shape)}, and should be {list(b.shape)}"
@@ -245,10 +252,10 @@ def _array(x: Any) -> np.ndarray:
     return array
 
 
-def _tensors(x: Any) -> list[torch.Tensor]:
+def tensors(x: Any) -> list[torch.Tensor]:
     """All tensors of an output, in order."""
     if isinstance(x, torch.Tensor):
         return [x]
     if isinstance(x, Mapping):
-        return [t for v in x.values() for t in _tensors(v)]
-    return [t for v in x for t in _tensors(v)] if isinstance(x, list | tuple) else []
+        return [t for v in x.values() for t in tensors(v)]
+    return [t for v in x for t in tensors(v)] if isinstance(x, list | tuple) else []

@@ -107,6 +107,7 @@ RECIPES = {
     ),
     "self-distil": (2, {}, 1.0),
     "qat-prune-distil": (4, {}, 2.0),
+    "nas-latency": (4, {"overrides": ["passes.search-architecture.trials=6"]}, 2.0),
 }
 
 
@@ -150,6 +151,9 @@ def test_recipe(name, tmp_path):
         assert sum(p.numel() for p in done.module.parameters()) < 0.4 * sum(
             p.numel() for p in _made().parameters()
         )
+    if name == "nas-latency":
+        assert done.changes["search-architecture"]
+        assert sum(p.numel() for p in done.module.parameters()) < sum(p.numel() for p in _made().parameters())
     if name == "prune-2-4":
         # The stem has a single input channel, depthwise convolutions too.
         rows = weights["a.0"].movedim(1, -1).reshape(-1, 4)
