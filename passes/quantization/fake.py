@@ -1,4 +1,4 @@
-"""Rounding that can be trained through, and layers whose weights are rounded."""
+"""Values and layers that are rounded while they are trained."""
 
 from __future__ import annotations
 
@@ -12,68 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from optkit.formats import Format
+from optkit.passes.quantization.learned import TINY, rounded, rounded_folded, spread
 from optkit.passes.quantization.observers import Histogram
 from optkit.qdq import scale_zero
 
-# The smallest normal float32: steps never get below.
-_TINY = float(np.finfo(np.float32).tiny)
 # Shares of the largest weight tried as the range of a channel where there are few steps.
 _SHARES = np.linspace(1.0, 0.4, 25)
-
-
-class _Round(torch.autograd.Function):
-    """LSQ, forward and backward in one node: eq. 1 and 3 of Esser et al. 2020, for ``s = exp(t)``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, t: torch.Tensor, zero: torch.Tensor, low: int, high: int, axis: int | None
-    ) -> torch.Tensor:
-        s = _spread(t, axis, x.ndim).exp().clamp_min(_TINY)
-        z = _spread(zero, axis, x.ndim)
-        v = x / s
-        r = v.round()
-        q = r.clamp(low - z, high - z)
-        inside = q == r
-        ctx.save_for_backward(v, q, inside, t)
-        ctx.high, ctx.axis = high, axis
-        return q * s
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (grad,) = grads
-        v, q, inside, t = ctx.saved_tensors
-        # Outside of the grid, the gradient passes to the step alone; inside, the step gets the error of rounding.
-        gx = grad * inside
-        if ctx.axis is None:
-            gt, count = _dot(grad, q) - _dot(gx, v), v.numel()
-        else:
-            others = tuple(i for i in range(v.ndim) if i != ctx.axis)
-            gt, count = (grad * q - gx * v).sum(others), v.numel() // t.numel()
-        # d/dt = s d/ds.
-        gt = gt * t.exp() / math.sqrt(max(count, 1) * ctx.high)
-        return gx, gt.reshape(t.shape), None, None, None, None
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
-    return (a * b).sum()
-
-
-def _spread(x: torch.Tensor, axis: int | None, rank: int) -> torch.Tensor:
-    if axis is None:
-        return x
-    shape = [1] * rank
-    shape[axis] = -1
-    return x.reshape(shape)
-
-
-def _rounded(
-    x: torch.Tensor, t: torch.Tensor, zero: torch.Tensor, low: int, high: int, axis: int | None
-) -> torch.Tensor:
-    apply: Any = _Round.apply
-    found: torch.Tensor = apply(x, t, zero, low, high, axis)
-    return found
 
 
 def _emit(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -101,6 +45,7 @@ class FakeQuantize(nn.Module):
         self.fmt = fmt
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("zero", torch.zeros(()))
+        self._zero = 0  # what the buffer holds, so that no step waits for the device to say
         self.observer: Histogram | None = Histogram("mse", 99.99)
 
     def observed(self) -> bool:
@@ -112,12 +57,13 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             self.log_scale.fill_(math.log(float(scale)))
             self.zero.fill_(float(zero))
+        self._zero = int(zero)
         return True
 
     @property
     def scale(self) -> torch.Tensor:
         """Of one step."""
-        return self.log_scale.exp().clamp_min(_TINY)
+        return self.log_scale.exp().clamp_min(TINY)
 
     def store(self) -> None:
         """Fix the grid: from now on the exported graph has a pair here."""
@@ -134,7 +80,11 @@ class FakeQuantize(nn.Module):
             return x
         if torch.compiler.is_exporting() and hasattr(self, "step"):
             return _emit(x, self.step, self.zero_stored)
-        return _rounded(x, self.log_scale, self.zero, self.fmt.low, self.fmt.high, None)
+        return rounded(x, self.log_scale, self._zero, self.fmt.low, self.fmt.high, None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._zero = int(self.zero)
 
 
 class QuantizedLayer(nn.Module):
@@ -146,7 +96,6 @@ class QuantizedLayer(nn.Module):
         bits: Of the weights.
     """
 
-    zero: torch.Tensor
     integers: torch.Tensor
     scale: torch.Tensor
     zeros: torch.Tensor
@@ -169,7 +118,6 @@ class QuantizedLayer(nn.Module):
         self.log_scale = nn.Parameter(
             torch.zeros(channels, device=self.weight.device, dtype=self.weight.dtype)
         )
-        self.register_buffer("zero", torch.zeros((), device=self.weight.device))
         self._stored = False
         self.train(layer.training)
         self._init_scale()
@@ -182,19 +130,17 @@ class QuantizedLayer(nn.Module):
         """The layer and its norm."""
         if self._stored:
             return self._run_stored(x)
-        norm = self.norm
+        norm: Any = self.norm
         if norm is None:
             return self._call(x, self._round(self.weight), self.bias)
+        if self.training and not self.settled:
+            gamma, std = norm.weight, self._std()
+            w = rounded_folded(self.weight, self.log_scale, gamma, std, self.high, self.axis)
+            out: torch.Tensor = norm(self._call(x, w, self.bias))
+            return out
         factor = self._factor()
-        w = self._round(self.weight * _spread(factor, self.axis, self.weight.ndim))
-        if self.settled or not self.training:
-            return self._call(x, w, self._shift(factor))
-        safe = torch.where(factor.abs() < 1e-8, 1e-8, factor)
-        y = self._call(x, w, None) / _spread(safe, 1, x.ndim)
-        if self.bias is not None:
-            y = y + _spread(self.bias, 1, y.ndim)
-        out: torch.Tensor = norm(y)
-        return out
+        w = self._round(self.weight * spread(factor, self.axis, self.weight.ndim))
+        return self._call(x, w, self._shift(factor))
 
     def train(self, mode: bool = True) -> QuantizedLayer:
         """As usual, but a settled norm stays in evaluation."""
@@ -215,12 +161,12 @@ class QuantizedLayer(nn.Module):
             b: torch.Tensor | None = self.bias
             if self.norm is not None:
                 factor = self._factor()
-                w, b = w * _spread(factor, self.axis, w.ndim), self._shift(factor)
-            scale = self.log_scale.exp().clamp_min(_TINY)
+                w, b = w * spread(factor, self.axis, w.ndim), self._shift(factor)
+            scale = self.log_scale.exp().clamp_min(TINY)
             if b is not None and self.x is not None:
                 # Half of int32 is left to the products.
                 scale = torch.maximum(scale, b.abs() / (2.0**30 * self.x.scale))
-            q = (w / _spread(scale, self.axis, w.ndim)).round().clamp(-self.high, self.high)
+            q = (w / spread(scale, self.axis, w.ndim)).round().clamp(-self.high, self.high)
             self.register_buffer("integers", q.to(torch.int8))
             self.register_buffer("scale", scale.float())
             self.register_buffer("zeros", torch.zeros_like(scale, dtype=torch.int8))
@@ -253,9 +199,13 @@ class QuantizedLayer(nn.Module):
     def _factor(self) -> torch.Tensor:
         """What the norm multiplies by, with its running variance."""
         norm: Any = self.norm
-        std = torch.sqrt(norm.running_var + norm.eps)
-        factor: torch.Tensor = 1 / std if norm.weight is None else norm.weight / std
+        factor: torch.Tensor = (1.0 if norm.weight is None else norm.weight) / self._std()
         return factor
+
+    def _std(self) -> torch.Tensor:
+        norm: Any = self.norm
+        std: torch.Tensor = torch.sqrt(norm.running_var + norm.eps)
+        return std
 
     def _shift(self, factor: torch.Tensor) -> torch.Tensor:
         norm: Any = self.norm
@@ -264,24 +214,24 @@ class QuantizedLayer(nn.Module):
         return shift
 
     def _round(self, w: torch.Tensor) -> torch.Tensor:
-        return _rounded(w, self.log_scale, self.zero, -self.high, self.high, self.axis)
+        return rounded(w, self.log_scale, 0, -self.high, self.high, self.axis)
 
     def _init_scale(self) -> None:
         """Largest weight of each channel, or with few steps the share of it that rounds with the least squared error."""
         with torch.no_grad():
             w: torch.Tensor = self.weight
             if self.norm is not None:
-                w = w * _spread(self._factor(), self.axis, w.ndim)
+                w = w * spread(self._factor(), self.axis, w.ndim)
             rows = w.transpose(0, self.axis).flatten(1)
             top = rows.abs().amax(1)
             best, share = torch.full_like(top, math.inf), torch.ones_like(top)
             for candidate in _SHARES if self.high < 100 else ():
-                s = (top * candidate / self.high).clamp_min(_TINY)[:, None]
+                s = (top * candidate / self.high).clamp_min(TINY)[:, None]
                 error = ((rows / s).round().clamp(-self.high, self.high) * s - rows).square().sum(1)
                 share = torch.where(error < best, float(candidate), share)
                 best = torch.minimum(error, best)
             scale = torch.where(top > 0, top * share / self.high, torch.ones_like(top))
-            self.log_scale.copy_(scale.clamp_min(_TINY).log())
+            self.log_scale.copy_(scale.clamp_min(TINY).log())
 
 
 def _dequantized(
@@ -296,7 +246,7 @@ def _dequantized(
             shape=q.shape,
             version=13,
         )
-    return q.to(scale.dtype) * _spread(scale, axis, q.ndim)
+    return q.to(scale.dtype) * spread(scale, axis, q.ndim)
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

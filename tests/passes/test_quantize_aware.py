@@ -19,7 +19,8 @@ from optkit.data import CalibrationData  # noqa: E402
 from optkit.errors import PassError, UnknownNameError  # noqa: E402
 from optkit.formats import FORMATS  # noqa: E402
 from optkit.passes.base import Context  # noqa: E402
-from optkit.passes.quantization.fake import FakeQuantize, QuantizedLayer, _rounded  # noqa: E402
+from optkit.passes.quantization.fake import FakeQuantize, QuantizedLayer  # noqa: E402
+from optkit.passes.quantization.learned import rounded, rounded_folded  # noqa: E402
 from optkit.pipeline import run_passes  # noqa: E402
 from optkit.recipe import Recipe  # noqa: E402
 from optkit.reference import ReferenceSession  # noqa: E402
@@ -195,25 +196,91 @@ def _round_in_float64(x, t, zero, low, high, grad, axis=None):
     return q * s, grad * inside, total * np.exp(t) / math.sqrt(count * high)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("zero", "low", "high", "axis"),
     [(128, 0, 255, None), (3, 0, 255, None), (0, -7, 7, 0), (0, -127, 127, 1)],
 )
-def test_rounding_and_its_gradients_are_those_of_the_paper(zero, low, high, axis):
-    x = _input(4, 6, 5).mul_(3.0).requires_grad_()
+def test_rounding_and_its_gradients_are_those_of_the_paper(zero, low, high, axis, dtype):
+    x = _input(4, 6, 5).to(dtype).mul_(3.0).requires_grad_()
     steps = 1 if axis is None else x.shape[axis]
     # Small enough that some values lie outside of the grid, on both sides.
-    t = torch.log(torch.linspace(0.01, 0.03, steps) * (255 / (high - low)) ** 0.8)
+    t = torch.log(torch.linspace(0.01, 0.03, steps, dtype=dtype) * (255 / (high - low)) ** 0.8)
     t = (t[0] if axis is None else t).clone().requires_grad_()
-    grad = _input(4, 6, 5, seed=2)
-    y = _rounded(x, t, torch.tensor(float(zero)), low, high, axis)
+    grad = _input(4, 6, 5, seed=2).to(dtype)
+    y = rounded(x, t, zero, low, high, axis)
     y.backward(grad)
     expected = _round_in_float64(x, t, zero, low, high, grad, axis)
-    np.testing.assert_allclose(y.detach(), expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(x.grad, expected[1].astype(np.float32))
-    np.testing.assert_allclose(t.grad, expected[2], rtol=1e-3, atol=1e-5)
+    # x / s up to 300, so that the error of rounding, half a step, has nine bits less than the type.
+    close = 1e3 * torch.finfo(dtype).eps
+    np.testing.assert_allclose(y.detach(), expected[0], rtol=close, atol=close)
+    np.testing.assert_array_equal(x.grad, expected[1].astype(x.grad.numpy().dtype))
+    np.testing.assert_allclose(t.grad, expected[2], rtol=close, atol=close)
     outside = np.mean(expected[1] == 0)
     assert 0 < outside < 0.9
+
+
+def test_a_tie_at_the_end_of_the_grid_is_inside_where_it_rounds_to_the_end():
+    # Ties go to even: 6.5 to 6, within the grid, and 7.5 to 8, outside of it.
+    x = torch.tensor([-8.5, -7.5, -6.5, 6.5, 7.5, 8.5], requires_grad=True)
+    y = rounded(x, torch.zeros(()), 0, -7, 7, None)
+    y.sum().backward()
+    assert y.tolist() == [-7, -7, -6, 6, 7, 7]
+    assert x.grad.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_what_reads_a_rounded_value_may_change_it_in_place():
+    x = _input(4, 6).requires_grad_()
+    t = torch.tensor(-3.0, requires_grad=True)
+    y = rounded(x * 1, t, 128, 0, 255, None)
+    y.backward(torch.ones_like(y))
+    grads = x.grad.clone(), t.grad.clone()
+    x.grad = t.grad = None
+    before = x * 1
+    y = rounded(before, t, 128, 0, 255, None)
+    before.relu_()
+    y += 1.0
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close((x.grad, t.grad), grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_folded_rounding_is_rounding_of_the_folded_weights_divided_again(affine, axis):
+    w = _input(4, 6, 3).double().requires_grad_()
+    n = w.shape[axis]
+    std = torch.linspace(0.5, 2.0, n).double()
+    # A channel may be turned around.
+    gamma = (torch.linspace(0.4, 1.6, n).double() * torch.tensor([1.0, -1.0]).repeat(3)[:n]).requires_grad_()
+    t = torch.linspace(-3.0, -2.0, n).double().requires_grad_()
+    grad = _input(4, 6, 3, seed=2).double()
+    y = rounded_folded(w, t, gamma if affine else None, std, 7, axis)
+    y.backward(grad)
+
+    shape = [1, 1, 1]
+    shape[axis] = n
+    g = gamma.detach().numpy() if affine else np.ones(n)
+    f = (g / std.numpy()).reshape(shape)
+    plain, above = w.detach().numpy(), grad.numpy()
+    q, gu, gt = _round_in_float64(torch.tensor(plain * f), t, 0, -7, 7, torch.tensor(above / f), axis)
+    np.testing.assert_allclose(y.detach(), q / f, rtol=1e-12)
+    np.testing.assert_allclose(w.grad, gu * f, rtol=1e-12)
+    np.testing.assert_allclose(t.grad, gt, rtol=1e-9)
+    if affine:
+        # Through the product with f, and through the division by it.
+        each = (gu * plain - above * q / f**2).sum(tuple(i for i in range(3) if i != axis))
+        np.testing.assert_allclose(gamma.grad, each / std.numpy(), rtol=1e-9)
+
+
+def test_a_channel_that_its_norm_has_switched_off_stays_finite():
+    w, t = _input(2, 8).requires_grad_(), torch.zeros(2, requires_grad=True)
+    gamma = torch.tensor([0.0, 1.0], requires_grad=True)
+    y = rounded_folded(w, t, gamma, torch.ones(2), 127, 0)
+    y.backward(torch.tensor([[0.0], [1.0]]).expand(2, 8))
+    assert torch.count_nonzero(y[0]) == 0
+    for grad in (w.grad, t.grad, gamma.grad):
+        assert torch.isfinite(grad).all()
+    assert float(gamma.grad[0]) == 0
 
 
 @torch.no_grad()
@@ -228,6 +295,12 @@ def test_a_range_is_that_of_what_was_seen():
     assert float(quantizer(torch.zeros(()))) == 0
     inside = x[(x > -0.97) & (x < 2.95)]
     assert float((quantizer(inside) - inside).abs().max()) <= float(quantizer.scale) / 2 * 1.001
+    other = FakeQuantize(FORMATS["u8"])
+    other(-x)
+    assert other.observed()
+    assert not torch.equal(other(x), quantizer(x))
+    other.load_state_dict(quantizer.state_dict())
+    torch.testing.assert_close(other(x), quantizer(x), rtol=0, atol=0)
     broken = FakeQuantize(FORMATS["u8"])
     broken(torch.tensor([1.0, float("nan")]))
     assert not broken.observed()
