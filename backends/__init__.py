@@ -11,8 +11,9 @@ BACKENDS = Registry(
         "openvino": "optkit.backends.openvino.lower:OpenVino",
         "tensorrt": "optkit.backends.tensorrt.lower:TensorRt",
         "coreml": "optkit.backends.coreml.lower:CoreMl",
+        "litert": "optkit.backends.litert.lower:LiteRt",
         "triton": "optkit.backends.triton.lower:Triton",
     },
     group="optkit.backends",
-    extras={"openvino": "openvino", "coreml": "coreml"},
+    extras={"openvino": "openvino", "coreml": "coreml", "litert": "litert"},
 )

@@ -38,6 +38,8 @@ HEAVY = {
     "openvino": ("backends/openvino", "benchmarks"),
     "coremltools": ("backends/coreml", "benchmarks"),
     "triton": ("kernels/triton", "benchmarks"),
+    "ai_edge_litert": ("backends/litert", "benchmarks"),
+    "flatbuffers": ("backends/litert",),
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from optkit.errors import UnknownNameError
-from optkit.targets import apple, cpu, nvidia
+from optkit.targets import android, apple, cpu, nvidia
 from optkit.targets.spec import Target
 
 __all__ = ["TARGETS", "Target", "target"]
 
-TARGETS: dict[str, Target] = {target.name: target for target in (*cpu.ROWS, *apple.ROWS, *nvidia.ROWS)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (*cpu.ROWS, *apple.ROWS, *android.ROWS, *nvidia.ROWS)
+}
 
 
 def target(name: str | Target) -> Target:

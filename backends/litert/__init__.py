@@ -1,0 +1,1 @@
+"""LiteRT (TensorFlow Lite): flatbuffers for phones and boards, written from the graph and run here."""

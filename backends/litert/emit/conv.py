@@ -1,0 +1,312 @@
+"""Convolutions and pooling windows, with channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from ai_edge_litert.schema_py_generated import Padding
+
+from optkit.backends.litert.emit.base import Context, End, emits, integer, ints, size, text
+from optkit.backends.litert.emit.quant import grid_of, store, stored
+from optkit.backends.litert.flat import Grid, Tensor
+from optkit.graph import constant, rank
+
+Pair = tuple[int, int]
+
+
+def _area(value: ir.Value) -> list[int]:
+    """Rows and columns of a picture or a kernel; what has one axis has one row."""
+    found = list(size(value)[2:])
+    return found if len(found) == 2 else [1, *found]
+
+
+def _filled(array: np.ndarray) -> np.ndarray:
+    """A kernel over two axes."""
+    return array if array.ndim == 4 else array[:, :, None]
+
+
+def _refuse_window(node: ir.Node) -> str | None:
+    if rank(node.inputs[0]) not in (3, 4):
+        return "LiteRT slides windows over one or two axes"
+    return "ceil_mode rounds another way than LiteRT" if integer(node, "ceil_mode") else None
+
+
+def _picture(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
+    """An attribute over two axes; what slides over one axis slides over a picture of one row.
+
+    Args:
+        default: Of two axes, or of the beginnings and ends of both.
+    """
+    found, first = ints(node, name, default), default[0]
+    if rank(node.inputs[0]) == 4 or len(found) == len(default):
+        return found
+    return [first, found[0]] if len(default) == 2 else [0, found[0], 0, found[1]]
+
+
+def _refuse_conv(node: ir.Node) -> str | None:
+    reason = _refuse_window(node)
+    if reason is not None:
+        return reason
+    if constant(node.inputs[1]) is None and stored(node.inputs[1]) is None:
+        return "LiteRT needs the weights of a convolution to be constant"
+    if any(p < 0 for p in ints(node, "pads")):
+        return "LiteRT has no negative pads"
+    return None
+
+
+def padded(
+    node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, dilations: Pair
+) -> tuple[int, list[int]]:
+    """The schema's padding, and rows and columns to pad before (top, left, bottom, right) where that is not enough."""
+    automatic = text(node, "auto_pad", "NOTSET")
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    total = [max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in zip(shape, strides, reach, strict=True)]
+    same = [t // 2 for t in total] + [t - t // 2 for t in total]
+    if automatic == "VALID":
+        return Padding.VALID, []
+    if automatic == "SAME_LOWER":
+        pads = [t - t // 2 for t in total] + [t // 2 for t in total]
+    else:
+        pads = same if automatic == "SAME_UPPER" else _picture(node, "pads", [0] * 4)
+    if not any(pads):
+        return Padding.VALID, []
+    return (Padding.SAME, []) if pads == same else (Padding.VALID, pads)
+
+
+def _pad(c: Context, x: Tensor, pads: Sequence[int]) -> Tensor:
+    if not pads:
+        return x
+    top, left, bottom, right = pads
+    edges = c.graph.constant(np.asarray([[0, 0], [top, bottom], [left, right], [0, 0]], np.int32))
+    shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right, x.shape[3])
+    return c.op("PAD", [x, edges], shape, settings=("PadOptions", {}), grid=x.grid)
+
+
+@emits("Conv", refuse=_refuse_conv)
+def _conv(c: Context, node: ir.Node) -> None:
+    source, weights = node.inputs[0], node.inputs[1]
+    assert source is not None and weights is not None
+    channels, outs, ins = size(source)[1], *size(weights)[:2]
+    area, kernel = _area(source), _area(weights)
+    groups = integer(node, "group", 1)
+    strides, dilations = _picture(node, "strides", [1, 1]), _picture(node, "dilations", [1, 1])
+    end, kept = c.end(node), stored(weights)
+    depthwise = ins == 1 and groups == channels
+    q = c.integers(source, "last")
+    whole = q is not None and kept is not None and kept[0].dtype == np.int8 and end.quantizer is not None
+    x = q if whole and q is not None else c.get(source, "last")
+    order = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)
+    if whole:
+        assert kept is not None and x.grid is not None and end.quantizer is not None
+        array, scales = kept
+        w = c.graph.constant(
+            np.ascontiguousarray(np.transpose(_filled(array), order)), str(weights.name),
+            Grid(scale=scales.scale, zero=scales.zero, axis=3 if depthwise else 0),
+        )  # fmt: skip
+        b, grid = bias(c, node, outs, x.grid, scales), grid_of(end.quantizer)
+    else:
+        plain = constant(weights)
+        if plain is None:
+            floats = c.get(weights)
+            w = c.transposed(c.reshaped(floats, (outs, ins, *kernel)), order)
+        else:
+            w = c.graph.constant(np.ascontiguousarray(np.transpose(_filled(plain), order)), str(weights.name))
+        b, grid = _float_bias(c, node, outs), None
+    kind, pads = padded(
+        node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (dilations[0], dilations[1])
+    )
+    x = _pad(c, x, pads)
+    rows = [
+        -(-x.shape[i + 1] // s) if kind == Padding.SAME else (x.shape[i + 1] - (k - 1) * d - 1) // s + 1
+        for i, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True))
+    ]
+    settings = {
+        "padding": kind, "strideH": strides[0], "strideW": strides[1], "dilationHFactor": dilations[0],
+        "dilationWFactor": dilations[1], "fusedActivationFunction": end.activation,
+    }  # fmt: skip
+    if depthwise:
+        settings["depthMultiplier"] = outs // channels
+    made = c.op(
+        "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D", [x, w, b], (x.shape[0], *rows, outs), np.int8 if whole else np.float32,
+        ("DepthwiseConv2DOptions" if depthwise else "Conv2DOptions", settings), grid=grid, name=str(end.value.name),
+    )  # fmt: skip
+    store(c, end, made, "last")
+
+
+def _float_bias(c: Context, node: ir.Node, outs: int) -> Tensor:
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    return c.get(value) if value is not None else c.graph.constant(np.zeros(outs, np.float32), "no bias")
+
+
+def bias(c: Context, node: ir.Node, outs: int, inputs: Grid, weights: Grid) -> Tensor:
+    """The bias in 32 bits, on the grid of the products."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    scale = (inputs.scale.astype(np.float64) * weights.scale).astype(np.float32)
+    array = np.zeros(outs, np.int32)
+    if value is not None:
+        kept, plain = stored(value), constant(value)
+        if kept is not None and np.allclose(kept[1].scale, scale, rtol=1e-6):
+            array = kept[0].astype(np.int32)
+        else:
+            if plain is None:
+                assert kept is not None
+                plain = kept[0] * kept[1].scale.astype(np.float64)
+            wide = np.rint(
+                np.broadcast_to(plain.reshape(-1), outs) / np.broadcast_to(scale, outs).astype(np.float64)
+            )
+            limit = np.iinfo(np.int32)
+            array = np.clip(wide, limit.min, limit.max).astype(np.int32)
+    return c.graph.constant(array, "bias", Grid(scale=scale, zero=np.zeros(scale.shape, np.int64)))
+
+
+def _pool(c: Context, node: ir.Node, code: str, *, lowest: float | None) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
+    area = _area(source)
+    kind, pads = padded(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
+    end = c.end(node)
+    x = _same_grid(c, source, end) if not pads else None
+    if x is None:
+        x = c.get(source, "last")
+    if pads and lowest is not None:
+        top, left, bottom, right = pads
+        edges = c.graph.constant(np.asarray([[0, 0], [top, bottom], [left, right], [0, 0]], np.int32))
+        shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right, x.shape[3])
+        x = c.op("PADV2", [x, edges, c.number(lowest)], shape, settings=("PadV2Options", {}))
+    elif pads:
+        x = _pad(c, x, pads)
+    rows = [
+        -(-x.shape[i + 1] // s) if kind == Padding.SAME else (x.shape[i + 1] - k) // s + 1
+        for i, (k, s) in enumerate(zip(kernel, strides, strict=True))
+    ]
+    settings = {
+        "padding": kind, "strideH": strides[0], "strideW": strides[1], "filterHeight": kernel[0], "filterWidth": kernel[1],
+        "fusedActivationFunction": end.activation,
+    }  # fmt: skip
+    made = c.op(
+        code,
+        [x],
+        (x.shape[0], *rows, x.shape[3]),
+        settings=("Pool2DOptions", settings),
+        grid=x.grid,
+        name=str(end.value.name),
+    )
+    store(c, end, made, "last")
+
+
+def _same_grid(c: Context, source: ir.Value, end: End) -> Tensor | None:
+    """The integers of ``source``, where what comes out shall be on their grid too."""
+    q = c.integers(source, "last") if end.quantizer is not None else None
+    if q is None or q.grid is None or end.quantizer is None or not q.grid.same(grid_of(end.quantizer)):
+        return None
+    return q
+
+
+def _refuse_max(node: ir.Node) -> str | None:
+    if set(_picture(node, "dilations", [1, 1])) != {1}:
+        return "LiteRT has no pools with gaps"
+    if len(node.outputs) > 1 and node.outputs[1].uses():
+        return "LiteRT gives no indices of a pool"
+    return _refuse_window(node)
+
+
+@emits("MaxPool", refuse=_refuse_max)
+def _max_pool(c: Context, node: ir.Node) -> None:
+    _pool(c, node, "MAX_POOL_2D", lowest=float(np.finfo(np.float32).min))
+
+
+def _refuse_average(node: ir.Node) -> str | None:
+    reason = _refuse_window(node)
+    pads = _picture(node, "pads", [0] * 4)
+    if reason is None and any(pads) and not integer(node, "count_include_pad"):
+        source = node.inputs[0]
+        if source is None or source.shape is None or not source.shape.is_static():
+            return None
+        kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
+        kind, _ = padded(node, _area(source), (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
+        return None if kind == Padding.SAME else "LiteRT leaves padding out of averages only as SAME pads"
+    return reason
+
+
+@emits("AveragePool", refuse=_refuse_average)
+def _average_pool(c: Context, node: ir.Node) -> None:
+    # What SAME pads does not count; what is padded before does.
+    if integer(node, "count_include_pad") and any(_picture(node, "pads", [0] * 4)):
+        source = node.inputs[0]
+        assert source is not None
+        x = _pad(c, c.get(source, "last"), _picture(node, "pads", [0] * 4))
+        kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
+        rows = [(x.shape[i + 1] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, strides, strict=True))]
+        settings = {
+            "padding": Padding.VALID, "strideH": strides[0], "strideW": strides[1], "filterHeight": kernel[0],
+            "filterWidth": kernel[1],
+        }  # fmt: skip
+        made = c.op(
+            "AVERAGE_POOL_2D", [x], (x.shape[0], *rows, x.shape[3]), settings=("Pool2DOptions", settings)
+        )
+        c.put(node.outputs[0], made, "last")
+        return
+    _pool(c, node, "AVERAGE_POOL_2D", lowest=None)
+
+
+@emits("GlobalMaxPool", refuse=_refuse_window)
+def _largest(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    x, settings = c.get(source, "last"), ("ReducerOptions", {"keepDims": True})
+    shape = (x.shape[0], 1, 1, x.shape[3])
+    c.put(node.outputs[0], c.op("REDUCE_MAX", [x, c.vector([1, 2])], shape, settings=settings), "last")
+
+
+@emits("GlobalAveragePool", refuse=_refuse_window)
+def _global(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    end = c.end(node, activations=False)
+    q = c.integers(source, "last") if end.quantizer is not None else None
+    x = q if q is not None else c.get(source, "last")
+    grid = grid_of(end.quantizer) if q is not None and end.quantizer is not None else None
+    made = c.op(
+        "MEAN", [x, c.vector([1, 2])], (x.shape[0], 1, 1, x.shape[3]), settings=("ReducerOptions", {"keepDims": True}),
+        grid=grid, name=str(end.value.name),
+    )  # fmt: skip
+    store(c, end, made, "last")
+
+
+def _refuse_transpose(node: ir.Node) -> str | None:
+    if rank(node.inputs[0]) not in (3, 4) or constant(node.inputs[1]) is None:
+        return "LiteRT transposes convolutions over one or two axes with constant weights alone"
+    if integer(node, "group", 1) != 1 or set(_picture(node, "dilations", [1, 1])) != {1}:
+        return "LiteRT transposes convolutions without groups and gaps alone"
+    if (
+        text(node, "auto_pad", "NOTSET") != "NOTSET"
+        or ints(node, "output_shape")
+        or any(ints(node, "output_padding"))
+    ):
+        return "LiteRT transposes convolutions with plain pads alone"
+    return None
+
+
+@emits("ConvTranspose", refuse=_refuse_transpose)
+def _conv_transpose(c: Context, node: ir.Node) -> None:
+    source, weights = node.inputs[0], node.inputs[1]
+    assert source is not None and weights is not None
+    array = constant(weights)
+    assert array is not None
+    x = c.get(source, "last")
+    strides, pads = _picture(node, "strides", [1, 1]), _picture(node, "pads", [0] * 4)
+    outs, kernel = array.shape[1], _area(weights)
+    w = c.graph.constant(np.ascontiguousarray(np.transpose(_filled(array), (1, 2, 3, 0))), str(weights.name))
+    rows = [(x.shape[i + 1] - 1) * s + k for i, (s, k) in enumerate(zip(strides, kernel, strict=True))]
+    shape = (x.shape[0], *rows, outs)
+    settings = {"padding": Padding.VALID, "strideH": strides[0], "strideW": strides[1]}
+    inputs = [c.vector(shape), w, x, _float_bias(c, node, outs)]
+    made = c.op("TRANSPOSE_CONV", inputs, shape, np.float32, ("TransposeConvOptions", settings))
+    if any(pads):
+        begin, after = [0, pads[0], pads[1], 0], [0, pads[2], pads[3], 0]
+        sizes = [n - a - b for n, a, b in zip(shape, begin, after, strict=True)]
+        made = c.op("SLICE", [made, c.vector(begin), c.vector(sizes)], sizes, settings=("SliceOptions", {}))
+    c.put(node.outputs[0], made, "last")

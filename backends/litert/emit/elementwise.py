@@ -1,0 +1,228 @@
+"""Operators on one element at a time, in whatever layout their inputs are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.litert.emit.base import (
+    TO_LAST,
+    Context,
+    bound,
+    emits,
+    integer,
+    operand,
+    real,
+    size,
+    text,
+    together,
+)
+from optkit.backends.litert.emit.quant import grid_of, store
+from optkit.backends.litert.flat import Settings, Tensor
+from optkit.graph import constant, is_float
+
+_UNARY: dict[str, tuple[str, Settings | None]] = {
+    "Abs": ("ABS", ("AbsOptions", {})), "Ceil": ("CEIL", None), "Cos": ("COS", ("CosOptions", {})),
+    "Exp": ("EXP", ("ExpOptions", {})), "Floor": ("FLOOR", None), "HardSwish": ("HARD_SWISH", ("HardSwishOptions", {})),
+    "Log": ("LOG", None), "Neg": ("NEG", ("NegOptions", {})), "Not": ("LOGICAL_NOT", ("LogicalNotOptions", {})),
+    "Relu": ("RELU", None), "Round": ("ROUND", None), "Sigmoid": ("LOGISTIC", None),
+    "Sign": ("SIGN", ("SignOptions", {})), "Sin": ("SIN", None), "Sqrt": ("SQRT", None), "Tanh": ("TANH", None),
+}  # fmt: skip
+
+
+def _unary(c: Context, node: ir.Node, compute: Callable[[Tensor], Tensor]) -> None:
+    x = node.inputs[0]
+    assert x is not None
+    layout = c.layout(x, rows=True)
+    c.put(node.outputs[0], compute(c.get(x, layout)), layout)
+
+
+def _refuse_unary(node: ir.Node) -> str | None:
+    # The newest standard has integers for some, the kernels have floats.
+    number = node.op_type not in ("Abs", "Neg", "Not", "Sign")
+    return f"LiteRT has {node.op_type} of floats alone" if number and not is_float(node.inputs[0]) else None
+
+
+@emits(*_UNARY, refuse=_refuse_unary)
+def _table(c: Context, node: ir.Node) -> None:
+    code, settings = _UNARY[node.op_type]
+    _unary(c, node, lambda x: c.op(code, [x], x.shape, settings=settings, name=str(node.outputs[0].name)))
+
+
+@emits("Identity", "Dropout")
+def _identity(c: Context, node: ir.Node) -> None:
+    _unary(c, node, lambda x: x)
+
+
+@emits("Reciprocal")
+def _reciprocal(c: Context, node: ir.Node) -> None:
+    _unary(c, node, lambda x: c.op("DIV", [c.number(1.0), x], x.shape, settings=("DivOptions", {})))
+
+
+@emits("Gelu")
+def _gelu(c: Context, node: ir.Node) -> None:
+    approximate = text(node, "approximate", "none") == "tanh"
+    _unary(
+        c, node, lambda x: c.op("GELU", [x], x.shape, settings=("GeluOptions", {"approximate": approximate}))
+    )
+
+
+@emits("Swish")
+def _swish(c: Context, node: ir.Node) -> None:
+    alpha = real(node, "alpha", 1.0)
+
+    def compute(x: Tensor) -> Tensor:
+        scaled = x if alpha == 1 else c.op("MUL", [x, c.number(alpha)], x.shape, settings=("MulOptions", {}))
+        return c.op("MUL", [x, c.op("LOGISTIC", [scaled], x.shape)], x.shape, settings=("MulOptions", {}))
+
+    _unary(c, node, compute)
+
+
+@emits("HardSigmoid")
+def _hard_sigmoid(c: Context, node: ir.Node) -> None:
+    alpha, beta = real(node, "alpha", 0.2), real(node, "beta", 0.5)
+
+    def compute(x: Tensor) -> Tensor:
+        y = c.op("MUL", [x, c.number(alpha)], x.shape, settings=("MulOptions", {}))
+        y = c.op("ADD", [y, c.number(beta)], x.shape, settings=("AddOptions", {}))
+        y = c.op("MAXIMUM", [y, c.number(0.0)], x.shape, settings=("MaximumMinimumOptions", {}))
+        return c.op("MINIMUM", [y, c.number(1.0)], x.shape, settings=("MaximumMinimumOptions", {}))
+
+    _unary(c, node, compute)
+
+
+@emits("LeakyRelu")
+def _leaky(c: Context, node: ir.Node) -> None:
+    alpha = real(node, "alpha", 0.01)
+    _unary(
+        c, node, lambda x: c.op("LEAKY_RELU", [x], x.shape, settings=("LeakyReluOptions", {"alpha": alpha}))
+    )
+
+
+@emits("Elu", refuse=lambda n: None if real(n, "alpha", 1.0) == 1 else "LiteRT has Elu with alpha 1 alone")
+def _elu(c: Context, node: ir.Node) -> None:
+    _unary(c, node, lambda x: c.op("ELU", [x], x.shape))
+
+
+def _refuse_clip(node: ir.Node) -> str | None:
+    given = [v for v in node.inputs[1:] if v is not None]
+    return "LiteRT needs constant bounds" if any(constant(v) is None for v in given) else None
+
+
+@emits("Clip", refuse=_refuse_clip)
+def _clip(c: Context, node: ir.Node) -> None:
+    low, high = bound(node, 1), bound(node, 2)
+
+    def compute(x: Tensor) -> Tensor:
+        if (low, high) == (0.0, 6.0) and x.dtype == np.float32:
+            return c.op("RELU6", [x], x.shape)
+        for code, limit in (("MAXIMUM", low), ("MINIMUM", high)):
+            if limit is not None:
+                x = c.op(code, [x, c.number(limit, x.dtype)], x.shape, settings=("MaximumMinimumOptions", {}))
+        return x
+
+    _unary(c, node, compute)
+
+
+@emits("Cast", refuse=lambda n: _refuse_cast(n))
+def _cast(c: Context, node: ir.Node) -> None:
+    kind = ir.DataType(integer(node, "to")).numpy()
+    _unary(c, node, lambda x: c.cast(x, kind))
+
+
+_CASTS = frozenset({"FLOAT", "INT32", "INT64", "BOOL", "INT8", "UINT8"})
+
+
+def _refuse_cast(node: ir.Node) -> str | None:
+    kind = ir.DataType(integer(node, "to")).name
+    return None if kind in _CASTS else f"LiteRT has no elements of type {kind.lower()} here"
+
+
+_BINARY: dict[str, tuple[str, Settings | None]] = {
+    "Add": ("ADD", ("AddOptions", {})), "Sub": ("SUB", ("SubOptions", {})), "Mul": ("MUL", ("MulOptions", {})),
+    "Div": ("DIV", ("DivOptions", {})), "Pow": ("POW", ("PowOptions", {})),
+    "Equal": ("EQUAL", ("EqualOptions", {})), "Greater": ("GREATER", ("GreaterOptions", {})),
+    "GreaterOrEqual": ("GREATER_EQUAL", ("GreaterEqualOptions", {})), "Less": ("LESS", ("LessOptions", {})),
+    "LessOrEqual": ("LESS_EQUAL", ("LessEqualOptions", {})), "And": ("LOGICAL_AND", ("LogicalAndOptions", {})),
+    "Or": ("LOGICAL_OR", ("LogicalOrOptions", {})), "Max": ("MAXIMUM", ("MaximumMinimumOptions", {})),
+    "Min": ("MINIMUM", ("MaximumMinimumOptions", {})),
+}  # fmt: skip
+_COMPARED = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or"})
+# Kernels with an int8 form on grids of their own.
+_ON_GRIDS = frozenset({"Add", "Sub", "Mul"})
+# Kernels broadcast up to so many axes.
+_MOST = 5
+
+
+def _refuse_binary(node: ir.Node) -> str | None:
+    for value in node.outputs:
+        if value.shape is not None and len(value.shape) > _MOST:
+            return f"LiteRT broadcasts up to {_MOST} axes"
+    if node.op_type == "Div" and not is_float(node.outputs[0]):
+        return "LiteRT divides floats alone as ONNX does"
+    return None
+
+
+@emits(*_BINARY, refuse=_refuse_binary)
+def _binary(c: Context, node: ir.Node) -> None:
+    values = [v for v in node.inputs if v is not None]
+    shape = size(node.outputs[0])
+    layout = together(c, values, len(shape))
+    order = TO_LAST if layout == "last" else range(len(shape))
+    placed = tuple(shape[i] for i in order)
+    code, settings = _BINARY[node.op_type]
+    if node.op_type in _ON_GRIDS and len(values) == 2:
+        end = c.end(node)
+        grids = [c.integers(v, layout) if len(size(v)) == len(shape) else None for v in values]
+        if end.quantizer is not None and all(g is not None for g in grids):
+            assert settings is not None
+            fields = {"fusedActivationFunction": end.activation}
+            made = c.op(
+                code, [g for g in grids if g is not None], placed, np.int8, (settings[0], fields),
+                grid=grid_of(end.quantizer), name=str(end.value.name),
+            )  # fmt: skip
+            store(c, end, made, layout)
+            return
+        assert settings is not None
+        settings = (settings[0], {"fusedActivationFunction": end.activation})
+        outcome = end.value
+    else:
+        outcome = node.outputs[0]
+    x = operand(c, values[0], len(shape), layout)
+    for value in values[1:]:
+        y = operand(c, value, len(shape), layout)
+        reached = placed if len(values) == 2 else tuple(np.broadcast_shapes(x.shape, y.shape))
+        kind = np.bool_ if node.op_type in _COMPARED else x.dtype
+        x = c.op(code, [x, y], reached, kind, settings, name=str(outcome.name))
+    c.put(outcome, x, layout)
+
+
+@emits("Where", refuse=_refuse_binary)
+def _where(c: Context, node: ir.Node) -> None:
+    values = [v for v in node.inputs if v is not None]
+    shape = size(node.outputs[0])
+    layout = together(c, values, len(shape))
+    placed = tuple(shape[i] for i in TO_LAST) if layout == "last" else shape
+    tensors = [operand(c, v, len(shape), layout) for v in values]
+    c.put(
+        node.outputs[0], c.op("SELECT_V2", tensors, placed, tensors[1].dtype, ("SelectV2Options", {})), layout
+    )
+
+
+@emits("PRelu")
+def _prelu(c: Context, node: ir.Node) -> None:
+    x, slope = node.inputs[0], node.inputs[1]
+    assert x is not None and slope is not None
+    shape = size(x)
+    layout = c.layout(x)
+    tensor = c.get(x, layout)
+    c.put(
+        node.outputs[0], c.op("PRELU", [tensor, operand(c, slope, len(shape), layout)], tensor.shape), layout
+    )
+
+
+@emits("Erf", refuse=lambda n: "LiteRT has no Erf, only the Gelu that it is part of")
+def _erf(c: Context, node: ir.Node) -> None:
+    raise AssertionError("refused")

@@ -1,0 +1,325 @@
+"""Operators that move elements and compute none; integers stay integers where the grid stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.litert.emit.base import (
+    MOVED,
+    TO_LAST,
+    Context,
+    End,
+    Layout,
+    emits,
+    integer,
+    ints,
+    size,
+    text,
+    together,
+)
+from optkit.backends.litert.emit.quant import grid_of, store, stored
+from optkit.backends.litert.flat import Tensor
+from optkit.graph import constant, rank
+
+
+def _carried(c: Context, node: ir.Node, layout: Layout | None = None) -> tuple[End, Tensor, Layout]:
+    """The first input, as integers where the output shall lie on the same grid."""
+    source = node.inputs[0]
+    assert source is not None
+    form = c.layout(source) if layout is None else layout
+    end = c.end(node, activations=False)
+    q = c.integers(source, form) if end.quantizer is not None else None
+    if (
+        q is not None
+        and q.grid is not None
+        and end.quantizer is not None
+        and q.grid.same(grid_of(end.quantizer))
+    ):
+        return end, q, form
+    return end, c.get(source, form), form
+
+
+@emits("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def _reshape(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    shape = size(node.outputs[0])
+    # Where channels are all there is of a picture, they are in order in either layout.
+    flat = len(size(source)) == 4 and size(source)[2:] == (1, 1) and c.layout(source) == "last"
+    end, x, _ = _carried(c, node, "last" if flat else "plain")
+    store(c, end, c.reshaped(x, shape), "plain")
+
+
+@emits("Transpose")
+def _transpose(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    order = ints(node, "perm", list(reversed(range(len(size(source))))))
+    end, x, layout = _carried(c, node)
+    if layout == "last":
+        order = [MOVED[i] for i in order]
+    store(c, end, c.transposed(x, order), "plain")
+
+
+@emits("Concat")
+def _concat(c: Context, node: ir.Node) -> None:
+    values = [v for v in node.inputs if v is not None]
+    shape = size(node.outputs[0])
+    axis = integer(node, "axis") % len(shape)
+    layout = together(c, values, len(shape))
+    end = c.end(node, activations=False)
+    found = [c.integers(v, layout) for v in values] if end.quantizer is not None else [None]
+    grid = grid_of(end.quantizer) if end.quantizer is not None else None
+    same = [
+        q for q in found if q is not None and q.grid is not None and grid is not None and q.grid.same(grid)
+    ]
+    parts = same if len(same) == len(values) else [c.get(v, layout) for v in values]
+    placed = [shape[i] for i in (TO_LAST if layout == "last" else range(len(shape)))]
+    made = c.op(
+        "CONCATENATION", parts, placed, settings=("ConcatenationOptions", {"axis": MOVED[axis] if layout == "last" else axis}),
+        grid=parts[0].grid, name=str(end.value.name),
+    )  # fmt: skip
+    store(c, end, made, layout)
+
+
+def _refuse_slice(node: ir.Node) -> str | None:
+    return (
+        "LiteRT: bounds must be constant"
+        if any(constant(v) is None for v in node.inputs[1:] if v is not None)
+        else None
+    )
+
+
+@emits("Slice", refuse=_refuse_slice)
+def _slice(c: Context, node: ir.Node) -> None:
+    end, x, layout = _carried(c, node)
+    source = node.inputs[0]
+    assert source is not None
+    shape = size(source)
+    given = [constant(v) if v is not None else None for v in node.inputs[1:]] + [None] * 4
+    starts, ends, axes, steps = given[:4]
+    assert starts is not None and ends is not None
+    first, last, by = [0] * len(shape), list(shape), [1] * len(shape)
+    chosen = range(len(starts)) if axes is None else [int(a) % len(shape) for a in axes]
+    for k, axis in enumerate(chosen):
+        step = 1 if steps is None else int(steps[k])
+        begin, stop, _ = slice(int(starts[k]), int(ends[k]), step).indices(shape[axis])
+        place = MOVED[axis] if layout == "last" else axis
+        first[place], last[place], by[place] = begin, stop, step
+    for place, axis in enumerate(TO_LAST if layout == "last" else range(len(shape))):
+        if by[place] == 1 and first[place] == 0 and axis not in chosen:
+            last[place] = shape[axis]
+    # Backwards to before the first element has no number of its own: the mask says it.
+    mask = sum(1 << i for i, stop in enumerate(last) if stop < 0)
+    out = size(node.outputs[0])
+    placed = [out[i] for i in (TO_LAST if layout == "last" else range(len(out)))]
+    inputs = [x, c.vector(first), c.vector([max(v, 0) for v in last]), c.vector(by)]
+    settings = {"beginMask": 0, "endMask": mask}
+    store(
+        c,
+        end,
+        c.op("STRIDED_SLICE", inputs, placed, settings=("StridedSliceOptions", settings), grid=x.grid),
+        layout,
+    )
+
+
+@emits("Split", refuse=_refuse_slice)
+def _split(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    layout = c.layout(source)
+    x = c.get(source, layout)
+    axis = integer(node, "axis") % len(x.shape)
+    place = MOVED[axis] if layout == "last" else axis
+    sizes, made = [size(o)[axis] for o in node.outputs], []
+    for output, n in zip(node.outputs, sizes, strict=True):
+        shape = [n if i == place else d for i, d in enumerate(x.shape)]
+        made.append(c.graph.tensor(str(output.name), shape, x.dtype))
+    inputs = [x, c.vector(sizes), c.number(place, np.int32)]
+    c.graph.op("SPLIT_V", inputs, made, ("SplitVOptions", {"numSplits": len(made)}))
+    for output, tensor in zip(node.outputs, made, strict=True):
+        c.put(output, tensor, layout)
+
+
+def _refuse_pad(node: ir.Node) -> str | None:
+    if text(node, "mode", "constant") not in ("constant", "reflect"):
+        return "LiteRT pads with a constant or reflected elements"
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        return "LiteRT: pads of chosen axes"
+    pads = constant(node.inputs[1])
+    return "LiteRT: pads must be constant and not negative" if pads is None or (pads < 0).any() else None
+
+
+@emits("Pad", refuse=_refuse_pad)
+def _pad(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    layout = c.layout(source)
+    x, pads = c.get(source, layout), constant(node.inputs[1])
+    assert pads is not None
+    n = len(x.shape)
+    order = TO_LAST if layout == "last" else tuple(range(n))
+    edges = np.asarray([[pads[i], pads[n + i]] for i in order], np.int32)
+    shape = [d + int(e.sum()) for d, e in zip(x.shape, edges, strict=True)]
+    if text(node, "mode", "constant") == "reflect":
+        made = c.op(
+            "MIRROR_PAD", [x, c.graph.constant(edges)], shape, settings=("MirrorPadOptions", {"mode": 0})
+        )
+    else:
+        value = (
+            constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+        )
+        assert value is not None
+        fill = c.number(float(value.reshape(-1)[0]), x.dtype)
+        made = c.op("PADV2", [x, c.graph.constant(edges), fill], shape, settings=("PadV2Options", {}))
+    c.put(node.outputs[0], made, layout)
+
+
+@emits("Expand")
+def _expand(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    shape, x = size(node.outputs[0]), c.get(source)
+    x = c.reshaped(x, (1,) * (len(shape) - len(x.shape)) + x.shape)
+    c.put(
+        node.outputs[0],
+        c.op("BROADCAST_TO", [x, c.vector(shape)], shape, settings=("BroadcastToOptions", {})),
+    )
+
+
+@emits("Tile", refuse=_refuse_slice)
+def _tile(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    times = constant(node.inputs[1])
+    assert times is not None
+    c.put(
+        node.outputs[0],
+        c.op(
+            "TILE",
+            [c.get(source), c.vector(times.tolist())],
+            size(node.outputs[0]),
+            settings=("TileOptions", {}),
+        ),
+    )
+
+
+@emits("Gather")
+def _gather(c: Context, node: ir.Node) -> None:
+    source, places = node.inputs[0], node.inputs[1]
+    assert source is not None and places is not None
+    table, axis, shape = size(source), integer(node, "axis") % len(size(source)), size(node.outputs[0])
+    known = constant(places)
+    if known is not None:
+        indices = c.graph.constant(np.where(known < 0, known + table[axis], known).astype(np.int32))
+    else:
+        # Negative ones count from the end.
+        given = c.get(places)
+        n = c.number(table[axis], given.dtype)
+        indices = c.op("FLOOR_MOD", [given, n], given.shape, settings=("FloorModOptions", {}))
+    settings = ("GatherOptions", {"axis": axis, "batchDims": 0})
+    kept = stored(source)
+    if kept is None or kept[0].dtype != np.int8 or kept[1].zero.any():
+        x = c.get(source)
+        c.put(
+            node.outputs[0],
+            c.op("GATHER", [x, indices], shape, settings=settings, name=str(node.outputs[0].name)),
+        )
+        return
+    # Rows of a table in integers: those that are looked up become floats, not the table.
+    array, grid = kept
+    rows = c.op("GATHER", [c.graph.constant(array, str(source.name)), indices], shape, settings=settings)
+    if grid.scale.size > 1 and grid.axis == axis:
+        scale = c.op(
+            "GATHER",
+            [c.graph.constant(grid.scale), indices],
+            indices.shape,
+            settings=("GatherOptions", {"axis": 0, "batchDims": 0}),
+        )
+        scale = c.reshaped(scale, (*indices.shape, *(1,) * (len(table) - 1 - axis)))
+    else:
+        behind = len(table) - 1 - grid.axis if grid.scale.size > 1 else 0
+        scale = c.graph.constant(grid.scale.reshape(-1, *(1,) * behind))
+    c.put(
+        node.outputs[0],
+        c.op(
+            "MUL",
+            [c.cast(rows, np.float32), scale],
+            shape,
+            settings=("MulOptions", {}),
+            name=str(node.outputs[0].name),
+        ),
+    )
+
+
+def _refuse_resize(node: ir.Node) -> str | None:
+    if rank(node.inputs[0]) != 4:
+        return "LiteRT resizes pictures alone"
+    mode, where = text(node, "mode", "nearest"), text(node, "coordinate_transformation_mode", "half_pixel")
+    if mode == "nearest" and where in ("asymmetric", "half_pixel"):
+        rounding = text(node, "nearest_mode", "round_prefer_floor")
+        fits = {"asymmetric": ("floor",), "half_pixel": ("floor", "round_prefer_floor", "round_prefer_ceil")}[
+            where
+        ]
+        if where == "half_pixel" and not _whole_factors(node):
+            return "LiteRT rounds another way where pictures do not grow by whole factors"
+        return None if rounding in fits else f"LiteRT has no nearest_mode {rounding} with {where}"
+    if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
+        return None
+    return f"LiteRT has no mode {mode} with {where}"
+
+
+def _whole_factors(node: ir.Node) -> bool:
+    before, after = node.inputs[0], node.outputs[0]
+    if before is None or before.shape is None or after.shape is None:
+        return False
+    if not before.shape.is_static() or not after.shape.is_static():
+        return True  # asked again once sizes are known
+    return all(b % a == 0 for a, b in zip(size(before), size(after), strict=True))
+
+
+@emits("Resize", refuse=_refuse_resize)
+def _resize(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    x, out = c.get(source, "last"), size(node.outputs[0])
+    where = text(node, "coordinate_transformation_mode", "half_pixel")
+    fields = {
+        "alignCorners": where == "align_corners",
+        "halfPixelCenters": where in ("half_pixel", "pytorch_half_pixel"),
+    }
+    nearest = text(node, "mode", "nearest") == "nearest"
+    if nearest:
+        # By whole factors, the nearest is that of the corner in each mode.
+        fields = {"alignCorners": False, "halfPixelCenters": False}
+    code, kind = (
+        ("RESIZE_NEAREST_NEIGHBOR", "ResizeNearestNeighborOptions")
+        if nearest
+        else ("RESIZE_BILINEAR", "ResizeBilinearOptions")
+    )
+    shape = (out[0], out[2], out[3], out[1])
+    c.put(node.outputs[0], c.op(code, [x, c.vector(shape[1:3])], shape, settings=(kind, fields)), "last")
+
+
+@emits(
+    "DepthToSpace",
+    refuse=lambda n: None if text(n, "mode", "DCR") == "DCR" else "LiteRT has the order DCR alone",
+)
+def _depth_to_space(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    out, block = size(node.outputs[0]), integer(node, "blocksize", 1)
+    shape = (out[0], out[2], out[3], out[1])
+    settings = ("DepthToSpaceOptions", {"blockSize": block})
+    c.put(node.outputs[0], c.op("DEPTH_TO_SPACE", [c.get(source, "last")], shape, settings=settings), "last")
+
+
+@emits("SpaceToDepth")
+def _space_to_depth(c: Context, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    out, block = size(node.outputs[0]), integer(node, "blocksize", 1)
+    shape = (out[0], out[2], out[3], out[1])
+    settings = ("SpaceToDepthOptions", {"blockSize": block})
+    c.put(node.outputs[0], c.op("SPACE_TO_DEPTH", [c.get(source, "last")], shape, settings=settings), "last")

@@ -1,0 +1,204 @@
+"""LiteRT: the artifact is a ``.tflite`` file, with a subgraph for each set of sizes that its inputs may have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from optkit.backends.base import Backend, Executed, Options
+from optkit.backends.litert.emit import ROWS, Context
+from optkit.backends.litert.flat import File
+from optkit.backends.litert.placement import PLACEMENTS
+from optkit.backends.litert.profile import operators
+from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
+from optkit.backends.litert.sizes import fixed, inputs, signatures
+from optkit.errors import ModelError, OptkitError, UnsupportedOpError
+from optkit.graph import describe, walk
+
+if TYPE_CHECKING:
+    from optkit.backends.base import Session
+    from optkit.placement import Placement
+    from optkit.targets import Target
+
+_MOST_AXES = 8
+
+
+class LiteRtOptions(Options):
+    """How the file is made.
+
+    Attributes:
+        shapes: By free axis of the inputs, its size, or a list of sizes; lists are as long as one another, and belong together
+            entry by entry: each is a signature of the file, and all share the weights.
+        usual: Shapes of inputs in the calibration data, for axes that ``shapes`` leaves out; a first axis without either is 1.
+        threads: Of a run; 0 leaves it to LiteRT.
+    """
+
+    shapes: dict[str, Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    usual: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    threads: int = Field(default=0, ge=0)
+
+
+class LiteRt(Backend):
+    """Flatbuffers written from the graph; run by LiteRT on this machine's processor."""
+
+    name: ClassVar[str] = "litert"
+    options: ClassVar[type[Options]] = LiteRtOptions
+    placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
+    packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
+    generic: ClassVar[bool] = False
+
+    def available(self) -> str | None:
+        """None: the package brings writer and runtime."""
+        return None
+
+    def fit(self, options: LiteRtOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> LiteRtOptions:
+        """With the usual shapes, where the options name none."""
+        if shapes is None or options.usual:
+            return options
+        return options.model_copy(update={"usual": dict(shapes)})
+
+    def sizes(self, model: ir.Model, options: LiteRtOptions) -> Mapping[str, int]:
+        """Those of the first signature, as far as they are known without data."""
+        return signatures(model, options.shapes, options.usual, partial=True)[0].sizes
+
+    def unsupported(self, node: ir.Node, target: Target) -> str | None:
+        """What LiteRT cannot express of a node."""
+        if node.op_type == "Constant" and node.domain == "":
+            return None
+        row = ROWS.get(node.op_type) if node.domain == "" else None
+        if row is None:
+            # Sizes that are computed are constants once the inputs have theirs.
+            if node.op_type in _SIZES and node.domain == "":
+                return None
+            return f"optkit has no translation of {node.domain + '.' if node.domain else ''}{node.op_type} into LiteRT"
+        for value in (*node.inputs, *node.outputs):
+            if value is None or value.dtype is None:
+                continue
+            if value.dtype.name not in _TYPES:
+                return f"{value.name!r} is of type {value.dtype.name.lower()}, which LiteRT has not"
+            if value.shape is not None and len(value.shape) > _MOST_AXES and value.const_value is None:
+                return f"{value.name!r} has {len(value.shape)} axes, and LiteRT has at most {_MOST_AXES}"
+        return None if row.refuse is None or _sized(node) else row.refuse(node)
+
+    def lower(self, model: ir.Model, target: Target, options: LiteRtOptions, path: Path) -> None:
+        """Write ``model.tflite`` and ``interface.json``.
+
+        Raises:
+            UsageError: The options name what the model does not have, or leave a size open.
+            UnsupportedOpError: Nodes turn out not to fit once all sizes are known.
+            ModelError: A shape depends on data.
+        """
+        chosen = signatures(model, options.shapes, options.usual)
+        file, shapes = File(), {}
+        for signature in chosen:
+            sized = fixed(model, signature.sizes)
+            problems = [(describe(n), reason) for n in walk(sized) if (reason := _refused(n)) is not None]
+            if problems:
+                raise UnsupportedOpError(
+                    f"LiteRT for {target.name}", problems, hint="choose another --backend"
+                )
+            _emit(file, sized, signature.key)
+            shapes[signature.key] = [list(map(int, v.shape)) for v in inputs(sized)]  # type: ignore[arg-type]
+        (path / MODEL).write_bytes(file.bytes())
+        told = {
+            "inputs": _ports(inputs(model), list(shapes.values())),
+            "outputs": _ports(model.graph.outputs, None),
+            "signatures": shapes,
+        }
+        (path / INTERFACE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    def load(
+        self, path: Path, target: Target, options: LiteRtOptions, *, threads: int | None = None
+    ) -> Session:
+        """Open the file."""
+        return LiteRtSession(path, (options.threads or None) if threads is None else threads)
+
+    def parallelism(self, options: LiteRtOptions) -> tuple[int, int]:
+        """Threads, and one request at a time."""
+        return options.threads, 1
+
+    def deferred(self, path: Path, target: Target, options: LiteRtOptions) -> Sequence[str]:
+        """What the device has to do."""
+        if target.name == "edge-tpu":
+            return (
+                f"compile for the Edge TPU: edgetpu_compiler {MODEL}, which also says what of it runs there",
+            )
+        return (
+            f"latency on {target.name}: benchmark_model --graph={MODEL} --num_threads=1 --use_xnnpack=true (LiteRT's own tool), there",
+        )
+
+    def executed(
+        self, path: Path, target: Target, options: LiteRtOptions, feeds: Mapping[str, np.ndarray]
+    ) -> Sequence[Executed]:
+        """The operators of the file; one run says what they take together, which is shared out by products."""
+        session = LiteRtSession(path, 1)
+        found = operators(session, path / MODEL, feeds)
+        session.close()
+        return found
+
+
+_SIZES = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
+_TYPES = frozenset({"FLOAT", "INT8", "UINT8", "INT32", "INT64", "BOOL"})
+
+
+def _sized(node: ir.Node) -> bool:
+    """Whether it is about sizes, or has sizes that are not known yet: it is asked again once they are."""
+    return any(
+        v is not None and (v.shape is None or not v.shape.is_static()) for v in (*node.inputs, *node.outputs)
+    )
+
+
+def _refused(node: ir.Node) -> str | None:
+    if node.op_type == "Constant":
+        return None
+    row = ROWS.get(node.op_type) if node.domain == "" else None
+    if row is None:
+        return f"optkit has no translation of {node.op_type} into LiteRT; it depends on data"
+    return row.refuse(node) if row.refuse is not None else None
+
+
+def _emit(file: File, model: ir.Model, key: str) -> None:
+    context = Context(file, key)
+    given = {}
+    for value in inputs(model):
+        assert value.shape is not None and value.dtype is not None
+        tensor = context.graph.tensor(str(value.name), [int(d) for d in value.shape], value.dtype.numpy())  # type: ignore[arg-type]
+        given[str(value.name)] = context.put(value, tensor)
+    for node in model.graph:
+        if node in context.done or node.op_type == "Constant":
+            continue
+        try:
+            ROWS[node.op_type].emit(context, node)
+        except OptkitError:
+            raise
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{describe(node)}: cannot be written for LiteRT: {type(error).__name__}: {error}",
+                hint="this is a mistake in optkit: please report it with the model",
+            ) from error
+    outputs = {str(v.name): context.result(v) for v in model.graph.outputs}
+    file.add(context.graph, key, given, outputs)
+
+
+def _ports(
+    values: Sequence[ir.Value], shapes: Sequence[Sequence[Sequence[int]]] | None
+) -> list[dict[str, Any]]:
+    """Names, types and shapes; a size that differs between signatures is None."""
+    found = []
+    for index, value in enumerate(values):
+        assert value.dtype is not None
+        if shapes is not None:
+            rows = [s[index] for s in shapes]
+            shape: list[int | None] = [a[0] if len(set(a)) == 1 else None for a in zip(*rows, strict=True)]
+        else:
+            shape = [d if isinstance(d, int) else None for d in value.shape or ()]
+        found.append({"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape})
+    return found

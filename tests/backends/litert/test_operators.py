@@ -1,0 +1,255 @@
+"""Each operator as a .tflite file in LiteRT, against ONNX Runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.graph import walk
+from optkit.legalize import legalize
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import parse, random_feeds
+
+pytestmark = pytest.mark.needs("ai_edge_litert")
+
+HEAD = '<ir_version: 10, opset_import: ["" : %d]>\ng %s'
+PHONE = target("android-cpu")
+
+UNARY = (
+    "Abs", "Ceil", "Cos", "Elu", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "LogSoftmax", "Neg", "Relu",
+    "Round", "Sigmoid", "Sign", "Sin", "Softmax", "Tanh", "Dropout",
+)  # fmt: skip
+POSITIVE = ("Log", "Sqrt", "Reciprocal")
+OPSETS = {"swish": 24, "norm by the root of squares": 24}
+
+
+def _each(operators: tuple[str, ...], shape: str, of: str = "x", before: str = "") -> str:
+    """A graph with an output for each operator of one input."""
+    outputs = ", ".join(f"float[{shape}] y{i}" for i, _ in enumerate(operators))
+    nodes = " ".join(f"y{i} = {op}({of})" for i, op in enumerate(operators))
+    return f"(float[{shape}] x) => ({outputs}) <float small = {{0.25}}> {{ {before} {nodes} }}"
+
+
+# Name -> graph, and the shapes of its weights. Every operator of the emitters is in one of them, see the last test.
+CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "unary": (_each(UNARY, "3, 7"), {}),
+    "unary behind a convolution": (
+        """(float[2, 3, 6, 5] x) => (float[] a, float[] b, float[] d, float[] e) {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = Relu(c) b = Sigmoid(c) d = Softmax<axis = 1>(c) e = HardSwish(c) }""",
+        {"w": (4, 3, 1, 1)},
+    ),
+    "above zero": (_each(POSITIVE, "3, 7", "p", "a = Abs(x) p = Add(a, small)"), {}),
+    "attributes": (
+        """(float[3, 7] x) => (float[3, 7] a, float[3, 7] b, float[3, 7] c, float[3, 7] d) {
+        a = LeakyRelu<alpha = 0.3>(x) b = HardSigmoid<alpha = 0.4, beta = 0.3>(x)
+        c = Gelu<approximate = "tanh">(x) d = Softmax<axis = 0>(x) }""",
+        {},
+    ),
+    "swish": ("(float[3, 4] x) => (float[3, 4] y, float[3, 4] z) { y = Swish(x) z = Swish<alpha = 1.7>(x) }", {}),
+    "binary": (
+        """(float[3, 4] x, float[4] z) => (float[3, 4] a, float[3, 4] b, float[3, 4] c, float[3, 4] d, float[3, 4] e, float[3, 4] f,
+        float[3, 4] h) { a = Add(x, z) b = Sub(x, z) c = Mul(x, z) d = Div(x, z) e = Max(x, z, x) f = Min(x, z) p = Abs(x) h = Pow(p, z) }""",
+        {},
+    ),
+    "binary behind a convolution": (
+        """(float[1, 3, 6, 5] x, float[5] r) => (float[] a, float[] b, float[] d, float[] e, float[] f) {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = Add(c, v) b = Mul(c, u) d = Add(c, c) e = Sub(c, r) f = Mul(x, c) }""",
+        {"w": (3, 3, 1, 1), "v": (3, 1, 1), "u": (1, 3, 1, 1)},
+    ),
+    "squeeze and excite": (
+        """(float[1, 4, 6, 5] x) => (float[1, 4, 6, 5] y) { c = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w)
+        p = GlobalAveragePool(c) q = Conv<kernel_shape = [1, 1]>(p, u) r = HardSigmoid(q) y = Mul(c, r) }""",
+        {"w": (4, 4, 3, 3), "u": (4, 4, 1, 1)},
+    ),
+    "compared": (
+        """(float[3, 4] x, float[4] z) => (bool[3, 4] a, bool[3, 4] b, bool[3, 4] c, bool[3, 4] d, bool[3, 4] e, bool[3, 4] f,
+        bool[3, 4] g, bool[3, 4] h) { a = Greater(x, z) b = GreaterOrEqual(x, z) c = Less(x, z) d = LessOrEqual(x, z) e = Equal(x, x)
+        f = And(a, b) g = Or(a, c) h = Not(a) }""",
+        {},
+    ),
+    "chosen": (
+        """(float[3, 4] x, bool[3, 4] c, int64[3, 4] i) => (float[3, 4] y, int64[3, 4] z) {
+        s = Neg(x) y = Where(c, x, s) j = Add(i, i) z = Where(c, i, j) }""",
+        {},
+    ),
+    "clipped": (
+        """(float[3, 4] x) => (float[3, 4] a, float[3, 4] b, float[3, 4] c, float[3, 4] d)
+        <float low = {-0.5}, float zero = {0}, float six = {6}, float high = {0.25}> {
+        a = Clip(x, low, high) b = Clip(x, zero, six) c = Clip(x, zero) d = Clip(x, , high) }""",
+        {},
+    ),
+    "activations of a convolution": (
+        """(float[1, 3, 6, 5] x) => (float[] a, float[] b, float[] d) <float zero = {0}, float six = {6}, float one = {1}> {
+        e = Conv<kernel_shape = [1, 1]>(x, w, v) a = Relu(e) f = Conv<kernel_shape = [1, 1]>(x, w, v) b = Clip(f, zero, six)
+        g = Conv<kernel_shape = [1, 1]>(x, w, v) d = Clip(g, zero, one) }""",
+        {"w": (4, 3, 1, 1), "v": (4,)},
+    ),
+    "slopes": (
+        "(float[2, 4, 5, 3] x) => (float[2, 4, 5, 3] y, float[2, 4, 5, 3] z) { y = PRelu(x, w) z = PRelu(x, v) }",
+        {"w": (4, 1, 1), "v": (1,)},
+    ),
+    "cast": (
+        "(float[3, 4] x, int64[3] i) => (int32[3, 4] a, bool[3, 4] b, float[3] c) { a = Cast<to = 6>(x) b = Cast<to = 9>(x) c = Cast<to = 1>(i) }",
+        {},
+    ),
+    "convolution": (
+        """(float[2, 4, 9, 7] x) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+        a = Conv<kernel_shape = [3, 3], pads = [1, 0, 2, 1], strides = [2, 1]>(x, w, v)
+        b = Conv<kernel_shape = [3, 3], dilations = [2, 1]>(x, w)
+        c = Conv<kernel_shape = [3, 3], auto_pad = "SAME_UPPER", strides = [2, 2]>(x, w)
+        d = Conv<kernel_shape = [3, 3], auto_pad = "SAME_LOWER", strides = [2, 2]>(x, w)
+        e = Conv<kernel_shape = [3, 3], auto_pad = "VALID">(x, w) }""",
+        {"w": (6, 4, 3, 3), "v": (6,)},
+    ),
+    "grouped convolution": (
+        """(float[2, 4, 9, 20] x) => (float[] a, float[] b, float[] c) {
+        a = Conv<kernel_shape = [3, 3], group = 2, pads = [1, 1, 1, 1]>(x, w)
+        b = Conv<kernel_shape = [5, 5], group = 4, pads = [2, 2, 2, 2], strides = [2, 2]>(x, u)
+        c = Conv<kernel_shape = [3, 3], group = 4, dilations = [2, 2]>(x, t) }""",
+        {"w": (6, 2, 3, 3), "u": (8, 1, 5, 5), "t": (4, 1, 3, 3)},
+    ),
+    "convolution of a line": (
+        """(float[2, 4, 9] x) => (float[] a, float[] b, float[] d, float[] e) {
+        c = Conv<kernel_shape = [3], pads = [1, 1]>(x, w) a = Relu(c) f = Conv<kernel_shape = [3], group = 4, strides = [2]>(x, u)
+        b = Tanh(f) d = MaxPool<kernel_shape = [3], strides = [2]>(c) e = GlobalAveragePool(c) }""",
+        {"w": (6, 4, 3), "u": (4, 1, 3)},
+    ),
+    "transposed convolution": (
+        """(float[1, 4, 5, 6] x, float[1, 4, 7] z) => (float[] a, float[] b, float[] c) {
+        a = ConvTranspose<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 0, 1]>(x, w, v)
+        b = ConvTranspose<kernel_shape = [2, 2], strides = [2, 2]>(x, u) c = ConvTranspose<kernel_shape = [3], strides = [2]>(z, t) }""",
+        {"w": (4, 3, 3, 3), "v": (3,), "u": (4, 2, 2, 2), "t": (4, 2, 3)},
+    ),
+    "pools": (
+        """(float[2, 3, 8, 9] x) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f) {
+        a = MaxPool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]>(x) b = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        c = AveragePool<kernel_shape = [2, 3], strides = [1, 2]>(x) d = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x)
+        e = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2], count_include_pad = 1>(x) f = GlobalMaxPool(x) }""",
+        {},
+    ),
+    "products": (
+        """(float[2, 3, 4] x, float[2, 4, 5] z, float[3, 4] s) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+        a = MatMul(x, z) b = MatMul(x, w) c = MatMul(s, w) d = MatMul(x, u) e = MatMul(s, z) }""",
+        {"w": (4, 6), "u": (2, 4, 3)},
+    ),
+    "linear layers": (
+        """(float[3, 4] x, float[4, 3] t, float[5, 4] m, float[5] n) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+        a = Gemm<transB = 1>(x, w, v) b = Gemm(x, u) c = Gemm<transA = 1>(t, u) r = Gemm<transB = 1>(x, w, v) d = Relu(r)
+        e = Gemm<transB = 1>(x, m, n) }""",
+        {"w": (5, 4), "v": (5,), "u": (4, 2)},
+    ),
+    "norms": (
+        """(float[2, 3, 8] x, float[2, 4, 5, 3] p) => (float[] a, float[] b, float[] c) {
+        a = LayerNormalization(x, s, t) b = LayerNormalization<axis = 1, epsilon = 0.1>(x, s2) c = InstanceNormalization(p, u, v) }""",
+        {"s": (8,), "t": (8,), "s2": (3, 8), "u": (4,), "v": (4,)},
+    ),
+    "norm by the root of squares": ("(float[2, 3, 8] x) => (float[2, 3, 8] y) { y = RMSNormalization(x, s) }", {"s": (8,)}),
+    "batch norms": (
+        """(float[2, 3, 4, 5] x, float[6, 3] z) => (float[] a, float[] b) {
+        p = Abs(v) a = BatchNormalization(x, s, t, m, p) b = BatchNormalization(z, s, t, m, p) }""",
+        {"s": (3,), "t": (3,), "m": (3,), "v": (3,)},
+    ),
+    "shapes": (
+        """(float[2, 3, 4] x) => (float[] a, float[] b, float[] c, float[] d, float[] e)
+        <int64[2] to = {0, -1}, int64[1] first = {0}, int64[3] wide = {2, 3, 4}, int64[3] times = {1, 2, 1}> {
+        a = Reshape(x, to) b = Flatten<axis = 2>(x) u = Unsqueeze(x, first) c = Squeeze(u, first) s = ReduceSum(x, first)
+        d = Expand(s, wide) e = Tile(x, times) }""",
+        {},
+    ),
+    "flattened behind a convolution": (
+        """(float[1, 3, 6, 5] x) => (float[] a, float[] b, float[] d) <int64[2] to = {1, -1}> {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = Reshape(c, to) p = GlobalAveragePool(c) b = Flatten(p) d = Transpose<perm = [0, 2, 3, 1]>(c) }""",
+        {"w": (4, 3, 1, 1)},
+    ),
+    "moved": (
+        """(float[2, 3, 4, 5] x) => (float[] a, float[] b, float[] d, float[] e, float[] f) <int64[2] n = {1, 3}> {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = Transpose(x) b = Concat<axis = 1>(c, c) d = Concat<axis = -1>(x, x)
+        e, f = Split<axis = 1>(c, n) }""",
+        {"w": (4, 3, 1, 1)},
+    ),
+    "cut": (
+        """(float[2, 4, 6, 5] x) => (float[] a, float[] b, float[] d, float[] e)
+        <int64[1] one = {1}, int64[1] three = {3}, int64[1] end = {9223372036854775807}, int64[1] axis = {-3}, int64[1] back = {-1},
+        int64[1] start = {-9223372036854775808}, int64[1] two = {2}> {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = Slice(x, one, three, axis) b = Slice(c, one, end, axis, two)
+        d = Slice(x, back, start, axis, back) e = Slice(c, one, three, two) }""",
+        {"w": (4, 4, 1, 1)},
+    ),
+    "padded": (
+        """(float[1, 3, 5, 6] x) => (float[] a, float[] b, float[] d) <int64[8] p = {0, 0, 1, 2, 0, 1, 0, 3}, float v = {1.5},
+        int64[8] r = {0, 0, 1, 2, 0, 0, 2, 1}> {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = Pad(x, p) b = Pad(c, p, v) d = Pad<mode = "reflect">(c, r) }""",
+        {"w": (4, 3, 1, 1)},
+    ),
+    "gathered": (
+        """(float[5, 4] x) => (float[] a, float[] b, float[] c, float[] d) <int64[2] behind = {-1, 0}, int64 last = {-1}> {
+        a = Gather<axis = 1>(x, behind) b = Gather(x, last) f = Abs(x) g = Floor(f) h = Cast<to = 7>(g) two = Cast<to = 7>(last)
+        i = Min(h, j) c = Gather(w, i) k = Sub(i, four) d = Gather(w, k) }""".replace(
+            "int64 last = {-1}", "int64 last = {-1}, int64 j = {2}, int64 four = {3}"
+        ),
+        {"w": (7, 5)},
+    ),
+    "resized": (
+        """(float[1, 3, 4, 5] x) => (float[] a, float[] b, float[] c, float[] d, float[] e)
+        <float[4] f = {1, 1, 2, 3}, float[4] g = {1, 1, 1.5, 0.8}> {
+        a = Resize<mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">(x, , f)
+        b = Resize<mode = "nearest">(x, , f) c = Resize<mode = "linear">(x, , f)
+        d = Resize<mode = "linear", coordinate_transformation_mode = "align_corners">(x, , f)
+        e = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(x, , f) }""",
+        {},
+    ),
+    "blocks": ("(float[1, 8, 4, 6] x) => (float[] a, float[] b) { a = DepthToSpace<blocksize = 2>(x) b = SpaceToDepth<blocksize = 2>(x) }", {}),
+    "reduced": (
+        """(float[2, 3, 4, 5] x) => (float[] a, float[] b, float[] d, float[] e, float[] f, float[] g, float[] h)
+        <int64[2] hw = {2, -1}, int64[1] one = {1}> {
+        c = Conv<kernel_shape = [1, 1]>(x, w) a = ReduceMean(c, hw) b = ReduceMean<keepdims = 0>(c, hw) d = ReduceSum<keepdims = 0>(c, one)
+        e = ReduceMax(x, one) f = ReduceMin<keepdims = 0>(x) g = ReduceProd(x, one) h = ReduceL2(x, hw) }""",
+        {"w": (4, 3, 1, 1)},
+    ),
+    "largest": (
+        "(float[3, 4, 5] x) => (int64[] a, int64[] b, float[3, 4, 5] c) <int64 two = {2}> { a = ArgMax<axis = 1>(x) b = ArgMin<axis = 2, keepdims = 0>(x) c = CumSum(x, two) }",
+        {},
+    ),
+    "quantized": (
+        """(float[3, 4] x) => (float[3, 4] a, float[3, 4] b)
+        <float s = {0.05}, int8 z = {3}, uint8 u = {120}> {
+        q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z) p = QuantizeLinear(x, s, u) b = DequantizeLinear(p, s, u) }""",
+        {},
+    ),
+}  # fmt: skip
+
+
+def _weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _model(name: str) -> ir.Model:
+    text, shapes = CASES[name]
+    return parse(HEAD % (OPSETS.get(name, 21), text), **_weights(shapes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_computes_what_onnx_runtime_does(name, tmp_path):
+    from optkit.backends.litert.lower import LiteRt, LiteRtOptions
+
+    model, backend, options = _model(name), LiteRt(), LiteRtOptions()
+    legalize(model, backend, PHONE, name="model")
+    backend.lower(model, PHONE, options, tmp_path)
+    reference = ReferenceSession(model, optimize=False)
+    with backend.load(tmp_path, PHONE, options, threads=1) as session:
+        for seed in (1, 2):
+            feeds = random_feeds(model, seed=seed)
+            found = session.run(feeds)
+            for key, expected in reference.run(feeds).items():
+                assert found[key].dtype == expected.dtype and found[key].shape == expected.shape, key
+                np.testing.assert_allclose(found[key], expected, rtol=1e-5, atol=2e-6, err_msg=key)
+
+
+def test_every_operator_of_the_emitters_is_compared():
+    from optkit.backends.litert.emit import ROWS
+
+    compared = {node.op_type for name in CASES for node in walk(_model(name))}
+    assert set(ROWS) - compared == {"Erf"}
