@@ -34,8 +34,8 @@ _RANK = (9, 1.5)
 _FINAL = (40, 3.0)
 # A variant of the options must win by this factor to be taken: below, the difference is noise.
 _CLEARLY = 1.03
-# Candidates whose speeds differ by less are alike: the more accurate one is taken.
-_ALIKE = 1.05
+# Candidates whose speeds differ by less are alike, as measurements repeat: the more accurate one is taken.
+_ALIKE = 1.03
 # What is below this share of the fastest so far is not timed further.
 _BEHIND = 0.8
 # Share of the speed of a candidate that the samples leave undecided, for which one that they do not is taken.
