@@ -25,6 +25,7 @@ _PACKAGES = (
     "tensorrt-rtx-cu13",
     "openvino",
     "coremltools",
+    "ai-edge-litert",
     "triton",
 )
 

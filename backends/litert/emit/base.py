@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert.schema_py_generated import ActivationFunctionType, TensorType
 
+from optkit.backends.litert.emit.grids import floats_of, stored
 from optkit.backends.litert.flat import File, Graph, Grid, Settings, Tensor
 from optkit.errors import ModelError
 from optkit.graph import attribute, constant, describe, rank, users
@@ -145,6 +146,17 @@ class Context:
             if layout == "last":
                 array = np.transpose(array, TO_LAST) if array.ndim == 4 else np.swapaxes(array, 1, 2)[:, None]
             return self.put(value, self.graph.constant(array, str(value.name)), layout)
+        kept = stored(value)
+        if kept is not None:
+            array, grid = kept
+            name = str(value.name)
+            if array.dtype == np.int8:
+                self._floats[value, "plain"] = self._dequantized(
+                    self.graph.constant(array, name, grid), value
+                )
+            else:
+                self._floats[value, "plain"] = self.graph.constant(floats_of(value), name)
+            return self.get(value, layout)
         other: Layout = "plain" if layout == "last" else "last"
         if (value, other) in self._floats:
             moved = self.moved(self._floats[value, other], layout)
@@ -152,11 +164,14 @@ class Context:
         for form in (layout, other):
             if (value, form) in self._integers:
                 q = self._integers[value, form]
-                made = self.graph.tensor(f"{value.name}", q.shape, np.float32)
-                self.graph.op("DEQUANTIZE", [q], [made], ("DequantizeOptions", {}))
-                self.put(value, made, form)
+                self.put(value, self._dequantized(q, value), form)
                 return self.get(value, layout)
         raise ModelError(f"{value.name!r} was not computed")
+
+    def _dequantized(self, q: Tensor, value: ir.Value) -> Tensor:
+        return self.op(
+            "DEQUANTIZE", [q], q.shape, np.float32, ("DequantizeOptions", {}), name=str(value.name)
+        )
 
     def result(self, value: ir.Value) -> Tensor:
         """An output of the subgraph, which must be computed: neither a constant nor an input."""

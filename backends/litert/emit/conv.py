@@ -9,7 +9,8 @@ import onnx_ir as ir
 from ai_edge_litert.schema_py_generated import Padding
 
 from optkit.backends.litert.emit.base import Context, End, emits, integer, ints, size, text
-from optkit.backends.litert.emit.quant import grid_of, store, stored
+from optkit.backends.litert.emit.grids import floats_of, grid_of, stored
+from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Grid, Tensor
 from optkit.graph import constant, rank
 
@@ -95,25 +96,27 @@ def _conv(c: Context, node: ir.Node) -> None:
     end, kept = c.end(node), stored(weights)
     depthwise = ins == 1 and groups == channels
     q = c.integers(source, "last")
-    whole = q is not None and kept is not None and kept[0].dtype == np.int8 and end.quantizer is not None
+    eight = kept is not None and kept[0].dtype == np.int8 and not kept[1].zero.any()
+    whole = q is not None and eight and end.quantizer is not None
     x = q if whole and q is not None else c.get(source, "last")
     order = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)
-    if whole:
-        assert kept is not None and x.grid is not None and end.quantizer is not None
+    grid = None
+    # Integers with float activations: the kernel rounds these while it runs. Depthwise ones gain nothing from it.
+    if kept is not None and eight and (whole or not depthwise):
         array, scales = kept
         w = c.graph.constant(
             np.ascontiguousarray(np.transpose(_filled(array), order)), str(weights.name),
             Grid(scale=scales.scale, zero=scales.zero, axis=3 if depthwise else 0),
         )  # fmt: skip
-        b, grid = bias(c, node, outs, x.grid, scales), grid_of(end.quantizer)
     else:
-        plain = constant(weights)
-        if plain is None:
-            floats = c.get(weights)
-            w = c.transposed(c.reshaped(floats, (outs, ins, *kernel)), order)
-        else:
-            w = c.graph.constant(np.ascontiguousarray(np.transpose(_filled(plain), order)), str(weights.name))
-        b, grid = _float_bias(c, node, outs), None
+        w = c.graph.constant(
+            np.ascontiguousarray(np.transpose(_filled(floats_of(weights)), order)), str(weights.name)
+        )
+    if whole:
+        assert kept is not None and x.grid is not None and end.quantizer is not None
+        b, grid = bias(c, node, outs, x.grid, kept[1]), grid_of(end.quantizer)
+    else:
+        b = _float_bias(c, node, outs)
     kind, pads = padded(
         node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (dilations[0], dilations[1])
     )
@@ -277,7 +280,9 @@ def _global(c: Context, node: ir.Node) -> None:
 
 
 def _refuse_transpose(node: ir.Node) -> str | None:
-    if rank(node.inputs[0]) not in (3, 4) or constant(node.inputs[1]) is None:
+    if rank(node.inputs[0]) not in (3, 4) or (
+        constant(node.inputs[1]) is None and stored(node.inputs[1]) is None
+    ):
         return "LiteRT transposes convolutions over one or two axes with constant weights alone"
     if integer(node, "group", 1) != 1 or set(_picture(node, "dilations", [1, 1])) != {1}:
         return "LiteRT transposes convolutions without groups and gaps alone"
@@ -294,9 +299,7 @@ def _refuse_transpose(node: ir.Node) -> str | None:
 def _conv_transpose(c: Context, node: ir.Node) -> None:
     source, weights = node.inputs[0], node.inputs[1]
     assert source is not None and weights is not None
-    array = constant(weights)
-    assert array is not None
-    x = c.get(source, "last")
+    array, x = floats_of(weights), c.get(source, "last")
     strides, pads = _picture(node, "strides", [1, 1]), _picture(node, "pads", [0] * 4)
     outs, kernel = array.shape[1], _area(weights)
     w = c.graph.constant(np.ascontiguousarray(np.transpose(_filled(array), (1, 2, 3, 0))), str(weights.name))

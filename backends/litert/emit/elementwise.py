@@ -19,7 +19,8 @@ from optkit.backends.litert.emit.base import (
     text,
     together,
 )
-from optkit.backends.litert.emit.quant import grid_of, store
+from optkit.backends.litert.emit.grids import grid_of
+from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Settings, Tensor
 from optkit.graph import constant, is_float
 

@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from optkit.backends.litert.emit.base import Context, emits, integer, real, size
 from optkit.backends.litert.emit.conv import bias
-from optkit.backends.litert.emit.quant import grid_of, store, stored
+from optkit.backends.litert.emit.grids import grid_of, stored
+from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import NOTHING, Grid, Tensor
 from optkit.graph import constant, rank
 

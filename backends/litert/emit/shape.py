@@ -18,7 +18,8 @@ from optkit.backends.litert.emit.base import (
     text,
     together,
 )
-from optkit.backends.litert.emit.quant import grid_of, store, stored
+from optkit.backends.litert.emit.grids import grid_of, stored
+from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Tensor
 from optkit.graph import constant, rank
 
