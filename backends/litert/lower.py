@@ -121,6 +121,10 @@ class LiteRt(Backend):
         """Open the file."""
         return LiteRtSession(path, (options.threads or None) if threads is None else threads)
 
+    def parallel(self, options: LiteRtOptions, *, threads: int, streams: int) -> LiteRtOptions | None:
+        """Threads of one request; a file runs one at a time."""
+        return options.model_copy(update={"threads": threads}) if streams == 1 else None
+
     def parallelism(self, options: LiteRtOptions) -> tuple[int, int]:
         """Threads, and one request at a time."""
         return options.threads, 1
