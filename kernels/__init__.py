@@ -16,6 +16,8 @@ KERNELS = Registry(
         "matmul": "optkit.kernels.triton.matmul:MatMul",
         "linear": "optkit.kernels.triton.matmul:Linear",
         "linear-relu": "optkit.kernels.triton.matmul:LinearRelu",
+        "attention": "optkit.kernels.triton.attention:Attention",
+        "masked-attention": "optkit.kernels.triton.attention:MaskedAttention",
         "linear-gelu": "optkit.kernels.triton.matmul:LinearGelu",
     },
     group="optkit.kernels",

@@ -9,7 +9,7 @@ from optkit.graph import walk
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, Kernel
 from optkit.passes.base import Context, GraphPass
-from optkit.rewrite import Change, apply
+from optkit.rewrite import Change, apply, remove_unused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,6 +38,9 @@ class CallKernels(GraphPass):
         changes = [
             c for kernel in sorted(kernels, key=lambda k: -k.size) for c in apply(kernel.rules(), model)
         ]
+        if changes:
+            # What a kernel reads in another order leaves its old order behind.
+            remove_unused(tuple(model.graph))
         called = {node.op_type for node in walk(model) if node.domain == DOMAIN}
         for kernel in kernels:
             if kernel.op in called:

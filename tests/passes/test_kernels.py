@@ -209,3 +209,69 @@ def test_matrices_that_are_not_read_16_bytes_at_a_time_are_left_alone():
     text = PRODUCT.replace("32]", "24]") % "y = MatMul (x, w)"
     after = check_pass(CallKernels(), parse(text, w=HALVES["w"][:, :24].copy()), context=H100, atol=8e-3)
     assert [n.domain for n in walk(after)] == [""]
+
+
+HEADS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 2, S, 32] q, float16[N, 2, T, 32] k, float16[N, 2, T, 32] v, float16[N, 1, 1, T] mask) => (float16[N, 2, S, 32] y) {
+  %s
+}
+"""
+FACTORS = {"eight": np.array(8, np.float16), "half": np.array(0.5, np.float16)}
+TURNED = "t = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, t) "
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kernel"),
+    [
+        (TURNED + "w = Softmax (p) y = MatMul (w, v)", "Attention"),
+        (TURNED + "s = Div (p, eight) w = Softmax <axis = 3> (s) y = MatMul (w, v)", "Attention"),
+        (TURNED + "s = Mul (p, half) a = Add (s, mask) w = Softmax (a) y = MatMul (w, v)", "MaskedAttention"),
+        (
+            TURNED
+            + "a = Add (mask, p) f = Cast <to = 1> (a) w = Softmax (f) h = Cast <to = 10> (w) y = MatMul (h, v)",
+            "MaskedAttention",
+        ),
+    ],
+)
+def test_attention_is_a_kernel_that_never_holds_the_scores(nodes, kernel):
+    # Halves: scores up to 30 are rounded by 2**-7 before, and shares by 2**-11.
+    given = {name: value for name, value in FACTORS.items() if f"{name})" in nodes}
+    after = check_pass(CallKernels(), parse(HEADS % nodes, **given), context=H100, atol=2e-2, rtol=2e-2)
+    (found,) = [n for n in walk(after) if n.domain == "optkit"]
+    assert found.op_type == kernel
+    scale = {"Div": 0.125, "Mul": 0.5}
+    expected = next((v for k, v in scale.items() if f"{k} (p" in nodes), 1.0)
+    assert found.attributes["scale"].value == pytest.approx(expected)
+
+
+def test_keys_that_the_graph_turned_twice_are_read_as_they_are():
+    nodes = "t = Transpose <perm = [0, 2, 3, 1]> (k2) p = MatMul (q, t) w = Softmax (p) y = MatMul (w, v)"
+    text = (HEADS % nodes).replace("float16[N, 2, T, 32] k,", "float16[N, T, 2, 32] k2,")
+    after = check_pass(CallKernels(), parse(text), context=H100, atol=2e-2, rtol=2e-2)
+    (turn,) = [n for n in walk(after) if n.op_type == "Transpose"]
+    assert list(turn.attributes["perm"].value) == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Softmax (p)", "Softmax <axis = 2> (p)"),
+        ("Softmax (p)", "Exp (p)"),
+        ("32]", "24]"),
+        ("float16[N, 2, S, 32] q", "float16[N, 1, S, 32] q"),
+        ("p = MatMul (q, t)", "p = MatMul (q, t2)"),
+    ],
+)
+def test_what_is_no_attention_of_a_kernel_is_left_alone(old, new):
+    text = HEADS % (TURNED + "w = Softmax (p) y = MatMul (w, v)")
+    text = text.replace(old, new).replace("float16[N, 1, 1, T] mask", "float16[N, 2, 32, T] t2")
+    after = check_pass(CallKernels(), parse(text), context=H100, atol=5e-2, rtol=2e-2)
+    assert all(n.domain == "" for n in walk(after))
+
+
+def test_a_mask_with_axes_that_are_not_known_is_added_apart():
+    nodes = TURNED + "a = Add (p, mask) w = Softmax (a) y = MatMul (w, v)"
+    text = (HEADS % nodes).replace("float16[N, 1, 1, T] mask", "float16[T] mask")
+    after = check_pass(CallKernels(), parse(text), context=H100, atol=2e-2, rtol=2e-2)
+    assert all(n.domain == "" for n in walk(after))

@@ -1,0 +1,79 @@
+"""Attention in one pass over keys and values, with a softmax that is corrected as larger scores come."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attention(
+    q,
+    k,
+    v,
+    mask,
+    y,
+    queries,
+    keys,
+    heads,
+    SCALE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BATCH: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    MASK_QUERIES: tl.constexpr,
+):
+    """``M`` queries of one head a program; scores and sums in float32, in powers of 2.
+
+    ``MASK_BATCH``, ``MASK_HEADS``, ``MASK_QUERIES``: whether the mask has this axis, or is the same along it.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    depth = tl.arange(0, DEPTH)
+    at = head * queries * DEPTH + row.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    asked = tl.load(q + at, mask=(row < queries)[:, None], other=0.0)
+    column = tl.arange(0, N)
+    left = k + head * keys * DEPTH + column.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    right = v + head * keys * DEPTH + column.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    if MASK:
+        plane = 0
+        if MASK_BATCH:
+            plane += head // heads
+        if MASK_HEADS:
+            plane = plane * heads + head % heads
+        if MASK_QUERIES:
+            mask += plane * queries * keys
+        else:
+            mask += plane * keys
+    highest = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    sums = tl.zeros((M, DEPTH), tl.float32)
+    for start in range(0, keys, N):
+        there = column < keys - start
+        key = tl.load(left, mask=there[:, None], other=0.0)
+        score = tl.dot(asked, tl.trans(key)) * (SCALE * 1.4426950408889634)
+        if MASK:
+            if MASK_QUERIES:
+                places = (row * keys)[:, None] + column[None, :]
+                added = tl.load(mask + places, mask=(row < queries)[:, None] & there[None, :], other=0.0)
+                score += added.to(tl.float32) * 1.4426950408889634
+            else:
+                added = tl.load(mask + column, mask=there, other=0.0)
+                score += added.to(tl.float32)[None, :] * 1.4426950408889634
+            mask += N
+        score = tl.where(there[None, :], score, float("-inf"))
+        now = tl.maximum(highest, tl.max(score, axis=1))
+        # Where all so far is minus infinity, any finite number is as good.
+        safe = tl.where(now == float("-inf"), 0.0, now)
+        part = tl.exp2(score - safe[:, None])
+        less = tl.exp2(highest - safe)
+        total = total * less + tl.sum(part, axis=1)
+        value = tl.load(right, mask=there[:, None], other=0.0)
+        sums = tl.dot(part.to(value.dtype), value, sums * less[:, None])
+        highest = now
+        left += N * DEPTH
+        right += N * DEPTH
+    sums = sums / total[:, None]
+    tl.store(y + at, sums.to(y.dtype.element_ty), mask=(row < queries)[:, None])
