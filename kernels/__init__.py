@@ -18,6 +18,7 @@ KERNELS = Registry(
         "linear-relu": "optkit.kernels.triton.matmul:LinearRelu",
         "attention": "optkit.kernels.triton.attention:Attention",
         "masked-attention": "optkit.kernels.triton.attention:MaskedAttention",
+        "linear-int8": "optkit.kernels.triton.integers:LinearInt8",
         "linear-gelu": "optkit.kernels.triton.matmul:LinearGelu",
     },
     group="optkit.kernels",

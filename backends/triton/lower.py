@@ -12,6 +12,7 @@ from onnx_ir.passes.common import InlinePass
 from optkit.arithmetic import product_format
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.triton import bundle
+from optkit.backends.triton.placement import PLACEMENTS
 from optkit.backends.triton.session import FunctionBodySession
 from optkit.errors import UsageError
 from optkit.graph import walk
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from optkit.backends.base import Session
+    from optkit.placement import Placement
     from optkit.targets import Target
 
 
@@ -39,6 +41,7 @@ class Triton(Backend):
 
     name: ClassVar[str] = "triton"
     options: ClassVar[type[Options]] = TritonOptions
+    placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
     packages: ClassVar[tuple[str, ...]] = ("triton",)
     stands_in: ClassVar[bool] = True
     generic: ClassVar[bool] = False

@@ -65,7 +65,7 @@ class _Attention(Kernel):
             axes = _axes(node.inputs[3])
             if axes is None:
                 return "which axes the mask has is not known"
-            found["mask"] = axes
+            found |= {"mask": axes, "mask_format": str(format_of(node.inputs[3]))}
         return found
 
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
@@ -76,7 +76,7 @@ class _Attention(Kernel):
         pointers = [Argument(name=n, type=f"*{fmt}", binds=b, aligned=True) for n, b in binds]
         if self.masked:
             # Rows of the mask are as long as there are keys, whatever their number.
-            pointers.append(Argument(name="mask", type=f"*{fmt}", binds="input:3"))
+            pointers.append(Argument(name="mask", type=f"*{problem['mask_format']}", binds="input:3"))
         pointers.append(Argument(name="y", type=f"*{fmt}", binds="output:0", aligned=True))
         sizes = [Argument(name=n, type="i32", binds=n) for n in ("queries", "keys", "heads")]
         return Program(
@@ -120,7 +120,7 @@ class _Attention(Kernel):
             random = np.random.default_rng(seed + 1)
             mask = np.where(random.random(shapes[3]) < 0.3, -np.inf, random.standard_normal(shapes[3]))
             mask[..., -1] = 0.0  # each query sees a key, the last
-            found.append(mask.astype(np.float32).astype(DTYPES[fmt]))
+            found.append(mask.astype(np.float32).astype(DTYPES[str(problem["mask_format"])]))
         return found
 
     def allowed(self, problem: Problem) -> float:
@@ -146,7 +146,7 @@ class _Attention(Kernel):
         return [
             Rule(_pattern(scaled, self.masked, cast=cast), self._rewrite, self._check, name=self.name)
             for scaled in ("", "Mul", "Div")
-            for cast in (False, True)
+            for cast in ("", "scores", "masked")[: 2 + self.masked]
         ]
 
     def _check(
@@ -174,7 +174,7 @@ class _Attention(Kernel):
         softmax = next((n for n in _above(root) if n.op_type == "Softmax"), None)
         if softmax is None or attribute(softmax, "axis", -1) not in (-1, 3):
             return match.fail("the Softmax is not over the last axis", root)
-        if mask is not None and (mask.dtype != q.dtype or _axes(mask) is None):
+        if mask is not None and (format_of(mask) not in (format_of(q), "fp32") or _axes(mask) is None):
             return match.fail("which axes the mask has is not known", mask)
         return match
 
@@ -243,15 +243,21 @@ def _scale(node: ir.Node) -> float:
     return float(attribute(node, "scale", 1.0))  # type: ignore[arg-type]
 
 
-def _pattern(scaled: str, masked: bool, *, cast: bool) -> Callable[..., Any]:
+def _pattern(scaled: str, masked: bool, *, cast: str) -> Callable[..., Any]:
+    """Attention as graphs spell it; ``cast``: what is widened for the Softmax, the scores or the scores with their mask."""
+
     def build(op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any) -> Any:
         scores = op.MatMul(q, k)
         if scaled:
             scores = getattr(op, scaled)(scores, scale)
+        if cast == ("scores" if masked else "masked"):
+            scores = op.Cast(scores)
         if masked:
             scores = op.Add(scores, mask)
-        shares = op.Cast(op.Softmax(op.Cast(scores))) if cast else op.Softmax(scores)
-        return op.MatMul(shares, v)
+        if cast == ("masked" if masked else "scores"):
+            scores = op.Cast(scores)
+        shares = op.Softmax(scores)
+        return op.MatMul(op.Cast(shares) if cast else shares, v)
 
     if scaled and masked:
         return build
@@ -263,7 +269,11 @@ def _pattern(scaled: str, masked: bool, *, cast: bool) -> Callable[..., Any]:
 
 
 _HEAD = '<domain: "optkit", opset_import: ["" : %%d]> %s <scale> (q, k, v%s) => (y) { '
-_SCORES = "t = Transpose <perm = [0, 1, 3, 2]> (k) f = Constant <value_float: float = @scale> () c = CastLike (f, q) p = MatMul (q, t) s = Mul (p, c) "
+_SCORES = (
+    "t = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, t) g = Cast <to = 1> (p) "
+    "f = Constant <value_float: float = @scale> () s = Mul (g, f) "
+)
+_VALUES = "w = Softmax <axis = -1> (%s) h = CastLike (w, v) y = MatMul (h, v) }"
 _EXAMPLES: tuple[dict[str, int | str | bool], ...] = (
     {"format": "fp16", "depth": 64},
     {"format": "bf16", "depth": 128},
@@ -284,7 +294,7 @@ class Attention(_Attention):
     name, op, masked = "attention", "Attention", False
     size: ClassVar[int] = 4
     source: ClassVar[str] = "arXiv:2205.14135, arXiv:2307.08691"
-    body: ClassVar[str] = _HEAD % (op, "") + _SCORES + "w = Softmax <axis = -1> (s) y = MatMul (w, v) }"
+    body: ClassVar[str] = _HEAD % (op, "") + _SCORES + _VALUES % "s"
     examples: ClassVar[tuple[Problem, ...]] = tuple({**e, "scale": "0.125"} for e in _EXAMPLES)
     small: ClassVar[tuple[Problem, ...]] = tuple({**e, "scale": "0.2"} for e in _SMALL_ONES)
 
@@ -299,11 +309,13 @@ class MaskedAttention(_Attention):
     size: ClassVar[int] = 5
     source: ClassVar[str] = "arXiv:2205.14135, arXiv:2307.08691"
     body: ClassVar[str] = (
-        _HEAD % (op, ", mask") + _SCORES + "a = Add (s, mask) w = Softmax <axis = -1> (a) y = MatMul (w, v) }"
+        _HEAD % (op, ", mask") + _SCORES + "m = Cast <to = 1> (mask) a = Add (s, m) " + _VALUES % "a"
     )
-    examples: ClassVar[tuple[Problem, ...]] = tuple({**e, "scale": "0.125", "mask": "b"} for e in _EXAMPLES)
+    examples: ClassVar[tuple[Problem, ...]] = tuple(
+        {**e, "scale": "0.125", "mask": "b", "mask_format": e["format"]} for e in _EXAMPLES
+    )
     small: ClassVar[tuple[Problem, ...]] = (
-        {**_SMALL_ONES[0], "scale": "0.2", "mask": "b"},
-        {**_SMALL_ONES[1], "scale": "0.2", "mask": "q"},
-        {"format": "fp16", "depth": 16, "scale": "1.0", "mask": "bhq"},
+        {**_SMALL_ONES[0], "scale": "0.2", "mask": "b", "mask_format": "fp16"},
+        {**_SMALL_ONES[1], "scale": "0.2", "mask": "q", "mask_format": "bf16"},
+        {"format": "fp16", "depth": 16, "scale": "1.0", "mask": "bhq", "mask_format": "fp32"},
     )

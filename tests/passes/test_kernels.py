@@ -232,6 +232,11 @@ TURNED = "t = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, t) "
             + "a = Add (mask, p) f = Cast <to = 1> (a) w = Softmax (f) h = Cast <to = 10> (w) y = MatMul (h, v)",
             "MaskedAttention",
         ),
+        (
+            TURNED
+            + "f = Cast <to = 1> (p) m = Cast <to = 1> (mask) a = Add (f, m) w = Softmax (a) h = Cast <to = 10> (w) y = MatMul (h, v)",
+            "MaskedAttention",
+        ),
     ],
 )
 def test_attention_is_a_kernel_that_never_holds_the_scores(nodes, kernel):
@@ -274,4 +279,54 @@ def test_a_mask_with_axes_that_are_not_known_is_added_apart():
     nodes = TURNED + "a = Add (p, mask) w = Softmax (a) y = MatMul (w, v)"
     text = (HEADS % nodes).replace("float16[N, 1, 1, T] mask", "float16[T] mask")
     after = check_pass(CallKernels(), parse(text), context=H100, atol=2e-2, rtol=2e-2)
+    assert all(n.domain == "" for n in walk(after))
+
+
+INTEGERS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (int8[N, 3, 32] q) => (float[N, 3, 16] y) <float s = {0.02}, int8 z = {0}, int8[16] o = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}> {
+  x = DequantizeLinear (q, s, z) m = DequantizeLinear <axis = 1> (w, v, o) %s
+}
+"""
+INT8 = {
+    "w": (np.arange(512).reshape(32, 16) % 255 - 127).astype(np.int8),
+    "v": np.linspace(0.001, 0.01, 16, dtype=np.float32),
+}
+ADDED = {"b": np.linspace(-1, 1, 16, dtype=np.float32)}
+
+
+@pytest.mark.parametrize("nodes", ["y = MatMul (x, m)", "p = MatMul (x, m) y = Add (p, b)"])
+def test_a_linear_layer_of_integers_is_a_kernel_and_its_weights_are_turned(nodes):
+    given = {**INT8, **(ADDED if "b)" in nodes else {})}
+    after = check_pass(
+        CallKernels(),
+        parse(INTEGERS % nodes, **given),
+        context=H100,
+        ops=["LinearInt8"],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    (node,) = walk(after)
+    assert node.inputs[1].const_value.shape.numpy() == (16, 32)
+    np.testing.assert_allclose(node.inputs[2].const_value.numpy(), INT8["v"] * np.float32(0.02), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("int8 z = {0}", "int8 z = {3}"),
+        ("<axis = 1> (w, v, o)", "<axis = 0> (w, u, r)"),
+        ("MatMul (x, m)", "MatMul (x, t)"),
+    ],
+)
+def test_other_products_of_integers_are_left_alone(old, new):
+    nodes = "t = Identity (m) y = MatMul (x, m)"
+    text = (INTEGERS % nodes).replace(old, new)
+    more = {"u": np.full(32, 0.01, np.float32), "r": np.zeros(32, np.int8)} if "u, r" in text else {}
+    after = check_pass(
+        CallKernels(),
+        parse(text, **{k: v for k, v in INT8.items() if k == "w" or "v, o" in text}, **more),
+        context=H100,
+        atol=1e-4,
+    )
     assert all(n.domain == "" for n in walk(after))

@@ -1,0 +1,19 @@
+"""Where our kernels want Q/DQ pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optkit.placement import Placement, Row, rows
+
+# In front of products with constant matrices: the kernel takes integers in and gives floats out.
+DEFAULT = Placement(
+    name="default",
+    activation="s8",
+    weight="s8",
+    bias=False,
+    rows=rows(Row(op="MatMul", output=False, max_rank=2)),
+    source="optkit.LinearInt8: no zero points, weights per output channel, activations per tensor",
+)
+
+PLACEMENTS: Mapping[str, Placement] = {DEFAULT.name: DEFAULT}

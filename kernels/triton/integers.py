@@ -1,0 +1,205 @@
+"""Linear layers on int8 activations and int8 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.graph import attribute, constant, scalar
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
+from optkit.kernels.triton.drawing import DTYPES
+from optkit.rewrite import Match, Rule
+
+# Rows, columns and depth of a tile, warps and stages, by architecture: a depth of 128 bytes fills a line of the cache.
+_LARGE = (128, 128, 128, 8, 3)
+_TILES = {
+    (8, 0): _LARGE, (8, 6): (128, 128, 64, 8, 3), (8, 7): _LARGE, (8, 9): (128, 128, 64, 8, 3), (12, 0): (128, 128, 64, 8, 3),
+    (12, 1): (128, 128, 64, 8, 3), (9, 0): _LARGE, (10, 0): _LARGE,
+}  # fmt: skip
+_GROUP, _STEP = 8, 16
+
+
+class _Product(Kernel):
+    formats: ClassVar[tuple[str, ...]] = ("int8",)
+    outs: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
+    examples: ClassVar[tuple[Problem, ...]] = (
+        {"format": "int8", "columns": 1536, "depth": 384, "output": "fp16"},
+        {"format": "int8", "columns": 4096, "depth": 4096, "output": "bf16"},
+    )
+    small: ClassVar[tuple[Problem, ...]] = (
+        {"format": "int8", "columns": 80, "depth": 48, "output": "fp32"},
+        {"format": "int8", "columns": 272, "depth": 144, "output": "fp16"},
+    )
+
+    def problem(self, node: ir.Node) -> Problem | str:
+        w, bias = node.inputs[1], node.inputs[3]
+        out = format_of(bias)
+        if out not in self.outs:
+            return f"no format of {self.name}"
+        if w is None or w.shape is None or not w.shape.is_static():
+            return "the matrix has no fixed shape"
+        columns, depth = w.shape.numpy()
+        if depth % _STEP or columns % _STEP:
+            return f"{columns} x {depth} are no multiples of {_STEP}"
+        return {"format": "int8", "columns": columns, "depth": depth, "output": out}
+
+    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+        columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
+        m, n, k, warps, stages = _TILES[capability]
+        kinds = (
+            ("x", "i8", "input:0"),
+            ("w", "i8", "input:1"),
+            ("scale", "fp32", "input:2"),
+            ("bias", out, "input:3"),
+            ("y", out, "output:0"),
+        )
+        return Program(
+            function="optkit.kernels.triton.device.integers:linear",
+            arguments=(
+                *(Argument(name=a, type=f"*{kind}", binds=b, aligned=True) for a, kind, b in kinds),
+                Argument(name="rows", type="i32", binds="rows"),
+            ),
+            constants={"COLUMNS": columns, "DEPTH": depth, "M": m, "N": n, "K": k, "GROUP": _GROUP},
+            grid=(f"cdiv(rows, {m}) * {-(-columns // n)}", "1", "1"),
+            warps=warps, stages=stages, products="int8",
+        )  # fmt: skip
+
+    def expressions(self, problem: Problem) -> dict[str, str]:
+        return {"rows": f"elements(0) // {problem['depth']}"}
+
+    def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [(*shapes[0][:-1], int(problem["columns"]))]
+
+    def output_format(self, problem: Problem) -> str:
+        return str(problem["output"])
+
+    def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
+        columns, depth = int(problem["columns"]), int(problem["depth"])
+        return [(rows, depth), (columns, depth), (columns,), (columns,)]
+
+    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+        m = _TILES[capability][0]
+        return (1, m - 1, m, m + 1)
+
+    def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
+        random = np.random.default_rng(seed)
+        x, w, scale, bias = self.shapes(problem, rows)
+        # Products of full range, scaled to about 1.
+        unit = 1 / (73.0**2 * int(problem["depth"]) ** 0.5)
+        return [
+            random.integers(-127, 128, x, np.int8),
+            random.integers(-127, 128, w, np.int8),
+            (random.uniform(0.5, 2, scale) * unit).astype(np.float32),
+            random.standard_normal(bias).astype(np.float32).astype(DTYPES[str(problem["output"])]),
+        ]
+
+    def allowed(self, problem: Problem) -> float:
+        # The sum is exact below 2^24; a product and a sum are rounded, and the result once more.
+        return {"fp16": 0.55, "bf16": 1.05, "fp32": 2.5}[str(problem["output"])]
+
+    def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        x, w, scale, bias = (a.astype(np.float64) for a in inputs if a is not None)
+        return [x @ w.T * scale + bias]
+
+    def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+        rows, depth = shapes[0]
+        columns, out = shapes[1][0], BYTES[str(problem["output"])]
+        moved = rows * depth + depth * columns + (rows + 1) * columns * out + 4 * columns
+        return 2.0 * rows * depth * columns, float(moved)
+
+    def rules(self) -> Sequence[Rule]:
+        return [
+            Rule(_pattern(biased, cast), self._rewrite, self._check, name=self.name)
+            for biased in (True, False)
+            for cast in (True, False)
+        ]
+
+    def _check(
+        self,
+        root: ir.Node,
+        q: ir.Value,
+        s: ir.Value,
+        w: ir.Value,
+        v: ir.Value,
+        bias: ir.Value | None = None,
+        **zeros: ir.Value,
+    ) -> Match:
+        match, y = Match(), root.outputs[0]
+        if format_of(q) != "int8" or format_of(w) != "int8":
+            return match.fail("not known to be int8", q)
+        if scalar(s) is None or any(constant(z) is None or constant(z).any() for z in zeros.values()):  # type: ignore[union-attr]
+            return match.fail("activations with a zero point or a scale that is not constant", q)
+        array, scales = constant(w), constant(v)
+        if array is None or array.ndim != 2 or scales is None or scales.size not in (1, array.shape[1]):
+            return match.fail("not a constant matrix with a scale for each output", w)
+        node = next(u.node for u in w.uses())
+        if scales.size > 1 and attribute(node, "axis", 1) not in (1, -1):
+            return match.fail("scales along the inputs", w)
+        depth, columns = array.shape
+        if depth % _STEP or columns % _STEP:
+            return match.fail(f"{depth} x {columns} are no multiples of {_STEP}", w)
+        if format_of(y) not in self.outs:
+            return match.fail("the output is not known to be a float", y)
+        if bias is None and any(u.node.op_type == "Add" and _vector(u.node, columns) for u in y.uses()):
+            return match.fail("a bias is added behind it, which the kernel does too", y)
+        if bias is not None and (bias.dtype != y.dtype or list(bias.shape or ()) != [columns]):
+            return match.fail(f"not a vector of {columns}", bias)
+        return match
+
+    def _rewrite(
+        self,
+        op: Any,
+        root: ir.Node,
+        q: ir.Value,
+        s: ir.Value,
+        w: ir.Value,
+        v: ir.Value,
+        bias: ir.Value | None = None,
+        **_: Any,
+    ) -> Any:
+        array, scales = constant(w), constant(v)
+        assert array is not None and scales is not None and root.outputs[0].dtype is not None
+        scale = np.broadcast_to(scales.reshape(-1) * np.float32(scalar(s)), array.shape[1]).astype(np.float32)
+        added = np.zeros(array.shape[1], root.outputs[0].dtype.numpy()) if bias is None else bias
+        (y,) = op.node(self.op, [q, np.ascontiguousarray(array.T), scale, added], domain=DOMAIN)
+        y.type = root.outputs[0].type
+        return y
+
+
+def _vector(add: ir.Node, columns: int) -> bool:
+    """Whether a constant for each column is added."""
+    return any(
+        constant(v) is not None and list(v.shape or ()) == [columns] for v in add.inputs if v is not None
+    )
+
+
+def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
+    def build(op: Any, q: Any, s: Any, z: Any, w: Any, v: Any, o: Any, bias: Any) -> Any:
+        x, m = op.DequantizeLinear(q, s, z), op.DequantizeLinear(w, v, o)
+        y = op.MatMul(op.Cast(x), op.Cast(m)) if cast else op.MatMul(x, m)
+        return op.Add(y, bias) if biased else y
+
+    if biased:
+        return build
+    return lambda op, q, s, z, w, v, o: build(op, q, s, z, w, v, o, None)
+
+
+class LinearInt8(_Product):
+    """``y = (x @ w^T) * scale + bias`` of int8 rows and int8 weights ``[outputs, inputs]``, a scale for each output.
+
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
+    arXiv:1712.05877, section 2.2, without zero points: sums of products in 32 bits are exact, and scaled once, in float32.
+    ``scale`` is that of the activations times that of the weights.
+    """
+
+    name, op = "linear-int8", "LinearInt8"
+    size: ClassVar[int] = 6
+    source: ClassVar[str] = "arXiv:1712.05877"
+    body: ClassVar[str] = (
+        f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, bias) => (y) {{ '
+        "t = Transpose <perm = [1, 0]> (w) p = MatMulInteger (x, t) f = Cast <to = 1> (p) s = Mul (f, scale) "
+        "b = Cast <to = 1> (bias) a = Add (s, b) y = CastLike (a, bias) }"
+    )
