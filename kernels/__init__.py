@@ -19,6 +19,7 @@ KERNELS = Registry(
         "attention": "optkit.kernels.triton.attention:Attention",
         "masked-attention": "optkit.kernels.triton.attention:MaskedAttention",
         "linear-int8": "optkit.kernels.triton.integers:LinearInt8",
+        "linear-int4": "optkit.kernels.triton.weights:LinearInt4",
         "linear-gelu": "optkit.kernels.triton.matmul:LinearGelu",
     },
     group="optkit.kernels",

@@ -90,7 +90,8 @@ def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if kind == "input":
             array = one.inputs[int(index)]
             assert array is not None
-            arrays[argument.name] = array.view(np.int16) if fmt == "bf16" else array
+            raw = {"bf16": np.int16, "i8": np.int8}.get(fmt)
+            arrays[argument.name] = array if raw is None else array.view(raw)
         elif kind == "output":
             dtype = ml_dtypes.bfloat16 if fmt == "bf16" else {"fp32": "f4", "fp16": "f2", "i8": "i1"}[fmt]
             flat = np.full(int(np.prod(shapes[int(index)])) + _TAIL, _MARK, dtype)

@@ -143,7 +143,7 @@ class _Product(Kernel):
             return match.fail(f"{depth} x {columns} are no multiples of {_STEP}", w)
         if format_of(y) not in self.outs:
             return match.fail("the output is not known to be a float", y)
-        if bias is None and any(u.node.op_type == "Add" and _vector(u.node, columns) for u in y.uses()):
+        if bias is None and behind(y, columns):
             return match.fail("a bias is added behind it, which the kernel does too", y)
         if bias is not None and (bias.dtype != y.dtype or list(bias.shape or ()) != [columns]):
             return match.fail(f"not a vector of {columns}", bias)
@@ -169,10 +169,14 @@ class _Product(Kernel):
         return y
 
 
-def _vector(add: ir.Node, columns: int) -> bool:
-    """Whether a constant for each column is added."""
+def behind(value: ir.Value, columns: int) -> bool:
+    """Whether a constant for each column is added to ``value``."""
     return any(
-        constant(v) is not None and list(v.shape or ()) == [columns] for v in add.inputs if v is not None
+        constant(v) is not None and list(v.shape or ()) == [columns]
+        for use in value.uses()
+        if use.node.op_type == "Add"
+        for v in use.node.inputs
+        if v is not None
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from optkit.graph import walk
@@ -329,4 +330,46 @@ def test_other_products_of_integers_are_left_alone(old, new):
         context=H100,
         atol=1e-4,
     )
+    assert all(n.domain == "" for n in walk(after))
+
+
+FOUR = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 3, 64] x) => (float16[N, 3, 32] y) {
+  m = DequantizeLinear <axis = 0, block_size = 32> (w, v) %s
+}
+"""
+
+
+def _four(text, **more):
+    rng = np.random.default_rng(0)
+    model = parse(
+        text, w=np.zeros((64, 32), np.int8), v=rng.uniform(0.01, 0.02, (2, 32)).astype(np.float16), **more
+    )
+    q = rng.integers(-8, 8, (64, 32)).astype(ir.DataType.INT4.numpy())
+    value = model.graph.initializers["w"]
+    value.const_value = ir.Tensor(q, dtype=ir.DataType.INT4, name="w")
+    value.type = ir.TensorType(ir.DataType.INT4)
+    return model
+
+
+@pytest.mark.parametrize("nodes", ["y = MatMul (x, m)", "p = MatMul (x, m) y = Add (p, b)"])
+def test_a_linear_layer_with_weights_of_4_bits_is_a_kernel(nodes):
+    more = {"b": np.linspace(-1, 1, 32).astype(np.float16)} if "b)" in nodes else {}
+    after = check_pass(
+        CallKernels(), _four(FOUR % nodes, **more), context=H100, ops=["LinearInt4"], atol=4e-3, rtol=2e-3
+    )
+    (node,) = walk(after)
+    assert node.inputs[1].const_value.shape.numpy() == (64, 16)
+
+
+@pytest.mark.parametrize(("old", "new"), [("MatMul (x, m)", "MatMul (x, t)"), ("float16", "float")])
+def test_other_products_with_weights_of_4_bits_are_left_alone(old, new):
+    text = (FOUR % "t = Identity (m) y = MatMul (x, m)").replace(old, new)
+    model = _four(text)
+    if new == "float":
+        value = model.graph.initializers["v"]
+        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name="v")
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    after = check_pass(CallKernels(), model, context=H100, atol=4e-3, rtol=2e-3)
     assert all(n.domain == "" for n in walk(after))

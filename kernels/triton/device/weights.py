@@ -1,0 +1,50 @@
+"""Products with weights in 4 bits, which become floats on their way to the matrix unit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from optkit.kernels.triton.device.matmul import place
+
+
+@triton.jit
+def linear(
+    x,
+    w,
+    scale,
+    bias,
+    y,
+    rows,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of ``[M, N]`` a program, a block of weights that share a scale at a time; the sum of a block is scaled.
+
+    A byte of ``w`` holds two neighbouring columns, each 8 more than its value, the first in the low half.
+    """
+    down, across = place(tl.program_id(0), rows, COLUMNS, M, N, GROUP)
+    row = down * M + tl.arange(0, M)
+    column = across * N + tl.arange(0, N)
+    pair = across * (N // 2) + tl.arange(0, N // 2)
+    depth = tl.arange(0, BLOCK)
+    sums = tl.zeros((M, N), tl.float32)
+    left = x + row.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    right = w + depth.to(tl.int64)[:, None] * (COLUMNS // 2) + pair[None, :]
+    inside = column < COLUMNS
+    for k in range(0, DEPTH, BLOCK):
+        a = tl.load(left, mask=(row < rows)[:, None], other=0.0)
+        both = tl.load(right, mask=(pair < COLUMNS // 2)[None, :], other=0)
+        low = ((both & 15) - 8).to(tl.float32).to(a.dtype)
+        high = (((both >> 4) & 15) - 8).to(tl.float32).to(a.dtype)
+        factor = tl.load(scale + (k // BLOCK) * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
+        sums += tl.dot(a, tl.interleave(low, high)) * factor[None, :]
+        left += BLOCK
+        right += BLOCK * (COLUMNS // 2)
+    sums += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    tl.store(y + at, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])
