@@ -58,7 +58,7 @@ class Case:
 CASES = (
     Case("separable", "int8-qat", "QAT int8", 8),
     Case("separable", "int4-qat", "QAT w4a8", 12),
-    Case("residual", "int8-qat", "QAT int8", 4),
+    Case("residual", "int8-qat", "QAT int8", 4, rate=3e-4),
     Case("residual", "prune-structured", "channels 50 % + distillation", 12, rate=3e-3),
     Case(
         "residual", "prune-structured", "as narrow as makes it 1.8x as fast + distillation", 12,
