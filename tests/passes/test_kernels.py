@@ -371,3 +371,21 @@ def test_other_products_with_weights_of_4_bits_are_left_alone(old, new, kind):
     model = _four(text, v=np.full((2, 32), 0.01, kind))
     after = check_pass(CallKernels(), model, context=H100, atol=4e-3, rtol=2e-3)
     assert all(n.domain == "" for n in walk(after))
+
+
+ROWS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 3, 64] x) => (float[N, 3, 64] y) { y = Softmax <axis = %s> (x) }
+"""
+
+
+@pytest.mark.parametrize("axis", ["-1", "2"])
+def test_softmax_of_the_last_axis_is_a_kernel(axis):
+    after = check_pass(CallKernels(), parse(ROWS % axis), context=H100, ops=["Softmax"])
+    assert [n.domain for n in walk(after)] == ["optkit"]
+
+
+@pytest.mark.parametrize(("old", "new"), [("-1", "1"), ("64]", "M]"), ("64]", "24]")])
+def test_softmax_of_another_axis_or_of_rows_that_do_not_fit_is_left_alone(old, new):
+    after = check_pass(CallKernels(), parse((ROWS % "-1").replace(old, new)), context=H100, ops=["Softmax"])
+    assert [n.domain for n in walk(after)] == [""]
