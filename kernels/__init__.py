@@ -20,6 +20,7 @@ KERNELS = Registry(
         "masked-attention": "optkit.kernels.triton.attention:MaskedAttention",
         "linear-int8": "optkit.kernels.triton.integers:LinearInt8",
         "linear-int4": "optkit.kernels.triton.weights:LinearInt4",
+        "rotary": "optkit.kernels.triton.rotary:Rotary",
         "softmax": "optkit.kernels.triton.softmax:Softmax",
         "linear-gelu": "optkit.kernels.triton.matmul:LinearGelu",
     },
