@@ -21,6 +21,7 @@ KERNELS = Registry(
         "linear-int8": "optkit.kernels.triton.integers:LinearInt8",
         "linear-int4": "optkit.kernels.triton.weights:LinearInt4",
         "rotary": "optkit.kernels.triton.rotary:Rotary",
+        "quantize": "optkit.kernels.triton.quantize:Quantize",
         "softmax": "optkit.kernels.triton.softmax:Softmax",
         "linear-gelu": "optkit.kernels.triton.matmul:LinearGelu",
     },

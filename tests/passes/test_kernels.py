@@ -422,3 +422,28 @@ def test_other_turns_are_left_alone(old, new):
         text = text.replace("(n, l)", "(n, h)")
     after = check_pass(CallKernels(), parse(text), context=H100)
     assert all(n.domain == "" for n in walk(after))
+
+
+GRID = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 3, 32] x) => (int8[N, 3, 32] y) <float s = {0.02}, int8 z = {0}> { f = Cast <to = 1> (x) y = QuantizeLinear (f, s, z) }
+"""
+
+
+def test_quantization_of_activations_is_a_kernel():
+    check_pass(CallKernels(), parse(GRID), context=H100, ops=["Quantize"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("int8 z = {0}", "int8 z = {3}"), ("32]", "24]"), ("int8", "uint8"), ("{0.02}", "{0.02, 0.03}")],
+)
+def test_other_grids_are_left_alone(old, new):
+    text = GRID.replace(old, new)
+    if new.startswith("{0.02, "):
+        text = text.replace("float s =", "float[2] s =").replace("int8 z = {0}", "int8[2] z = {0, 0}")
+        text = text.replace("QuantizeLinear (", "QuantizeLinear <axis = 1> (").replace(
+            "[N, 3, 32]", "[N, 2, 32]"
+        )
+    after = check_pass(CallKernels(), parse(text), context=H100)
+    assert all(n.domain == "" for n in walk(after))
