@@ -1,7 +1,7 @@
 # make demo   set up, then compile a real trained model for this CPU and print the report
 # make test   set up, then run the tests
 # make lint   types and style
-# make bench  the tables of the README, with torch: about half an hour
+# make bench  the tables of the README, with torch: about three quarters of an hour
 # make bench-training  every recipe for training, on handwritten digits: about five minutes
 # make bench-families  every model family through every stage: about half an hour
 

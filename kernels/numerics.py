@@ -129,11 +129,16 @@ def errors(one: Launch, found: Sequence[np.ndarray]) -> list[Error]:
     expected = one.kernel.reference(one.problem, one.inputs)
     result = []
     for index, (value, right) in enumerate(zip(found, expected, strict=True)):
-        kind = (
-            "bf16" if value.dtype == ml_dtypes.bfloat16 else {"f4": "fp32", "f2": "fp16"}[value.dtype.str[1:]]
-        )
-        least = float(np.sqrt(np.mean(right**2))) or 1.0
-        step = _STEP[kind] * np.maximum(np.abs(right), least)
+        if value.dtype == np.int8:
+            step: Any = 1.0
+        else:
+            kind = (
+                "bf16"
+                if value.dtype == ml_dtypes.bfloat16
+                else {"f4": "fp32", "f2": "fp16"}[value.dtype.str[1:]]
+            )
+            least = float(np.sqrt(np.mean(right**2))) or 1.0
+            step = _STEP[kind] * np.maximum(np.abs(right), least)
         steps = float(np.max(np.abs(value.astype(np.float64) - right) / step))
         result.append(Error(output=index, steps=steps, found=value.astype(np.float64)))
     return result

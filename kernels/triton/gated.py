@@ -15,7 +15,7 @@ from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
 
 # Warps of a block and 16-byte reads of a thread, by architecture: enough bytes in flight for the memory of each.
-_BLOCKS = {
+BLOCKS = {
     (8, 0): (8, 2), (8, 6): (4, 1), (8, 7): (4, 1), (8, 9): (4, 1),
     (9, 0): (8, 2), (10, 0): (8, 4), (12, 0): (4, 2), (12, 1): (4, 1),
 }  # fmt: skip
@@ -44,7 +44,7 @@ class _Gated(Kernel):
 
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
         fmt = str(problem["format"])
-        warps, reads = _BLOCKS[capability]
+        warps, reads = BLOCKS[capability]
         block = warps * 32 * reads * 16 // BYTES[fmt]
         binds = (("gate", "input:0"), ("up", "input:1"), ("y", "output:0"))
         return Program(

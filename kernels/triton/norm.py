@@ -26,7 +26,7 @@ from optkit.rewrite import Match, Rule
 
 # Elements that one block has in registers, and its most warps, by architecture. A block is small where few threads fit
 # a multiprocessor, so that several hide each other's latency.
-_BLOCKS = {
+BLOCKS = {
     (8, 0): (4096, 8), (8, 6): (2048, 8), (8, 7): (2048, 8), (8, 9): (2048, 8),
     (9, 0): (4096, 8), (10, 0): (4096, 8), (12, 0): (2048, 8), (12, 1): (2048, 8),
 }  # fmt: skip
@@ -51,7 +51,7 @@ class _Norm(Kernel):
             return f"{x.dtype if x is not None else 'nothing'} is no format of {self.name}"
         if columns is None:
             return "the last axis is not fixed"
-        if (why := _fits(columns)) is not None:
+        if (why := fits(columns)) is not None:
             return why
         total = len(node.outputs) > 1 and (bool(node.outputs[1].uses()) or node.outputs[1].is_graph_output())
         return {
@@ -61,7 +61,7 @@ class _Norm(Kernel):
 
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
         fmt, columns, total = str(problem["format"]), int(problem["columns"]), bool(problem["total"])
-        elements, most = _BLOCKS[capability]
+        elements, most = BLOCKS[capability]
         block = power_of_two(columns)
         rows = max(1, min(elements // block, 8))
         # Each thread reads 16 bytes at a time.
@@ -153,7 +153,7 @@ class _Norm(Kernel):
             return match.fail("not known to be float32, float16 or bfloat16", x)
         if columns is None:
             return match.fail("the last axis is not fixed", x)
-        if why := _fits(columns):
+        if why := fits(columns):
             return match.fail(why, x)
         for vector in (scale, bound.get("bias")):
             if vector is not None and (vector.dtype != x.dtype or list(vector.shape or ()) != [columns]):
@@ -181,7 +181,8 @@ class _Norm(Kernel):
         return y
 
 
-def _fits(columns: int) -> str | None:
+def fits(columns: int) -> str | None:
+    """Why rows of so many columns are not computed from registers, or None."""
     if columns % _STEP:
         return f"rows of {columns} are not read 16 bytes at a time: no multiple of {_STEP}"
     return f"rows of {columns} do not fit the registers" if columns > _WIDEST else None

@@ -371,3 +371,79 @@ def test_other_products_with_weights_of_4_bits_are_left_alone(old, new, kind):
     model = _four(text, v=np.full((2, 32), 0.01, kind))
     after = check_pass(CallKernels(), model, context=H100, atol=4e-3, rtol=2e-3)
     assert all(n.domain == "" for n in walk(after))
+
+
+ROWS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 3, 64] x) => (float[N, 3, 64] y) { y = Softmax <axis = %s> (x) }
+"""
+
+
+@pytest.mark.parametrize("axis", ["-1", "2"])
+def test_softmax_of_the_last_axis_is_a_kernel(axis):
+    after = check_pass(CallKernels(), parse(ROWS % axis), context=H100, ops=["Softmax"])
+    assert [n.domain for n in walk(after)] == ["optkit"]
+
+
+@pytest.mark.parametrize(("old", "new"), [("-1", "1"), ("64]", "M]"), ("64]", "24]")])
+def test_softmax_of_another_axis_or_of_rows_that_do_not_fit_is_left_alone(old, new):
+    after = check_pass(CallKernels(), parse((ROWS % "-1").replace(old, new)), context=H100, ops=["Softmax"])
+    assert [n.domain for n in walk(after)] == [""]
+
+
+TURN = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 4, S, 32] x, float[1, 1, S, 32] c, float[1, 1, S, 32] s) => (float[N, 4, S, 32] y) <int64[2] half = {16, 16}> {
+  l, h = Split <axis = 3> (x, half) n = Neg (h) t = Concat <axis = -1> (n, l) a = Mul (x, c) b = Mul (t, s) y = Add (a, b)
+}
+"""
+
+
+@pytest.mark.parametrize("axis", ["[1, 1, S", "[N, 1, S"])
+def test_rotary_embedding_is_a_kernel_and_the_halves_go(axis):
+    check_pass(CallKernels(), parse(TURN.replace("[1, 1, S", axis)), context=H100, ops=["Rotary"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("Concat <axis = -1> (n, l)", "Concat <axis = -1> (l, n)"),
+        ("Neg (h)", "Neg (l)"),
+        ("{16, 16}", "{8, 24}"),
+        ("[1, 1, S, 32] s", "[1, 4, S, 32] s"),
+        ("32]", "48]"),
+    ],
+)
+def test_other_turns_are_left_alone(old, new):
+    text = TURN.replace(old, new)
+    if new == "48]":
+        text = text.replace("{16, 16}", "{24, 24}")
+    if new == "Neg (l)":
+        text = text.replace("(n, l)", "(n, h)")
+    after = check_pass(CallKernels(), parse(text), context=H100)
+    assert all(n.domain == "" for n in walk(after))
+
+
+GRID = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 3, 32] x) => (int8[N, 3, 32] y) <float s = {0.02}, int8 z = {0}> { f = Cast <to = 1> (x) y = QuantizeLinear (f, s, z) }
+"""
+
+
+def test_quantization_of_activations_is_a_kernel():
+    check_pass(CallKernels(), parse(GRID), context=H100, ops=["Quantize"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("int8 z = {0}", "int8 z = {3}"), ("32]", "24]"), ("int8", "uint8"), ("{0.02}", "{0.02, 0.03}")],
+)
+def test_other_grids_are_left_alone(old, new):
+    text = GRID.replace(old, new)
+    if new.startswith("{0.02, "):
+        text = text.replace("float s =", "float[2] s =").replace("int8 z = {0}", "int8[2] z = {0, 0}")
+        text = text.replace("QuantizeLinear (", "QuantizeLinear <axis = 1> (").replace(
+            "[N, 3, 32]", "[N, 2, 32]"
+        )
+    after = check_pass(CallKernels(), parse(text), context=H100)
+    assert all(n.domain == "" for n in walk(after))

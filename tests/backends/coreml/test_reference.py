@@ -368,3 +368,30 @@ def test_basic_pitch_as_spotify_converted_it_computes_what_its_onnx_twin_does():
             (v for v in found.values() if v.shape == array.shape), key=lambda v: np.abs(v - array).max()
         )
         assert np.abs(nearest - array).max() < 5e-5 < array.max()
+
+
+def test_rounding_to_halves_is_that_of_numpy_for_every_half_every_tie_and_random_bits():
+    from optkit.backends.coreml.reference.machine import halves
+
+    every = np.arange(0x10000, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = np.sort(every[np.isfinite(every)]).astype(np.float64)
+    ties = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+    bits = (
+        np.random.default_rng(0)
+        .integers(0, 1 << 32, 1 << 18, dtype=np.uint64)
+        .astype(np.uint32)
+        .view(np.float32)
+    )
+    small = bits[np.abs(bits) < 65000]
+    with np.errstate(all="ignore"):
+        for values in (
+            every,
+            ties,
+            np.nextafter(ties, np.float32(0)),
+            np.nextafter(ties, np.float32(1e6)),
+            bits,
+            small,
+        ):
+            expected, found = values.astype(np.float16).astype(np.float32), halves(values)
+            same = expected.view(np.uint32) == found.view(np.uint32)
+            assert (same | (np.isnan(expected) & np.isnan(found))).all()
