@@ -46,7 +46,7 @@ def test_check_build_and_inspect_tell_that_nothing_ran_on_a_gpu(capsys):
 def test_a_failing_gate_is_named_and_is_exit_code_1(capsys, monkeypatch):
     from optkit.kernels.triton import norm
 
-    monkeypatch.setattr(norm, "_BLOCKS", {(8, 9): (8192, 1)})
+    monkeypatch.setattr(norm, "BLOCKS", {(8, 9): (8192, 1)})
     assert main(["kernels", "build", "layer-norm", "-t", "l4"]) == 1
     said = capsys.readouterr()
     assert "stack" in said.err
