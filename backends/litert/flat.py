@@ -33,6 +33,7 @@ _INTEGER_VERSIONS = {
     "AVERAGE_POOL_2D": 2, "MAX_POOL_2D": 2, "CONCATENATION": 2, "MEAN": 2, "PAD": 2, "TRANSPOSE": 2, "DEQUANTIZE": 2,
     "STRIDED_SLICE": 2,
 }  # fmt: skip
+_PRODUCTS = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE_CONV"})
 # Operators that started later than at 1.
 _VERSIONS = {"BROADCAST_TO": 2}
 # An operator code above this is not in the byte that old files have for it.
@@ -153,6 +154,7 @@ class Graph:
         self.table = schema.SubGraphT()
         self.table.name, self.table.tensors, self.table.operators = name, [], []
         self._constants: dict[tuple[Any, ...], Tensor] = {}
+        self._products: list[tuple[str, bool]] = []
 
     def tensor(
         self, name: str, shape: Sequence[int], dtype: Any, grid: Grid | None = None, buffer: int = 0
@@ -190,6 +192,8 @@ class Graph:
         made = schema.OperatorT()
         integers = any(t.dtype == np.int8 for t in (*inputs, *outputs) if t is not NOTHING)
         made.opcodeIndex = self._file.code(code, integers=integers)
+        if code in _PRODUCTS:
+            self._products.append((self.table.tensors[outputs[0].index].name, outputs[0].dtype == np.int8))
         made.inputs, made.outputs = [t.index for t in inputs], [t.index for t in outputs]
         if settings is not None:
             kind, fields = settings
@@ -198,3 +202,7 @@ class Graph:
             for field, value in fields.items():
                 setattr(made.builtinOptions, field, value)
         self.table.operators.append(made)
+
+    def products(self, *, integers: bool) -> list[str]:
+        """Names of what products make, those from integers to integers or the others."""
+        return [name for name, eight in self._products if eight == integers]

@@ -105,7 +105,13 @@ class LiteRt(Backend):
                 raise UnsupportedOpError(
                     f"LiteRT for {target.name}", problems, hint="choose another --backend"
                 )
-            _emit(file, sized, signature.key)
+            floats = _emit(file, sized, signature.key)
+            if floats and (why := target.refusal("fp32")) is not None:
+                raise UnsupportedOpError(
+                    f"LiteRT for {target.name}",
+                    [(name, f"a product of floats: {why}") for name in floats],
+                    hint="quantize everything: -r litert-int8 --calib …",
+                )
             shapes[signature.key] = [list(map(int, v.shape)) for v in inputs(sized)]  # type: ignore[arg-type]
         (path / MODEL).write_bytes(file.bytes())
         told = {
@@ -169,7 +175,8 @@ def _refused(node: ir.Node) -> str | None:
     return row.refuse(node) if row.refuse is not None else None
 
 
-def _emit(file: File, model: ir.Model, key: str) -> None:
+def _emit(file: File, model: ir.Model, key: str) -> list[str]:
+    """Add a subgraph; gives the names of products that are computed in floats."""
     context = Context(file, key)
     given = {}
     for value in inputs(model):
@@ -190,6 +197,7 @@ def _emit(file: File, model: ir.Model, key: str) -> None:
             ) from error
     outputs = {str(v.name): context.result(v) for v in model.graph.outputs}
     file.add(context.graph, key, given, outputs)
+    return context.graph.products(integers=False)
 
 
 def _ports(

@@ -82,9 +82,10 @@ def signatures(
         raise UsageError(f"options.shapes: lists of sizes must be as long as one another ({counts})")
     known |= {k: v for k, v in wanted.items() if isinstance(v, int)}
     if not partial and (rest := [k for k in free if k not in known and k not in listed]):
+        example = ", ".join(f"{name}: 128" for name in rest)
         raise UsageError(
             f"LiteRT needs the size of every axis, and {', '.join(rest)} may have any",
-            hint=f"--set options.shapes.{rest[0]}=128, a list for several signatures, or calibration data that are alike",
+            hint=f"--set 'options.shapes={{{example}}}', a list of sizes for several signatures, or calibration data that are alike",
         )
     count = len(next(iter(listed.values()))) if listed else 1
     return [

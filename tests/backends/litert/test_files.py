@@ -250,6 +250,19 @@ def test_what_litert_cannot_express_is_named(tmp_path, body, said):
         _lowered(parse(HEAD + body), tmp_path)
 
 
+def test_products_of_floats_are_refused_for_hardware_that_has_none_and_integers_are_not(tmp_path):
+    from optkit.backends.litert.lower import LiteRt
+
+    coral, backend = target("edge-tpu"), LiteRt()
+    with pytest.raises(
+        UnsupportedOpError,
+        match="a product of floats: the Edge TPU computes in 8-bit",
+    ):
+        backend.lower(_mobile(), coral, backend.options(), tmp_path)
+    backend.lower(_quantized(_mobile()), coral, backend.options(), tmp_path)
+    assert (tmp_path / "model.tflite").is_file()
+
+
 def test_a_shape_that_depends_on_data_is_named(tmp_path):
     body = "(float[3, 4] x, int64[2] to) => (float[2, 6] y) { a = Reshape(x, to) [name] y = Neg(a) }"
     with pytest.raises(ModelError, match=r"the shape of 'a' depends on data"):
