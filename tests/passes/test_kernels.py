@@ -9,6 +9,8 @@ import pytest
 from optkit.graph import walk
 from optkit.passes.base import Context
 from optkit.passes.lowering.kernels import CallKernels
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
 from optkit.targets import target
 from optkit.testing import check_pass, parse
 
@@ -447,3 +449,13 @@ def test_other_grids_are_left_alone(old, new):
         )
     after = check_pass(CallKernels(), parse(text), context=H100)
     assert all(n.domain == "" for n in walk(after))
+
+
+@pytest.mark.parametrize("recipe", ["triton-fp16", "triton-int8", "triton-w4"])
+def test_norms_that_are_spelled_out_become_kernels_before_their_parts_are_cast(recipe):
+    model = parse(RMS % 1, scale=WEIGHTS["scale"])
+    steps = [p for p in Recipe.load(recipe).passes if not p.needs_data]
+    run_passes(model, tuple(steps), H100)
+    (norm,) = [n for n in walk(model) if n.domain == "optkit"]
+    assert norm.op_type == "AddRmsNorm"
+    assert norm.outputs[0].dtype == ir.DataType.FLOAT
