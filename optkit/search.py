@@ -41,7 +41,7 @@ _BEHIND = 0.8
 # Share of the speed of a candidate that the samples leave undecided, for which one that they do not is taken.
 _PROVEN = 0.9
 # CPU seconds that one evaluation may take for candidates that are as fast to be evaluated too.
-_CHEAP = 15.0
+_CHEAP = 8.0
 # Layers whose own effect is measured; larger models are measured in runs of neighbouring layers.
 _GROUPS = 64
 # Operators whose weights are worth returning to float.
