@@ -429,7 +429,7 @@ def test_an_open_verdict_stays_where_others_are_open_or_fail_too(tmp_path):
 def test_a_metric_that_takes_long_is_computed_for_an_open_verdict_where_the_candidates_are_fast(
     tmp_path, seconds, judged
 ):
-    # Twice as fast as the reference: what takes 25 s for that takes about 13 s for them.
+    # Twice as fast as the reference: what takes 14 s for that takes about 7 s for them.
     _, work = _choose(
         tmp_path, OPEN | {"sure": _Plan(1.85, drop=0.002)}, evaluation_seconds=seconds, repair=True
     )
