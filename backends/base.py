@@ -160,6 +160,18 @@ class Backend(ABC):
         """
         return self.load(path, target, options, threads=threads)
 
+    def on_device(self, path: Path, target: Target, options: Any) -> Session:
+        """Open what ``lower`` wrote on the device itself, where ``load`` opens what stands in for it.
+
+        Raises:
+            BackendUnavailableError: The device is not at hand.
+            UsageError: There is no such difference, or the device is another one.
+        """
+        raise UsageError(
+            f"artifacts of {self.name} have no runtime of optkit's on another device",
+            hint="optkit.load(...).run(...)",
+        )
+
     def prediction(self, target: Target) -> str | None:
         """What ``predict`` does to give the numbers of ``target``, in words; None where it runs what is there as it is."""
         return None

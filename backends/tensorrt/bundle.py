@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from optkit.data import draw
 from optkit.errors import ModelError
+from optkit.kernels import cuda
 from optkit.reference import ReferenceSession, unsound
 
 MODEL, BUNDLE, ENGINE, GOLDEN = "model.onnx", "bundle.json", "engine.plan", "golden"
@@ -18,6 +19,8 @@ MODEL, BUNDLE, ENGINE, GOLDEN = "model.onnx", "bundle.json", "engine.plan", "gol
 _BUILD = ("build_engine.py",)
 _PROGRAMS = ("device.py", "engine.py", "verify.py", "bench.py")
 _SCRIPTS = Path(__file__).resolve().parent / "scripts"
+# Programs that are modules of optkit too.
+_SHARED = {"device.py": cuda.__file__}
 
 # Cosine to the golden outputs. Sums in another order change float32 in the 7th digit and half precision in the 4th; a value
 # next to the border of an int8 step may fall to the other side.
@@ -56,7 +59,7 @@ def write(
 
 def program(name: str, *, rtx: bool) -> str:
     """The text of a program; TensorRT-RTX has its own package of the same interface."""
-    text = (_SCRIPTS / name).read_text(encoding="utf-8")
+    text = Path(_SHARED.get(name, _SCRIPTS / name)).read_text(encoding="utf-8")
     return text.replace("import tensorrt as trt", "import tensorrt_rtx as trt") if rtx else text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
@@ -13,8 +13,9 @@ from optkit.arithmetic import product_format
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.triton import bundle
 from optkit.backends.triton.placement import PLACEMENTS
+from optkit.backends.triton.runtime import DeviceSession, open_device
 from optkit.backends.triton.session import FunctionBodySession
-from optkit.errors import UsageError
+from optkit.errors import OptkitError, UsageError
 from optkit.graph import walk
 from optkit.inference import at_shapes
 from optkit.kernels.build import need_triton
@@ -29,14 +30,21 @@ if TYPE_CHECKING:
 
 
 class TritonOptions(Options):
-    """Nothing can be chosen: what is compiled follows from the graph and the target."""
+    """How the artifact runs on its device; what is compiled follows from the graph and the target.
+
+    Attributes:
+        rest: Where nodes without kernel run: in ONNX Runtime with CUDA, or on the host's processor.
+    """
+
+    rest: Literal["cuda", "cpu"] = "cuda"
 
 
 class Triton(Backend):
     """Fused kernels compiled by Triton for NVIDIA's GPUs from sm_80 on, without having one.
 
-    The artifact holds the machine code, what was read from it, and the graph, whose calls of kernels carry their ONNX
-    bodies: any ONNX runtime computes the same with it. A runtime that launches the kernels is not part of it.
+    The artifact holds the machine code, what was read from it, the launches in their order, and the graph, whose calls of
+    kernels carry their ONNX bodies: any ONNX runtime computes the same with it. On the device the kernels are launched
+    through CUDA's driver, and what lies between them runs in ONNX Runtime.
     """
 
     name: ClassVar[str] = "triton"
@@ -83,6 +91,15 @@ class Triton(Backend):
         """The functions' bodies in ONNX Runtime: machine code needs its GPU."""
         return FunctionBodySession(path / bundle.MODEL)
 
+    def on_device(self, path: Path, target: Target, options: TritonOptions) -> Session:
+        """The machine code on its GPU; nodes without kernel where the options say."""
+        device = open_device(target.name, target.arch)
+        try:
+            return DeviceSession(path, device, rest=options.rest, own=True)
+        except OptkitError:
+            device.close()
+            raise
+
     def executed(
         self, path: Path, target: Target, options: TritonOptions, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
@@ -112,11 +129,14 @@ class Triton(Backend):
     def deferred(self, path: Path, target: Target, options: TritonOptions) -> Sequence[str]:
         """What nobody has done: launching, and all that has no kernel."""
         found = bundle.read(path)
-        count, programs = len(found["launches"]), len({row["kernel"] for row in found["launches"]})
+        count, programs = (
+            len(found["launches"]),
+            len({name for row in found["launches"] for name in row["kernels"]}),
+        )
         steps = [
-            f"launch the {programs} compiled kernels ({count} calls) and compare them with their ONNX bodies; "
-            "optkit has no program for that yet"
+            f"launch the {programs} compiled kernels ({count} calls) and compare them with their ONNX bodies"
         ]
         if left := len(found["without_kernel"]):
-            steps.append(f"compile the other {left} nodes that compute: they are in {bundle.MODEL} as ONNX")
+            where = "with CUDA" if options.rest == "cuda" else "on the processor"
+            steps.append(f"run the other {left} nodes that compute in ONNX Runtime {where}")
         return (*steps, f"measure the latency on {target.name}")

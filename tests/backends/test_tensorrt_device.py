@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,16 +84,6 @@ def test_tensorrt_rtx_has_the_same_names(name):
 
 
 # On a device
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HERE / "device" / "libcuda.c"], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
