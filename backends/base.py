@@ -84,6 +84,8 @@ class Finished:
 
 
 Task = Callable[[str], AbstractContextManager[object]]
+Mark = Callable[[str, bool], None]
+"""Says of an evidence, by its name in ``optkit.report.Evidence``, whether it is there: written down at once."""
 
 
 class Session(ABC):
@@ -197,11 +199,14 @@ class Backend(ABC):
         """For a target that is not at hand: what is left to do there, each step in words with its command."""
         return ()
 
-    def finalize(self, path: Path, target: Target, options: Any, task: Task, *, force: bool) -> Finished:
+    def finalize(
+        self, path: Path, target: Target, options: Any, task: Task, mark: Mark, *, force: bool
+    ) -> Finished:
         """Do on the device, in the artifact ``path``, what ``deferred`` lists; what is done already is not repeated.
 
         Args:
             task: Opens a task of the progress display, by its name.
+            mark: Takes each evidence when it is reached, and takes it back where a step is repeated.
             force: Repeat it all the same.
 
         Raises:

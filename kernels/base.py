@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx
@@ -116,8 +116,15 @@ class Kernel(ABC):
         """The specialization for an architecture, by the kernel's configuration table."""
 
     def finalists(self, problem: Problem, capability: tuple[int, int]) -> Sequence[Program]:
-        """All specializations that are worth a try on a device, the likeliest first: it picks by time."""
-        return (self.program(problem, capability),)
+        """All specializations that are worth a try on a device, the likeliest first: it picks by time.
+
+        Those whose machine code does not pass its gates are left out. Where matrix units wait for memory, how many loads are
+        under way at a time is what no table knows.
+        """
+        first = self.program(problem, capability)
+        if first.products is None:
+            return (first,)
+        return (first, *(replace(first, stages=n) for n in (first.stages - 1, first.stages + 1) if n > 0))
 
     @abstractmethod
     def expressions(self, problem: Problem) -> dict[str, str]:

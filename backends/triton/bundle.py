@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optkit.backends.triton.schedule import Segment, schedule
 from optkit.errors import ModelError, UnsupportedOpError
+from optkit.golden import min_cosine
 from optkit.graph import describe, rank, walk
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, TYPES
@@ -47,8 +48,11 @@ def refusal(node: ir.Node) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def write(model: ir.Model, target: Target, path: Path) -> None:
+def write(model: ir.Model, target: Target, path: Path, formats: Sequence[str]) -> None:
     """Compile what the graph calls, hold it against the gates, and write all files.
+
+    Args:
+        formats: Of the graph's products, which say how close a device has to come.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
@@ -104,7 +108,7 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
     left = [label(node) for node in walk(model) if node not in rows and _computes(node)]
     facts = {
         "version": VERSION, "target": target.name, "arch": target.arch, "launches": launches, "steps": steps,
-        "without_kernel": left,
+        "without_kernel": left, "min_cosine": min_cosine(formats),
     }  # fmt: skip
     _json(path / LAUNCHES, facts)
 

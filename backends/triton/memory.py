@@ -116,7 +116,12 @@ class Tensor:
         return self.host
 
     def array(self, pool: Pool) -> np.ndarray:
-        """A copy, as NumPy has it."""
-        address = self.to_host(pool)
-        raw = ctypes.string_at(address, self.size)
+        """A copy as NumPy has it, of what is on the device now where it is there."""
+        if self.device is None:
+            assert self.host is not None
+            raw = ctypes.string_at(self.host, self.size)
+        else:
+            room = ctypes.create_string_buffer(max(self.size, 1))
+            pool.device.copy_out(ctypes.addressof(room), self.device, self.size)
+            raw = room.raw[: self.size]
         return np.frombuffer(raw, self.dtype.numpy()).reshape(self.shape).copy()

@@ -88,8 +88,9 @@ def test_the_artifact_holds_the_graph_the_code_and_the_launches(tmp_path):
     with backend.load(tmp_path, H100, options) as session:
         np.testing.assert_allclose(session.run(x)["y"], right, atol=1e-5)
     steps = " ".join(backend.deferred(tmp_path, H100, options))
-    assert "launch the 1 compiled kernels (1 calls)" in steps
-    assert "the other 3 nodes that compute in ONNX Runtime with CUDA" in steps
+    assert "load the 1 programs of 1 calls" in steps
+    assert "the other 3 nodes that compute run in ONNX Runtime with CUDA" in steps
+    assert len(list((tmp_path / "golden").glob("*.npz"))) == 1
     executed = backend.executed(tmp_path, H100, options, x)
     assert [(e.op, e.format, e.macs) for e in executed] == [("MatMul", "fp32", 3 * 64 * 64)] * 2
 
@@ -149,7 +150,7 @@ g (float[N, 24] x) => (float[N, 24] y) {
 """
     found = parse(text, s=np.ones(24, np.float32))
     with pytest.raises(UnsupportedOpError) as caught:
-        bundle.write(found, H100, tmp_path)
+        bundle.write(found, H100, tmp_path, [])
     assert "narrow" in str(caught.value)
     assert "no kernel has this name" in str(caught.value)
 

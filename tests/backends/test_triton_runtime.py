@@ -155,7 +155,7 @@ class Replay:
             kind, _, index = argument["binds"].partition(":")
             if kind == "input":
                 right = self.values[row["inputs"][int(index)]]
-                found, right = memory(value, right).astype(np.float64), right.astype(np.float64)
+                found, right = launches.memory(value, right).astype(np.float64), right.astype(np.float64)
                 limit = self.atol * max(1.0, np.abs(right[np.isfinite(right)]).max(initial=0))
                 place = f"{row['node']}: {argument['name']}"
                 np.testing.assert_allclose(found, right, rtol=0, atol=limit, err_msg=place)
@@ -172,11 +172,6 @@ def room(address: int) -> int:
     usable = ctypes.CDLL(None).malloc_usable_size
     usable.restype, usable.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     return usable(address)
-
-
-def memory(address: int, like: np.ndarray) -> np.ndarray:
-    raw = (ctypes.c_uint8 * like.nbytes).from_address(address)
-    return np.frombuffer(raw, np.uint8).view(like.dtype).reshape(like.shape)
 
 
 def expected_grid(op, constants, shapes):

@@ -85,6 +85,12 @@ class Recording(Device):
             self._compute(launch)
 
 
+def memory(address: int, like: np.ndarray) -> np.ndarray:
+    """What lies there, as an array of the kind and shape of ``like``; writing into it writes there."""
+    raw = (ctypes.c_uint8 * like.nbytes).from_address(address)
+    return np.frombuffer(raw, np.uint8).view(like.dtype).reshape(like.shape)
+
+
 def records(artifact: Path) -> dict[str, dict[str, Any]]:
     """Of all machine code of an artifact, by SHA-256."""
     found = [json.loads(file.read_bytes()) for file in sorted((artifact / "kernels").glob("*.json"))]
