@@ -129,6 +129,13 @@ class Device:
         )  # fmt: skip
         self.wait()
 
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Copy bytes within the device, in the order of the stream."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(size), ctypes.c_void_p(self.stream),
+        )  # fmt: skip
+
     def load(self, code: bytes, entry: str, *, shared: int = 0) -> int:
         """A function of machine code, allowed to ask for ``shared`` bytes of shared memory a block."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()

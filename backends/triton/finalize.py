@@ -22,12 +22,10 @@ from optkit.errors import ModelError
 if TYPE_CHECKING:
     from optkit.backends.base import Mark, Task
     from optkit.backends.triton.rest import Place
-    from optkit.kernels.cuda import Device
-    from optkit.kernels.launching import Prepared
 
 TUNED, VERIFIED, TIMED = "tuned.json", "verified.json", "bench.json"
-# Launches between two events, so that the clock's grain of half a microsecond does not matter, and how often that is done.
-_TOGETHER, _ROUNDS, _WARMUP = 20, 11, 5
+# Launches between two events, and how often they are timed.
+_TOGETHER, _ROUNDS = 20, 11
 _RUNS, _FIRST = 200, 50
 _DEVICE = ("device", "cuda_driver", "major", "minor")
 
@@ -138,25 +136,15 @@ def _race(session: DeviceSession, call: Call) -> dict[str, Any]:
         close = min(closeness(a, b)["cosine"] for a, b in zip(first, outputs, strict=True))
         row = {"program": name, "cosine": close}
         if close >= golden.min_cosine(("fp16",)):
-            row["median_ms"] = statistics.median(_times(session.device, prepared)) * 1e3
+            row["median_ms"] = (
+                statistics.median(prepared.times(session.device, together=_TOGETHER, rounds=_ROUNDS)) * 1e3
+            )
         rows.append(row)
     timed = [row for row in rows if "median_ms" in row]
     return {
         "fastest": min(timed, key=lambda row: row["median_ms"])["program"], "programs": rows,
         "how": f"{_TOGETHER} launches between two events, {_ROUNDS} times, caches warm", "sizes": dict(call.sizes),
     }  # fmt: skip
-
-
-def _times(device: Device, prepared: Prepared) -> list[float]:
-    for _ in range(_WARMUP):
-        prepared.start(device)
-    found = []
-    for _ in range(_ROUNDS):
-        start = device.event()
-        for _ in range(_TOGETHER):
-            prepared.start(device)
-        found.append(device.seconds(start, device.event()) / _TOGETHER)
-    return found
 
 
 def _bench(session: DeviceSession, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -62,6 +62,13 @@ class Call:
             )
             for o in row["outputs"]
         ]  # fmt: skip
+        # What is written in place is written into a copy: others may read what was there.
+        program = session.functions[row["kernels"][0]].code.record["program"]
+        for output, written in program.get("aliases", {}).items():
+            made, before = self.outputs[int(output)], self.inputs[int(written)]
+            if made is not None:
+                assert made.device is not None and before is not None
+                session.device.copy(made.device, before, made.size)
 
     def prepare(self, name: str) -> Prepared:
         """The launch of the program ``name``.

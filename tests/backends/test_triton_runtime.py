@@ -423,6 +423,27 @@ def test_promises_that_the_code_relies_on_are_checked(function, inputs, outputs,
         function.prepare(inputs, outputs, {"rows": rows}, lambda size: 256)
 
 
+def test_what_is_written_in_place_starts_as_a_copy(artifact, gpu, tmp_path):
+    folder = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    name = bundle.read(folder)["launches"][0]["kernels"][0]
+    file = folder / bundle.FOLDER / f"{name}.json"
+    record = json.loads(file.read_text())
+    record["program"]["aliases"] = {"0": 0}
+    file.write_text(json.dumps(record))
+    given, seen = feeds(1, 3), []
+
+    def compute(launch):
+        if launch["record"]["program"].get("aliases") and not seen:
+            seen.append(launches.memory(launch["arguments"]["y"], given["x"]).copy())
+            assert launch["arguments"]["y"] != launch["arguments"]["x"]
+
+    with launches.Recording(launches.records(folder), compute) as device:
+        session = DeviceSession(folder, device, rest="cpu")
+        session.run(given)
+        session.close()
+    assert (seen[0] == given["x"]).all()
+
+
 def test_no_rows_start_nothing(function):
     prepared = function.prepare([1024, 2048, 4096], [512], {"rows": 0}, lambda size: 256)
     assert prepared.grid == (0, 1, 1)

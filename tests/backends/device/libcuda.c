@@ -25,6 +25,7 @@ int cuMemAlloc_v2(uint64_t *address, size_t size) { *address = (uint64_t)(uintpt
 int cuMemFree_v2(uint64_t address) { free((void *)(uintptr_t)address); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) { memcpy((void *)(uintptr_t)to, from, size); return 0; }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream) { memcpy(to, (void *)(uintptr_t)from, size); return 0; }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void *stream) { memcpy((void *)(uintptr_t)to, (void *)(uintptr_t)from, size); return 0; }
 // A module is its image; a function is where its module and its name lie. What a launch does, the test says.
 typedef struct { const void *image; char name[256]; } function_t;
 typedef void (*launch_t)(const function_t *, const unsigned *grid, const unsigned *block, unsigned shared, void *stream, void **arguments);
