@@ -14,7 +14,7 @@ from pydantic import Field
 from optkit import golden
 from optkit.arithmetic import product_format, products
 from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
-from optkit.backends.triton import bundle
+from optkit.backends.triton import bundle, plugins
 from optkit.backends.triton.finalize import finalize
 from optkit.backends.triton.placement import PLACEMENTS
 from optkit.backends.triton.runtime import DeviceSession, open_device
@@ -41,10 +41,12 @@ class TritonOptions(Options):
         rest: Where nodes without kernel run: in ONNX Runtime with CUDA, or on the host's processor.
         sizes: Usual sizes of free axes, by their symbols: kernels are chosen and the latency is measured with them. Those that
             are not named are taken from the calibration data.
+        plugins: Whether the kernels are written as plug-ins of TensorRT too, with the graph that calls them: ``tensorrt/``.
     """
 
     rest: Literal["cuda", "cpu"] = "cuda"
     sizes: dict[str, int] = Field(default_factory=dict)
+    plugins: bool = False
 
 
 class Triton(Backend):
@@ -125,6 +127,8 @@ class Triton(Backend):
         InlinePass()(flat)
         bundle.write(model, target, path, tuple(products(flat)))
         self._golden(model, options, path)
+        if options.plugins:
+            plugins.write(path)
 
     def _golden(self, model: ir.Model, options: TritonOptions, path: Path) -> None:
         """One batch of usual sizes; where those are not known, of the first that are tried and run."""

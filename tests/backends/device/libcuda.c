@@ -17,6 +17,7 @@ int cuDeviceGetAttribute(int *value, int which, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)2; return 0; }
 int cuStreamDestroy_v2(void *stream) { return 0; }
