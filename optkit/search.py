@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit.bench import NOISE
+from optkit.deciding import deciding
 from optkit.errors import BackendUnavailableError, ModelError, OptkitError, PassError, UnsupportedOpError
 from optkit.graph import digest
 from optkit.passes.base import GraphPass
@@ -48,6 +49,8 @@ _GROUPS = 64
 _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "Gather"})
 # Shares of the quantization noise that successive repairs take away.
 _REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
+# Noise of a layer, in powers of the signal, beyond which outputs cannot be compared: ``_noise`` gives 10^20, averaged.
+_BROKEN = 1e10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -512,15 +515,13 @@ def repair(
     layers = sensitivities(work, built) if owner else []
     if not layers:
         return None
-    noise = np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
-    share = np.cumsum(noise) / noise.sum()
-    counts = sorted({min(int(np.searchsorted(share, removed)) + 1, len(layers)) for removed in _REMOVED})
-    for count in counts:
+    attempts = _attempts(work, built, layers)
+    for in_float, following in zip(attempts, [*attempts[1:], None], strict=True):
         passes = list[Any](built.recipe.passes)
-        for record in layers[:count]:
-            step = passes[owner[record.node]]
-            ignore = (*step.ignore, f"={record.node}")
-            passes[owner[record.node]] = step.model_copy(update={"ignore": ignore})
+        for name in in_float:
+            step = passes[owner[name]]
+            passes[owner[name]] = step.model_copy(update={"ignore": (*step.ignore, f"={name}")})
+        count = len(in_float)
         name = f"{built.name}-mixed-{count}"
         fixed: Built | None = None
         try:
@@ -530,18 +531,38 @@ def repair(
                 logger.info(
                     "%s: with %d of %d layers in float nothing is gained", built.name, count, len(layers)
                 )
+                shutil.rmtree(fixed.folder)
+                if following is not None and len(following) < count:
+                    continue
                 return None
             work.judge(fixed, recipe.limits)
             reasons = shortfalls(fixed, recipe, strict=strict)
         except OptkitError as error:
             reasons = [str(error)]
         if fixed is not None and not reasons:
-            fixed.layers = [r.model_copy(update={"kept_float": i < count}) for i, r in enumerate(layers)]
+            fixed.layers = [r.model_copy(update={"kept_float": r.node in in_float}) for r in layers]
             return fixed
         logger.info("%s: %s", name, "; ".join(reasons))
         if fixed is not None:
             shutil.rmtree(fixed.folder)
     return None
+
+
+def _attempts(work: Compilation, built: Built, layers: Sequence[LayerRecord]) -> list[frozenset[str]]:
+    """Sets of layers to try in float: the smallest that take away a given share of the noise, smallest first.
+
+    Where a layer alone makes outputs of another size, or NaN, no noise counts beside it: it is in every set. The first set
+    is then of all layers that decide sizes, since what did so on a few batches is chance.
+    """
+    names, noise = [r.node for r in layers], np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
+    first = int((noise > _BROKEN).sum())
+    share = np.cumsum(noise[first:]) / (noise[first:].sum() or 1.0)
+    counts = {min(first + int(np.searchsorted(share, removed)) + 1, len(layers)) for removed in _REMOVED}
+    found = [frozenset(names[:count]) for count in sorted(counts | ({first} if first else set()))]
+    if first:
+        model, _, _, _ = work.prepare(tuple(p for p in built.recipe.passes if p.exact))
+        found.insert(0, frozenset(names[:first]) | deciding(model).intersection(names))
+    return found
 
 
 def _record(name: str, built: Built | None, verdict: str, reason: str) -> CandidateRecord:
