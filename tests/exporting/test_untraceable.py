@@ -24,6 +24,8 @@ class Loop(nn.Module):
         left = x
         while left.numel():
             left = left[left > 0][1:]
+            if left.sum() > 9:
+                return left.mean()
         return left.sum()
 
 
