@@ -206,7 +206,7 @@ def test_an_axis_with_no_symbol_of_an_input_is_the_numbers_to_decide():
 def test_a_lossy_session_may_count_otherwise_where_the_numbers_decide_a_size_and_nowhere_else():
     session, found = _counted(lambda now, before: {**now, "n": np.append(now["n"], now["n"])})
     check(session.run, found, name="it", lossy=True)
-    with pytest.raises(ModelError, match="output 'n' .* came out as"):
+    with pytest.raises(ModelError, match=r"output 'n' .* came out as"):
         check(
             _counted(lambda now, before: {**now, "n": np.append(now["n"], 1)})[0].run,
             found,
@@ -222,5 +222,5 @@ def test_a_lossy_session_may_count_otherwise_where_the_numbers_decide_a_size_and
 def test_another_size_that_is_that_of_the_call_before_is_called_stale():
     found = trials(_reference, INPUTS, [_feeds(2, 6)], OUTPUTS)
     session = _Session(_from(1, lambda now, before: {**now, "n": before["n"]}))
-    with pytest.raises(ModelError, match="output 'n' .* still holds what the call before gave"):
+    with pytest.raises(ModelError, match=r"output 'n' .* still holds what the call before gave"):
         check(session.run, found, name="it", lossy=True)
