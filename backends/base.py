@@ -84,6 +84,8 @@ class Finished:
 
 
 Task = Callable[[str], AbstractContextManager[object]]
+Mark = Callable[[str, bool], None]
+"""Says of an evidence, by its name in ``optkit.report.Evidence``, whether it is there: written down at once."""
 
 
 class Session(ABC):
@@ -160,6 +162,18 @@ class Backend(ABC):
         """
         return self.load(path, target, options, threads=threads)
 
+    def on_device(self, path: Path, target: Target, options: Any) -> Session:
+        """Open what ``lower`` wrote on the device itself, where ``load`` opens what stands in for it.
+
+        Raises:
+            BackendUnavailableError: The device is not at hand.
+            UsageError: There is no such difference, or the device is another one.
+        """
+        raise UsageError(
+            f"artifacts of {self.name} have no runtime of optkit's on another device",
+            hint="optkit.load(...).run(...)",
+        )
+
     def prediction(self, target: Target) -> str | None:
         """What ``predict`` does to give the numbers of ``target``, in words; None where it runs what is there as it is."""
         return None
@@ -185,11 +199,14 @@ class Backend(ABC):
         """For a target that is not at hand: what is left to do there, each step in words with its command."""
         return ()
 
-    def finalize(self, path: Path, target: Target, options: Any, task: Task, *, force: bool) -> Finished:
+    def finalize(
+        self, path: Path, target: Target, options: Any, task: Task, mark: Mark, *, force: bool
+    ) -> Finished:
         """Do on the device, in the artifact ``path``, what ``deferred`` lists; what is done already is not repeated.
 
         Args:
             task: Opens a task of the progress display, by its name.
+            mark: Takes each evidence when it is reached, and takes it back where a step is repeated.
             force: Repeat it all the same.
 
         Raises:
