@@ -18,6 +18,8 @@ KERNELS = Registry(
         "linear-relu": "optkit.kernels.triton.matmul:LinearRelu",
         "attention": "optkit.kernels.triton.attention:Attention",
         "masked-attention": "optkit.kernels.triton.attention:MaskedAttention",
+        "causal-attention": "optkit.kernels.triton.attention:CausalAttention",
+        "causal-masked-attention": "optkit.kernels.triton.attention:CausalMaskedAttention",
         "linear-int8": "optkit.kernels.triton.integers:LinearInt8",
         "linear-int4": "optkit.kernels.triton.weights:LinearInt4",
         "rotary": "optkit.kernels.triton.rotary:Rotary",
