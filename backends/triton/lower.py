@@ -66,7 +66,7 @@ class Triton(Backend):
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """Calls that no program is for; nodes without kernel stay in the graph."""
-        return bundle.refusal(node)
+        return bundle.refusal(node, target)
 
     def lower(self, model: ir.Model, target: Target, options: TritonOptions, path: Path) -> None:
         """Write the graph, the machine code with its gates, and the launches.

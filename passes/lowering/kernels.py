@@ -10,6 +10,7 @@ from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, Kernel
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Change, apply, remove_unused
+from optkit.targets.nvidia import formats
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +34,8 @@ class CallKernels(GraphPass):
         if capability is None or capability < (8, 0):
             return []
         names = KERNELS if self.kernels is None else self.kernels
-        kernels: list[Kernel] = [KERNELS[name]() for name in names]
+        known = formats(capability)
+        kernels: list[Kernel] = [kernel for name in names if known & set((kernel := KERNELS[name]()).formats)]
         # Larger ones first: what is left over is one too.
         changes = [
             c for kernel in sorted(kernels, key=lambda k: -k.size) for c in apply(kernel.rules(), model)
