@@ -26,6 +26,7 @@ KERNELS = Registry(
         "rotary-write-quantized": "optkit.kernels.triton.paged:RotaryWriteQuantized",
         "linear-int8": "optkit.kernels.triton.integers:LinearInt8",
         "linear-int4": "optkit.kernels.triton.weights:LinearInt4",
+        "linear-int4-decode": "optkit.kernels.triton.weights:LinearInt4Decode",
         "rotary": "optkit.kernels.triton.rotary:Rotary",
         "quantize": "optkit.kernels.triton.quantize:Quantize",
         "softmax": "optkit.kernels.triton.softmax:Softmax",

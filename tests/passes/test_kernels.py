@@ -365,6 +365,21 @@ def test_a_linear_layer_with_weights_of_4_bits_is_a_kernel(nodes):
 
 
 @pytest.mark.parametrize(
+    ("rows", "kernel"), [("16, 1", "LinearInt4Decode"), ("17, 1", "LinearInt4"), ("N, 1", "LinearInt4")]
+)
+def test_few_rows_read_weights_that_lie_together(rows, kernel):
+    rng = np.random.default_rng(1)
+    scales = rng.uniform(0.01, 0.02, (2, 32)).astype(np.float16)
+    text = (FOUR % "p = MatMul (x, m) y = Add (p, b)").replace("N, 3", rows)
+    model = _four(text, v=scales, b=np.linspace(-1, 1, 32).astype(np.float16))
+    after = check_pass(CallKernels(), model, context=H100, ops=[kernel], atol=4e-3, rtol=2e-3)
+    (node,) = walk(after)
+    assert node.inputs[1].const_value.shape.numpy() == (
+        (32, 32) if kernel == "LinearInt4Decode" else (64, 16)
+    )
+
+
+@pytest.mark.parametrize(
     ("old", "new", "kind"),
     [("MatMul (x, m)", "MatMul (x, t)", np.float16), ("float16[", "float[", np.float32)],
 )
