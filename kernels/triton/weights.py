@@ -13,7 +13,7 @@ from optkit.dims import shape_of
 from optkit.graph import attribute, constant, rank
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES, draw
-from optkit.kernels.triton.integers import behind
+from optkit.kernels.triton.eight_bits import behind
 from optkit.rewrite import Match, Rule
 
 # Rows and columns of a tile, warps and stages, by architecture. Weights are what takes time where there are few rows, so

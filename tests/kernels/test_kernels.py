@@ -97,7 +97,11 @@ def test_the_function_body_computes_what_the_reference_does(name, index):
     wide = [
         a if a is None or a.dtype.kind in "iu" or a.itemsize == 1 else a.astype(np.float32) for a in inputs
     ]
-    exact = {**problem, "output": "fp32"} if problem["format"] == "int8" else {**problem, "format": "fp32"}
+    exact = (
+        {**problem, "output": "fp32"}
+        if problem["format"] in ("int8", "fp8")
+        else {**problem, "format": "fp32"}
+    )
     model = in_floats(call(kernel, exact, wide))
     feeds = {
         f"i{i}": a.astype(np.float32) if a.dtype == DTYPES["fp8"] else a
