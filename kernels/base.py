@@ -172,8 +172,8 @@ class Kernel(ABC):
                 return f"{limits.arch} has no {fmt}"
         return None
 
-    def output_format(self, problem: Problem) -> str:
-        """Of the outputs."""
+    def output_format(self, problem: Problem, output: int = 0) -> str:
+        """Of an output."""
         return str(problem["format"])
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
@@ -192,8 +192,10 @@ TYPES = {
     "bf16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
     "fp8": ir.DataType.FLOAT8E4M3FN,
+    "int64": ir.DataType.INT64,
 }
 """ONNX's types of the formats."""
+FLOATS = ("fp32", "fp16", "bf16", "fp8")
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _TRITON = {"int8": "i8", "fp8": "fp8e4nv"}
 

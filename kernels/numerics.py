@@ -21,7 +21,7 @@ _STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7, "fp8e4nv": 2.0**-3
 # What has no letter in NumPy's own alphabet goes as bits.
 _RAW = {"bf16": np.int16, "fp8e4nv": np.int8, "i8": np.int8}
 _DTYPES: dict[str, Any] = {
-    "fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.int8, "i32": np.int32,
+    "fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.int8, "i32": np.int32, "i64": np.int64,
     "fp8e4nv": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
 # What stands behind each output and must still stand there afterwards.

@@ -60,7 +60,7 @@ class _Product(Kernel):
     def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         return [(*shapes[0][:-1], int(problem["columns"]))]
 
-    def output_format(self, problem: Problem) -> str:
+    def output_format(self, problem: Problem, output: int = 0) -> str:
         return str(problem["output"])
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:

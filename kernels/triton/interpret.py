@@ -31,6 +31,7 @@ _TORCH = {
     "bf16": torch.bfloat16,
     "i8": torch.int8,
     "i32": torch.int32,
+    "i64": torch.int64,
     "fp8e4nv": torch.float8_e4m3fn,
 }
 # What NumPy knows only as bits.

@@ -215,7 +215,7 @@ class _Write(_Paged):
     def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         return [shapes[5], shapes[6]]
 
-    def output_format(self, problem: Problem) -> str:
+    def output_format(self, problem: Problem, output: int = 0) -> str:
         return self._kept(problem)
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:

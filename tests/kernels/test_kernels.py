@@ -52,7 +52,7 @@ def call(kernel, problem, inputs):
     shapes = kernel.outputs(problem, [() if a is None else a.shape for a in inputs])
     for i, (output, shape) in enumerate(zip(node.outputs, shapes, strict=True)):
         output.name, output.shape = f"o{i}", ir.Shape(shape)
-        output.type = ir.TensorType(TYPES[kernel.output_format(problem)])
+        output.type = ir.TensorType(TYPES[kernel.output_format(problem, i)])
     function = kernel.function()
     graph = ir.Graph(
         [v for v in values if v is not None],

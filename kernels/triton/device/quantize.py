@@ -20,8 +20,17 @@ def to_grid(value, kind: tl.constexpr):
 
 @triton.jit
 def quantize(x, y, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    """``clamp(round(x / SCALE))`` to -128 to 127, ties to even; one block of elements a program."""
+    """``x / SCALE`` on the grid of ``y``; one block of elements a program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / SCALE
-    tl.store(y + at, to_grid(value, tl.int8), mask=inside)
+    tl.store(y + at, to_grid(value, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dequantize(x, y, n, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    """``x * SCALE`` in the format of ``y``; one block of elements a program."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * SCALE
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
