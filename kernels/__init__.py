@@ -16,6 +16,7 @@ KERNELS = Registry(
         "matmul": "optkit.kernels.triton.matmul:MatMul",
         "linear": "optkit.kernels.triton.matmul:Linear",
         "linear-relu": "optkit.kernels.triton.matmul:LinearRelu",
+        "grouped-linear": "optkit.kernels.triton.grouped:GroupedLinear",
         "attention": "optkit.kernels.triton.attention:Attention",
         "masked-attention": "optkit.kernels.triton.attention:MaskedAttention",
         "causal-attention": "optkit.kernels.triton.attention:CausalAttention",

@@ -183,3 +183,28 @@ g (float[2, %s, 5] x, float[2, %s, 4] boxes) => (float[2, 10] y, int64[2, 10] la
 def test_detections_are_called_by_name(boxes, k, found):
     (node,) = walk(parse(DETECT % (boxes, boxes, k)))
     assert KERNELS["top-detections"]().problem(node) == found
+
+
+EXPERTS = """
+<ir_version: 10, opset_import: ["" : 21, "optkit" : 1]>
+g (float16[T, 32] x, float16[4, 32, 48] w, int32[R] order, int32[4] ends) => (float16[R, 48] y) {
+  y = optkit.GroupedLinear (x, w, order, ends)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("48]", "48]", {"format": "fp16", "columns": 48, "depth": 32, "experts": 4}),
+        ("float16", "float", "no format of grouped-linear"),
+        ("float16[T", "bfloat16[T", "no format of grouped-linear"),
+        ("int32[R]", "int64[R]", "places are not int32"),
+        ("float16[4, 32, 48]", "float16[E, 32, 48]", "the matrices have no fixed shape"),
+        ("48]", "40]", "32 x 40 are no multiples of 16"),
+        ("[4", "[513", "513 matrices are more than 512"),
+    ],
+)
+def test_products_of_experts_are_called_by_name(old, new, found):
+    (node,) = walk(parse(EXPERTS.replace(old, new)))
+    assert KERNELS["grouped-linear"]().problem(node) == found
