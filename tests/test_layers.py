@@ -16,7 +16,7 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "origin", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden",
+        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks",
     ],
     3: ["kernels"],
     4: ["passes", "backends"],
