@@ -9,10 +9,15 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from optkit.kernels.gates import failures
 from optkit.targets import target
 from optkit.workbench import chosen, numerics, sheets
+
+if TYPE_CHECKING:
+    from optkit.kernels.base import Problem
+    from optkit.workbench import Sheet
 
 # One of each kind of architecture.
 _TARGETS = ("a100", "l4", "h100", "b200", "rtx5090")
@@ -22,6 +27,14 @@ _FILE = Path(__file__).parent / "results" / "kernels.md"
 def _cpu() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def _kind(problem: Problem) -> tuple[Any, ...]:
+    return problem["format"], problem.get("stored")
+
+
+def _cell(sheet: Sheet) -> str:
+    return f"{sheet.record['registers']} / {sheet.record['shared']} / {sheet.occupancy.share:.0%}"
 
 
 def main(arguments: list[str]) -> int:
@@ -47,19 +60,20 @@ def main(arguments: list[str]) -> int:
         "",
         "Registers a thread / bytes of shared memory a block / occupancy; every program passes its gates unless listed below.",
         "The error is the largest in Triton's interpreter against float64, in steps of the format, over all architectures' programs.",
-        "Nothing of this ran on a GPU.",
+        "Where a program is missing (-), the architecture does not have the number format. Nothing of this ran on a GPU.",
         "",
-        f"| kernel | problem | {' | '.join(s.record['arch'] for s in found[: len(targets)])} | error |",
+        f"| kernel | problem | {' | '.join(t.arch for t in targets)} | error |",
         f"|---|---|{'---|' * len(targets)}---|",
     ]
-    for start in range(0, len(found), len(targets)):
-        row = found[start : start + len(targets)]
-        first = row[0]
-        fmt = first.problem["format"]
-        worst = max(n.steps for n in numbers if n.kernel == first.kernel and n.problem["format"] == fmt)
-        problem = " ".join(str(v) for k, v in first.problem.items() if k not in ("epsilon", "total"))
-        cells = [f"{s.record['registers']} / {s.record['shared']} / {s.occupancy.share:.0%}" for s in row]
-        lines.append(f"| {first.kernel} | {problem} | {' | '.join(cells)} | {worst:.2f} |")
+    for kernel in chosen(()):
+        for problem in kernel.examples:
+            row = {s.target: s for s in found if s.kernel == kernel.name and s.problem == problem}
+            alike = [
+                n.steps for n in numbers if n.kernel == kernel.name and _kind(n.problem) == _kind(problem)
+            ]
+            words = " ".join(str(v) for k, v in problem.items() if k not in ("epsilon", "total"))
+            cells = [_cell(row[t.name]) if t.name in row else "-" for t in targets]
+            lines.append(f"| {kernel.name} | {words} | {' | '.join(cells)} | {max(alike):.2f} |")
     lines += [
         "",
         f"{len(found)} programs of {len(chosen(()))} kernels: {cold:.0f} CPU-seconds to compile and inspect, "

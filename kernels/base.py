@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from optkit.graph import OPSET
 from optkit.kernels.expressions import evaluate, of_shapes
+from optkit.targets.nvidia import ARCHITECTURES, formats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,10 @@ class Program:
         warps: Of a block, as asked for.
         stages: Of the software pipeline.
         products: Format whose matrix instructions the machine code has to have; None for none.
+        low: Whether its tiles have fewer than 64 rows: then these instructions are those of a warp on every architecture.
         wide: Whether global memory has to be read 16 bytes at a time.
+        waived: Names of gates that need not hold, with the reason.
+        aliases: Outputs that are the memory of an input, written in place: index of the output -> index of the input.
     """
 
     function: str
@@ -64,8 +68,10 @@ class Program:
     warps: int = 4
     stages: int = 1
     products: str | None = None
+    low: bool = False
     wide: bool = True
     waived: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[int, int] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -163,8 +169,16 @@ class Kernel(ABC):
     def allowed(self, problem: Problem) -> float:
         """Greatest error of an output that its arithmetic explains in Triton's interpreter, in steps of the format."""
 
-    def output_format(self, problem: Problem) -> str:
-        """Of the outputs."""
+    def unsupported(self, problem: Problem, capability: tuple[int, int]) -> str | None:
+        """Why an architecture cannot compute a problem, by its number formats; None where it can."""
+        limits = ARCHITECTURES[capability]
+        for fmt in {str(problem[k]) for k in ("format", "stored", "output") if k in problem}:
+            if fmt not in formats(capability):
+                return f"{limits.arch} has no {fmt}"
+        return None
+
+    def output_format(self, problem: Problem, output: int = 0) -> str:
+        """Of an output."""
         return str(problem["format"])
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
@@ -182,9 +196,18 @@ TYPES = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "int64": ir.DataType.INT64,
 }
-"""ONNX's types of the formats, which Triton calls the same but for int8."""
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+"""ONNX's types of the formats."""
+FLOATS = ("fp32", "fp16", "bf16", "fp8")
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+_TRITON = {"int8": "i8", "fp8": "fp8e4nv"}
+
+
+def pointer(fmt: str) -> str:
+    """The type of a pointer to numbers of a format, as Triton writes it."""
+    return f"*{_TRITON.get(fmt, fmt)}"
 
 
 def format_of(value: ir.Value | None) -> str | None:

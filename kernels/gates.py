@@ -11,7 +11,7 @@ from optkit.kernels.occupancy import occupancy
 from optkit.targets.nvidia import ARCHITECTURES, formats
 
 # Matrix instructions by format of the operands and major compute capability: mma.sync below 9.0 and on 12.x, wgmma on 9.0,
-# tcgen05 on 10.x. A tile with fewer than 64 rows has no wgmma.
+# tcgen05 on 10.x. A tile with fewer than 64 rows has neither of these two: then it is mma.sync everywhere.
 _FLOATS = {8: "HMMA", 9: "HGMMA", 10: "UTCHMMA", 12: "HMMA"}
 _PRODUCTS: dict[str, dict[int, str]] = {
     "fp16": _FLOATS,
@@ -63,7 +63,7 @@ def gates(record: Mapping[str, Any]) -> tuple[Gate, ...]:
         ("occupancy", f"{running.blocks} blocks, {running.share:.0%} of the warps", running.blocks > 0),
     ]
     if program["products"] is not None:
-        wanted = _PRODUCTS[program["products"]][major]
+        wanted = _PRODUCTS[program["products"]][8 if program["low"] else major]
         count = sum(n for name, n in mix.items() if name.split(".")[0] == wanted)
         rows.append(("matrix instructions", f"{count} {wanted}", count > 0))
     if program["wide"]:

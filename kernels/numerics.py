@@ -18,7 +18,13 @@ from optkit.kernels.build import child, need_triton
 from optkit.kernels.expressions import evaluate
 
 # Bits of the fraction, and the unit of the last place of 1.
-_STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+_STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7, "fp8e4nv": 2.0**-3}
+# What has no letter in NumPy's own alphabet goes as bits.
+_RAW = {"bf16": np.int16, "fp8e4nv": np.int8, "i8": np.int8}
+_DTYPES: dict[str, Any] = {
+    "fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.int8, "i32": np.int32, "i64": np.int64,
+    "fp8e4nv": ml_dtypes.float8_e4m3fn,
+}  # fmt: skip
 # What stands behind each output and must still stand there afterwards.
 _TAIL, _MARK = 64, 77.0
 
@@ -91,12 +97,16 @@ def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if kind == "input":
             array = one.inputs[int(index)]
             assert array is not None
-            raw = {"bf16": np.int16, "i8": np.int8}.get(fmt)
-            arrays[argument.name] = array if raw is None else array.view(raw)
+            arrays[argument.name] = array.view(_RAW[fmt]) if fmt in _RAW else array
         elif kind == "output":
-            dtype = ml_dtypes.bfloat16 if fmt == "bf16" else {"fp32": "f4", "fp16": "f2", "i8": "i1"}[fmt]
-            flat = np.full(int(np.prod(shapes[int(index)])) + _TAIL, _MARK, dtype)
-            arrays[argument.name] = flat.view(np.int16) if fmt == "bf16" else flat
+            size = int(np.prod(shapes[int(index)]))
+            flat = np.full(size + _TAIL, _MARK, _DTYPES[fmt])
+            if (written := one.program.aliases.get(int(index))) is not None:
+                # It is written into what is there.
+                before = one.inputs[written]
+                assert before is not None
+                flat[:size] = before.reshape(-1)
+            arrays[argument.name] = flat.view(_RAW[fmt]) if fmt in _RAW else flat
             outputs.append(argument.name)
         else:
             scalars[argument.name] = evaluate(argument.binds, sizes)
@@ -118,8 +128,8 @@ def _outputs(file: Path, one: Launch) -> list[np.ndarray]:
             if kind != "output":
                 continue
             array = arrays[argument.name]
-            array = array.view(ml_dtypes.bfloat16) if argument.type == "*bf16" else array
-            if not (array[-_TAIL:].astype(np.float64) == _MARK).all():
+            array = array.view(_DTYPES[argument.type.lstrip("*")])
+            if not (array[-_TAIL:] == np.asarray(_MARK, array.dtype)).all():
                 raise ModelError(f"{one.program.function} wrote behind {argument.name}")
             found[int(index)] = array[:-_TAIL].reshape(shapes[int(index)])
     return [found[index] for index in sorted(found)]
@@ -130,14 +140,10 @@ def errors(one: Launch, found: Sequence[np.ndarray]) -> list[Error]:
     expected = one.kernel.reference(one.problem, one.inputs)
     result = []
     for index, (value, right) in enumerate(zip(found, expected, strict=True)):
-        if value.dtype == np.int8:
+        if value.dtype.kind in "iu":
             step: Any = 1.0
         else:
-            kind = (
-                "bf16"
-                if value.dtype == ml_dtypes.bfloat16
-                else {"f4": "fp32", "f2": "fp16"}[value.dtype.str[1:]]
-            )
+            kind = next(name for name, dtype in _DTYPES.items() if value.dtype == dtype)
             least = float(np.sqrt(np.mean(right**2))) or 1.0
             step = _STEP[kind] * np.maximum(np.abs(right), least)
         steps = float(np.max(np.abs(value.astype(np.float64) - right) / step))

@@ -238,7 +238,8 @@ class Compilation:
     @cached_property
     def trials(self) -> list[Trial]:
         """What every candidate must get through before it is timed."""
-        return trials(self.reference.run, specs(self.loaded.model)[0], self.feeds)
+        inputs, outputs = specs(self.loaded.model)
+        return trials(self.reference.run, inputs, self.feeds, outputs)
 
     def context(self, engine: Backend, memo: dict[Any, Any]) -> Context:
         """What passes get to know."""

@@ -306,6 +306,8 @@ def _formats(achieved: Achieved | None, report: Report) -> str:
         f"Quantized: {achieved.scheme}.",
         f"Weights as stored: {weights or 'none'}. Nodes {'ran on' if ran else 'are shown by'}: {places or 'unknown'}.",
     ]
+    if chosen := sentences.bits(report):
+        notes.append(f"{chosen[:1].upper()}{chosen[1:]}.")
     if kept:
         notes.append(
             f"{len(kept)} of {sentences.count(len(report.layers), 'layer')} went back to float because quantizing them hurts most."
@@ -355,7 +357,7 @@ def _layers(layers: Sequence[LayerRecord]) -> str:
                 ("n", f"{r.sqnr_db:.1f} dB"),
                 ("n", _e(sentences.percent(noise[r.node] / total))),
                 ("bar", _bar(noise[r.node] / (noise[order[0].node] or 1.0), "o" if r.kept_float else "b")),
-                ("k", "float" if r.kept_float else "quantized"),
+                ("k", "float" if r.kept_float else "quantized" if r.bits is None else f"{r.bits} bits"),
             )
         )
         for r in order[:_LONGEST]

@@ -289,11 +289,15 @@ class CandidateRecord(_Record):
 
 
 class LayerRecord(_Record):
-    """What quantizing one layer alone does to the outputs."""
+    """What quantizing one layer alone does to the outputs.
+
+    ``bits`` are those of its weights, where the recipe had several to choose from and the layer is not in float.
+    """
 
     node: str
     sqnr_db: float
     kept_float: bool
+    bits: int | None = None
 
 
 class Resources(_Record):

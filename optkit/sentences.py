@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from optkit.bench import NOISE
@@ -357,6 +358,15 @@ def gathered(record: Evidence) -> tuple[str, str]:
 def kept_float(report: Report) -> tuple[str, ...]:
     """Layers that were measured and went back to float."""
     return tuple(layer.node for layer in report.layers if layer.kept_float)
+
+
+def bits(report: Report) -> str:
+    """How many layers have weights of how many bits, where the recipe had several to choose from; else empty."""
+    found = Counter(layer.bits for layer in report.layers if layer.bits is not None)
+    if not found:
+        return ""
+    parts = [f"{n} of {b} bits" for b, n in sorted(found.items())]
+    return f"{count(len(report.layers), 'layer')} by what quantizing each alone does to the outputs: {', '.join(parts)}"
 
 
 def metric(candidate: CandidateRecord) -> tuple[str, str, str]:

@@ -71,7 +71,7 @@ def sheets(
     Raises:
         BackendUnavailableError: Triton is not installed.
         ModelError: Triton refuses a program.
-        UsageError: A target is no GPU of NVIDIA's with bfloat16.
+        UsageError: A target is no GPU of NVIDIA's with bfloat16, or no target has the formats of any problem.
     """
     for target in targets:
         if target.capability is None or target.capability < (8, 0):
@@ -84,13 +84,29 @@ def sheets(
         for kernel in chosen(names)
         for problem in kernel.examples
         for target in targets
+        if target.capability is not None and kernel.unsupported(problem, target.capability) is None
     ]
+    if not wanted:
+        raise UsageError("; ".join(refused(names, targets)), hint="choose another --target")
     jobs = [(k.program(p, t.capability), t.capability) for k, p, t in wanted if t.capability is not None]
     built = build(jobs, fresh=fresh)
     return [
         _sheet(kernel, problem, target, one.record, rows, one.cached)
         for (kernel, problem, target), one in zip(wanted, built, strict=True)
     ]
+
+
+def refused(names: Sequence[str], targets: Sequence[Target]) -> list[str]:
+    """What ``sheets`` leaves out, and why: problems in formats that a target does not have."""
+    found = []
+    for kernel in chosen(names):
+        for target in targets:
+            assert target.capability is not None
+            whys = (kernel.unsupported(problem, target.capability) for problem in kernel.examples)
+            found += [
+                f"{kernel.name} for {target.name}: {why}" for why in dict.fromkeys(whys) if why is not None
+            ]
+    return found
 
 
 def _sheet(
@@ -138,6 +154,7 @@ def numerics(names: Sequence[str], capability: tuple[int, int]) -> list[Numerics
         (kernel, problem, rows)
         for kernel in chosen(names)
         for problem in kernel.small
+        if kernel.unsupported(problem, capability) is None
         for rows in kernel.edges(problem, capability)
     ]
     launches = [launch(kernel, problem, capability, rows) for kernel, problem, rows in cases]

@@ -16,9 +16,9 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "origin", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden",
+        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding",
     ],
-    3: ["kernels"],
+    3: ["kernels", "training_sharded"],
     4: ["passes", "backends"],
     5: ["recipe", "recipes"],
     6: [

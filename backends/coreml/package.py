@@ -17,6 +17,8 @@ MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
 # Any fixed one will do; what an item is called follows from what it is.
 _SPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
 _FP16 = {"common::add_fp16_cast", "common::add_int16_cast"}
+# Takes the factors of a palette's channels for scales of its entries, and writes a table for each channel.
+_NEVER = {"common::canonicalize_quantized_lut_pattern"}
 
 
 def convert(
@@ -49,6 +51,7 @@ def convert(
 
     with silence():
         pipeline = ct.PassPipeline()
+        pipeline.remove_passes(_NEVER)
         if not fp16:
             pipeline.remove_passes(_FP16)
         elif keep:

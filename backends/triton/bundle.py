@@ -37,15 +37,16 @@ def kernels() -> dict[str, Kernel]:
     return {kernel.op: kernel for kernel in (KERNELS[name]() for name in KERNELS)}
 
 
-def refusal(node: ir.Node) -> str | None:
-    """Why a call of the domain ``optkit`` has no program; None for all other nodes."""
+def refusal(node: ir.Node, target: Target) -> str | None:
+    """Why a call of the domain ``optkit`` has no program for a target; None for all other nodes."""
     if node.domain != DOMAIN:
         return None
     kernel = kernels().get(node.op_type)
     if kernel is None:
         return "no kernel has this name"
     found = kernel.problem(node)
-    return found if isinstance(found, str) else None
+    assert target.capability is not None
+    return found if isinstance(found, str) else kernel.unsupported(found, target.capability)
 
 
 def write(model: ir.Model, target: Target, path: Path, formats: Sequence[str]) -> None:
@@ -60,7 +61,7 @@ def write(model: ir.Model, target: Target, path: Path, formats: Sequence[str]) -
         UnsupportedOpError: Lists the calls that have no program.
     """
     assert target.capability is not None
-    calls, problems = _calls(model)
+    calls, problems = _calls(model, target)
     if problems:
         raise UnsupportedOpError(f"kernels for {target.name}", problems)
     if not calls:
@@ -147,13 +148,15 @@ def read(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _calls(model: ir.Model) -> tuple[list[tuple[ir.Node, Kernel, Problem]], list[tuple[str, str]]]:
+def _calls(
+    model: ir.Model, target: Target
+) -> tuple[list[tuple[ir.Node, Kernel, Problem]], list[tuple[str, str]]]:
     """The calls of the main graph, which launches stand for; those in bodies run as ONNX with their nodes."""
     found, problems, known = [], [], kernels()
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
-        if (why := refusal(node)) is not None:
+        if (why := refusal(node, target)) is not None:
             problems.append((describe(node), why))
             continue
         kernel = known[node.op_type]

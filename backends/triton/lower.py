@@ -84,7 +84,7 @@ class Triton(Backend):
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """Calls that no program is for; nodes without kernel stay in the graph."""
-        return bundle.refusal(node)
+        return bundle.refusal(node, target)
 
     def sizes(self, model: ir.Model, options: TritonOptions) -> Mapping[str, int]:
         """Those of the options."""

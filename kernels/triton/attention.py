@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import attribute, rank, scalar
+from optkit.dims import shape_of
+from optkit.graph import attribute, rank, users
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
 from optkit.kernels.triton.drawing import DTYPES, draw
+from optkit.kernels.triton.scores import (
+    DEPTHS,
+    depth_of,
+    factor,
+    group,
+    mask_axes,
+    pattern,
+    scaled_queries,
+    softmax_axis,
+)
+from optkit.masks import sight
 from optkit.rewrite import Match, Rule
 
 
@@ -32,37 +44,53 @@ _HALF = _Tile(queries=64, keys=64, warps=4, stages=2)
 _QUARTER = _Tile(queries=64, keys=32, warps=4, stages=2)
 _OWN = _Tile(queries=64, keys=32, warps=4, stages=1)
 _OWN_WIDE = _Tile(queries=64, keys=32, warps=8, stages=1)
-# What fits the registers without a stack: for heads of up to 64 elements and for deeper ones; then the same where the mask
-# has a value of its own for every score.
+# What fits the registers without a stack: for heads of up to 64 elements and for deeper ones; the same where the mask has a
+# value of its own for every score; and both again where places are compared.
 _TILES = {
-    (8, 0): (_SMALL, _WIDE, _OWN, _OWN_WIDE),
-    (8, 6): (_SMALL, _HALF, _OWN, _OWN_WIDE),
-    (8, 7): (_SMALL, _HALF, _OWN, _OWN_WIDE),
-    (8, 9): (_SMALL, _HALF, _OWN, _OWN_WIDE),
-    (9, 0): (_Tile(queries=128, keys=128, warps=8, stages=2), _WIDE, _OWN, _OWN),
-    (10, 0): (_SMALL, _WIDE, _OWN, _OWN),
-    (12, 0): (_WIDE, _QUARTER, _OWN, _OWN_WIDE),
-    (12, 1): (_WIDE, _QUARTER, _OWN, _OWN_WIDE),
+    (8, 0): (_SMALL, _WIDE, _OWN, _OWN_WIDE, _SMALL, _WIDE, _OWN, _OWN_WIDE),
+    (8, 6): (_SMALL, _HALF, _OWN, _OWN_WIDE, _HALF, _QUARTER, _OWN, _OWN_WIDE),
+    (8, 7): (_SMALL, _HALF, _OWN, _OWN_WIDE, _HALF, _QUARTER, _OWN, _OWN_WIDE),
+    (8, 9): (_SMALL, _HALF, _OWN, _OWN_WIDE, _HALF, _QUARTER, _OWN, _OWN_WIDE),
+    (9, 0): (_Tile(queries=128, keys=128, warps=8, stages=2), _WIDE, _OWN, _OWN, _WIDE, _WIDE, _OWN, _OWN),
+    (10, 0): (_SMALL, _WIDE, _OWN, _OWN, _WIDE, _WIDE, _OWN, _OWN_WIDE),
+    (12, 0): (_WIDE, _QUARTER, _OWN, _OWN_WIDE, _WIDE, _QUARTER, _OWN, _OWN_WIDE),
+    (12, 1): (_WIDE, _QUARTER, _OWN, _OWN_WIDE, _WIDE, _QUARTER, _OWN, _OWN_WIDE),
 }
-_DEPTHS = (16, 32, 64, 128)
 # Sizes that ``shapes`` draws with.
-_BATCH, _HEADS = 2, 3
+_BATCH, _HEADS = 2, 2
 
 
 class _Attention(Kernel):
-    masked: ClassVar[bool]
+    masked: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
 
     def problem(self, node: ir.Node) -> Problem | str:
-        q = node.inputs[0]
-        fmt, depth = format_of(q), _depth(q)
+        q, k = node.inputs[:2]
+        fmt, depth = format_of(q), depth_of(q)
         if fmt is None or fmt not in self.formats:
             return f"no format of {self.name}"
         if depth is None:
-            return f"heads have no fixed size of {', '.join(map(str, _DEPTHS))} elements"
-        found: dict[str, int | str | bool] = {"format": fmt, "depth": depth, "scale": repr(_scale(node))}
+            return f"heads have no fixed size of {', '.join(map(str, DEPTHS))} elements"
+        heads, few = shape_of(q), shape_of(k)
+        assert heads is not None
+        if few is None or len(few) != 4:
+            return "how many heads share keys is not known"
+        share = 1
+        if heads[1] != few[1]:
+            if not isinstance(heads[1], int) or not isinstance(few[1], int) or heads[1] % few[1]:
+                return "how many heads share keys is not known"
+            share = heads[1] // few[1]
+        found: dict[str, int | str | bool] = {
+            "format": fmt,
+            "depth": depth,
+            "scale": repr(_scale(node)),
+            "share": share,
+        }
+        if self.causal:
+            found |= {"window": _integer(node, "window"), "last": bool(_integer(node, "last"))}
         if self.masked:
-            axes = _axes(node.inputs[3])
+            axes = mask_axes(node.inputs[3])
             if axes is None:
                 return "which axes the mask has is not known"
             found |= {"mask": axes, "mask_format": str(format_of(node.inputs[3]))}
@@ -86,13 +114,16 @@ class _Attention(Kernel):
                 **({} if self.masked else {"mask": None}),
                 "SCALE": float(str(problem["scale"])), "DEPTH": depth, "M": t.queries, "N": t.keys, "MASK": self.masked,
                 "MASK_BATCH": "b" in axes, "MASK_HEADS": "h" in axes, "MASK_QUERIES": "q" in axes,
+                "SHARE": int(problem["share"]), "CAUSAL": self.causal, "WINDOW": int(problem.get("window", 0)),
+                "LAST": bool(problem.get("last", False)),
             },
             grid=(f"cdiv(queries, {t.queries})", "batch * heads", "1"),
             warps=t.warps, stages=t.stages, products=fmt,
         )  # fmt: skip
 
     def _tile(self, problem: Problem, capability: tuple[int, int]) -> _Tile:
-        return _TILES[capability][2 * ("q" in str(problem.get("mask", ""))) + (int(problem["depth"]) > 64)]
+        kind = ("q" in str(problem.get("mask", ""))) + 2 * self.causal
+        return _TILES[capability][2 * kind + (int(problem["depth"]) > 64)]
 
     def expressions(self, problem: Problem) -> dict[str, str]:
         return {"batch": "axis(0, 0)", "heads": "axis(0, 1)", "queries": "axis(0, 2)", "keys": "axis(1, 2)"}
@@ -101,11 +132,12 @@ class _Attention(Kernel):
         return [shapes[0]]
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
-        depth, keys = int(problem["depth"]), rows + 3
-        found: list[tuple[int, ...]] = [(_BATCH, _HEADS, n, depth) for n in (rows, keys, keys)]
+        depth, keys, share = int(problem["depth"]), rows + 3, int(problem["share"])
+        few = (_BATCH, max(1, _HEADS // share), keys, depth)
+        found: list[tuple[int, ...]] = [(_BATCH, share * few[1], rows, depth), few, few]
         if self.masked:
             axes = str(problem["mask"])
-            full = {"b": _BATCH, "h": _HEADS, "q": rows}
+            full = {"b": _BATCH, "h": found[0][1], "q": rows}
             found.append((*(full[a] if a in axes else 1 for a in "bhq"), keys))
         return found
 
@@ -118,8 +150,9 @@ class _Attention(Kernel):
         found = draw(shapes[:3], fmt, seed)
         if self.masked:
             random = np.random.default_rng(seed + 1)
-            mask = np.where(random.random(shapes[3]) < 0.3, -np.inf, random.standard_normal(shapes[3]))
-            mask[..., -1] = 0.0  # each query sees a key, the last
+            hidden = random.random(shapes[3]) < 0.3
+            hidden[..., :: 2 if self.causal else shapes[3][3]] = False  # each query sees a key
+            mask = np.where(hidden, -np.inf, random.standard_normal(shapes[3]))
             found.append(mask.astype(np.float32).astype(DTYPES[str(problem["mask_format"])]))
         return found
 
@@ -129,24 +162,40 @@ class _Attention(Kernel):
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         q, k, v, *mask = (a.astype(np.float64) for a in inputs if a is not None)
+        k, v = (np.repeat(x, int(problem["share"]), 1) for x in (k, v))
         scores = q @ np.swapaxes(k, 2, 3) * float(str(problem["scale"])) + (mask[0] if mask else 0.0)
+        if self.causal:
+            ahead = k.shape[2] - q.shape[2] if problem["last"] else 0
+            back = np.arange(q.shape[2])[:, None] + ahead - np.arange(k.shape[2])
+            window = int(problem["window"]) or k.shape[2]
+            scores = np.where((back >= 0) & (back < window), scores, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         return [shares / shares.sum(-1, keepdims=True) @ v]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         batch, heads, queries, depth = shapes[0]
         keys = shapes[1][2]
-        moved = 2 * batch * heads * (queries + keys) * depth + sum(math.prod(s) for s in shapes[3:])
-        return 4.0 * batch * heads * queries * keys * depth, float(moved * BYTES[str(problem["format"])])
+        moved = 2 * math.prod(shapes[0]) + sum(math.prod(s) for s in shapes[1:])
+        pairs = float(queries * keys)
+        if self.causal:
+            place = np.arange(queries) + (keys - queries if problem["last"] else 0)
+            pairs = float(np.clip(place + 1, 0, min(int(problem["window"]) or keys, keys)).sum())
+        return 4.0 * batch * heads * pairs * depth, float(moved * BYTES[str(problem["format"])])
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
-        return {"scale": float(str(problem["scale"]))}
+        more = {"window": int(problem["window"]), "last": int(problem["last"])} if self.causal else {}
+        return {"scale": float(str(problem["scale"])), **more}
 
     def rules(self) -> Sequence[Rule]:
         return [
-            Rule(_pattern(scaled, self.masked, cast=cast), self._rewrite, self._check, name=self.name)
+            Rule(
+                pattern(scaled, self.masked or self.causal, cast=cast),
+                self._rewrite,
+                self._check,
+                name=self.name,
+            )
             for scaled in ("", "Mul", "Div")
-            for cast in ("", "scores", "masked")[: 2 + self.masked]
+            for cast in ("", "scores", "masked")[: 2 + (self.masked or self.causal)]
         ]
 
     def _check(
@@ -162,20 +211,39 @@ class _Attention(Kernel):
         match = Match()
         if format_of(q) not in self.formats or any(x.dtype != q.dtype for x in (k, v)):
             return match.fail("not known to be float16 or bfloat16", q)
-        if any(rank(x) != 4 for x in (q, v)) or _depth(q) is None or _depth(v) != _depth(q):
-            return match.fail(f"not batches of heads of {', '.join(map(str, _DEPTHS))} elements", q)
+        if any(rank(x) != 4 for x in (q, v)) or depth_of(q) is None or depth_of(v) != depth_of(q):
+            return match.fail(f"not batches of heads of {', '.join(map(str, DEPTHS))} elements", q)
         turned = k.producer()
         if turned is None or turned.op_type != "Transpose" or turned.domain != "" or rank(k) != 4:
             return match.fail("the keys are not transposed", k)
-        if q.shape is None or v.shape is None or list(q.shape)[:2] != list(v.shape)[:2]:
-            return match.fail("keys and queries are not known to have the same heads", v)
-        if scale is not None and scalar(scale) is None:
+        if isinstance(why := group(root, q, k, v), str):
+            return match.fail(why, v)
+        if factor(root, k, scale) is None:
             return match.fail("the scale is no constant", scale)
-        softmax = next((n for n in _above(root) if n.op_type == "Softmax"), None)
-        if softmax is None or attribute(softmax, "axis", -1) not in (-1, 3):
+        if softmax_axis(root, k) not in (-1, 3):
             return match.fail("the Softmax is not over the last axis", root)
-        if mask is not None and (format_of(mask) not in (format_of(q), "fp32") or _axes(mask) is None):
+        if mask is not None and self.causal:
+            return self._see(match, root, q, v, mask)
+        if mask is not None and (format_of(mask) not in (format_of(q), "fp32") or mask_axes(mask) is None):
             return match.fail("which axes the mask has is not known", mask)
+        return match
+
+    def _see(self, match: Match, root: ir.Node, q: ir.Value, v: ir.Value, mask: ir.Value) -> Match:
+        """Whether the mask is what the kernel makes itself."""
+        assert q.shape is not None
+        assert v.shape is not None
+        if mask.shape is None or list(mask.shape)[-2:] != [q.shape[2], v.shape[2]]:
+            return match.fail("the mask is not known to have a value for each query and key", mask)
+        found = sight(mask, v)
+        if isinstance(found, str):
+            return match.fail(found)
+        if (found.keys is not None) != self.masked:
+            return match.fail(
+                "hides keys from all queries too" if found.keys is not None else "hides no key from all", mask
+            )
+        # Queries that see no key give what no mask of ours gives; the graph has to put something in their place.
+        if found.keys is not None and any(n.op_type != "Where" for n in users(root.outputs[0])):
+            return match.fail("queries that see no key are not guarded", root)
         return match
 
     def _rewrite(
@@ -194,93 +262,70 @@ class _Attention(Kernel):
         perm = list(attribute(turned, "perm", (3, 2, 1, 0)))  # type: ignore[call-overload]
         perm[2:] = perm[:1:-1]
         keys = op.Transpose(turned.inputs[0], perm=perm) if perm != [0, 1, 2, 3] else turned.inputs[0]
-        factor = 1.0 if scale is None else float(scalar(scale) or 1.0)
-        divided = any(n.op_type == "Div" for n in _above(root)) if scale is not None else False
-        inputs = [q, keys, v] if mask is None else [q, keys, v, mask]
-        (y,) = op.node(self.op, inputs, {"scale": 1 / factor if divided else factor}, domain=DOMAIN)
+        queries, before = scaled_queries(q)
+        attributes: dict[str, float | int] = {"scale": before * (factor(root, k, scale) or 1.0)}
+        inputs = [queries, keys, v]
+        if self.causal:
+            assert mask is not None
+            found = sight(mask, v)
+            assert not isinstance(found, str)
+            attributes |= {"window": found.window, "last": int(found.last)}
+            if found.keys is not None:
+                inputs.append(_hiding(op, found.keys, q))
+        elif mask is not None:
+            inputs.append(mask)
+        (y,) = op.node(self.op, inputs, attributes, domain=DOMAIN)
         y.type, y.shape = q.type, q.shape
         return y
 
 
-def _above(root: ir.Node) -> list[ir.Node]:
-    """The nodes from the product with the values up to that with the keys."""
-    found, value = [root], root.inputs[0]
-    while value is not None and (node := value.producer()) is not None and node.op_type != "MatMul":
-        found.append(node)
-        chain = [v for v in node.inputs if v is not None and v.producer() is not None]
-        value = next((v for v in chain if _leads(v)), None)
-    return found
-
-
-def _leads(value: ir.Value | None, most: int = 5) -> bool:
-    """Whether a product lies close above; what is added to it does not."""
-    node = value.producer() if value is not None else None
-    if node is None or not most:
-        return False
-    if node.op_type == "MatMul":
-        return True
-    return node.op_type in ("Add", "Mul", "Div", "Cast", "Softmax") and any(
-        _leads(v, most - 1) for v in node.inputs
-    )
-
-
-def _depth(value: ir.Value | None) -> int | None:
-    """Elements of a head, where they are one of those that there are tiles for."""
-    if value is None or value.shape is None or len(value.shape) != 4:
-        return None
-    depth = value.shape[3]
-    return depth if isinstance(depth, int) and depth in _DEPTHS else None
-
-
-def _axes(value: ir.Value | None) -> str | None:
-    """Which of batch, heads and queries a mask has, the others being 1: letters of ``bhq``."""
-    if value is None or value.shape is None or len(value.shape) != 4 or value.shape[3] == 1:
-        return None
-    return "".join(letter for letter, d in zip("bhq", value.shape, strict=False) if d != 1)
+def _hiding(op: Any, seen: ir.Value, q: ir.Value) -> ir.Value:
+    """What is added to scores where not every key is seen: 0 or minus infinity, in the format of the queries."""
+    assert q.dtype is not None
+    kind = q.dtype.numpy()
+    hidden: ir.Value = op.Where(seen, np.zeros((), kind), np.array(-np.inf, kind))
+    return hidden
 
 
 def _scale(node: ir.Node) -> float:
     return float(attribute(node, "scale", 1.0))  # type: ignore[arg-type]
 
 
-def _pattern(scaled: str, masked: bool, *, cast: str) -> Callable[..., Any]:
-    """Attention as graphs spell it; ``cast``: what is widened for the Softmax, the scores or the scores with their mask."""
-
-    def build(op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any) -> Any:
-        scores = op.MatMul(q, k)
-        if scaled:
-            scores = getattr(op, scaled)(scores, scale)
-        if cast == ("scores" if masked else "masked"):
-            scores = op.Cast(scores)
-        if masked:
-            scores = op.Add(scores, mask)
-        if cast == ("masked" if masked else "scores"):
-            scores = op.Cast(scores)
-        shares = op.Softmax(scores)
-        return op.MatMul(op.Cast(shares) if cast else shares, v)
-
-    if scaled and masked:
-        return build
-    if scaled:
-        return lambda op, q, k, v, scale: build(op, q, k, v, scale, None)
-    if masked:
-        return lambda op, q, k, v, mask: build(op, q, k, v, None, mask)
-    return lambda op, q, k, v: build(op, q, k, v, None, None)
+def _integer(node: ir.Node, name: str) -> int:
+    return int(attribute(node, name, 0))  # type: ignore[call-overload, no-any-return]
 
 
-_HEAD = '<domain: "optkit", opset_import: ["" : %%d]> %s <scale> (q, k, v%s) => (y) { '
-_SCORES = (
-    "t = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (q, t) g = Cast <to = 1> (p) "
-    "f = Constant <value_float: float = @scale> () s = Mul (g, f) "
+# Heads that share keys are seen as queries of one head, and as their own again.
+_HEAD = (
+    '<domain: "optkit", opset_import: ["" : %%d]> %s <scale%s> (q, k, v%s) => (y) { '
+    "zero = Constant <value_ints = [0]> () rest = Constant <value_ints = [-1, 0]> () "
+    "many = Shape <start = 1, end = 2> (q) few = Shape <start = 1, end = 2> (k) "
+    "joined = Concat <axis = 0> (zero, few, rest) apart = Concat <axis = 0> (zero, many, rest) "
 )
-_VALUES = "w = Softmax <axis = -1> (%s) h = CastLike (w, v) y = MatMul (h, v) }"
+_SCORES = (
+    "r = Reshape (q, joined) t = Transpose <perm = [0, 1, 3, 2]> (k) p = MatMul (r, t) g = Cast <to = 1> (p) "
+    "u = Reshape (g, apart) f = Constant <value_float: float = @scale> () s = Mul (u, f) "
+)
+_MASK = "m = Cast <to = 1> (mask) a = Add (s, m) "
+_CAUSAL = (
+    "origin = Constant <value_int = 0> () one = Constant <value_int = 1> () second = Constant <value_ints = [1]> () "
+    "high = Constant <value_float = 0.0> () low = Constant <value = float {-inf}> () "
+    "sq = Shape <start = 2, end = 3> (q) sk = Shape <start = 2, end = 3> (k) nq = Squeeze (sq) nk = Squeeze (sk) "
+    "window = Constant <value_int: int = @window> () last = Constant <value_int: int = @last> () "
+    "i = Range (origin, nq, one) j = Range (origin, nk, one) more = Sub (nk, nq) ahead = Mul (more, last) place = Add (i, ahead) "
+    "column = Unsqueeze (place, second) back = Sub (column, j) behind = GreaterOrEqual (back, origin) near = Less (back, window) "
+    "free = Equal (window, origin) close = Or (near, free) seen = And (behind, close) hidden = Where (seen, high, low) "
+    "c = Add (%s, hidden) "
+)
+_VALUES = "w = Softmax <axis = -1> (%s) h = CastLike (w, v) z = Reshape (h, joined) x = MatMul (z, v) y = Reshape (x, apart) }"
+_SOURCE = "arXiv:2205.14135, arXiv:2307.08691"
 _EXAMPLES: tuple[dict[str, int | str | bool], ...] = (
-    {"format": "fp16", "depth": 64},
-    {"format": "bf16", "depth": 128},
+    {"format": "fp16", "depth": 64, "scale": "0.125", "share": 1},
+    {"format": "bf16", "depth": 128, "scale": "0.125", "share": 1},
 )
 _SMALL_ONES: tuple[dict[str, int | str | bool], ...] = (
-    {"format": "fp16", "depth": 32},
-    {"format": "bf16", "depth": 128},
+    {"format": "fp16", "depth": 32, "scale": "0.2", "share": 2},
+    {"format": "bf16", "depth": 128, "scale": "0.2", "share": 1},
 )
 
 
@@ -289,14 +334,15 @@ class Attention(_Attention):
 
     Dao et al., "FlashAttention", 2022, arXiv:2205.14135, algorithm 1, in the order of "FlashAttention-2", 2023,
     arXiv:2307.08691: queries stay, keys and values come by; Milakov and Gimelshein 2018, arXiv:1805.02867, for the softmax.
+    Heads may share keys and values: Ainslie et al., "GQA", 2023, arXiv:2305.13245.
     """
 
-    name, op, masked = "attention", "Attention", False
+    name, op = "attention", "Attention"
     size: ClassVar[int] = 4
-    source: ClassVar[str] = "arXiv:2205.14135, arXiv:2307.08691"
-    body: ClassVar[str] = _HEAD % (op, "") + _SCORES + _VALUES % "s"
-    examples: ClassVar[tuple[Problem, ...]] = tuple({**e, "scale": "0.125"} for e in _EXAMPLES)
-    small: ClassVar[tuple[Problem, ...]] = tuple({**e, "scale": "0.2"} for e in _SMALL_ONES)
+    source: ClassVar[str] = _SOURCE
+    body: ClassVar[str] = _HEAD % (op, "", "") + _SCORES + _VALUES % "s"
+    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES
+    small: ClassVar[tuple[Problem, ...]] = _SMALL_ONES
 
 
 class MaskedAttention(_Attention):
@@ -307,15 +353,57 @@ class MaskedAttention(_Attention):
 
     name, op, masked = "masked-attention", "MaskedAttention", True
     size: ClassVar[int] = 5
-    source: ClassVar[str] = "arXiv:2205.14135, arXiv:2307.08691"
-    body: ClassVar[str] = (
-        _HEAD % (op, ", mask") + _SCORES + "m = Cast <to = 1> (mask) a = Add (s, m) " + _VALUES % "a"
-    )
+    source: ClassVar[str] = _SOURCE
+    body: ClassVar[str] = _HEAD % (op, "", ", mask") + _SCORES + _MASK + _VALUES % "a"
     examples: ClassVar[tuple[Problem, ...]] = tuple(
-        {**e, "scale": "0.125", "mask": "b", "mask_format": e["format"]} for e in _EXAMPLES
+        {**e, "mask": "b", "mask_format": e["format"]} for e in _EXAMPLES
     )
     small: ClassVar[tuple[Problem, ...]] = (
-        {**_SMALL_ONES[0], "scale": "0.2", "mask": "b", "mask_format": "fp16"},
-        {**_SMALL_ONES[1], "scale": "0.2", "mask": "q", "mask_format": "bf16"},
-        {"format": "fp16", "depth": 16, "scale": "1.0", "mask": "bhq", "mask_format": "fp32"},
+        {**_SMALL_ONES[0], "mask": "b", "mask_format": "fp16"},
+        {**_SMALL_ONES[1], "mask": "q", "mask_format": "bf16"},
+        {"format": "fp16", "depth": 16, "scale": "1.0", "share": 2, "mask": "bhq", "mask_format": "fp32"},
+    )
+
+
+class CausalAttention(_Attention):
+    """``attention`` where no query sees keys behind its own place, nor more than ``window`` of them (0: all before).
+
+    The first query stands at the first key, or with ``last`` the last query at the last key, as behind a cache. Blocks of
+    keys that nobody of a block of queries sees are not read: FlashAttention-2, arXiv:2307.08691, section 3.1.1; the window
+    is that of Beltagy et al., "Longformer", 2020, arXiv:2004.05150, as Mistral uses it, arXiv:2310.06825, section 2.
+    """
+
+    name, op, causal = "causal-attention", "CausalAttention", True
+    size: ClassVar[int] = 6
+    source: ClassVar[str] = f"{_SOURCE}, arXiv:2310.06825"
+    body: ClassVar[str] = _HEAD % (op, ", window, last", "") + _SCORES + _CAUSAL % "s" + _VALUES % "c"
+    examples: ClassVar[tuple[Problem, ...]] = (
+        {**_EXAMPLES[0], "share": 4, "window": 1024, "last": False},
+        {**_EXAMPLES[1], "share": 4, "window": 0, "last": True},
+    )
+    small: ClassVar[tuple[Problem, ...]] = (
+        {**_SMALL_ONES[0], "window": 0, "last": False},
+        {**_SMALL_ONES[0], "share": 1, "window": 37, "last": True},
+        {**_SMALL_ONES[1], "share": 2, "window": 65, "last": False},
+    )
+
+
+class CausalMaskedAttention(_Attention):
+    """``causal-attention`` with a mask that is added to the scores, the same along the axes where it has one element.
+
+    As ``causal-attention``.
+    """
+
+    name, op, masked, causal = "causal-masked-attention", "CausalMaskedAttention", True, True
+    size: ClassVar[int] = 7
+    source: ClassVar[str] = f"{_SOURCE}, arXiv:2310.06825"
+    body: ClassVar[str] = (
+        _HEAD % (op, ", window, last", ", mask") + _SCORES + _MASK + _CAUSAL % "a" + _VALUES % "c"
+    )
+    examples: ClassVar[tuple[Problem, ...]] = (
+        {**_EXAMPLES[1], "share": 4, "mask": "b", "mask_format": "bf16", "window": 0, "last": False},
+    )
+    small: ClassVar[tuple[Problem, ...]] = (
+        {**_SMALL_ONES[0], "mask": "b", "mask_format": "fp16", "window": 0, "last": True},
+        {**_SMALL_ONES[1], "mask": "b", "mask_format": "fp32", "window": 19, "last": False},
     )

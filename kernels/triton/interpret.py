@@ -1,7 +1,8 @@
 """A process of its own that runs programs in Triton's interpreter: ``python -m optkit.kernels.triton.interpret FOLDER``.
 
 The interpreter executes the Python source with NumPy: it shows the arithmetic and the addresses of a kernel, and nothing of
-layouts, machine code or races. Its ``dot`` multiplies bfloat16 as raw bits; that is mended here and tried before anything runs.
+layouts, machine code or races. Its ``dot`` multiplies bfloat16 as raw bits, and what it rounds to 8 bits is wrong at powers of
+2; both is mended here and tried before anything runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _TORCH = {
@@ -29,8 +31,15 @@ _TORCH = {
     "bf16": torch.bfloat16,
     "i8": torch.int8,
     "i32": torch.int32,
+    "i64": torch.int64,
+    "fp8e4nv": torch.float8_e4m3fn,
 }
-_stock = InterpreterBuilder.create_dot
+# What NumPy knows only as bits.
+_RAW = {"bf16": (np.int16, torch.int16), "fp8e4nv": (np.int8, torch.int8)}
+_stock, _stock_convert = InterpreterBuilder.create_dot, interpreter._convert_float
+_FLOATS = {
+    tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn
+}  # fmt: skip
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
@@ -44,7 +53,16 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
     return TensorHandle(np.matmul(*wide, dtype=np.float32).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def _convert(data: Any, before: Any, after: Any, mode: Any) -> Any:
+    """Bits of floats as bits of other floats; to and from 8 bits by NumPy, to the nearest, ties to even."""
+    if tl.float8e4nv not in (before, after) or before not in _FLOATS or after not in _FLOATS:
+        return _stock_convert(data, before, after, mode)
+    wide = np.ascontiguousarray(data).view(_FLOATS[before]).astype(np.float32)
+    return wide.astype(_FLOATS[after]).view(f"u{np.dtype(_FLOATS[after]).itemsize}")
+
+
 InterpreterBuilder.create_dot = _dot
+interpreter._convert_float = _convert
 
 
 @triton.jit
@@ -62,9 +80,28 @@ def _check_dot() -> None:
             raise RuntimeError(f"the interpreter of Triton {triton.__version__} multiplies {dtype} wrongly")
 
 
+@triton.jit
+def _try_cast(x, y):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 1024)
+    tl.store(y + at, tl.load(x + at).to(tl.float8e4nv))
+
+
+def _check_cast() -> None:
+    x, y = torch.linspace(-448, 448, 1024), torch.zeros(1024, dtype=torch.float8_e4m3fn)
+    x[:2] = torch.tensor([1.0625, 127.0])
+    _try_cast[(1,)](x, y)
+    if not torch.equal(y.float(), x.to(y.dtype).float()):
+        raise RuntimeError(f"the interpreter of Triton {triton.__version__} rounds to float8_e4m3 wrongly")
+
+
 def _tensor(array: np.ndarray, fmt: str) -> Any:
-    raw = array.view(np.int16) if fmt == "bf16" else array
+    raw = array.view(_RAW[fmt][0]) if fmt in _RAW else array
     return torch.from_numpy(np.ascontiguousarray(raw)).view(_TORCH[fmt])
+
+
+def _array(tensor: Any, fmt: str) -> np.ndarray:
+    found: np.ndarray = (tensor.view(_RAW[fmt][1]) if fmt in _RAW else tensor).numpy()
+    return found
 
 
 def run(job: dict[str, Any], folder: Path) -> None:
@@ -76,12 +113,14 @@ def run(job: dict[str, Any], folder: Path) -> None:
     for argument, fmt in job["pointers"].items():
         given[argument] = _tensor(arrays[argument], fmt)
     function[tuple(job["grid"])](**given, **job["program"]["constants"])
-    np.savez(folder / f"{job['key']}.out.npz", **{n: given[n].view(torch.int16).numpy() if job["pointers"][n] == "bf16" else given[n].numpy() for n in job["outputs"]})  # fmt: skip
+    found = {n: _array(given[n], job["pointers"][n]) for n in job["outputs"]}
+    np.savez(folder / f"{job['key']}.out.npz", allow_pickle=False, **found)
 
 
 def main(folder: Path) -> None:
     """All launches, in order."""
     _check_dot()
+    _check_cast()
     for job in json.loads((folder / "jobs.json").read_bytes()):
         run(job, folder)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from optkit.dims import shape_of
 from optkit.graph import attribute, constant, rank
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES, draw
-from optkit.kernels.triton.integers import behind
+from optkit.kernels.triton.eight_bits import behind
 from optkit.rewrite import Match, Rule
 
 # Rows and columns of a tile, warps and stages, by architecture. Weights are what takes time where there are few rows, so
@@ -21,9 +23,12 @@ _TILES = {
     (8, 0): _LOW, (8, 6): _LOW, (8, 7): _LOW, (8, 9): _LOW, (12, 0): _LOW, (12, 1): _LOW, (9, 0): (64, 128, 4, 3), (10, 0): (128, 64, 8, 3),
 }  # fmt: skip
 _GROUP, _STEP, _BLOCKS = 8, 32, (32, 64, 128)
+# With few rows: columns and depth of a tile, warps and stages; so many programs, and bytes in flight, that memory is kept busy.
+_FEW, _FEW_TILE = 16, (16, 256, 4, 4)
 
 
 class _Product(Kernel):
+    few: ClassVar[bool] = False
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
     examples: ClassVar[tuple[Problem, ...]] = (
         {"format": "fp16", "columns": 1536, "depth": 384, "block": 32},
@@ -97,20 +102,30 @@ class _Product(Kernel):
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         x, w, scale, bias = (a for a in inputs if a is not None)
-        both = w.astype(np.uint8)
-        q = np.stack([both & 15, both >> 4], -1).reshape(len(both), -1).astype(np.float64) - 8
-        weights = q * np.repeat(scale.astype(np.float64), int(problem["block"]), 0)
+        weights = self._unpacked(w, scale, int(problem["block"]))
         return [x.astype(np.float64) @ weights + bias.astype(np.float64)]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         rows, depth = shapes[0]
         columns, size = int(problem["columns"]), BYTES[str(problem["format"])]
-        moved = (rows * (depth + columns) + columns + shapes[2][0] * columns) * size + depth * columns / 2
+        blocks = depth // int(problem["block"])
+        moved = (rows * (depth + columns) + columns + blocks * columns) * size + depth * columns / 2
         return 2.0 * rows * depth * columns, float(moved)
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
-        columns = int(problem["columns"])
-        return {"blocks": [-1, int(problem["block"]), columns], "matrix": [-1, columns]}
+        return self._forms(int(problem["block"]), int(problem["columns"]))
+
+    def _forms(self, block: int, columns: int) -> dict[str, Any]:
+        """Shapes that the body sees the weights in."""
+        return {"blocks": [-1, block, columns], "matrix": [-1, columns]}
+
+    def _packed(self, q: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers from 0 to 15 two a byte, and their scales, in the order in which the program reads them."""
+        return q[:, ::2] | (q[:, 1::2] << 4), scales
+
+    def _unpacked(self, w: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
+        """``[depth, columns]`` in float64."""
+        return _halves(w) * np.repeat(scale.astype(np.float64), block, 0)
 
     def rules(self) -> Sequence[Rule]:
         return [
@@ -125,6 +140,8 @@ class _Product(Kernel):
         match = Match()
         if format_of(x) not in self.formats or (rank(x) or 0) < 2:
             return match.fail("not known to be rows in float16 or bfloat16", x)
+        if self.few and not 0 < rows_of(x) <= _FEW:
+            return match.fail(f"not known to be at most {_FEW} rows", x)
         array, scales = constant(w), constant(v)
         if w.dtype != ir.DataType.INT4 or array is None or array.ndim != 2 or scales is None:
             return match.fail("not a constant matrix in 4 bits", w)
@@ -145,14 +162,79 @@ class _Product(Kernel):
     ) -> Any:
         array, scales = constant(w), constant(v)
         assert array is not None and scales is not None and x.dtype is not None
-        halves = (array.astype(np.int8) + 8).astype(np.uint8)
-        packed = halves[:, ::2] | (halves[:, 1::2] << 4)
+        packed, order = self._packed((array.astype(np.int8) + 8).astype(np.uint8), scales)
         kind, columns = x.dtype.numpy(), array.shape[1]
         added = np.zeros(columns, kind) if bias is None else bias
-        shapes = {"blocks": [-1, len(array) // len(scales), columns], "matrix": [-1, columns]}
-        (y,) = op.node(self.op, [x, packed, scales.astype(kind), added], shapes, domain=DOMAIN)
+        inputs = [x, np.ascontiguousarray(packed), np.ascontiguousarray(order.astype(kind)), added]
+        (y,) = op.node(self.op, inputs, self._forms(len(array) // len(scales), columns), domain=DOMAIN)
         y.type = x.type
         return y
+
+
+class _Decode(_Product):
+    few: ClassVar[bool] = True
+
+    def problem(self, node: ir.Node) -> Problem | str:
+        x, w = node.inputs[:2]
+        fmt = format_of(x)
+        if fmt is None or fmt not in self.formats:
+            return f"no format of {self.name}"
+        if w is None or w.shape is None or not w.shape.is_static():
+            return "the matrix has no fixed shape"
+        assert x is not None
+        if not 0 < rows_of(x) <= _FEW:
+            return f"not at most {_FEW} rows"
+        columns, pairs = w.shape.numpy()
+        block = list(attribute(node, "blocks"))[2]  # type: ignore[call-overload]
+        return {"format": fmt, "columns": columns, "depth": 2 * pairs, "block": block}
+
+    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+        fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
+        n, k, warps, stages = _FEW_TILE
+        kinds = (("x", fmt), ("w", "int8"), ("scale", fmt), ("bias", fmt))
+        return Program(
+            function="optkit.kernels.triton.device.weights:decode",
+            arguments=(
+                *(Argument(name=a, type=pointer(f), binds=f"input:{i}", aligned=True) for i, (a, f) in enumerate(kinds)),
+                Argument(name="y", type=pointer(fmt), binds="output:0", aligned=True),
+                Argument(name="rows", type="i32", binds="rows"),
+            ),
+            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": _FEW, "N": n, "K": k},
+            grid=(f"{-(-columns // n)}", "1", "1"),
+            warps=warps, stages=stages, products=fmt, low=True,
+        )  # fmt: skip
+
+    def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
+        columns, depth, block = (int(problem[k]) for k in ("columns", "depth", "block"))
+        return [(min(rows, _FEW), depth), (columns, depth // 2), (columns, depth // block), (columns,)]
+
+    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+        return (1, 2, _FEW - 1, _FEW)
+
+    def allowed(self, problem: Problem) -> float:
+        # Each weight is rounded, by half a step; the sum of 64 or more of them once more. The interpreter cuts bfloat16.
+        return {"fp16": 1.0, "bf16": 2.0}[str(problem["format"])]
+
+    def _forms(self, block: int, columns: int) -> dict[str, Any]:
+        return {"blocks": [0, -1, block], "matrix": [0, -1]}
+
+    def _packed(self, q: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return q.T[:, ::2] | (q.T[:, 1::2] << 4), scales.T
+
+    def _unpacked(self, w: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
+        return (_halves(w) * np.repeat(scale.astype(np.float64), block, 1)).T
+
+
+def _halves(w: np.ndarray) -> np.ndarray:
+    """The two numbers of each byte, neighbours along the last axis."""
+    return np.stack([w & 15, w >> 4], -1).reshape(len(w), -1).astype(np.float64) - 8
+
+
+def rows_of(x: ir.Value) -> int:
+    """Elements of all axes but the last, where they are fixed; else 0."""
+    shape = shape_of(x)
+    sizes = [d for d in shape[:-1] if isinstance(d, int)] if shape is not None else []
+    return math.prod(sizes) if shape is not None and len(sizes) == len(shape) - 1 else 0
 
 
 def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
@@ -162,6 +244,19 @@ def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
         return op.Add(y, bias) if biased else y
 
     return build if biased else lambda op, x, w, v: build(op, x, w, v, None)
+
+
+# The axis that scales are spread along, and how the weights become ``[inputs, outputs]``.
+_BODY = (
+    '<domain: "optkit", opset_import: ["" : %%d]> %s <blocks, matrix> (x, w, scale, bias) => (y) { '
+    "fifteen = Constant <value = uint8 {15}> () four = Constant <value = uint8 {4}> () eight = Constant <value = float {8.0}> () "
+    "last = Constant <value = int64[1] {-1}> () one = Constant <value = int64[1] {1}> () "
+    'lo = BitwiseAnd (w, fifteen) hi = BitShift <direction = "RIGHT"> (w, four) '
+    "a = Unsqueeze (lo, last) b = Unsqueeze (hi, last) c = Concat <axis = -1> (a, b) "
+    "f = Cast <to = 1> (c) q = Sub (f, eight) bs = Constant <value_ints: ints = @blocks> () r = Reshape (q, bs) "
+    "sf = Cast <to = 1> (scale) su = Unsqueeze (sf, %s) m = Mul (r, su) ms = Constant <value_ints: ints = @matrix> () "
+    "g = Reshape (m, ms) h = CastLike (g, x) %s p = MatMul (x, %s) y = Add (p, bias) }"
+)
 
 
 class LinearInt4(_Product):
@@ -174,13 +269,17 @@ class LinearInt4(_Product):
     name, op = "linear-int4", "LinearInt4"
     size: ClassVar[int] = 6
     source: ClassVar[str] = "arXiv:2408.11743"
-    body: ClassVar[str] = (
-        f'<domain: "optkit", opset_import: ["" : %d]> {op} <blocks, matrix> (x, w, scale, bias) => (y) {{ '
-        "fifteen = Constant <value = uint8 {15}> () four = Constant <value = uint8 {4}> () eight = Constant <value = float {8.0}> () "
-        "last = Constant <value = int64[1] {-1}> () one = Constant <value = int64[1] {1}> () "
-        'lo = BitwiseAnd (w, fifteen) hi = BitShift <direction = "RIGHT"> (w, four) '
-        "a = Unsqueeze (lo, last) b = Unsqueeze (hi, last) c = Concat <axis = -1> (a, b) "
-        "f = Cast <to = 1> (c) q = Sub (f, eight) bs = Constant <value_ints: ints = @blocks> () r = Reshape (q, bs) "
-        "sf = Cast <to = 1> (scale) su = Unsqueeze (sf, one) m = Mul (r, su) ms = Constant <value_ints: ints = @matrix> () "
-        "g = Reshape (m, ms) h = CastLike (g, x) p = MatMul (x, h) y = Add (p, bias) }"
-    )
+    body: ClassVar[str] = _BODY % (op, "one", "", "h")
+
+
+class LinearInt4Decode(_Decode):
+    """``linear-int4`` of at most 16 rows: the weights of an output lie together, ``[outputs, inputs / 2]``.
+
+    Frantar et al., "MARLIN", 2024, arXiv:2408.11743, section 3: reading the weights once is all that takes time. They are scaled
+    and rounded to the format of the activations on their way to the matrix unit, as there.
+    """
+
+    name, op = "linear-int4-decode", "LinearInt4Decode"
+    size: ClassVar[int] = 7
+    source: ClassVar[str] = "arXiv:2408.11743"
+    body: ClassVar[str] = _BODY % (op, "last", "o = Transpose <perm = [1, 0]> (h)", "o")

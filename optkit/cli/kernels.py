@@ -79,9 +79,12 @@ def build(
 
     The files stay in $OPTKIT_CACHE/kernels. Exit code 1 where a gate fails.
     """
-    from optkit.workbench import sheets
+    from optkit.workbench import refused, sheets
 
-    found = sheets(kernels or (), _targets(target), rows=rows, fresh=fresh)
+    targets = _targets(target)
+    found = sheets(kernels or (), targets, rows=rows, fresh=fresh)
+    for line in refused(kernels or (), targets):
+        terminal.log(f"not built: {line}")
     if json:
         terminal.json([_record(sheet) for sheet in found])
     else:

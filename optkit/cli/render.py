@@ -65,6 +65,8 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
     if lines := sentences.saturation(report):
         rows.append(("Saturation", lines))
     rows.append(("Formats", sentences.formats(report)))
+    if chosen := sentences.bits(report):
+        rows.append(("Weights", chosen))
     if kept := sentences.kept_float(report):
         rows.append(
             (

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from optkit.dims import shape_of
 from optkit.graph import attribute, constant, rank, scalar, users
+from optkit.masks import is_zero, number, sight
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.cleanup.dead import remove_nodes
 from optkit.rewrite import Builder, Change, Match, Rule, apply
@@ -65,7 +66,10 @@ def _is_finite(value: ir.Value | None) -> bool:
         return False
     if node.op_type == "Cast":
         before = node.inputs[0]
-        return before is not None and before.dtype is not None and before.dtype.is_integer()
+        whole = before is not None and before.dtype is not None and before.dtype.is_integer()
+        return whole or is_zero(value)
+    if node.op_type == "ConstantOfShape":
+        return is_zero(value)
     if node.op_type == "Where":
         return _is_finite(node.inputs[1]) and _is_finite(node.inputs[2])
     return node.op_type in _MOVES and _is_finite(node.inputs[0])
@@ -91,20 +95,54 @@ def _zero_mask_pattern(op: Any, scores: Any, mask: Any) -> Any:
 
 
 def _zero_mask(root: ir.Node, scores: ir.Value, mask: ir.Value) -> Match:
-    where = mask.producer()
-    if where is None or where.op_type != "Where" or where.domain != "" or not _is_product(scores):
+    if not _is_product(scores):
         return Match().fail("not products and a mask", root)
-    held, chosen = where.inputs[0], where.inputs[1]
-    while held is not None and constant(held) is None:
-        node = held.producer()
-        if node is None or node.op_type not in _MOVES or node.domain != "":
-            return Match().fail("the condition is not known", where)
-        held = node.inputs[0]
-    if (array := constant(held)) is None or not np.all(array) or scalar(chosen) != 0:
-        return Match().fail("the mask is not zero everywhere", where)
+    if constant(mask) is not None or not is_zero(mask):
+        return Match().fail("the mask is not zero everywhere", mask)
     if None in (known := shape_of(scores) or (None,)) or known != shape_of(root.outputs[0]):
-        return Match().fail("the mask may widen what it is added to", where)
+        return Match().fail("the mask may widen what it is added to", root)
     return Match()
+
+
+def _rows_pattern(op: Any, mask: Any, axes: Any, low: Any, zero: Any, p: Any, v: Any) -> Any:
+    return op.MatMul(op.Where(op.Equal(op.ReduceMax(mask, axes), low), zero, p), v)
+
+
+def _rows(
+    root: ir.Node, mask: ir.Value, axes: ir.Value, low: ir.Value, zero: ir.Value, p: ir.Value, **_: Any
+) -> Match:
+    softmax = p.producer()
+    if softmax is None or softmax.op_type != "Softmax" or softmax.domain != "":
+        return Match().fail("the guarded value is no Softmax", p)
+    if attribute(softmax, "axis", -1) not in (-1, (rank(p) or 0) - 1):
+        return Match().fail("the Softmax is not over the last axis", softmax)
+    if number(low) != -np.inf or number(zero) != 0 or scalar(axes) not in (-1, (rank(mask) or 0) - 1):
+        return Match().fail("does not put 0 where a row of the mask is infinite", root)
+    where = root.inputs[0].producer() if root.inputs[0] is not None else None
+    equal = where.inputs[0].producer() if where is not None and where.inputs[0] is not None else None
+    assert equal is not None
+    for node in (v.producer() for v in equal.inputs if v is not None):
+        if node is not None and node.op_type == "ReduceMax" and not attribute(node, "keepdims", 1):
+            return Match().fail("the rows of the mask are not kept", node)
+    return Match()
+
+
+def _behind(op: Builder, mask: ir.Value, p: ir.Value, v: ir.Value, **_: Any) -> Any:
+    product = op.MatMul(p, v)
+    assert mask.dtype is not None
+    kind = mask.dtype.numpy()
+    if _is_finite(mask) or _sees_itself(mask):
+        return product
+    highest = op.ReduceMax(mask, np.array([-1], np.int64), keepdims=1)
+    return op.Where(op.Equal(highest, np.array(-np.inf, kind)), np.zeros((), kind), product)
+
+
+def _sees_itself(mask: ir.Value) -> bool:
+    """Whether there is a key for every query: all see the first one, or that at their own place."""
+    found, shape = sight(mask, None), shape_of(mask)
+    if isinstance(found, str) or not found.causal or found.keys is not None:
+        return False
+    return found.window == 0 or (shape is not None and shape[-1] is not None and shape[-1] == shape[-2])
 
 
 def _detour_pattern(op: Any, k: Any, flat: Any, whole: Any) -> Any:
@@ -202,6 +240,8 @@ class CleanAttention(GraphPass):
     * ``Where(IsNaN(p), 0, p) @ v`` with ``p = Softmax(scores + mask)``: rows that are masked altogether give 0. Where the
       mask is finite, or there is none, no row is; else the rows are looked up in the mask, which all layers share,
       and not in every ``p``.
+    * ``Where(max(mask) == -inf, 0, p) @ v``, which is how ONNX's Attention says the same, is asked behind the product, or not
+      at all where the mask is causal or finite.
     * A mask that is zero everywhere.
     * ``k`` transposed as three axes with a Reshape before and behind becomes one Transpose.
     * ``(q * a) @ (k * b)`` becomes ``(q * ab) @ k``, with the factor in front of the head split where that is possible,
@@ -218,6 +258,7 @@ class CleanAttention(GraphPass):
             Rule(
                 _zero_mask_pattern, lambda op, scores, **_: op.Identity(scores), _zero_mask, name="zero-mask"
             ),
+            Rule(_rows_pattern, _behind, _rows, name="row-guard"),
             Rule(_guarded_pattern, _unguard, _guarded, name="nan-guard"),
             Rule(
                 _detour_pattern,

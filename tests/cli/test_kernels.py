@@ -59,6 +59,21 @@ def test_unknown_kernels_and_targets_are_usage_errors(capsys):
     assert main(["kernels"]) == 0
 
 
+def test_formats_that_no_target_has_are_refused_before_anything_is_compiled(capsys, monkeypatch):
+    monkeypatch.setattr("optkit.workbench.build", lambda *_, **__: pytest.fail("compiled"))
+    assert main(["kernels", "build", "linear-fp8", "-t", "a100", "-t", "a10"]) == 2
+    said = capsys.readouterr().err
+    assert "linear-fp8 for a100: sm_80 has no fp8; linear-fp8 for a10: sm_86 has no fp8" in said
+
+
+@pytest.mark.needs("triton")
+def test_what_is_left_out_for_a_target_is_told(capsys):
+    assert main(["kernels", "build", "rotary-write-quantized", "-t", "a100", "--json"]) == 0
+    said = capsys.readouterr()
+    assert [row["problem"]["stored"] for row in json.loads(said.out)] == ["int8"]
+    assert "not built: rotary-write-quantized for a100: sm_80 has no fp8" in said.err
+
+
 def test_without_triton_building_is_not_possible_here(capsys, monkeypatch):
     monkeypatch.setattr("optkit.kernels.build.installed", lambda: False)
     assert main(["kernels", "build", "rms-norm"]) == 4

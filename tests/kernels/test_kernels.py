@@ -18,7 +18,7 @@ from optkit.kernels.numerics import errors, interpret, launch
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.reference import ReferenceSession
 from optkit.targets import target
-from optkit.workbench import sheets
+from optkit.workbench import refused, sheets
 
 HOPPER, ADA = (9, 0), (8, 9)
 NAMES = list(KERNELS)
@@ -49,9 +49,10 @@ def call(kernel, problem, inputs):
         num_outputs=count,
         name="call",
     )
-    for i, output in enumerate(node.outputs):
-        output.name = f"o{i}"
-        output.type = ir.TensorType(TYPES[kernel.output_format(problem)])
+    shapes = kernel.outputs(problem, [() if a is None else a.shape for a in inputs])
+    for i, (output, shape) in enumerate(zip(node.outputs, shapes, strict=True)):
+        output.name, output.shape = f"o{i}", ir.Shape(shape)
+        output.type = ir.TensorType(TYPES[kernel.output_format(problem, i)])
     function = kernel.function()
     graph = ir.Graph(
         [v for v in values if v is not None],
@@ -63,19 +64,71 @@ def call(kernel, problem, inputs):
     return ir.Model(graph, ir_version=10, functions=[function])
 
 
+EIGHT = ir.DataType.FLOAT8E4M3FN
+
+
+def in_floats(model):
+    """Floats of 8 bits, which ONNX Runtime takes from no one, as float32 outside."""
+    graph = model.graph
+    (node,) = graph
+    for i, value in enumerate(tuple(graph.inputs)):
+        if value.dtype == EIGHT:
+            wide = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            value.name = f"{value.name}/8"
+            graph.inputs[i] = wide
+            graph.insert_before(
+                node, ir.Node("", "Cast", [wide], [ir.AttrInt64("to", int(EIGHT))], outputs=[value])
+            )
+    for i, value in enumerate(tuple(graph.outputs)):
+        if value.dtype == EIGHT:
+            cast = ir.node("Cast", [value], attributes={"to": 1})
+            cast.outputs[0].name, value.name = value.name, f"{value.name}/8"
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+            graph.append(cast)
+            graph.outputs[i] = cast.outputs[0]
+    return model
+
+
 @pytest.mark.parametrize(("name", "index"), CASES)
 def test_the_function_body_computes_what_the_reference_does(name, index):
     kernel = KERNELS[name]()
     problem = kernel.small[index]
     inputs = kernel.draw(problem, 5, seed=3)
-    wide = [a if a is None or a.dtype.kind in "iu" else a.astype(np.float32) for a in inputs]
-    exact = {**problem, "output": "fp32"} if problem["format"] == "int8" else {**problem, "format": "fp32"}
-    found = ReferenceSession(call(kernel, exact, wide), optimize=False).run(
-        {f"i{i}": a for i, a in enumerate(wide) if a is not None}
+    wide = [
+        a if a is None or a.dtype.kind in "iu" or a.itemsize == 1 else a.astype(np.float32) for a in inputs
+    ]
+    exact = (
+        {**problem, "output": "fp32"}
+        if problem["format"] in ("int8", "fp8")
+        else {**problem, "format": "fp32"}
     )
+    model = in_floats(call(kernel, exact, wide))
+    feeds = {
+        f"i{i}": a.astype(np.float32) if a.dtype == DTYPES["fp8"] else a
+        for i, a in enumerate(wide)
+        if a is not None
+    }
+    found = ReferenceSession(model, optimize=False).run(feeds)
     for value, right in zip(found.values(), kernel.reference(exact, wide), strict=True):
         # float32 sums of at most 256 terms around 1.
         np.testing.assert_allclose(value, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_a_call_tells_its_problem(name, index):
+    kernel = KERNELS[name]()
+    problem = kernel.small[index]
+    model = call(kernel, problem, kernel.draw(problem, 5, seed=3))
+    (node,) = model.graph
+    found = kernel.problem(node)
+    assert not isinstance(found, str), found
+    known = {"scale", "epsilon"}
+    assert {k: v for k, v in found.items() if k not in known} == {
+        k: v for k, v in problem.items() if k not in known
+    }
+    for name_ in known & set(problem):
+        # Attributes of ONNX are float32.
+        assert np.float32(found[name_]) == np.float32(problem[name_])
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
@@ -83,6 +136,8 @@ def test_the_function_body_computes_what_the_reference_does(name, index):
 def test_every_architecture_has_a_configuration(name, capability):
     kernel = KERNELS[name]()
     for problem in (*kernel.examples, *kernel.small):
+        if kernel.unsupported(problem, capability):
+            continue
         program = kernel.program(problem, capability)
         assert program.warps in (1, 2, 4, 8, 16)
         assert 1 in kernel.edges(problem, capability)
@@ -174,7 +229,7 @@ RECORD = {
     "capability": [9, 0], "arch": "sm_90a", "registers": 128, "stack": 0, "shared": 1 << 16, "warps": 8,
     "instructions": {"LDG.E.128": 4, "HGMMA.64x64x16.F32": 4},
     "program": {
-        "arguments": [{"type": "*bf16"}, {"type": "i32"}], "products": "bf16", "wide": True, "waived": {},
+        "arguments": [{"type": "*bf16"}, {"type": "i32"}], "products": "bf16", "low": False, "wide": True, "waived": {},
     },
 }  # fmt: skip
 
@@ -197,6 +252,7 @@ def altered(**changes):
         ({"registers": 256}, "occupancy"),
         ({"instructions": {"LDG.E.128": 4, "HMMA.16816.F32": 16}}, "matrix instructions"),
         ({"instructions": {"LDG.E.U16": 16, "HGMMA.64x64x16.F32": 4}}, "128-bit loads"),
+        ({"low": True}, "matrix instructions"),
         ({"arch": "sm_89"}, "architecture"),
         ({"arguments": [{"type": "*fp8e4nv"}], "capability": [8, 0], "arch": "sm_80"}, "formats"),
     ],
@@ -227,6 +283,29 @@ def test_without_triton_the_line_that_installs_it_is_told(monkeypatch):
 def test_targets_without_kernels_are_refused(name):
     with pytest.raises(UsageError, match="sm_80"):
         sheets(["rms-norm"], [target(name)])
+
+
+def test_formats_that_an_architecture_lacks_are_left_out_and_told():
+    kernel = KERNELS["paged-attention-quantized"]()
+    eight = {**kernel.examples[0], "stored": "fp8"}
+    assert kernel.unsupported(eight, (8, 0)) == "sm_80 has no fp8"
+    assert kernel.unsupported(eight, ADA) is None
+    told = refused([kernel.name], [target("a100"), target("l4")])
+    assert told == ["paged-attention-quantized for a100: sm_80 has no fp8"]
+
+
+@pytest.mark.needs("triton", "torch")
+def test_a_kernel_that_writes_in_place_leaves_the_rest_as_it_was():
+    kernel = KERNELS["rotary-write"]()
+    one = launch(kernel, kernel.small[0], HOPPER, 3)
+    (outputs,) = interpret([one])
+    slots = one.inputs[4]
+    page, place = np.divmod(slots, kernel.small[0]["page"])
+    for found, before in zip(outputs, one.inputs[5:7], strict=True):
+        same = found == before
+        assert not same[page, :, place].all(axis=(1, 2)).any()
+        same[page, :, place] = True
+        assert same.all()
 
 
 @pytest.mark.needs("triton")

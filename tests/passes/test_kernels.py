@@ -332,7 +332,83 @@ def test_other_products_of_integers_are_left_alone(old, new):
         context=H100,
         atol=1e-4,
     )
+    assert {n.op_type for n in walk(after) if n.domain} <= {"Dequantize"}
+
+
+EIGHTHS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 3, 256] a, float[N, 3, 2] blocks) => (float[N, 3, 32] y) <float s = {0.02}> {
+  q = %s x = DequantizeLinear %s m = DequantizeLinear <axis = %s> (w, v%s) %s
+}
+"""
+SCALED = ("QuantizeLinear (a, s, z)", "(q, s, z)", "1", ", o")
+BLOCKED = ("Cast <to = 17> (a)", "<axis = 2, block_size = 128> (q, blocks)", "0, block_size = 128", "")
+
+
+def _eighths(text):
+    rng, kind = np.random.default_rng(0), ir.DataType.FLOAT8E4M3FN.numpy()
+    blocks = "block_size" in text
+    given = {
+        "w": rng.standard_normal((256, 32)).astype(kind), "z": np.zeros((), kind), "o": np.zeros(32, kind),
+        "v": rng.uniform(0.01, 0.02, (2, 32) if blocks else 32).astype(np.float32), "b": np.linspace(-1, 1, 32, dtype=np.float32),
+    }  # fmt: skip
+    return parse(
+        text, **{k: v for k, v in given.items() if f"{k})" in text or f"({k}," in text or f" {k}," in text}
+    )
+
+
+def _blocks(text):
+    return (
+        {"blocks": np.random.default_rng(1).uniform(0.5, 1, (3, 3, 2)).astype(np.float32)}
+        if "blocks)" in text
+        else {}
+    )
+
+
+@pytest.mark.parametrize("nodes", ["y = MatMul (x, m)", "p = MatMul (x, m) y = Add (p, b)"])
+@pytest.mark.parametrize(("form", "kernel"), [(SCALED, "LinearFp8"), (BLOCKED, "LinearFp8Blocks")])
+def test_a_linear_layer_of_eight_bit_floats_is_a_kernel_and_its_weights_are_turned(form, kernel, nodes):
+    text = EIGHTHS % (*form, nodes)
+    after = check_pass(CallKernels(), _eighths(text), context=H100, atol=1e-4, rtol=1e-4, **_blocks(text))
+    node = list(walk(after))[-1]
+    assert node.op_type == kernel
+    assert node.inputs[1].const_value.shape.numpy() == (32, 256)
+
+
+@pytest.mark.parametrize("form", [SCALED, BLOCKED])
+def test_eight_bit_floats_stay_before_ada(form):
+    context = Context(target=target("a100"))
+    text = EIGHTHS % (*form, "y = MatMul (x, m)")
+    after = check_pass(CallKernels(), _eighths(text), context=context, atol=1e-4, rtol=1e-4, **_blocks(text))
     assert all(n.domain == "" for n in walk(after))
+
+
+@pytest.mark.parametrize(
+    ("form", "old", "new"),
+    [
+        (BLOCKED, "MatMul (x, m)", "MatMul (x, t)"),
+        (SCALED, "MatMul (x, m)", "MatMul (x, t)"),
+        (BLOCKED, "(q, blocks)", "(q, halves)"),
+        (BLOCKED, "float[N, 3, 2] blocks", "float[N, 3, 2] blocks, float[N, 3, 256] u"),
+    ],
+)
+def test_other_products_of_eight_bit_floats_are_left_alone(form, old, new):
+    text = (EIGHTHS % (*form, "t = Identity (m) y = MatMul (x, m)")).replace(old, new)
+    if "halves" in new:  # blocks of 64
+        text = text.replace("block_size = 128> (q", "block_size = 64> (q").replace(
+            "float[N, 3, 2] blocks", "float[N, 3, 4] halves"
+        )
+    if " u)" in text:  # weights that come from outside
+        text = text.replace("float[N, 3, 256] u", "float8e4m3fn[256, 32] w")
+    model = _eighths(text)
+    if "32] w)" in text:
+        model.graph.initializers.pop("w", None)
+        CallKernels().run(model, H100)
+        after = model
+    else:
+        feeds = {"halves": np.ones((3, 3, 4), np.float32)} if "halves" in text else _blocks(text)
+        after = check_pass(CallKernels(), model, context=H100, atol=1e-4, rtol=1e-4, **feeds)
+    assert {n.op_type for n in walk(after) if n.domain} <= {"QuantizeFp8", "Dequantize"}
 
 
 FOUR = """
@@ -362,6 +438,21 @@ def test_a_linear_layer_with_weights_of_4_bits_is_a_kernel(nodes):
     )
     (node,) = walk(after)
     assert node.inputs[1].const_value.shape.numpy() == (64, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [("16, 1", "LinearInt4Decode"), ("17, 1", "LinearInt4"), ("N, 1", "LinearInt4")]
+)
+def test_few_rows_read_weights_that_lie_together(rows, kernel):
+    rng = np.random.default_rng(1)
+    scales = rng.uniform(0.01, 0.02, (2, 32)).astype(np.float16)
+    text = (FOUR % "p = MatMul (x, m) y = Add (p, b)").replace("N, 3", rows)
+    model = _four(text, v=scales, b=np.linspace(-1, 1, 32).astype(np.float16))
+    after = check_pass(CallKernels(), model, context=H100, ops=[kernel], atol=4e-3, rtol=2e-3)
+    (node,) = walk(after)
+    assert node.inputs[1].const_value.shape.numpy() == (
+        (32, 32) if kernel == "LinearInt4Decode" else (64, 16)
+    )
 
 
 @pytest.mark.parametrize(

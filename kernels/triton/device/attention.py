@@ -24,10 +24,16 @@ def attention(
     MASK_BATCH: tl.constexpr,
     MASK_HEADS: tl.constexpr,
     MASK_QUERIES: tl.constexpr,
+    SHARE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """``M`` queries of one head a program; scores and sums in float32, in powers of 2.
 
     ``MASK_BATCH``, ``MASK_HEADS``, ``MASK_QUERIES``: whether the mask has this axis, or is the same along it.
+    ``SHARE``: heads that read the same keys. ``CAUSAL``: no query sees keys behind its own place, nor more than ``WINDOW``
+    of them (0: all); the first query stands at the first key, or with ``LAST`` the last at the last.
     """
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * M + tl.arange(0, M)
@@ -35,8 +41,20 @@ def attention(
     at = head * queries * DEPTH + row.to(tl.int64)[:, None] * DEPTH + depth[None, :]
     asked = tl.load(q + at, mask=(row < queries)[:, None], other=0.0)
     column = tl.arange(0, N)
-    left = k + head * keys * DEPTH + column.to(tl.int64)[:, None] * DEPTH + depth[None, :]
-    right = v + head * keys * DEPTH + column.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    first, end = 0, keys
+    at_key = row
+    if CAUSAL:
+        start_row = tl.program_id(0) * M
+        if LAST:
+            start_row += keys - queries
+            at_key += keys - queries
+        # What no query of these sees is not read.
+        end = min(keys, start_row + M)
+        if WINDOW:
+            first = max(0, (start_row - WINDOW + 1) // N * N)
+    plane_keys = (head // SHARE * keys + first) * DEPTH
+    left = k + plane_keys + column.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    right = v + plane_keys + column.to(tl.int64)[:, None] * DEPTH + depth[None, :]
     if MASK:
         plane = 0
         if MASK_BATCH:
@@ -47,10 +65,11 @@ def attention(
             mask += plane * queries * keys
         else:
             mask += plane * keys
+        mask += first
     highest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DEPTH), tl.float32)
-    for start in range(0, keys, N):
+    for start in range(first, end, N):
         there = column < keys - start
         key = tl.load(left, mask=there[:, None], other=0.0)
         score = tl.dot(asked, tl.trans(key)) * (SCALE * 1.4426950408889634)
@@ -63,7 +82,13 @@ def attention(
                 added = tl.load(mask + column, mask=there, other=0.0)
                 score += added.to(tl.float32)[None, :] * 1.4426950408889634
             mask += N
-        score = tl.where(there[None, :], score, float("-inf"))
+        seen = there[None, :]
+        if CAUSAL:
+            back = at_key[:, None] - (column + start)[None, :]
+            seen = seen & (back >= 0)
+            if WINDOW:
+                seen = seen & (back < WINDOW)
+        score = tl.where(seen, score, float("-inf"))
         now = tl.maximum(highest, tl.max(score, axis=1))
         # Where all so far is minus infinity, any finite number is as good.
         safe = tl.where(now == float("-inf"), 0.0, now)

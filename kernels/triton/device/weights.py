@@ -48,3 +48,45 @@ def linear(
     sums += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
     tl.store(y + at, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])
+
+
+@triton.jit
+def decode(
+    x,
+    w,
+    scale,
+    bias,
+    y,
+    rows,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """``N`` columns of all rows, ``M`` at most, a program; a byte of ``w`` holds two neighbours along the depth."""
+    row = tl.arange(0, M)
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    depth = tl.arange(0, K)
+    pair = tl.arange(0, K // 2)
+    block = tl.arange(0, K // BLOCK)
+    inside = column < COLUMNS
+    left = x + row[:, None] * DEPTH + depth[None, :]
+    right = w + column.to(tl.int64)[:, None] * (DEPTH // 2) + pair[None, :]
+    factors = scale + column[:, None] * (DEPTH // BLOCK) + block[None, :]
+    sums = tl.zeros((M, N), tl.float32)
+    for k in range(0, DEPTH, K):
+        a = tl.load(left, mask=(row < rows)[:, None] & (depth < DEPTH - k)[None, :], other=0.0)
+        both = tl.load(right, mask=inside[:, None] & (pair < (DEPTH - k) // 2)[None, :], other=0)
+        some = inside[:, None] & (block < (DEPTH - k) // BLOCK)[None, :]
+        factor = tl.load(factors, mask=some, other=0.0).to(tl.float32)
+        q = tl.interleave((both & 15) - 8, ((both >> 4) & 15) - 8).to(tl.float32)
+        weights = tl.reshape(q, (N, K // BLOCK, BLOCK)) * factor[:, :, None]
+        sums = tl.dot(a, tl.trans(tl.reshape(weights, (N, K)).to(a.dtype)), sums)
+        left += K
+        right += K // 2
+        factors += K // BLOCK
+    sums += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = row[:, None] * COLUMNS + column[None, :]
+    tl.store(y + at, sums.to(y.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])

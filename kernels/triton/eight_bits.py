@@ -1,4 +1,4 @@
-"""Linear layers on int8 activations and int8 weights."""
+"""Linear layers on activations and weights of 8 bits, integers or floats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import attribute, constant, scalar
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.rewrite import Match, Rule
 
@@ -23,48 +23,43 @@ _GROUP, _STEP = 8, 16
 
 
 class _Product(Kernel):
-    formats: ClassVar[tuple[str, ...]] = ("int8",)
     outs: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
-    examples: ClassVar[tuple[Problem, ...]] = (
-        {"format": "int8", "columns": 1536, "depth": 384, "output": "fp16"},
-        {"format": "int8", "columns": 4096, "depth": 4096, "output": "bf16"},
-    )
-    small: ClassVar[tuple[Problem, ...]] = (
-        {"format": "int8", "columns": 80, "depth": 48, "output": "fp32"},
-        {"format": "int8", "columns": 272, "depth": 144, "output": "fp16"},
-    )
+
+    @property
+    def fmt(self) -> str:
+        return self.formats[0]
 
     def problem(self, node: ir.Node) -> Problem | str:
         w, bias = node.inputs[1], node.inputs[3]
         out = format_of(bias)
-        if out not in self.outs:
-            return f"no format of {self.name}"
+        if out not in self.outs or any(format_of(v) != self.fmt for v in (node.inputs[0], w)):
+            return f"no formats of {self.name}"
         if w is None or w.shape is None or not w.shape.is_static():
             return "the matrix has no fixed shape"
         columns, depth = w.shape.numpy()
         if depth % _STEP or columns % _STEP:
             return f"{columns} x {depth} are no multiples of {_STEP}"
-        return {"format": "int8", "columns": columns, "depth": depth, "output": out}
+        return {"format": self.fmt, "columns": columns, "depth": depth, "output": out}
 
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
         columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
         m, n, k, warps, stages = _TILES[capability]
         kinds = (
-            ("x", "i8", "input:0"),
-            ("w", "i8", "input:1"),
+            ("x", self.fmt, "input:0"),
+            ("w", self.fmt, "input:1"),
             ("scale", "fp32", "input:2"),
             ("bias", out, "input:3"),
             ("y", out, "output:0"),
         )
         return Program(
-            function="optkit.kernels.triton.device.integers:linear",
+            function="optkit.kernels.triton.device.eight_bits:linear",
             arguments=(
-                *(Argument(name=a, type=f"*{kind}", binds=b, aligned=True) for a, kind, b in kinds),
+                *(Argument(name=a, type=pointer(kind), binds=b, aligned=True) for a, kind, b in kinds),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
             constants={"COLUMNS": columns, "DEPTH": depth, "M": m, "N": n, "K": k, "GROUP": _GROUP},
             grid=(f"cdiv(rows, {m}) * {-(-columns // n)}", "1", "1"),
-            warps=warps, stages=stages, products="int8",
+            warps=warps, stages=stages, products=self.fmt,
         )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
@@ -73,7 +68,7 @@ class _Product(Kernel):
     def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         return [(*shapes[0][:-1], int(problem["columns"]))]
 
-    def output_format(self, problem: Problem) -> str:
+    def output_format(self, problem: Problem, output: int = 0) -> str:
         return str(problem["output"])
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
@@ -90,14 +85,14 @@ class _Product(Kernel):
         # Products of full range, scaled to about 1.
         unit = 1 / (73.0**2 * int(problem["depth"]) ** 0.5)
         return [
-            random.integers(-127, 128, x, np.int8),
-            random.integers(-127, 128, w, np.int8),
+            *(random.integers(-127, 128, shape).astype(DTYPES[self.fmt]) for shape in (x, w)),
             (random.uniform(0.5, 2, scale) * unit).astype(np.float32),
             random.standard_normal(bias).astype(np.float32).astype(DTYPES[str(problem["output"])]),
         ]
 
     def allowed(self, problem: Problem) -> float:
-        # The sum is exact below 2^24; a product and a sum are rounded, and the result once more.
+        # The sum is exact below 2^24: of integers, and of e4m3's whole numbers too; a product and a sum are rounded, and the
+        # result once more.
         return {"fp16": 0.55, "bf16": 1.05, "fp32": 2.5}[str(problem["output"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
@@ -128,8 +123,8 @@ class _Product(Kernel):
         **zeros: ir.Value,
     ) -> Match:
         match, y = Match(), root.outputs[0]
-        if format_of(q) != "int8" or format_of(w) != "int8":
-            return match.fail("not known to be int8", q)
+        if format_of(q) != self.fmt or format_of(w) != self.fmt:
+            return match.fail(f"not known to be {self.fmt}", q)
         if scalar(s) is None or any(constant(z) is None or constant(z).any() for z in zeros.values()):  # type: ignore[union-attr]
             return match.fail("activations with a zero point or a scale that is not constant", q)
         array, scales = constant(w), constant(v)
@@ -191,6 +186,17 @@ def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
     return lambda op, q, s, z, w, v, o: build(op, q, s, z, w, v, o, None)
 
 
+_EXAMPLES: tuple[dict[str, int | str | bool], ...] = (
+    {"columns": 1536, "depth": 384, "output": "fp16"},
+    {"columns": 4096, "depth": 4096, "output": "bf16"},
+)
+_SMALL: tuple[dict[str, int | str | bool], ...] = (
+    {"columns": 80, "depth": 48, "output": "fp32"},
+    {"columns": 272, "depth": 144, "output": "fp16"},
+)
+_SCALED = "s = Mul (f, scale) b = Cast <to = 1> (bias) a = Add (s, b) y = CastLike (a, bias) }"
+
+
 class LinearInt8(_Product):
     """``y = (x @ w^T) * scale + bias`` of int8 rows and int8 weights ``[outputs, inputs]``, a scale for each output.
 
@@ -201,9 +207,30 @@ class LinearInt8(_Product):
 
     name, op = "linear-int8", "LinearInt8"
     size: ClassVar[int] = 6
+    formats: ClassVar[tuple[str, ...]] = ("int8",)
     source: ClassVar[str] = "arXiv:1712.05877"
+    examples: ClassVar[tuple[Problem, ...]] = tuple({"format": "int8", **e} for e in _EXAMPLES)
+    small: ClassVar[tuple[Problem, ...]] = tuple({"format": "int8", **e} for e in _SMALL)
     body: ClassVar[str] = (
         f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, bias) => (y) {{ '
-        "t = Transpose <perm = [1, 0]> (w) p = MatMulInteger (x, t) f = Cast <to = 1> (p) s = Mul (f, scale) "
-        "b = Cast <to = 1> (bias) a = Add (s, b) y = CastLike (a, bias) }"
+        f"t = Transpose <perm = [1, 0]> (w) p = MatMulInteger (x, t) f = Cast <to = 1> (p) {_SCALED}"
+    )
+
+
+class LinearFp8(_Product):
+    """``y = (x @ w^T) * scale + bias`` of rows and weights ``[outputs, inputs]`` in e4m3, a scale for each output; from sm_89 on.
+
+    Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433. Sums of at most 128 products leave the matrix
+    unit for float32, as in DeepSeek-V3, arXiv:2412.19437, section 3.3.2. ``scale`` as in ``linear-int8``.
+    """
+
+    name, op = "linear-fp8", "LinearFp8"
+    size: ClassVar[int] = 6
+    formats: ClassVar[tuple[str, ...]] = ("fp8",)
+    source: ClassVar[str] = "arXiv:2209.05433, arXiv:2412.19437"
+    examples: ClassVar[tuple[Problem, ...]] = tuple({"format": "fp8", **e} for e in _EXAMPLES[1:])
+    small: ClassVar[tuple[Problem, ...]] = tuple({"format": "fp8", **e} for e in _SMALL)
+    body: ClassVar[str] = (
+        f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, bias) => (y) {{ '
+        f"xf = Cast <to = 1> (x) wf = Cast <to = 1> (w) t = Transpose <perm = [1, 0]> (wf) f = MatMul (xf, t) {_SCALED}"
     )

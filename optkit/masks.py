@@ -1,0 +1,228 @@
+"""What a mask of attention lets each query see, read from how it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.dims import shape_of
+from optkit.graph import attribute, constant, scalar
+
+_MOVES = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape"})
+_ROW, _COLUMN = -2, -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What queries see of the keys.
+
+    Attributes:
+        causal: No query sees keys behind its own place; the first query stands at the first key.
+        last: The same, but the last query stands at the last key.
+        window: How many keys a query sees, that at its own place included; 0 for all.
+        keys: Condition of ``[batch or 1, 1, 1, keys]`` for whether a key is seen at all; None where all are.
+    """
+
+    causal: bool = False
+    last: bool = False
+    window: int = 0
+    keys: ir.Value | None = None
+
+
+class _Unknown(Exception):
+    """Why a mask cannot be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bound:
+    """``column <= row + offset`` (``upper``) or ``column >= row + offset``; ``past``: rows start behind the keys of a cache."""
+
+    upper: bool
+    offset: int
+    past: bool
+
+    def turned(self) -> _Bound:
+        return replace(self, upper=not self.upper, offset=self.offset + (1 if self.upper else -1))
+
+
+def sight(mask: ir.Value, keys: ir.Value | None) -> Sight | str:
+    """What ``mask``, which is added to the scores, lets queries see; or why that is not known.
+
+    Args:
+        mask: ``[queries, keys]``, perhaps with axes before.
+        keys: ``[batch, heads, keys, depth]``, for whether a cache stands before them; None where nobody asks.
+    """
+    try:
+        parts = list(_conditions(*_hidden(mask), keys))
+    except _Unknown as why:
+        return str(why)
+    bounds = [p for p in parts if isinstance(p, _Bound)]
+    seen = [p for p in parts if isinstance(p, ir.Value)]
+    upper = {(b.offset, b.past) for b in bounds if b.upper}
+    lower = {(b.offset, b.past) for b in bounds if not b.upper}
+    if len(upper) > 1 or len(lower) > 1 or len(seen) > 1:
+        return f"more than one condition of a kind makes {mask.name}"
+    if not upper:
+        return f"{mask.name} is not causal"
+    ((most, past),) = upper
+    if most != 0:
+        return f"{mask.name} ends {most} keys from the query's own place"
+    window = 0
+    if lower:
+        ((least, other),) = lower
+        if other != past or least > 0:
+            return f"{mask.name} hides the query's own place"
+        window = 1 - least
+    return Sight(causal=not past, last=past, window=window, keys=seen[0] if seen else None)
+
+
+def is_zero(value: ir.Value | None) -> bool:
+    """Whether ``value`` is 0 everywhere, by what makes it."""
+    array = constant(value)
+    if array is not None:
+        return not np.any(array)
+    node = _producer(value)
+    if node is None:
+        return False
+    if node.op_type == "ConstantOfShape":
+        filled = attribute(node, "value")
+        return filled is None or not np.any(filled.numpy())  # type: ignore[attr-defined]
+    if node.op_type == "Where":
+        chosen = _condition(node.inputs[0])
+        return chosen is not None and bool(np.all(chosen)) and scalar(node.inputs[1]) == 0
+    return node.op_type in (*_MOVES, "Expand", "Cast", "Transpose") and is_zero(node.inputs[0])
+
+
+def _condition(value: ir.Value | None) -> np.ndarray | None:
+    """The constant that a condition is a copy of."""
+    while value is not None and constant(value) is None:
+        node = _producer(value)
+        if node is None or node.op_type not in (*_MOVES, "Expand", "Transpose"):
+            return None
+        value = node.inputs[0]
+    return constant(value)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.domain == "" else None
+
+
+def _hidden(mask: ir.Value | None) -> tuple[ir.Value, bool]:
+    """The condition behind a mask of 0 and something very low; and whether it holds where keys are seen."""
+    node = _producer(mask)
+    if mask is None or node is None:
+        raise _Unknown("the mask comes from outside")
+    if node.op_type in ("Cast", "Identity"):
+        return _hidden(node.inputs[0])
+    if node.op_type == "Add":
+        rest = [v for v in node.inputs if not is_zero(v)]
+        if len(rest) == 1:
+            return _hidden(rest[0])
+    if node.op_type == "Where":
+        condition, *chosen = node.inputs
+        values = [number(v) for v in chosen]
+        # What is lower than -10000 is what exporters hide keys with.
+        for at in (0, 1):
+            shown, hidden = values[at], values[1 - at]
+            if condition is not None and shown == 0 and hidden is not None and hidden <= -1e4:
+                return condition, at == 0
+    raise _Unknown(f"{mask.name} is not a choice between 0 and a very low number")
+
+
+def _conditions(value: ir.Value | None, holds: bool, keys: ir.Value | None) -> Iterator[_Bound | ir.Value]:
+    """What has to be true together for a key to be seen; ``holds``: whether where ``value`` is."""
+    node = _producer(value)
+    assert value is not None
+    if node is not None and node.op_type == "And" and holds:
+        for operand in node.inputs:
+            yield from _conditions(operand, holds, keys)
+    elif node is not None and node.op_type == "Not":
+        yield from _conditions(node.inputs[0], not holds, keys)
+    elif node is not None and node.op_type in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
+        bound = _bound(node, keys)
+        yield bound if holds else bound.turned()
+    elif holds and (shape := shape_of(value)) is not None and len(shape) == 4 and list(shape[1:3]) == [1, 1]:
+        yield value
+    else:
+        raise _Unknown(f"{value.name} compares no places")
+
+
+def _bound(node: ir.Node, keys: ir.Value | None) -> _Bound:
+    left, right = (_place(v, keys) for v in node.inputs)
+    turned, strict = node.op_type.startswith("Greater"), "Equal" not in node.op_type
+    if turned:
+        left, right = right, left
+    # left + strict <= right
+    apart = right[1] - left[1] - strict
+    past = left[2] or right[2]
+    if (left[0], right[0]) == (_COLUMN, _ROW) and not left[2]:
+        return _Bound(upper=True, offset=apart, past=past)
+    if (left[0], right[0]) == (_ROW, _COLUMN) and not right[2]:
+        return _Bound(upper=False, offset=-apart, past=past)
+    raise _Unknown(f"{node.outputs[0].name} does not compare places of queries with those of keys")
+
+
+def _place(value: ir.Value | None, keys: ir.Value | None) -> tuple[int, int, bool]:
+    """A range along an axis: the axis, what it starts with, and whether the length of a cache is added to that."""
+    shape = shape_of(value)
+    long = [i for i, d in enumerate(shape or ()) if d != 1]
+    if shape is None or len(long) != 1:
+        raise _Unknown(f"{value.name if value is not None else 'nothing'} does not run along one axis")
+    start, past = _range(value, keys)
+    return long[0] - len(shape), start, past
+
+
+def _range(value: ir.Value | None, keys: ir.Value | None) -> tuple[int, bool]:
+    node = _producer(value)
+    if value is None or node is None:
+        raise _Unknown("a place is no range")
+    if node.op_type in (*_MOVES, "Cast"):
+        return _range(node.inputs[0], keys)
+    if node.op_type == "Range":
+        start, step = node.inputs[0], number(node.inputs[2])
+        first = number(start)
+        if step == 1 and first is not None and first.is_integer():
+            return int(first), False
+        if step == 1 and _is_past(start, keys):
+            return 0, True
+    if node.op_type in ("Add", "Sub"):
+        for inner, added in (node.inputs, node.inputs[::-1]) if node.op_type == "Add" else (node.inputs,):
+            more = number(added)
+            if more is not None and more.is_integer():
+                first, past = _range(inner, keys)
+                return first + int(more if node.op_type == "Add" else -more), past
+            if node.op_type == "Add" and _is_past(added, keys):
+                first, past = _range(inner, keys)
+                if not past:
+                    return first, True
+    raise _Unknown(f"{value.name} is no range")
+
+
+def number(value: ir.Value | None) -> float | None:
+    """The number in a constant of one element, also behind a cast; else None."""
+    node = _producer(value)
+    return number(node.inputs[0]) if node is not None and node.op_type == "Cast" else scalar(value)
+
+
+def _is_past(value: ir.Value | None, keys: ir.Value | None) -> bool:
+    """Whether ``value`` is the length of a cache that ``keys`` start with."""
+    node = _producer(value)
+    while node is not None and node.op_type in (*_MOVES, "Cast"):
+        value = node.inputs[0]
+        node = _producer(value)
+    if node is None or node.op_type != "Shape" or (cache := node.inputs[0]) is None:
+        return False
+    start, end = attribute(node, "start", 0), attribute(node, "end")
+    joined = _producer(keys)
+    return (
+        (start, end) in ((2, 3), (-2, -1), (2, -1), (-2, 3))
+        and joined is not None
+        and joined.op_type == "Concat"
+        and attribute(joined, "axis") in (2, -2)
+        and joined.inputs[0] is cache
+        and len(joined.inputs) == 2
+    )

@@ -1,0 +1,259 @@
+"""Attention that looks back alone, in groups of heads and windows: from graphs of decoders and from ONNX's Attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from optkit.frontend import load
+from optkit.graph import walk
+from optkit.masks import sight
+from optkit.passes.base import Context
+from optkit.passes.fusion.attention import CleanAttention
+from optkit.passes.lowering.kernels import CallKernels
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import check_pass, parse
+
+H100 = Context(target=target("h100"))
+# As torch 2.13 writes a layer of transformers' Llama and Mistral after group-heads: four heads, two of keys.
+DECODER = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 4, S, 16] q, float16[N, 2, S, 16] k, float16[N, 2, S, 16] v, bool[N, 1, 1, S] pad) => (float16[N, 4, S, 16] y)
+<int64 zero = {0}, int64 one = {1}, int64[4] down = {1, 1, -1, 1}, int64[4] across = {1, 1, 1, -1}, int64 window = {3},
+ int64[4] few = {0, 2, -1, 0}, int64[4] many = {0, 4, -1, 0}, int64[1] last = {-1}, float16 high = {0}> {
+  shape = Shape <start = 2, end = 3> (q)
+  length = Squeeze (shape)
+  place = Range (zero, length, one)
+  row = Reshape (place, down)
+  column = Reshape (place, across)
+  %s
+  mask = Where (seen, high, low)
+  t = Transpose <perm = [0, 1, 3, 2]> (k)
+  r = Reshape (q, few)
+  p = MatMul (r, t)
+  u = Reshape (p, many)
+  a = Add (u, mask)
+  w = Softmax (a)
+  z = Reshape (w, few)
+  x = MatMul (z, v)
+  f = Reshape (x, many)
+  %s
+}
+"""
+OPEN = "y = Identity (f)"
+GUARD = "i = Cast <to = 6> (seen) m = ReduceMax <keepdims = 1> (i, last) any = Cast <to = 9> (m) y = Where (any, f, high)"
+CAUSAL = "seen = LessOrEqual (column, row)"
+WINDOW = "least = Sub (row, window) near = Greater (column, least) back = LessOrEqual (column, row) seen = And (near, back)"
+PADDED = "back = LessOrEqual (column, row) seen = And (back, pad)"
+GIVEN = {"low": np.array(-65504, np.float16)}
+# Halves: scores up to 30 are rounded by 2**-7 before, and shares by 2**-11.
+CLOSE = {"atol": 2e-2, "rtol": 2e-2}
+
+
+def calls(model):
+    return [n for n in walk(model) if n.domain == "optkit"]
+
+
+def called(text, **given):
+    after = check_pass(CallKernels(), parse(text, **GIVEN, **given), context=H100, **CLOSE)
+    return calls(after)
+
+
+@pytest.mark.parametrize(
+    ("seen", "end", "op", "window"),
+    [
+        (CAUSAL, OPEN, "CausalAttention", 0),
+        ("more = Greater (column, row) seen = Not (more)", OPEN, "CausalAttention", 0),
+        ("next = Add (row, one) seen = Less (column, next)", OPEN, "CausalAttention", 0),
+        (WINDOW, OPEN, "CausalAttention", 3),
+        (PADDED, GUARD, "CausalMaskedAttention", 0),
+        (WINDOW.replace("seen", "both") + " seen = And (both, pad)", GUARD, "CausalMaskedAttention", 3),
+    ],
+)
+def test_what_a_decoder_lets_queries_see_is_a_kernel(seen, end, op, window):
+    (node,) = called(DECODER % (seen, end))
+    assert (node.op_type, node.attributes["window"].value, node.attributes["last"].value) == (op, window, 0)
+    assert [v.name for v in node.inputs[:3]] == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "end"),
+    [
+        (CAUSAL.replace("LessOrEqual", "GreaterOrEqual"), OPEN),  # ahead alone
+        (CAUSAL.replace("LessOrEqual", "Less"), OPEN),  # not even its own place
+        ("far = Add (row, one) seen = LessOrEqual (column, far)", OPEN),
+        ("back = LessOrEqual (column, row) near = Greater (column, row) seen = And (near, back)", OPEN),
+        ("back = LessOrEqual (column, row) seen = Or (back, pad)", OPEN),
+        ("twice = Mul (row, window) seen = LessOrEqual (column, twice)", OPEN),
+        (PADDED, OPEN),  # queries that see no key would be not a number
+    ],
+)
+def test_other_conditions_stay_a_mask(seen, end):
+    (node,) = called(DECODER % (seen, end))
+    assert node.op_type == "MaskedAttention"
+
+
+def test_a_mask_that_hides_a_little_stays_a_mask():
+    model = parse(DECODER % (CAUSAL, OPEN), low=np.array(-5, np.float16))
+    (node,) = calls(check_pass(CallKernels(), model, context=H100, **CLOSE))
+    assert node.op_type == "MaskedAttention"
+
+
+def test_heads_that_are_grouped_in_a_way_that_is_not_known_are_left_alone():
+    text = (DECODER % (CAUSAL, OPEN)).replace(" int64[4] few = {0, 2, -1, 0},", "")
+    text = text.replace("bool[N, 1, 1, S] pad", "int64[4] few")
+    few = {"few": np.array([0, 2, -1, 0], np.int64)}
+    after = check_pass(CallKernels(), parse(text, **GIVEN), context=H100, **CLOSE, **few)
+    assert calls(after) == []
+
+
+def test_a_constant_in_front_of_the_queries_becomes_the_scale():
+    text = (
+        (DECODER % (CAUSAL, OPEN))
+        .replace("Reshape (q, few)", "Reshape (h, few)")
+        .replace("  r =", "  h = Mul (q, half)\n  r =")
+    )
+    (node,) = called(text, half=np.array(0.5, np.float16))
+    assert node.attributes["scale"].value == 0.5
+    assert node.inputs[0].name == "q"
+
+
+CACHE = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 2, P, 16] past, float[N, 2, S, 16] k, float[S, P] u) => (float[S, T] mask)
+<int64 zero = {0}, int64 one = {1}, float high = {0}, int64[1] first = {0}, int64[1] second = {1}> {
+  keys = Concat <axis = 2> (past, k)
+  all = Shape <start = 2, end = 3> (keys)
+  length = Squeeze (all)
+  place = Range (zero, length, one)
+  column = Unsqueeze (place, first)
+  new = Shape <start = 2, end = 3> (k)
+  count = Squeeze (new)
+  old = Shape <start = 2, end = 3> (%s)
+  start = Squeeze (old)
+  step = Range (zero, count, one)
+  moved = Add (step, start)
+  row = Unsqueeze (moved, second)
+  seen = LessOrEqual (column, row)
+  mask = Where (seen, high, low)
+}
+"""
+
+
+@pytest.mark.parametrize(("cache", "last"), [("past", True), ("k", None)])
+def test_queries_behind_a_cache_stand_at_the_last_keys(cache, last):
+    model = parse(CACHE % cache, low=np.array(-np.inf, np.float32))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    found = sight(values["mask"], values["keys"])
+    assert (found.last and not found.causal) if last else isinstance(found, str)
+
+
+def operator(heads, inputs, attributes, more=""):
+    return f"""
+<ir_version: 10, opset_import: ["" : 23]>
+g (float16[N, 4, S, 32] q, float16[N, {heads}, T, 32] k, float16[N, {heads}, T, 32] v{inputs}) => (float16[N, 4, S, 32] y) {{
+  y = Attention {attributes} (q, k, v{more})
+}}
+"""
+
+
+def lowered(text):
+    """The model as it is loaded, and with what the recipes do to attention."""
+    before = load(onnx.parser.parse_model(text).SerializeToString(), check=False)
+    model = before.clone()
+    run_passes(model, Recipe.load("triton-fp32").passes, H100)
+    return before, model
+
+
+@pytest.mark.parametrize(
+    ("text", "ops"),
+    [
+        (operator(4, "", ""), ["Attention"]),
+        (operator(1, "", ""), ["Attention"]),
+        (operator(4, "", "<is_causal = 1>"), ["CausalAttention"]),
+        (operator(2, "", "<is_causal = 1, scale = 0.25>"), ["CausalAttention"]),
+        (
+            operator(2, ", float16[N, 1, S, T] m", "", ", m"),
+            ["MaskedAttention", "ReduceMax", "Equal", "Where"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_operator_of_onnx_is_one_call(text, ops):
+    before, model = lowered(text)
+    assert [n.op_type for n in walk(model) if n.op_type != "Cast"] == ops
+    random = np.random.default_rng(0)
+    sizes = {"N": 2, "S": 5, "T": 7}
+    feeds = {
+        v.name: random.standard_normal([sizes.get(str(d), d) for d in v.shape]).astype(np.float16)
+        for v in before.graph.inputs
+    }
+    feeds = {k: np.where(x < 0.5, x, -np.inf).astype(np.float16) if k == "m" else x for k, x in feeds.items()}
+    if "m" in feeds:
+        feeds["m"][0, 0, 2] = -np.inf  # a query that sees no key
+    expected, found = (ReferenceSession(m, optimize=False).run(feeds)["y"] for m in (before, model))
+    np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), **CLOSE)
+
+
+def test_scores_that_are_squashed_are_no_kernel():
+    _, model = lowered(operator(4, "", "<softcap = 5.0>"))
+    assert calls(model) == []
+
+
+ROWS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[2, 4, 3, 8] q, float[2, 4, 8, 4] k, float[2, 4, 4, 8] v, float[2, 1, 3, 4] m) => (float[2, 4, 3, 8] y)
+<float zero = {0}, int64[1] last = {%s}> {
+  s = MatMul (q, k)
+  a = Add (s, m)
+  p = Softmax (a)
+  h = ReduceMax <keepdims = 1> (m, last)
+  e = Equal (h, low)
+  w = Where (e, %s, p)
+  y = MatMul (w, v)
+}
+"""
+HIDDEN = np.where(np.random.default_rng(1).random((2, 1, 3, 4)) < 0.6, -np.inf, 0).astype(np.float32)
+HIDDEN[1, 0, 1] = -np.inf
+
+
+def test_rows_of_an_infinite_mask_are_asked_behind_the_product():
+    model = parse(ROWS % (-1, "zero"), low=np.array(-np.inf, np.float32))
+    ops = ["MatMul", "Add", "Softmax", "MatMul", "ReduceMax", "Equal", "Where"]
+    check_pass(CleanAttention(), model, ops=ops, m=HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{-1}", "{1}"),
+        ("Where (e, zero, p)", "Where (e, one, p)"),
+        ("Equal (h, low)", "Equal (h, one)"),
+        ("Softmax (a)", "Exp (a)"),
+        ("Softmax (a)", "Softmax <axis = 1> (a)"),
+    ],
+)
+def test_rows_that_are_asked_for_something_else_stay(old, new):
+    text = (
+        (ROWS % (-1, "zero"))
+        .replace(old, new)
+        .replace("float zero = {0}", "float zero = {0}, float one = {1}")
+    )
+    model = parse(text, low=np.array(-np.inf, np.float32))
+    before = [n.op_type for n in model.graph]
+    after = check_pass(CleanAttention(), model, m=np.zeros_like(HIDDEN))
+    assert [n.op_type for n in after.graph] == before
+
+
+def test_the_kernel_reads_a_mask_in_float32():
+    text = (DECODER % (PADDED, GUARD)).replace(
+        "a = Add (u, mask)", "b = Cast <to = 1> (u) c = Cast <to = 1> (mask) a = Add (b, c)"
+    )
+    text = text.replace("z = Reshape (w, few)", "g = Cast <to = 10> (w) z = Reshape (g, few)")
+    (node,) = called(text)
+    assert node.op_type == "CausalMaskedAttention"
+    assert node.inputs[3].dtype == ir.DataType.FLOAT16
