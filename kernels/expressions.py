@@ -20,11 +20,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"cdiv": lambda a, b: -(-a // b), "m
 _LONGEST = 500
 
 
-def evaluate(expression: str, names: Mapping[str, Any]) -> int:
+def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     """The value of an expression of whole numbers, ``names``, ``+ - * // %``, and calls of ``cdiv``, ``min`` and ``max``.
 
     Args:
-        names: Numbers, and functions that may be called too.
+        names: Numbers, and functions that may be called too. Where some are symbols, so is the value.
 
     Raises:
         ModelError: It has something else in it, a name that nobody knows, or divides by zero.
@@ -44,13 +44,17 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> int:
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 return _BINARY[type(op)][1](value(left), value(right))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if callable(known.get(name)):
-                return known[name](*map(value, arguments))
+                given = [value(a) for a in arguments]
+                if any(isinstance(v, Symbol) for v in given):
+                    return Symbol(f"{name}({', '.join(map(str, given))})")
+                return known[name](*given)
         raise ModelError(f"{ast.unparse(node)!r} in {expression!r} is no size")
 
     if len(expression) > _LONGEST:
         raise ModelError(f"an expression of {len(expression)} characters is no size")
     try:
-        return int(value(ast.parse(expression, mode="eval")))
+        found = value(ast.parse(expression, mode="eval"))
+        return found if isinstance(found, Symbol) else int(found)
     except (SyntaxError, ZeroDivisionError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(f"{expression!r} is no size: {error}") from error
 
