@@ -15,20 +15,18 @@ from optkit.kernels import KERNELS
 
 torch = pytest.importorskip("torch")
 
+from optkit.benchmarks.rivals import tensor  # noqa: E402
 from optkit.torch import bodies  # noqa: E402
 from optkit.torch.operators import body, launch, offered, operator  # noqa: E402
 
 # Those whose bodies are made of operators that optkit.torch.bodies has.
 NAMES = sorted(offered().values())
-_RAW = {"bfloat16": (np.int16, torch.bfloat16)}
+# Their bodies round to half precision before they round to integers, which may then come out one beside.
+HALVES = {"rotary-write-quantized"}
 
 
 def tensors(kernel, problem, rows=3, seed=0):
-    found = []
-    for array in kernel.draw(problem, rows, seed):
-        raw, kind = _RAW.get(array.dtype.name, (None, None))
-        found.append(torch.from_numpy(array) if raw is None else torch.from_numpy(array.view(raw)).view(kind))
-    return found
+    return [tensor(array, "cpu") for array in kernel.draw(problem, rows, seed)]
 
 
 def test_the_kernels_of_the_table_are_offered():
@@ -55,14 +53,14 @@ def test_on_a_processor_they_compute_what_the_reference_does(name):
         found = found if isinstance(found, tuple) else (found,)
         arrays = kernel.draw(problem, 3, 0)
         for value, right in zip(found, kernel.reference(problem, arrays), strict=False):
-            assert value.dtype == torch.int8 or value.dtype.is_floating_point
+            if not value.dtype.is_floating_point:
+                most = 1 if value.dtype == torch.int8 and name in HALVES else 0
+                assert np.abs(value.numpy() - right).max() <= most
+                continue
             # Half precision rounds in each operator of the body.
-            step = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}.get(kernel.output_format(problem), 4e-3)
-            if value.dtype == torch.int8:
-                assert (value.numpy() == right).all()
-            else:
-                scale = max(1.0, float(np.abs(right).max()))
-                np.testing.assert_allclose(value.double().numpy() / scale, right / scale, rtol=0, atol=step)
+            step = {1: 0.07, 2: 4e-3 if value.dtype == torch.float16 else 3e-2, 4: 1e-5}[value.dtype.itemsize]
+            scale = max(1.0, float(np.abs(right).max()))
+            np.testing.assert_allclose(value.double().numpy() / scale, right / scale, rtol=0, atol=step)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,9 +68,10 @@ def test_torch_finds_nothing_wrong_with_schema_and_shapes(name):
     kernel = KERNELS[name]()
     problem = kernel.small[0]
     arguments = tuple(tensors(kernel, problem))
-    torch.library.opcheck(
-        operator(name), arguments, kernel.attributes(problem), test_utils=("test_schema", "test_faketensor")
-    )
+    # The check of schemas multiplies what it is given, which torch does not do with 8 bits.
+    small = any(x.dtype == torch.float8_e4m3fn for x in arguments)
+    checks = ("test_faketensor",) if small else ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator(name), arguments, kernel.attributes(problem), test_utils=checks)
 
 
 class Block(torch.nn.Module):
@@ -120,7 +119,7 @@ def test_optkit_compiles_a_module_that_calls_them(tmp_path):
 _LAUNCH = """
 import sys
 import optkit.kernels.triton.interpret  # mends the interpreter
-from test_torch_operators import KERNELS, NAMES, body, launch, tensors, torch
+from test_torch_operators import HALVES, KERNELS, NAMES, body, launch, tensors, torch
 for name in NAMES:
     kernel = KERNELS[name]()
     for problem in kernel.small:
@@ -130,8 +129,9 @@ for name in NAMES:
         right = right if isinstance(right, tuple) else (right,)
         for a, b in zip(found, right, strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape, (name, a.dtype, b.dtype, a.shape, b.shape)
-            limit = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2, torch.int8: 0}[a.dtype]
+            limits = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2, torch.float8_e4m3fn: 0.13}
             wide = b.double().abs().max().clamp(min=1)
+            limit = limits.get(a.dtype, 1.01 / wide if name in HALVES and a.dtype == torch.int8 else 0)
             assert (a.double() - b.double()).abs().max() / wide <= limit, (name, problem)
         print(name)
 """

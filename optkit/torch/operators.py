@@ -24,6 +24,10 @@ from optkit.torch import bodies
 if TYPE_CHECKING:
     from optkit.kernels.base import Kernel
 
+_FORMATS = {
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8,
+    "i32": torch.int32, "i64": torch.int64,
+}  # fmt: skip
 _TYPES = {ir.AttributeType.FLOAT: float, ir.AttributeType.INT: int, ir.AttributeType.INTS: Sequence[int]}
 
 
@@ -74,12 +78,12 @@ def launch(
     """
     inputs = [x.contiguous() for x in inputs]
     problem = kernel.problem(_node(kernel, inputs, attributes))
-    if isinstance(problem, str):
-        raise UsageError(f"{kernel.name}: {problem}", hint="write it with operators of torch")
+    why = problem if isinstance(problem, str) else kernel.unsupported(problem, capability)
+    if isinstance(problem, str) or why is not None:
+        raise UsageError(f"{kernel.name}: {why}", hint="write it with operators of torch")
     shapes = [tuple(x.shape) for x in inputs]
     program = kernel.program(problem, capability)
     sizes = kernel.sizes(problem, shapes)
-    wide = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
     made = kernel.outputs(problem, shapes)
     outputs: dict[int, torch.Tensor] = {}
     given: dict[str, Any] = {}
@@ -90,10 +94,14 @@ def launch(
             # Bytes are i8 to the programs, whatever is packed in them.
             given[argument.name] = x.view(torch.int8) if x.dtype == torch.uint8 else x
         elif kind == "output":
-            dtype = wide[argument.type.lstrip("*")]
-            given[argument.name] = outputs[int(index)] = torch.empty(
-                made[int(index)], dtype=dtype, device=inputs[0].device
-            )
+            written = program.aliases.get(int(index))
+            if written is not None:
+                # In place, and an operator changes nothing that it is given.
+                outputs[int(index)] = inputs[written].clone()
+            else:
+                dtype = _FORMATS[argument.type.lstrip("*")]
+                outputs[int(index)] = torch.empty(made[int(index)], dtype=dtype, device=inputs[0].device)
+            given[argument.name] = outputs[int(index)]
         else:
             given[argument.name] = evaluate(argument.binds, sizes)
     grid = tuple(evaluate(expression, sizes) for expression in program.grid)

@@ -47,7 +47,9 @@ def test_shapes_of_outputs_as_expressions_are_those_of_numbers(name):
 
 def test_what_is_worked_out_with_symbols_is_an_expression():
     shapes = symbols([2])
-    found = evaluate("cdiv(axis(0, 0) + 3, 4) * max(n, axis(0, 1)) - elements(0) % 7", {"n": 9, **of_shapes(shapes)})
+    found = evaluate(
+        "cdiv(axis(0, 0) + 3, 4) * max(n, axis(0, 1)) - elements(0) % 7", {"n": 9, **of_shapes(shapes)}
+    )
     assert evaluate(str(found), of_shapes([(10, 20)])) == 4 * 20 - 200 % 7
     assert "cdiv(" in str(found) and "max(" in str(found)
 
