@@ -356,7 +356,7 @@ class MaskedAttention(_Attention):
     source: ClassVar[str] = _SOURCE
     body: ClassVar[str] = _HEAD % (op, "", ", mask") + _SCORES + _MASK + _VALUES % "a"
     examples: ClassVar[tuple[Problem, ...]] = tuple(
-        {**e, "mask": "b", "mask_format": e["format"]} for e in _EXAMPLES
+        {**e, "mask": "b", "mask_format": e["format"]} for e in _EXAMPLES[:1]
     )
     small: ClassVar[tuple[Problem, ...]] = (
         {**_SMALL_ONES[0], "mask": "b", "mask_format": "fp16"},

@@ -195,6 +195,7 @@ class Linear(_Product):
 
     name, op, bias = "linear", "Linear", True
     size: ClassVar[int] = 2
+    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
     source: ClassVar[str] = "Triton tutorials 03, 09"
     body: ClassVar[str] = _HEAD % (op, ", bias", _SUM + "y = Add (p, bias)")
 
@@ -207,6 +208,7 @@ class LinearRelu(_Product):
 
     name, op, bias, kind = "linear-relu", "LinearRelu", True, "relu"
     size: ClassVar[int] = 3
+    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
     source: ClassVar[str] = "Triton tutorials 03, 09"
     body: ClassVar[str] = _HEAD % (op, ", bias", _SUM + "s = Add (p, bias) y = Relu (s)")
 
@@ -219,5 +221,6 @@ class LinearGelu(_Product):
 
     name, op, bias, kind = "linear-gelu", "LinearGelu", True, "gelu"
     size: ClassVar[int] = 3
+    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
     source: ClassVar[str] = "Triton tutorials 03, 09"
     body: ClassVar[str] = _HEAD % (op, ", bias", _SUM + "s = Add (p, bias) y = Gelu (s)")

@@ -30,7 +30,6 @@ class _Rows(Kernel):
     examples: ClassVar[tuple[Problem, ...]] = (
         {"format": "fp16", "columns": 1024},
         {"format": "bf16", "columns": 4096},
-        {"format": "fp32", "columns": 512},
     )
     small: ClassVar[tuple[Problem, ...]] = (
         {"format": "fp16", "columns": 80},

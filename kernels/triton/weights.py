@@ -173,6 +173,7 @@ class _Product(Kernel):
 
 class _Decode(_Product):
     few: ClassVar[bool] = True
+    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
 
     def problem(self, node: ir.Node) -> Problem | str:
         x, w = node.inputs[:2]
