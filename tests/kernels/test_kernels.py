@@ -118,7 +118,8 @@ def test_the_function_body_computes_what_the_reference_does(name, index):
 def test_a_call_tells_its_problem(name, index):
     kernel = KERNELS[name]()
     problem = kernel.small[index]
-    model = call(kernel, problem, kernel.draw(problem, 5, seed=3))
+    rows = max(kernel.edges(problem, HOPPER))
+    model = call(kernel, problem, kernel.draw(problem, rows, seed=3))
     (node,) = model.graph
     found = kernel.problem(node)
     assert not isinstance(found, str), found
