@@ -68,9 +68,8 @@ def main(arguments: list[str]) -> int:
     for kernel in chosen(()):
         for problem in kernel.examples:
             row = {s.target: s for s in found if s.kernel == kernel.name and s.problem == problem}
-            alike = [
-                n.steps for n in numbers if n.kernel == kernel.name and _kind(n.problem) == _kind(problem)
-            ]
+            own = [n for n in numbers if n.kernel == kernel.name]
+            alike = [n.steps for n in own if _kind(n.problem) == _kind(problem)] or [n.steps for n in own]
             words = " ".join(str(v) for k, v in problem.items() if k not in ("epsilon", "total"))
             cells = [_cell(row[t.name]) if t.name in row else "-" for t in targets]
             lines.append(f"| {kernel.name} | {words} | {' | '.join(cells)} | {max(alike):.2f} |")

@@ -56,6 +56,8 @@ _TILES = {
     (12, 0): (_WIDE, _QUARTER, _OWN, _OWN_WIDE, _WIDE, _QUARTER, _OWN, _OWN_WIDE),
     (12, 1): (_WIDE, _QUARTER, _OWN, _OWN_WIDE, _WIDE, _QUARTER, _OWN, _OWN_WIDE),
 }
+# With few queries, as in decoding, keys are all that is read.
+_FEW = _Tile(queries=16, keys=64, warps=4, stages=2)
 # Sizes that ``shapes`` draws with.
 _BATCH, _HEADS = 2, 2
 
@@ -87,6 +89,8 @@ class _Attention(Kernel):
             "scale": repr(_scale(node)),
             "share": share,
         }
+        if isinstance(heads[2], int) and heads[2] <= _FEW.queries:
+            found["few"] = True
         if self.causal:
             found |= {"window": _integer(node, "window"), "last": bool(_integer(node, "last"))}
         if self.masked:
@@ -118,10 +122,12 @@ class _Attention(Kernel):
                 "LAST": bool(problem.get("last", False)),
             },
             grid=(f"cdiv(queries, {t.queries})", "batch * heads", "1"),
-            warps=t.warps, stages=t.stages, products=fmt,
+            warps=t.warps, stages=t.stages, products=fmt, low=t is _FEW,
         )  # fmt: skip
 
     def _tile(self, problem: Problem, capability: tuple[int, int]) -> _Tile:
+        if problem.get("few"):
+            return _FEW
         kind = ("q" in str(problem.get("mask", ""))) + 2 * self.causal
         return _TILES[capability][2 * kind + (int(problem["depth"]) > 64)]
 
@@ -133,17 +139,19 @@ class _Attention(Kernel):
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         depth, keys, share = int(problem["depth"]), rows + 3, int(problem["share"])
+        queries = min(rows, _FEW.queries) if problem.get("few") else rows
         few = (_BATCH, max(1, _HEADS // share), keys, depth)
-        found: list[tuple[int, ...]] = [(_BATCH, share * few[1], rows, depth), few, few]
+        found: list[tuple[int, ...]] = [(_BATCH, share * few[1], queries, depth), few, few]
         if self.masked:
             axes = str(problem["mask"])
-            full = {"b": _BATCH, "h": found[0][1], "q": rows}
+            full = {"b": _BATCH, "h": found[0][1], "q": queries}
             found.append((*(full[a] if a in axes else 1 for a in "bhq"), keys))
         return found
 
     def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
         m = self._tile(problem, capability).queries
-        return (1, m - 1, m, m + 1)
+        # With few queries, it is keys that go over a block.
+        return (1, m - 1, m, _FEW.keys + 1) if problem.get("few") else (1, m - 1, m, m + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         fmt, shapes = str(problem["format"]), self.shapes(problem, rows)
@@ -157,8 +165,8 @@ class _Attention(Kernel):
         return found
 
     def allowed(self, problem: Problem) -> float:
-        # Shares are rounded before they multiply the values, by half a step each; the interpreter cuts bfloat16.
-        return {"fp16": 1.5, "bf16": 3.0}[str(problem["format"])]
+        # Shares are rounded before they multiply the values, by half a step each.
+        return {"fp16": 1.5, "bf16": 1.5}[str(problem["format"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         q, k, v, *mask = (a.astype(np.float64) for a in inputs if a is not None)
@@ -264,7 +272,7 @@ class _Attention(Kernel):
         keys = op.Transpose(turned.inputs[0], perm=perm) if perm != [0, 1, 2, 3] else turned.inputs[0]
         queries, before = scaled_queries(q)
         attributes: dict[str, float | int] = {"scale": before * (factor(root, k, scale) or 1.0)}
-        inputs = [queries, keys, v]
+        inputs = [keys, v]
         if self.causal:
             assert mask is not None
             found = sight(mask, v)
@@ -274,9 +282,17 @@ class _Attention(Kernel):
                 inputs.append(_hiding(op, found.keys, q))
         elif mask is not None:
             inputs.append(mask)
-        (y,) = op.node(self.op, inputs, attributes, domain=DOMAIN)
-        y.type, y.shape = q.type, q.shape
-        return y
+        shape, groups = shape_of(q), shape_of(v)
+        assert shape is not None
+        assert groups is not None
+        # One query a head: those of the heads that share keys are queries of one head, which reads the keys once.
+        joined = shape[2] == 1 and shape[1] != groups[1] and not set("hq") & set(mask_axes(mask) or "")
+        rows = queries
+        if joined and not self.causal:
+            rows = op.Reshape(queries, np.array([0, groups[1], -1, 0], np.int64))
+        (y,) = op.node(self.op, [rows, *inputs], attributes, domain=DOMAIN)
+        y.type, y.shape = q.type, rows.shape
+        return op.Reshape(y, np.array([0, shape[1], -1, 0], np.int64)) if rows is not queries else y
 
 
 def _hiding(op: Any, seen: ir.Value, q: ir.Value) -> ir.Value:
@@ -355,13 +371,23 @@ class MaskedAttention(_Attention):
     size: ClassVar[int] = 5
     source: ClassVar[str] = _SOURCE
     body: ClassVar[str] = _HEAD % (op, "", ", mask") + _SCORES + _MASK + _VALUES % "a"
-    examples: ClassVar[tuple[Problem, ...]] = tuple(
-        {**e, "mask": "b", "mask_format": e["format"]} for e in _EXAMPLES
+    examples: ClassVar[tuple[Problem, ...]] = (
+        {**_EXAMPLES[0], "mask": "b", "mask_format": "fp16"},
+        {**_EXAMPLES[1], "mask": "b", "mask_format": "bf16", "few": True},
     )
     small: ClassVar[tuple[Problem, ...]] = (
         {**_SMALL_ONES[0], "mask": "b", "mask_format": "fp16"},
         {**_SMALL_ONES[1], "mask": "q", "mask_format": "bf16"},
         {"format": "fp16", "depth": 16, "scale": "1.0", "share": 2, "mask": "bhq", "mask_format": "fp32"},
+        {
+            "format": "fp16",
+            "depth": 64,
+            "scale": "0.2",
+            "share": 2,
+            "mask": "b",
+            "mask_format": "fp16",
+            "few": True,
+        },
     )
 
 

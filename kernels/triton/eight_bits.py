@@ -93,7 +93,7 @@ class _Product(Kernel):
     def allowed(self, problem: Problem) -> float:
         # The sum is exact below 2^24: of integers, and of e4m3's whole numbers too; a product and a sum are rounded, and the
         # result once more.
-        return {"fp16": 0.55, "bf16": 1.05, "fp32": 2.5}[str(problem["output"])]
+        return {"fp16": 0.55, "bf16": 0.55, "fp32": 2.5}[str(problem["output"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         x, w, scale, bias = (a.astype(np.float64) for a in inputs if a is not None)
@@ -186,10 +186,7 @@ def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
     return lambda op, q, s, z, w, v, o: build(op, q, s, z, w, v, o, None)
 
 
-_EXAMPLES: tuple[dict[str, int | str | bool], ...] = (
-    {"columns": 1536, "depth": 384, "output": "fp16"},
-    {"columns": 4096, "depth": 4096, "output": "bf16"},
-)
+_EXAMPLE: dict[str, int | str | bool] = {"columns": 4096, "depth": 4096, "output": "bf16"}
 _SMALL: tuple[dict[str, int | str | bool], ...] = (
     {"columns": 80, "depth": 48, "output": "fp32"},
     {"columns": 272, "depth": 144, "output": "fp16"},
@@ -209,7 +206,7 @@ class LinearInt8(_Product):
     size: ClassVar[int] = 6
     formats: ClassVar[tuple[str, ...]] = ("int8",)
     source: ClassVar[str] = "arXiv:1712.05877"
-    examples: ClassVar[tuple[Problem, ...]] = tuple({"format": "int8", **e} for e in _EXAMPLES)
+    examples: ClassVar[tuple[Problem, ...]] = ({"format": "int8", **_EXAMPLE},)
     small: ClassVar[tuple[Problem, ...]] = tuple({"format": "int8", **e} for e in _SMALL)
     body: ClassVar[str] = (
         f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, bias) => (y) {{ '
@@ -228,7 +225,7 @@ class LinearFp8(_Product):
     size: ClassVar[int] = 6
     formats: ClassVar[tuple[str, ...]] = ("fp8",)
     source: ClassVar[str] = "arXiv:2209.05433, arXiv:2412.19437"
-    examples: ClassVar[tuple[Problem, ...]] = tuple({"format": "fp8", **e} for e in _EXAMPLES[1:])
+    examples: ClassVar[tuple[Problem, ...]] = ({"format": "fp8", **_EXAMPLE},)
     small: ClassVar[tuple[Problem, ...]] = tuple({"format": "fp8", **e} for e in _SMALL)
     body: ClassVar[str] = (
         f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, bias) => (y) {{ '

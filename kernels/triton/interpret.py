@@ -1,8 +1,8 @@
 """A process of its own that runs programs in Triton's interpreter: ``python -m optkit.kernels.triton.interpret FOLDER``.
 
 The interpreter executes the Python source with NumPy: it shows the arithmetic and the addresses of a kernel, and nothing of
-layouts, machine code or races. Its ``dot`` multiplies bfloat16 as raw bits, and what it rounds to 8 bits is wrong at powers of
-2; both is mended here and tried before anything runs.
+layouts, machine code or races. Its ``dot`` multiplies bfloat16 as raw bits, it cuts what should be rounded to bfloat16, and what
+it rounds to 8 bits is wrong at powers of 2; all is mended here and tried before anything runs.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
 
 
 def _convert(data: Any, before: Any, after: Any, mode: Any) -> Any:
-    """Bits of floats as bits of other floats; to and from 8 bits by NumPy, to the nearest, ties to even."""
-    if tl.float8e4nv not in (before, after) or before not in _FLOATS or after not in _FLOATS:
+    """Bits of floats as bits of other floats: by NumPy, to the nearest, ties to even."""
+    if before not in _FLOATS or after not in _FLOATS:
         return _stock_convert(data, before, after, mode)
     wide = np.ascontiguousarray(data).view(_FLOATS[before]).astype(np.float32)
     return wide.astype(_FLOATS[after]).view(f"u{np.dtype(_FLOATS[after]).itemsize}")
@@ -83,15 +83,17 @@ def _check_dot() -> None:
 @triton.jit
 def _try_cast(x, y):  # type: ignore[no-untyped-def]
     at = tl.arange(0, 1024)
-    tl.store(y + at, tl.load(x + at).to(tl.float8e4nv))
+    tl.store(y + at, tl.load(x + at).to(y.dtype.element_ty))
 
 
 def _check_cast() -> None:
-    x, y = torch.linspace(-448, 448, 1024), torch.zeros(1024, dtype=torch.float8_e4m3fn)
+    x = torch.linspace(-448, 448, 1024)
     x[:2] = torch.tensor([1.0625, 127.0])
-    _try_cast[(1,)](x, y)
-    if not torch.equal(y.float(), x.to(y.dtype).float()):
-        raise RuntimeError(f"the interpreter of Triton {triton.__version__} rounds to float8_e4m3 wrongly")
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        y = torch.zeros(1024, dtype=dtype)
+        _try_cast[(1,)](x, y)
+        if not torch.equal(y.float(), x.to(dtype).float()):
+            raise RuntimeError(f"the interpreter of Triton {triton.__version__} rounds to {dtype} wrongly")
 
 
 def _tensor(array: np.ndarray, fmt: str) -> Any:

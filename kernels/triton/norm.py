@@ -112,9 +112,9 @@ class _Norm(Kernel):
         return tuple(sorted({1, max(1, block - 1), block, block + 1}))
 
     def allowed(self, problem: Problem) -> float:
-        # float16 is rounded once, by half a step. The interpreter cuts bfloat16 instead of rounding: one step, and one more
-        # of the sum that is normalized. float32 also has the rounding of the statistics and of four products.
-        return {"fp16": 0.51, "bf16": 1.01 + 1.2 * self.residual, "fp32": 4.0}[str(problem["format"])]
+        # Halves are rounded once, by half a step, and so is a sum that is normalized, on both sides. float32 also has the
+        # rounding of the statistics and of four products.
+        return {"fp16": 0.51, "bf16": 0.51, "fp32": 4.0}[str(problem["format"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         at = self._positions()
@@ -261,7 +261,7 @@ class AddLayerNorm(_Norm):
         _HEAD % (op, "x, residual, scale, bias", "y, total")
         + f" total = Add (x, residual) y = {_LAYER} (total, scale, bias) }}"
     )
-    examples: ClassVar[tuple[Problem, ...]] = _SUMS
+    examples: ClassVar[tuple[Problem, ...]] = _SUMS[:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL_SUMS
 
 
@@ -275,7 +275,7 @@ class RmsNorm(_Norm):
     size: ClassVar[int] = 6
     source: ClassVar[str] = "arXiv:1910.07467"
     body: ClassVar[str] = _HEAD % (op, "x, scale", "y") + _RMS % ("x", "x") + "}"
-    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES
+    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES[:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL
 
 
@@ -295,5 +295,5 @@ class AddRmsNorm(_Norm):
         + _RMS % ("total", "total")
         + "}"
     )
-    examples: ClassVar[tuple[Problem, ...]] = _SUMS
+    examples: ClassVar[tuple[Problem, ...]] = _SUMS[:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL_SUMS

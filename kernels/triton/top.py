@@ -159,7 +159,7 @@ class Top(_Top):
     """The ``k`` largest of the last axis, largest first and of equal ones the first, with their places: ONNX's TopK.
 
     The ``k``-th largest is found a bit at a time from the highest on, as radix selection does (Alabi et al., "Fast k-selection
-    algorithms for graphics processing units", 2012, doi:10.1145/2133803.2345676, section 4); then few are sorted.
+    algorithms for graphics processing units", 2012, doi:10.1145/2133803.2345676, section 4); then few are ranked by counting.
     """
 
     name, op, decode = "top-k", "TopK", False

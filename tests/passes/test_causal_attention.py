@@ -9,6 +9,7 @@ import pytest
 
 from optkit.frontend import load
 from optkit.graph import walk
+from optkit.kernels import KERNELS
 from optkit.masks import sight
 from optkit.passes.base import Context
 from optkit.passes.fusion.attention import CleanAttention
@@ -121,6 +122,34 @@ def test_a_constant_in_front_of_the_queries_becomes_the_scale():
     (node,) = called(text, half=np.array(0.5, np.float16))
     assert node.attributes["scale"].value == 0.5
     assert node.inputs[0].name == "q"
+
+
+STEP = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 4, 1, 16] q, float16[N, 2, T, 16] k, float16[N, 2, T, 16] v, float16[N, %s, 1, T] mask) => (float16[N, 4, 1, 16] y)
+<int64[4] few = {0, 2, -1, 0}, int64[4] many = {0, 4, -1, 0}> {
+  t = Transpose <perm = [0, 1, 3, 2]> (k)
+  r = Reshape (q, few)
+  p = MatMul (r, t)
+  u = Reshape (p, many)
+  a = Add (u, mask)
+  w = Softmax (a)
+  z = Reshape (w, few)
+  x = MatMul (z, v)
+  y = Reshape (x, many)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("heads", "ops"), [(1, ["Reshape", "MaskedAttention", "Reshape"]), (4, ["MaskedAttention"])]
+)
+def test_one_query_of_heads_that_share_keys_reads_them_once(heads, ops):
+    after = check_pass(CallKernels(), parse(STEP % heads), context=H100, ops=ops, **CLOSE)
+    (node,) = calls(after)
+    problem = KERNELS["masked-attention"]().problem(node)
+    assert problem["few"]
+    assert problem["share"] == (1 if heads == 1 else 2)
 
 
 CACHE = """

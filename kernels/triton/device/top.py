@@ -14,6 +14,12 @@ def ordered(value):
 
 
 @triton.jit
+def sort_key(value, place):
+    """64 bits that are larger for a larger number, and of equal ones for the first."""
+    return (ordered(value).to(tl.int64) << 32) | (0x7FFFFFFF - place)
+
+
+@triton.jit
 def top(
     x,
     boxes,
@@ -30,7 +36,7 @@ def top(
     """The ``K`` largest of a row a program, largest first and of equal ones the first; ``KEPT``: the power of 2 above ``K``.
 
     The ``K``-th largest is found a bit at a time, by counting; what is not smaller is written to the outputs in the order of
-    the row, read again and sorted. ``DECODE``: a place is a box and one of ``classes``; both leave instead of it.
+    the row, and read again by all threads, to count what stands before each. ``DECODE``: a place is a box and one of ``classes``; both leave instead of it.
     """
     row = tl.program_id(0).to(tl.int64)
     start = x + row * columns
@@ -67,22 +73,27 @@ def top(
         taken += tl.sum(kept, axis=0)
         equal += tl.sum(same, axis=0)
     tl.debug_barrier()
-    rank = tl.arange(0, KEPT)
-    place = tl.load(places + row * K + rank, mask=rank < K, other=0)
-    value = tl.load(start + place, mask=rank < K, other=0.0).to(tl.float32)
-    key = (ordered(value).to(tl.int64) << 32) | (0x7FFFFFFF - place)
-    key = tl.where(rank < K, key, -9223372036854775808)
+    slot = tl.arange(0, KEPT)
+    chosen = slot < K
+    place = tl.load(places + row * K + slot, mask=chosen, other=0)
+    value = tl.load(start + place, mask=chosen, other=0.0)
+    key = sort_key(value.to(tl.float32), place)
+    # Keys are all different: as many stand before one as are larger.
+    rank = tl.zeros((KEPT,), tl.int32)
+    few = tl.arange(0, 16)
+    for k in range(0, K, 16):
+        other = tl.load(places + row * K + k + few, mask=few < K - k, other=0)
+        against = sort_key(tl.load(start + other, mask=few < K - k, other=0.0).to(tl.float32), other)
+        larger = (against[None, :] > key[:, None]) & (few < K - k)[None, :]
+        rank += tl.sum(larger.to(tl.int32), axis=1)
     tl.debug_barrier()
-    key = tl.sort(key, descending=True)
-    place = 0x7FFFFFFF - (key & 0x7FFFFFFF)
-    value = tl.load(start + place, mask=rank < K, other=0.0)
-    tl.store(values + row * K + rank, value, mask=rank < K)
+    to = row * K + rank
+    tl.store(values + to, value, mask=chosen)
     if DECODE:
-        tl.store(places + row * K + rank, place % classes, mask=rank < K)
-        box = place // classes
+        tl.store(places + to, place % classes, mask=chosen)
         side = tl.arange(0, 4)
-        whole = boxes + (row * (columns // classes) + box)[:, None] * 4 + side[None, :]
-        corner = tl.load(whole, mask=(rank < K)[:, None], other=0.0)
-        tl.store(found + (row * K + rank)[:, None] * 4 + side[None, :], corner, mask=(rank < K)[:, None])
+        box = boxes + (row * (columns // classes) + place // classes)[:, None] * 4 + side[None, :]
+        corner = tl.load(box, mask=chosen[:, None], other=0.0)
+        tl.store(found + to[:, None] * 4 + side[None, :], corner, mask=chosen[:, None])
     else:
-        tl.store(places + row * K + rank, place, mask=rank < K)
+        tl.store(places + to, place, mask=chosen)
