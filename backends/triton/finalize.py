@@ -22,6 +22,7 @@ from optkit.errors import ModelError
 if TYPE_CHECKING:
     from optkit.backends.base import Mark, Task
     from optkit.backends.triton.rest import Place
+    from optkit.kernels.cuda import Device
 
 TUNED, VERIFIED, TIMED = "tuned.json", "verified.json", "bench.json"
 # Launches between two events, and how often they are timed.
@@ -42,11 +43,22 @@ def finalize(
     """
     with open_device(target, arch) as device:
         facts = device.facts()
-        made_with = {**{key: facts[key] for key in _DEVICE}, "code": _digest(path), "rest": rest}
+        made_with = _made_with(path, facts, rest)
         with task("load the machine code"):
             session = DeviceSession(path, device, rest=rest)
         with session:
             return _finish(path, session, facts, made_with, task, mark, force=force)
+
+
+def tuned(path: Path, device: Device, rest: Place) -> dict[int, str]:
+    """What was chosen for this code on this device: programs by the index of their launch; empty where nothing was."""
+    found = _record(path, TUNED, _made_with(path, device.facts(), rest))
+    return {} if found is None else {int(index): name for index, name in found["choices"].items()}
+
+
+def _made_with(path: Path, facts: Mapping[str, Any], rest: Place) -> dict[str, Any]:
+    """What decides whether a record is of this pair of code and device."""
+    return {**{key: facts[key] for key in _DEVICE}, "code": _digest(path), "rest": rest}
 
 
 def _finish(
@@ -62,12 +74,11 @@ def _finish(
     files = sorted((path / golden.FOLDER).glob("*.npz"))
     if not files:
         raise ModelError(f"{golden.FOLDER} has no batches", hint="compile again")
-    tuned = {} if force else _record(path, TUNED, made_with)
+    chosen = {} if force else _record(path, TUNED, made_with)
     with task("time the finalists of each kernel"):
-        tuned = _tune(session, batch(files[0])[0], dict(tuned or {}), _writer(path / TUNED, made_with))
-    session.choices = [tuned["choices"][str(i)] for i in range(len(session.launches))]
-    chosen = hashlib.sha256("\n".join(session.choices).encode()).hexdigest()
-    made_with = {**made_with, "choices": chosen}
+        chosen = _tune(session, batch(files[0])[0], dict(chosen or {}), _writer(path / TUNED, made_with))
+    session.choices = [chosen["choices"][str(i)] for i in range(len(session.launches))]
+    made_with = {**made_with, "choices": hashlib.sha256("\n".join(session.choices).encode()).hexdigest()}
     verified = None if force else _record(path, VERIFIED, made_with)
     if verified is None:
         mark("ran_on_device", False)

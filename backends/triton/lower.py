@@ -15,7 +15,7 @@ from optkit import golden
 from optkit.arithmetic import product_format, products
 from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
 from optkit.backends.triton import bundle, plugins
-from optkit.backends.triton.finalize import finalize
+from optkit.backends.triton.finalize import finalize, tuned
 from optkit.backends.triton.placement import PLACEMENTS
 from optkit.backends.triton.runtime import DeviceSession, open_device
 from optkit.backends.triton.session import FunctionBodySession
@@ -149,6 +149,12 @@ class Triton(Backend):
             str(why), hint="sizes of free axes are set with --set options.sizes.AXIS=SIZE"
         ) from why
 
+    def size(self, path: Path) -> int:
+        """Of the graph and one program of each call: a device keeps one of the finalists."""
+        first = {row["kernels"][0] for row in bundle.read(path)["launches"]}
+        files = [*path.glob(f"{bundle.MODEL}*"), *(path / bundle.FOLDER / f"{name}.cubin" for name in first)]
+        return sum(f.stat().st_size for f in files)
+
     def load(
         self, path: Path, target: Target, options: TritonOptions, *, threads: int | None = None
     ) -> Session:
@@ -156,10 +162,11 @@ class Triton(Backend):
         return FunctionBodySession(path / bundle.MODEL)
 
     def on_device(self, path: Path, target: Target, options: TritonOptions) -> Session:
-        """The machine code on its GPU; nodes without kernel where the options say."""
+        """The machine code on its GPU, the programs that ``finalize`` chose there; nodes without kernel where the options say."""
         device = open_device(target.name, target.arch)
         try:
-            return DeviceSession(path, device, rest=options.rest, own=True)
+            choices = tuned(path, device, options.rest)
+            return DeviceSession(path, device, rest=options.rest, choices=choices, own=True)
         except OptkitError:
             device.close()
             raise

@@ -176,6 +176,33 @@ def test_the_device_picks_the_fastest_of_the_finalists(artifact, gpu):
     assert tuned(artifact)["fastest"] in names[:-1]
 
 
+def test_what_was_chosen_is_what_runs_afterwards(artifact, gpu):
+    names = linear(artifact)["kernels"]
+    gpu.slow = set(names[:-1])
+    finalize(artifact)
+    feeds, expected = batch(artifact / "golden" / "000.npz")
+    for chosen in (names[-1], names[0]):
+        session = Artifact(artifact).on_device()
+        found = session.run(feeds)
+        np.testing.assert_allclose(found["y"].astype(float), expected["y"].astype(float), atol=0.01)
+        launched = [gpu.names[one["record"]["sha256"]] for one in session.device.seen]
+        session.close()
+        assert chosen in launched
+        # The choice of another code is none.
+        record = json.loads((artifact / steps.TUNED).read_text())
+        record["made_with"]["code"] = "another"
+        (artifact / steps.TUNED).write_text(json.dumps(record))
+
+
+def test_the_size_counts_one_of_the_finalists_and_no_golden_batch(artifact):
+    rows = bundle.read(artifact)["launches"]
+    files = [
+        artifact / "model.onnx",
+        *(artifact / "kernels" / f"{n}.cubin" for n in {r["kernels"][0] for r in rows}),
+    ]
+    assert Artifact(artifact).manifest.size.after == sum(f.stat().st_size for f in files)
+
+
 def test_a_finalist_that_computes_something_else_is_left_out(artifact, gpu):
     names = linear(artifact)["kernels"]
     gpu.wrong, gpu.slow = {names[1]}, {*names} - {names[1]}
