@@ -276,7 +276,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         *(line for line in (__doc__ or "").split("\n\n")[2:3]),
         "",
-        f"{result['processor']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"{result['processor']['name']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
         "",
         f"Pruned: {len(ours)} of {len(rows)} here, {len(theirs)} of {len(rows)} by torch-pruning; by it alone: "
         f"{', '.join(alone) or 'none'}. The module itself, ready to be trained on: "
