@@ -195,7 +195,9 @@ def _nncf(net: nn.Module, data: Digits, folder: Path) -> tuple[Opened, int | Non
     ov = importlib.import_module("openvino")
     path = folder / "nncf.xml"
     ov.save_model(
-        ov.convert_model(nncf.strip(module), example_input=data.x[:4]), str(path), compress_to_fp16=False
+        ov.convert_model(nncf.strip(module, example_input=data.x[:4]), example_input=data.x[:4]),
+        str(path),
+        compress_to_fp16=False,
     )
 
     @contextlib.contextmanager
