@@ -50,6 +50,22 @@ class Executed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Eligible:
+    """Which parts of a device may run an operation, by documented rules: predicted, never observed.
+
+    Attributes:
+        op: The runtime's operator.
+        units: Best first.
+        reason: Why one is missing, or what is to be known of the first; empty where there is nothing to say.
+    """
+
+    name: str
+    op: str
+    units: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """How long a run takes on hardware that is not at hand: computed, never measured.
 
@@ -183,6 +199,10 @@ class Backend(ABC):
         self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
         """Run once with the runtime's own profiler, and give back what was executed."""
+
+    def eligibility(self, path: Path, target: Target, options: Any) -> Sequence[Eligible]:
+        """For a target that is not at hand: which of its units may run each operation of what was written; empty where they are alike."""
+        return ()
 
     def estimate(self, model: ir.Model, target: Target, options: Any) -> Estimate | None:
         """How long a run of ``model``, as it would be lowered, takes on ``target``; None where nothing is known."""

@@ -49,7 +49,7 @@ from optkit.targets import target
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _RATIO = 0.5
-_SECONDS, _BYTES = 120, 8 << 30
+_SECONDS, _BYTES = 60, 8 << 30
 # Relative to the largest value: sums over fewer numbers are taken in another order.
 _CLOSE = 1e-3
 # Layers at the end that torch-pruning is told to leave alone, until the outputs have their old shapes.
@@ -62,17 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default=",".join(KINDS), help=f"kinds or families; kinds: {', '.join(KINDS)}"
     )
-    given = parser.parse_args(arguments).only.split(",")
+    parser.add_argument("--missing", action="store_true", help="leave out those that have a row")
+    asked = parser.parse_args(arguments)
+    given = asked.only.split(",")
     wanted = [(k, n) for k in KINDS for n in table(k) if k in given or n in given]
     if not wanted:
         parser.error(f"no family or kind is called {', '.join(given)}")
     place = RESULTS / "pruning_peers.json"
     rows = {r["name"]: r for r in json.loads(place.read_text())["rows"]} if place.exists() else {}
     for kind, name in wanted:
+        if asked.missing and name in rows:
+            continue
         rows[name] = {"name": name, "kind": kind}
         for tool in ("ours", "theirs"):
             rows[name][tool] = _apart(kind, name, tool)
             print(f"{name}, {tool}: {rows[name][tool]}", file=sys.stderr, flush=True)
+        _write(place, rows)
+    return 0
+
+
+def _write(place: Path, rows: Mapping[str, Any]) -> None:
     result = {
         "schema": 1,
         "processor": processor(),
@@ -81,7 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "pruning_peers.md").write_text(page(result), encoding="utf-8")
-    return 0
 
 
 def _apart(kind: str, name: str, tool: str) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _apart(kind: str, name: str, tool: str) -> dict[str, Any]:
     process.start()
     its.close()
     try:
-        found: dict[str, Any] = mine.recv() if mine.poll(4 * _SECONDS) else {"failed": "takes too long"}
+        found: dict[str, Any] = mine.recv() if mine.poll(10 * _SECONDS) else {"failed": "takes too long"}
     except EOFError:
         found = {"failed": f"beyond {_SECONDS} CPU seconds or {_BYTES >> 30} GiB"}
     process.kill()
@@ -276,7 +284,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         *(line for line in (__doc__ or "").split("\n\n")[2:3]),
         "",
-        f"{result['processor']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"{result['processor']['name']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
         "",
         f"Pruned: {len(ours)} of {len(rows)} here, {len(theirs)} of {len(rows)} by torch-pruning; by it alone: "
         f"{', '.join(alone) or 'none'}. The module itself, ready to be trained on: "

@@ -68,6 +68,7 @@ def page(report: Report) -> str:
         _formats(manifest.achieved, report),
         _candidates(report),
         _layers(report.layers),
+        _units(report),
         _passes(report),
         _operators(report.operator_seconds),
         _evidence(report),
@@ -342,6 +343,20 @@ def _candidates(report: Report) -> str:
         if c.reason:
             rows.append(f'<tr><td colspan="{len(columns)}" class=soft>{_e(c.reason)}</td></tr>')
     return f"<h2>What was tried</h2>{_table(columns, rows)}" if rows else ""
+
+
+def _units(report: Report) -> str:
+    """Every operation that not all units may run, or of which there is something to know."""
+    told = [r for r in report.eligibility if r.reason]
+    if not report.eligibility:
+        return ""
+    rows = [
+        _row((("", _e(r.node)), ("k", _e(r.op)), ("k", _e(", ".join(r.predicted))), ("", _e(r.reason))))
+        for r in told[:_LONGEST]
+    ]
+    head, *_ = sentences.units(report)
+    table = _table(("Operation", "", "May run on", "Because"), rows) if rows else ""
+    return f"<h2>Compute units, predicted</h2>{_paragraphs([head[:1].upper() + head[1:] + '.'])}{table}{_more(len(told))}"
 
 
 def _layers(layers: Sequence[LayerRecord]) -> str:

@@ -300,6 +300,15 @@ class LayerRecord(_Record):
     bits: int | None = None
 
 
+class EligibilityRecord(_Record):
+    """Which units of the target may run an operation, best first: predicted from documented rules, not observed."""
+
+    node: str
+    op: str
+    predicted: tuple[str, ...]
+    reason: str = ""
+
+
 class Resources(_Record):
     """What compiling cost."""
 
@@ -319,6 +328,7 @@ class Report(_Record):
     scenario: ScenarioRecord | None = None
     candidates: tuple[CandidateRecord, ...]
     layers: tuple[LayerRecord, ...]
+    eligibility: tuple[EligibilityRecord, ...] = ()
     pass_seconds: dict[str, float]
     operator_seconds: dict[str, float]
     missed: tuple[str, ...]
