@@ -46,9 +46,9 @@ class Device:
         self._call("cuInit", ctypes.c_uint(0))
         self._device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(index))
-        context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
-        self._call("cuCtxSetCurrent", context)
+        self._context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self.use()
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
         self.stream = int(stream.value or 0)
@@ -75,6 +75,10 @@ class Device:
         self._modules.clear()
         self._call("cuStreamDestroy_v2", ctypes.c_void_p(self.stream))
         self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+
+    def use(self) -> None:
+        """Make it the device of the thread that calls: each thread has to, once."""
+        self._call("cuCtxSetCurrent", self._context)
 
     def facts(self) -> dict[str, Any]:
         """What records of a measurement must name: device, driver, clocks."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from optkit.closeness import closeness
 from optkit.data import draw
 from optkit.errors import ModelError
 from optkit.reference import ReferenceSession, unsound
@@ -17,17 +18,33 @@ FOLDER = "golden"
 # next to the border of an int8 step may fall to the other side.
 _CLOSE = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999}
 _CLOSE_QUANTIZED = 0.99
+# Distances are angles, and cosines fall with their squares: twice as far is four times.
+_THIRD = 4
 
 
 def min_cosine(formats: Sequence[str]) -> float:
-    """How close outputs on the device must be to those of the same graph on a CPU."""
+    """How close outputs are that were computed in products of these formats, summed in another order."""
     return min((_CLOSE.get(fmt, _CLOSE_QUANTIZED) for fmt in formats), default=_CLOSE["fp32"])
+
+
+def limit(formats: Sequence[str], apart: float) -> float:
+    """How close outputs on a device must be to those of the same graph on a CPU.
+
+    Args:
+        formats: Of its products.
+        apart: Lowest cosine between two ways in which a CPU computes it; a third may be somewhat farther from both.
+    """
+    return min(min_cosine(formats), 1 - _THIRD * (1 - apart))
 
 
 def write(
     file: Path, folder: Path, model: ir.Model, sizes: Sequence[Mapping[str, int]], *, seed: int
-) -> None:
+) -> float:
     """Write one batch for each of ``sizes``: drawn inputs, and what ONNX Runtime computes from them with the graph.
+
+    Returns:
+        The lowest cosine of these outputs to those of the same nodes one by one, with nothing fused: how much rounding in
+        another order alone does to this graph. 1 where ONNX Runtime computes them in one way only.
 
     Args:
         file: The graph, as it was saved.
@@ -39,7 +56,8 @@ def write(
     """
     folder.mkdir()
     random = np.random.default_rng(seed)
-    session = ReferenceSession(file, disabled=unsound(model))
+    session, apart = ReferenceSession(file, disabled=unsound(model)), 1.0
+    plain = _one_by_one(file)
     for index, free in enumerate(sizes):
         feeds = draw(model, random, free)
         try:
@@ -53,4 +71,17 @@ def write(
         arrays = {f"in:{k}": v for k, v in feeds.items()} | {f"out:{k}": v for k, v in found.items()}
         with (folder / f"{index:03d}.npz").open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)
-    session.close()
+        if plain is not None:
+            other = plain.run(feeds)
+            apart = min(apart, *(closeness(found[name], other[name])["cosine"] for name in found))
+    for one in (session, plain):
+        if one is not None:
+            one.close()
+    return apart
+
+
+def _one_by_one(file: Path) -> ReferenceSession | None:
+    try:
+        return ReferenceSession(file, optimize=False)
+    except ModelError:  # some operators exist only fused
+        return None

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from optkit import closeness
-from optkit.golden import min_cosine
 from optkit.kernels import cuda
 
 MODEL, BUNDLE, ENGINE = "model.onnx", "bundle.json", "engine.plan"
@@ -25,18 +24,19 @@ def write(
     target: str,
     arch: str,
     profile: Mapping[str, Sequence[Sequence[int]]],
-    formats: Sequence[str],
+    min_cosine: float,
     tf32: bool,
     rtx: bool,
 ) -> None:
     """Write ``bundle.json`` and the programs into ``path``.
 
     Args:
+        min_cosine: How close outputs on the device have to be to the golden ones.
         rtx: Whether the engine is TensorRT-RTX's and there already; else TensorRT builds it on the device.
     """
     facts = {
         "target": target, "arch": arch, "profile": {k: [list(s) for s in v] for k, v in profile.items()},
-        "min_cosine": min_cosine(formats), "tf32": tf32, "runtime": "tensorrt_rtx" if rtx else "tensorrt",
+        "min_cosine": min_cosine, "tf32": tf32, "runtime": "tensorrt_rtx" if rtx else "tensorrt",
     }  # fmt: skip
     (path / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in (*_PROGRAMS, *(() if rtx else _BUILD)):

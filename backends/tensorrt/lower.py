@@ -145,12 +145,13 @@ class TensorRt(Backend):
         if pairs and not set(counted) - _FLOATS:
             raise ModelError("the graph has Q/DQ pairs, but not one product with weights is quantized")
         save(model, path / bundle.MODEL)
-        bundle.write(
-            path, target=target.name, arch=target.arch, profile=shapes, formats=tuple(counted), tf32=options.tf32, rtx=native
-        )  # fmt: skip
         usual, least = ({name: r[which] for name, r in sizes.items()} for which in (1, 0))
         wanted = [usual, least] if usual != least else [usual]
-        golden.write(path / bundle.MODEL, path / golden.FOLDER, model, wanted, seed=0)
+        apart = golden.write(path / bundle.MODEL, path / golden.FOLDER, model, wanted, seed=0)
+        bundle.write(
+            path, target=target.name, arch=target.arch, profile=shapes, min_cosine=golden.limit(tuple(counted), apart),
+            tf32=options.tf32, rtx=native,
+        )  # fmt: skip
         if native:
             found = rtx.capability(target)
             assert found is not None

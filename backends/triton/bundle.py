@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optkit.backends.triton.schedule import Segment, schedule
 from optkit.errors import ModelError, UnsupportedOpError
-from optkit.golden import min_cosine
 from optkit.graph import describe, rank, walk
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, TYPES
@@ -49,11 +48,8 @@ def refusal(node: ir.Node, target: Target) -> str | None:
     return found if isinstance(found, str) else kernel.unsupported(found, target.capability)
 
 
-def write(model: ir.Model, target: Target, path: Path, formats: Sequence[str]) -> None:
+def write(model: ir.Model, target: Target, path: Path) -> None:
     """Compile what the graph calls, hold it against the gates, and write all files.
-
-    Args:
-        formats: Of the graph's products, which say how close a device has to come.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
@@ -109,7 +105,7 @@ def write(model: ir.Model, target: Target, path: Path, formats: Sequence[str]) -
     left = [label(node) for node in walk(model) if node not in rows and _computes(node)]
     facts = {
         "version": VERSION, "target": target.name, "arch": target.arch, "launches": launches, "steps": steps,
-        "without_kernel": left, "min_cosine": min_cosine(formats),
+        "without_kernel": left,
     }  # fmt: skip
     _json(path / LAUNCHES, facts)
 
@@ -131,6 +127,11 @@ def _row(node: ir.Node, kernel: Kernel, problem: Problem, names: list[str]) -> d
         "inputs": [None if v is None else v.name for v in node.inputs], "outputs": outputs,
         "sizes": kernel.expressions(problem),
     }  # fmt: skip
+
+
+def ask(path: Path, min_cosine: float) -> None:
+    """Write down how close a device has to come to the golden outputs."""
+    _json(path / LAUNCHES, {**read(path), "min_cosine": min_cosine})
 
 
 def read(path: Path) -> Mapping[str, Any]:

@@ -52,6 +52,7 @@ def finalize(
 
 def tuned(path: Path, device: Device, rest: Place) -> dict[int, str]:
     """What was chosen for this code on this device: programs by the index of their launch; empty where nothing was."""
+    bundle.read(path)
     found = _record(path, TUNED, _made_with(path, device.facts(), rest))
     return {} if found is None else {int(index): name for index, name in found["choices"].items()}
 

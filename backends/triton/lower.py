@@ -125,12 +125,13 @@ class Triton(Backend):
         """
         flat = model.clone()
         InlinePass()(flat)
-        bundle.write(model, target, path, tuple(products(flat)))
-        self._golden(model, options, path)
+        bundle.write(model, target, path)
+        apart = self._golden(model, options, path)
+        bundle.ask(path, golden.limit(tuple(products(flat)), apart))
         if options.plugins:
             plugins.write(path)
 
-    def _golden(self, model: ir.Model, options: TritonOptions, path: Path) -> None:
+    def _golden(self, model: ir.Model, options: TritonOptions, path: Path) -> float:
         """One batch of usual sizes; where those are not known, of the first that are tried and run."""
         inputs, _ = specs(model)
         asked = self.sizes(model, options)
@@ -138,12 +139,10 @@ class Triton(Backend):
         folder, why = path / golden.FOLDER, None
         for usual in trials:
             try:
-                golden.write(path / bundle.MODEL, folder, model, [usual], seed=0)
+                return golden.write(path / bundle.MODEL, folder, model, [usual], seed=0)
             except ModelError as error:
                 shutil.rmtree(folder)
                 why = why or error
-                continue
-            return
         assert why is not None
         raise ModelError(
             str(why), hint="sizes of free axes are set with --set options.sizes.AXIS=SIZE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class DeviceSession(Session):
         own: bool = False,
     ) -> None:
         facts = bundle.read(path)
-        self._own = own
+        self._own, self._lock = own, threading.Lock()
         self.launches, self._steps = facts["launches"], facts["steps"]
         self.pool, self.device = Pool(device), device
         self.choices = [(choices or {}).get(i, row["kernels"][0]) for i, row in enumerate(self.launches)]
@@ -135,10 +136,12 @@ class DeviceSession(Session):
         self._scratch_size = 0
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name."""
-        self.bind(feeds)
-        values = self.enqueue()
-        return {o.name: values[o.name].array(self.pool) for o in self.outputs}
+        """All outputs by name; of several threads, one after the other."""
+        with self._lock:
+            self.device.use()
+            self.bind(feeds)
+            values = self.enqueue()
+            return {o.name: values[o.name].array(self.pool) for o in self.outputs}
 
     def bind(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Copy inputs to the device, for the runs that follow."""

@@ -150,7 +150,7 @@ g (float[N, 24] x) => (float[N, 24] y) {
 """
     found = parse(text, s=np.ones(24, np.float32))
     with pytest.raises(UnsupportedOpError) as caught:
-        bundle.write(found, H100, tmp_path, [])
+        bundle.write(found, H100, tmp_path)
     assert "narrow" in str(caught.value)
     assert "no kernel has this name" in str(caught.value)
 

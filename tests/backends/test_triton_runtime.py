@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -240,6 +241,26 @@ def test_every_launch_gets_its_operands_its_sizes_and_its_grid(artifact, gpu, sh
     for name, value in right.items():
         assert found[name].dtype == value.dtype
         np.testing.assert_allclose(found[name].astype(float), value.astype(float), atol=0.02)
+
+
+@pytest.mark.needs("triton")
+def test_threads_run_one_after_the_other_each_on_the_device(artifact, gpu):
+    given = feeds(2, 5)
+    replay = Replay(artifact, given)
+
+    def compute(launch):
+        replay.count %= len(replay.rows)
+        replay(launch)
+
+    right = ReferenceSession(artifact / bundle.MODEL).run(given)
+    with launches.Recording(launches.records(artifact), compute) as device:
+        session = DeviceSession(artifact, device, rest="cpu")
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(session.run, [given] * 6))
+        session.close()
+    assert len(device.seen) == 6 * len(replay.rows)
+    for one in found:
+        np.testing.assert_allclose(one["y"].astype(float), right["y"].astype(float), atol=0.02)
 
 
 def interpret(artifact, given, driver, folder):

@@ -17,14 +17,20 @@ int cuDeviceGetAttribute(int *value, int which, int device) {
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
-int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
-int cuCtxSetCurrent(void *context) { return 0; }
+// The device of a thread; without one, calls are CUDA_ERROR_INVALID_CONTEXT.
+static __thread void *current;
+int cuCtxGetCurrent(void **context) { *context = current; return 0; }
+int cuCtxSetCurrent(void *context) { current = context; return 0; }
 int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)2; return 0; }
 int cuStreamDestroy_v2(void *stream) { return 0; }
 int cuStreamSynchronize(void *stream) { return 0; }
 int cuMemAlloc_v2(uint64_t *address, size_t size) { *address = (uint64_t)(uintptr_t)malloc(size); return *address ? 0 : 2; }
 int cuMemFree_v2(uint64_t address) { free((void *)(uintptr_t)address); return 0; }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) { memcpy((void *)(uintptr_t)to, from, size); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) {
+  if (!current) return 201;
+  memcpy((void *)(uintptr_t)to, from, size);
+  return 0;
+}
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream) { memcpy(to, (void *)(uintptr_t)from, size); return 0; }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void *stream) { memcpy((void *)(uintptr_t)to, (void *)(uintptr_t)from, size); return 0; }
 // A module is its image; a function is where its module and its name lie. What a launch does, the test says.
@@ -45,6 +51,7 @@ int cuFuncSetAttribute(void *function, int which, int value) { return which == 8
 int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void *stream, void **arguments, void **extra) {
   const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+  if (!current) return 201;
   if (setting("FAKE_CUDA_LAUNCH", 0)) return setting("FAKE_CUDA_LAUNCH", 0);
   if (on_launch) on_launch(function, grid, block, shared, stream, arguments);
   return 0;

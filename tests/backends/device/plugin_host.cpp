@@ -58,6 +58,7 @@ struct Builder : IExprBuilder, apiv::VExprBuilder
 
 static char const* kinds;
 
+extern "C" int cuCtxSetCurrent(void*);
 extern "C" void fake_on_launch(void (*)(void const*, unsigned const*, unsigned const*, unsigned, void*, void**));
 
 static void onLaunch(void const*, unsigned const* grid, unsigned const* block, unsigned shared, void* stream, void** arguments)
@@ -182,6 +183,7 @@ int main(int, char** argv)
     auto* const runtime = static_cast<IPluginV3OneRuntime*>(loaded->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
     std::unique_ptr<IPluginV3> attached(runtime->attachToContext(nullptr));
     auto* const running = static_cast<IPluginV3OneRuntime*>(attached->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+    cuCtxSetCurrent(reinterpret_cast<void*>(size_t{1}));
     fake_on_launch(onLaunch);
     std::vector<PluginTensorDesc> in(inputs), out(outputs);
     std::vector<void const*> from(inputs);
