@@ -4,13 +4,14 @@
 # make bench  the tables of the README, with torch: about three quarters of an hour
 # make bench-training  every recipe for training, on handwritten digits: about five minutes
 # make bench-families  every model family through every stage: about half an hour
+# make bench-gpu  every kernel and whole models on the GPU of this machine; refused where there is none
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 EVAL   := benchmarks/evaluators/ppocr4_rec.py
 
-.PHONY: demo test lint bench bench-training bench-families clean
+.PHONY: demo test lint bench bench-training bench-families bench-gpu clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optkit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -53,6 +54,13 @@ $(VENV)/.families: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 bench-families: $(VENV)/.families
 	$(BIN)/python -m optkit.benchmarks.families
+
+$(VENV)/.gpu: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[torch,triton]' onnxruntime-gpu
+	touch $@
+
+bench-gpu: $(VENV)/.gpu
+	$(BIN)/python -m optkit.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build

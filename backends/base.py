@@ -50,6 +50,22 @@ class Executed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Eligible:
+    """Which parts of a device may run an operation, by documented rules: predicted, never observed.
+
+    Attributes:
+        op: The runtime's operator.
+        units: Best first.
+        reason: Why one is missing, or what is to be known of the first; empty where there is nothing to say.
+    """
+
+    name: str
+    op: str
+    units: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """How long a run takes on hardware that is not at hand: computed, never measured.
 
@@ -84,6 +100,8 @@ class Finished:
 
 
 Task = Callable[[str], AbstractContextManager[object]]
+Mark = Callable[[str, bool], None]
+"""Says of an evidence, by its name in ``optkit.report.Evidence``, whether it is there: written down at once."""
 
 
 class Session(ABC):
@@ -160,6 +178,18 @@ class Backend(ABC):
         """
         return self.load(path, target, options, threads=threads)
 
+    def on_device(self, path: Path, target: Target, options: Any) -> Session:
+        """Open what ``lower`` wrote on the device itself, where ``load`` opens what stands in for it.
+
+        Raises:
+            BackendUnavailableError: The device is not at hand.
+            UsageError: There is no such difference, or the device is another one.
+        """
+        raise UsageError(
+            f"artifacts of {self.name} have no runtime of optkit's on another device",
+            hint="optkit.load(...).run(...)",
+        )
+
     def prediction(self, target: Target) -> str | None:
         """What ``predict`` does to give the numbers of ``target``, in words; None where it runs what is there as it is."""
         return None
@@ -169,6 +199,10 @@ class Backend(ABC):
         self, path: Path, target: Target, options: Any, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
         """Run once with the runtime's own profiler, and give back what was executed."""
+
+    def eligibility(self, path: Path, target: Target, options: Any) -> Sequence[Eligible]:
+        """For a target that is not at hand: which of its units may run each operation of what was written; empty where they are alike."""
+        return ()
 
     def estimate(self, model: ir.Model, target: Target, options: Any) -> Estimate | None:
         """How long a run of ``model``, as it would be lowered, takes on ``target``; None where nothing is known."""
@@ -185,11 +219,14 @@ class Backend(ABC):
         """For a target that is not at hand: what is left to do there, each step in words with its command."""
         return ()
 
-    def finalize(self, path: Path, target: Target, options: Any, task: Task, *, force: bool) -> Finished:
+    def finalize(
+        self, path: Path, target: Target, options: Any, task: Task, mark: Mark, *, force: bool
+    ) -> Finished:
         """Do on the device, in the artifact ``path``, what ``deferred`` lists; what is done already is not repeated.
 
         Args:
             task: Opens a task of the progress display, by its name.
+            mark: Takes each evidence when it is reached, and takes it back where a step is repeated.
             force: Repeat it all the same.
 
         Raises:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx
 import onnx_ir as ir
 
 from optkit.graph import OPSET
+from optkit.kernels.expressions import evaluate, of_shapes
 from optkit.targets.nvidia import ARCHITECTURES, formats
 
 if TYPE_CHECKING:
@@ -82,12 +82,6 @@ class Program:
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
 
-def evaluate(expression: str, sizes: Mapping[str, Any]) -> int:
-    """The value of an expression of a grid or of a size argument."""
-    names = {"cdiv": lambda a, b: -(-a // b), "min": min, "max": max, **sizes}
-    return int(eval(expression, {"__builtins__": {}}, names))
-
-
 class Kernel(ABC):
     """A fused operator.
 
@@ -127,13 +121,24 @@ class Kernel(ABC):
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
         """The specialization for an architecture, by the kernel's configuration table."""
 
+    def finalists(self, problem: Problem, capability: tuple[int, int]) -> Sequence[Program]:
+        """All specializations that are worth a try on a device, the likeliest first: it picks by time.
+
+        Those whose machine code does not pass its gates are left out. Where matrix units wait for memory, how many loads are
+        under way at a time is what no table knows.
+        """
+        first = self.program(problem, capability)
+        if first.products is None:
+            return (first,)
+        return (first, *(replace(first, stages=n) for n in (first.stages - 1, first.stages + 1) if n > 0))
+
     @abstractmethod
     def expressions(self, problem: Problem) -> dict[str, str]:
         """What the names in a program's expressions stand for, by ``elements(<input>)`` and ``axis(<input>, <axis>)``."""
 
     def sizes(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
         """The values of ``expressions`` for inputs of ``shapes``."""
-        known = {"elements": lambda i: math.prod(shapes[i]), "axis": lambda i, k: shapes[i][k]}
+        known = of_shapes(shapes)
         return {name: evaluate(text, known) for name, text in self.expressions(problem).items()}
 
     @abstractmethod

@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from optkit.errors import ModelError
-from optkit.kernels.base import Kernel, Problem, Program, evaluate
+from optkit.kernels.base import Kernel, Problem, Program
 from optkit.kernels.build import child, need_triton
+from optkit.kernels.expressions import evaluate
 
 # Bits of the fraction, and the unit of the last place of 1.
 _STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7, "fp8e4nv": 2.0**-3}

@@ -93,6 +93,17 @@ class Artifact:
         opened = backend.predict if predict else backend.load
         return opened(self.folder, target(self.manifest.target), options, threads=threads)  # type: ignore[no-any-return]
 
+    def on_device(self) -> Session:
+        """Load it on the GPU that it is for, where ``session`` opens what stands in for it on a processor.
+
+        Raises:
+            BackendUnavailableError: There is no such device or driver here, or a package is missing.
+            UsageError: The device is another one, or the backend has no runtime for it.
+        """
+        backend = BACKENDS[self.manifest.backend]()
+        options = backend.options.model_validate(self.manifest.options)
+        return backend.on_device(self.folder, target(self.manifest.target), options)  # type: ignore[no-any-return]
+
     @cached_property
     def streams(self) -> int:
         """How many requests it is meant to run at the same time."""

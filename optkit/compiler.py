@@ -49,6 +49,7 @@ from optkit.report import (
     Achieved,
     Ceilings,
     DataFacts,
+    EligibilityRecord,
     EstimateRecord,
     Evidence,
     FidelityRecord,
@@ -238,7 +239,8 @@ class Compilation:
     @cached_property
     def trials(self) -> list[Trial]:
         """What every candidate must get through before it is timed."""
-        return trials(self.reference.run, specs(self.loaded.model)[0], self.feeds)
+        inputs, outputs = specs(self.loaded.model)
+        return trials(self.reference.run, inputs, self.feeds, outputs)
 
     def context(self, engine: Backend, memo: dict[Any, Any]) -> Context:
         """What passes get to know."""
@@ -812,6 +814,7 @@ def _finish(
     peaks = None if best.speedup is None else ceilings(host.get("processor", ""))
     report = Report(
         schema=1, manifest=manifest, latency=_latency(best, work, executed, peaks), ceilings=peaks, estimate=_estimate(best), goal=plan.goal, scenario=scenario, candidates=tuple(choice.records), layers=tuple(best.layers),
+        eligibility=_eligibility(work, best),
         pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
         missed=tuple(choice.missed), inconclusive=tuple(choice.inconclusive), advice=tuple(choice.advice),
         resources=Resources(cpu_seconds=time.process_time() - started[0], wall_seconds=time.perf_counter() - started[1], peak_rss_bytes=usage.ru_maxrss * 1024),
@@ -834,6 +837,14 @@ def _evidence(work: Compilation, best: Built) -> Evidence:
     options = engine.options.model_validate(best.recipe.options)
     found = engine.evidence(best.folder, work.target, options) - {"ran_on_device", "timed_on_device"}
     return Evidence(**dict.fromkeys(sorted(found | {"emitted", "executed_cpu"}), True))
+
+
+def _eligibility(work: Compilation, best: Built) -> tuple[EligibilityRecord, ...]:
+    if work.target.runs_here:
+        return ()
+    engine = work.engine(best.recipe)
+    found = engine.eligibility(best.folder, work.target, engine.options.model_validate(best.recipe.options))
+    return tuple(EligibilityRecord(node=e.name, op=e.op, predicted=e.units, reason=e.reason) for e in found)
 
 
 def _deferred(work: Compilation, best: Built) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from optkit.targets import target
 def finalize(folder: str | Path, *, force: bool = False, progress: Progress | None = None) -> Finished:
     """Do what the manifest of the artifact in ``folder`` says is left, and set its evidence.
 
-    It can be stopped and called again: finished steps are not repeated.
+    It can be stopped and called again: finished steps are not repeated, and each evidence is in the manifest as soon as its
+    step is done.
 
     Args:
         force: Repeat them all the same.
@@ -35,15 +36,21 @@ def finalize(folder: str | Path, *, force: bool = False, progress: Progress | No
     where = target(manifest.target)
     options = backend.options.model_validate(manifest.options)
     task = (progress or Silent()).task
-    found = backend.finalize(artifact.folder, where, options, task, force=force)
+
+    def mark(name: str, there: bool) -> None:
+        nonlocal manifest
+        if getattr(manifest.evidence, name) != there:
+            manifest = manifest.model_copy(
+                update={"evidence": manifest.evidence.model_copy(update={name: there})}
+            )
+            _replace(artifact.folder / MANIFEST, dump(manifest))
+
+    found = backend.finalize(artifact.folder, where, options, task, mark, force=force)
     _replace(artifact.folder / DEVICE, json.dumps(asdict(found), indent=2) + "\n")
     done = set(backend.deferred(artifact.folder, where, options))
-    evidence = manifest.evidence.model_copy(
-        update={"compiled": True, "ran_on_device": True, "timed_on_device": True}
-    )
     left = tuple(step for step in manifest.deferred if step not in done)
-    after = manifest.model_copy(update={"evidence": evidence, "deferred": left})
-    _replace(artifact.folder / MANIFEST, dump(after))
+    manifest = manifest.model_copy(update={"deferred": left})
+    _replace(artifact.folder / MANIFEST, dump(manifest))
     return found
 
 

@@ -68,6 +68,7 @@ def page(report: Report) -> str:
         _formats(manifest.achieved, report),
         _candidates(report),
         _layers(report.layers),
+        _units(report),
         _passes(report),
         _operators(report.operator_seconds),
         _evidence(report),
@@ -306,6 +307,8 @@ def _formats(achieved: Achieved | None, report: Report) -> str:
         f"Quantized: {achieved.scheme}.",
         f"Weights as stored: {weights or 'none'}. Nodes {'ran on' if ran else 'are shown by'}: {places or 'unknown'}.",
     ]
+    if chosen := sentences.bits(report):
+        notes.append(f"{chosen[:1].upper()}{chosen[1:]}.")
     if kept:
         notes.append(
             f"{len(kept)} of {sentences.count(len(report.layers), 'layer')} went back to float because quantizing them hurts most."
@@ -342,6 +345,20 @@ def _candidates(report: Report) -> str:
     return f"<h2>What was tried</h2>{_table(columns, rows)}" if rows else ""
 
 
+def _units(report: Report) -> str:
+    """Every operation that not all units may run, or of which there is something to know."""
+    told = [r for r in report.eligibility if r.reason]
+    if not report.eligibility:
+        return ""
+    rows = [
+        _row((("", _e(r.node)), ("k", _e(r.op)), ("k", _e(", ".join(r.predicted))), ("", _e(r.reason))))
+        for r in told[:_LONGEST]
+    ]
+    head, *_ = sentences.units(report)
+    table = _table(("Operation", "", "May run on", "Because"), rows) if rows else ""
+    return f"<h2>Compute units, predicted</h2>{_paragraphs([head[:1].upper() + head[1:] + '.'])}{table}{_more(len(told))}"
+
+
 def _layers(layers: Sequence[LayerRecord]) -> str:
     if not layers:
         return ""
@@ -355,7 +372,7 @@ def _layers(layers: Sequence[LayerRecord]) -> str:
                 ("n", f"{r.sqnr_db:.1f} dB"),
                 ("n", _e(sentences.percent(noise[r.node] / total))),
                 ("bar", _bar(noise[r.node] / (noise[order[0].node] or 1.0), "o" if r.kept_float else "b")),
-                ("k", "float" if r.kept_float else "quantized"),
+                ("k", "float" if r.kept_float else "quantized" if r.bits is None else f"{r.bits} bits"),
             )
         )
         for r in order[:_LONGEST]

@@ -290,7 +290,14 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         inner = raw.get(head) or {}
         if head not in ("limits", "options", "require") or not isinstance(inner, Mapping):
             raise RecipeError(f"--set {override!r}: {head} has no keys below it")
-        raw[head] = {**inner, ".".join(rest): value}
+        if head == "options" and len(rest) > 1:
+            # One entry of an option that is a table; what it is called may have dots itself.
+            table = inner.get(rest[0]) or {}
+            if not isinstance(table, Mapping):
+                raise RecipeError(f"--set {override!r}: options.{rest[0]} has no keys below it")
+            raw[head] = {**inner, rest[0]: {**table, ".".join(rest[1:]): value}}
+        else:
+            raw[head] = {**inner, ".".join(rest): value}
     else:
         raw[head] = value
     return raw

@@ -289,11 +289,24 @@ class CandidateRecord(_Record):
 
 
 class LayerRecord(_Record):
-    """What quantizing one layer alone does to the outputs."""
+    """What quantizing one layer alone does to the outputs.
+
+    ``bits`` are those of its weights, where the recipe had several to choose from and the layer is not in float.
+    """
 
     node: str
     sqnr_db: float
     kept_float: bool
+    bits: int | None = None
+
+
+class EligibilityRecord(_Record):
+    """Which units of the target may run an operation, best first: predicted from documented rules, not observed."""
+
+    node: str
+    op: str
+    predicted: tuple[str, ...]
+    reason: str = ""
 
 
 class Resources(_Record):
@@ -315,6 +328,7 @@ class Report(_Record):
     scenario: ScenarioRecord | None = None
     candidates: tuple[CandidateRecord, ...]
     layers: tuple[LayerRecord, ...]
+    eligibility: tuple[EligibilityRecord, ...] = ()
     pass_seconds: dict[str, float]
     operator_seconds: dict[str, float]
     missed: tuple[str, ...]

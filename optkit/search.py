@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from optkit.bench import NOISE
+from optkit.deciding import deciding
 from optkit.errors import BackendUnavailableError, ModelError, OptkitError, PassError, UnsupportedOpError
-from optkit.graph import digest
+from optkit.graph import digest, walk
 from optkit.passes.base import GraphPass
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from optkit.bench import Speedup
     from optkit.compiler import Compilation
     from optkit.evaluate import Comparison, Fidelity
+    from optkit.passes.base import Pass
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,12 @@ _GROUPS = 64
 _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "Gather"})
 # Shares of the quantization noise that successive repairs take away.
 _REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
+# Noise of a layer, in powers of the signal, beyond which outputs cannot be compared: ``_noise`` gives 10^20, averaged.
+_BROKEN = 1e10
+# The same where layers have several passes to go to, so that little of it is all of the weights in a few bits more.
+_REMOVED_BY_BITS = (0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.999)
+# What a weight that stays in float counts as, beside those of a few bits.
+_FLOAT_BITS = 16.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -300,8 +308,16 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
             shipped = _record(fixed.name, fixed, "shipped", "")
             return _settled(fixed, [record, shipped], _too_slow(fixed, recipe), strict)
     engine = work.engine(recipe)
-    options = engine.exact(engine.options.model_validate(recipe.options)).model_dump(mode="json")
-    exact = {"passes": tuple(p for p in recipe.passes if p.exact), "options": options}
+    given = engine.options.model_validate(recipe.options)
+    exact: dict[str, Any] = {"passes": tuple(p for p in recipe.passes if p.exact)}
+    if (
+        engine.exact(given) != given
+        and (found := _unquantized(work, recipe, exact, strict=strict)) is not None
+    ):
+        # Of less than float32 arithmetic, and within the limits.
+        shipped = _record(found.name, found, "shipped", "the smallest that keeps the limits")
+        return _settled(found, [record, shipped], reasons + slow, strict)
+    exact["options"] = engine.exact(given).model_dump(mode="json")
     floor = work.build("float", recipe.model_copy(update=exact))
     floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
     work.judge(floor, recipe.limits)
@@ -311,6 +327,20 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
         return _settled(asked, [shipped, _record("float", floor, "slower", "")], slow, strict)
     shipped = _record("float", floor, "shipped", "the best that keeps the limits")
     return _settled(floor, [record, shipped], reasons + slow, strict)
+
+
+def _unquantized(
+    work: Compilation, recipe: Recipe, exact: Mapping[str, Any], *, strict: bool
+) -> Built | None:
+    """The recipe with its exact passes alone and its own options, such as float16 inside; None where that misses a limit."""
+    found = work.build("unquantized", recipe.model_copy(update=dict(exact)))
+    found.speedup = work.measure(found, rounds=_FINAL[0], budget=_FINAL[1])
+    try:
+        work.judge(found, recipe.limits)
+    except OptkitError as error:
+        logger.info("%s: %s", found.name, error)
+        return None
+    return None if shortfalls(found, recipe, strict=strict) or _too_slow(found, recipe) else found
 
 
 def _too_slow(built: Built, recipe: Recipe) -> list[str]:
@@ -444,7 +474,20 @@ def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
 
     SQNR of all float outputs together against the float candidate's own, on a few batches.
     """
-    steps, nodes = built.recipe.passes, _quantized_nodes(work, built)
+    found = _noises(work, built, _ladders(work, built))
+    records = [LayerRecord(node=n, sqnr_db=_decibels(v[0]), kept_float=False) for n, v in found.items()]
+    return sorted(records, key=lambda r: r.sqnr_db)
+
+
+def _decibels(share: float) -> float:
+    return 200.0 if share == 0 else max(-200.0, min(200.0, -10 * math.log10(share)))
+
+
+def _noises(
+    work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[float]]:
+    """The share of noise that each layer alone puts on the outputs, by the passes that may quantize it."""
+    steps = built.recipe.passes
     exact, _, _ = work.transform(
         built.recipe.model_copy(update={"passes": tuple(p for p in steps if p.exact)})
     )
@@ -453,15 +496,15 @@ def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
     session.close()
     floats = {k for k, v in expected[0].items() if v.dtype.kind == "f"}
     if not floats:
-        return []
+        return {}
     groups: list[tuple[int, list[str]]] = []
-    for index in dict.fromkeys(nodes.values()):
-        names = np.asarray([n for n, i in nodes.items() if i == index], dtype=object)
+    for index in dict.fromkeys(i for rungs in ladders.values() for i in rungs):
+        names = np.asarray([n for n, rungs in ladders.items() if index in rungs], dtype=object)
         groups += [(index, list(g)) for g in np.array_split(names, min(_GROUPS, len(names)))]
-    records = []
+    noise: dict[tuple[str, int], float] = {}
     with work.progress.task("measure layers", len(groups)) as task:
         for index, group in groups:
-            alone = steps[index].model_copy(update={"targets": tuple(f"={n}" for n in group)})
+            alone = steps[index].model_copy(update={"targets": tuple(f"={n}" for n in group), "ignore": ()})
             passes = tuple(alone if i == index else p for i, p in enumerate(steps) if p.exact or i == index)
             model, _, _ = work.transform(built.recipe.model_copy(update={"passes": passes}))
             session = ReferenceSession(model)
@@ -470,11 +513,9 @@ def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
                 found = session.run(feeds)
                 shares += [_noise(wanted[k], found[k]) for k in sorted(floats)]
             session.close()
-            share = float(np.mean(shares))
-            decibels = 200.0 if share == 0 else max(-200.0, min(200.0, -10 * math.log10(share)))
-            records += [LayerRecord(node=str(n), sqnr_db=decibels, kept_float=False) for n in group]
+            noise |= dict.fromkeys(((str(n), index) for n in group), float(np.mean(shares)))
             task.advance()
-    return sorted(records, key=lambda r: r.sqnr_db)
+    return {n: [noise[n, i] for i in rungs] for n, rungs in ladders.items()}
 
 
 def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -486,9 +527,12 @@ def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
     return min(1e20, float(((x - y) ** 2).sum()) / (float((x * x).sum()) or 1.0))
 
 
-def _quantized_nodes(work: Compilation, built: Built) -> dict[str, int]:
-    """Nodes with weights that the recipe quantizes, and which of its passes does; none where a pass cannot leave any out."""
-    steps, found = built.recipe.passes, dict[str, int]()
+def _ladders(work: Compilation, built: Built) -> dict[str, tuple[int, ...]]:
+    """Nodes with weights that the recipe quantizes, and which of its passes may: what one leaves out, the next takes.
+
+    None where a pass cannot leave any out.
+    """
+    steps, found = built.recipe.passes, dict[str, tuple[int, ...]]()
     for index, step in enumerate(steps):
         if step.exact:
             continue
@@ -497,51 +541,144 @@ def _quantized_nodes(work: Compilation, built: Built) -> dict[str, int]:
         model, _, _, memo = work.prepare(tuple(p for p in steps[:index] if p.exact))
         for change in step.run(model, work.context(work.engine(built.recipe), memo)):
             if change.detail.split()[0] in _WEIGHTED:
-                found[change.node] = index
+                found[change.node] = (*found.get(change.node, ()), index)
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Move:
+    """One layer goes to a gentler pass, or to float where ``rung`` is beyond its last.
+
+    Attributes:
+        gain: Share of noise in the outputs that it takes away.
+        worth: The same for each bit that it costs.
+    """
+
+    node: str
+    rung: int
+    gain: float
+    worth: float
+
+
+def _moves(
+    work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]]
+) -> list[_Move]:
+    """All that is worth doing, the best first; of one layer in the order of its passes.
+
+    From each pass a layer goes to that of the later ones which takes away most noise for its cost: the lower convex hull
+    of cost and noise, so that any number of the first moves is the best there is for what it costs.
+    """
+    # Where time is measured, how large a layer's weights are says little.
+    elements = {} if work.target.runs_here else _elements(work, built)
+    found: list[_Move] = []
+    for node, rungs in ladders.items():
+        # Outputs that are all noise cannot get worse; so that one such layer does not hide all others.
+        noise = [n / (1 + n) for n in noises[node]] + [0.0]
+        bits = [float(getattr(built.recipe.passes[i], "bits", 8)) for i in rungs] + [_FLOAT_BITS]
+        size, at = elements.get(node, 1), 0
+        while at < len(rungs):
+            costs = [max(b - bits[at], 1.0) * size for b in bits]
+            best = max(range(at + 1, len(noise)), key=lambda r: (noise[at] - noise[r]) / costs[r])
+            gain = noise[at] - noise[best]
+            found.append(_Move(node=node, rung=best, gain=gain, worth=gain / costs[best]))
+            at = best
+    return sorted(found, key=lambda m: -m.worth)
+
+
+def _elements(work: Compilation, built: Built) -> dict[str, int]:
+    """Of the largest constant that each node reads."""
+    model, _, _, _ = work.prepare(work.exact(built.recipe))
+    return {
+        str(node.name): max((v.const_value.size for v in node.inputs if v and v.const_value), default=1)
+        for node in walk(model)
+    }
 
 
 def repair(
     work: Compilation, recipe: Recipe, built: Built, *, strict: bool, faster_than: float
 ) -> Built | None:
-    """Return the layers that hurt most to float until the limits hold; None where nothing faster than the floor does.
+    """Treat the layers that hurt most more gently until the limits hold; None where nothing faster than the floor does.
 
     Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
+    They go to the next pass of the recipe that takes them, such as one with more bits, and after the last to float.
     """
-    owner = _quantized_nodes(work, built)
-    layers = sensitivities(work, built) if owner else []
-    if not layers:
+    ladders = _ladders(work, built)
+    noises = _noises(work, built, ladders) if ladders else {}
+    if not noises:
         return None
-    noise = np.asarray([10 ** (-r.sqnr_db / 10) for r in layers])
-    share = np.cumsum(noise) / noise.sum()
-    counts = sorted({min(int(np.searchsorted(share, removed)) + 1, len(layers)) for removed in _REMOVED})
-    for count in counts:
-        passes = list[Any](built.recipe.passes)
-        for record in layers[:count]:
-            step = passes[owner[record.node]]
-            ignore = (*step.ignore, f"={record.node}")
-            passes[owner[record.node]] = step.model_copy(update={"ignore": ignore})
-        name = f"{built.name}-mixed-{count}"
+    attempts = _attempts(work, built, ladders, noises)
+    for rungs, following in zip(attempts, [*attempts[1:], None], strict=True):
+        gentler = sum(r > 0 for r in rungs.values())
+        name = f"{built.name}-mixed-{gentler}"
         fixed: Built | None = None
         try:
-            fixed = work.build(name, built.recipe.model_copy(update={"passes": tuple(passes)}))
+            passes = _spared(built.recipe.passes, ladders, rungs)
+            fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
             fixed.speedup = work.measure(fixed, rounds=_RANK[0], budget=_RANK[1])
             if not fixed.lossy or _ratio(fixed) < faster_than * _CLEARLY:
                 logger.info(
-                    "%s: with %d of %d layers in float nothing is gained", built.name, count, len(layers)
+                    "%s: with %d of %d layers in float nothing is gained", built.name, gentler, len(ladders)
                 )
+                shutil.rmtree(fixed.folder)
+                if following is not None and sum(r > 0 for r in following.values()) < gentler:
+                    continue
                 return None
             work.judge(fixed, recipe.limits)
             reasons = shortfalls(fixed, recipe, strict=strict)
         except OptkitError as error:
             reasons = [str(error)]
         if fixed is not None and not reasons:
-            fixed.layers = [r.model_copy(update={"kept_float": i < count}) for i, r in enumerate(layers)]
+            fixed.layers = _layers(built.recipe.passes, ladders, noises, rungs)
             return fixed
         logger.info("%s: %s", name, "; ".join(reasons))
         if fixed is not None:
             shutil.rmtree(fixed.folder)
     return None
+
+
+def _attempts(
+    work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]]
+) -> list[dict[str, int]]:
+    """For each layer the pass that takes it, counted in its ladder: what is tried, the mildest first.
+
+    Where a layer alone makes outputs of another size, or NaN, all layers that decide sizes go to float first: which of them
+    do so on a few batches is chance.
+    """
+    moves = _moves(work, built, ladders, noises)
+    share = np.cumsum([m.gain for m in moves]) / (sum(m.gain for m in moves) or 1.0)
+    shares = _REMOVED if all(len(r) == 1 for r in ladders.values()) else _REMOVED_BY_BITS
+    counts = {min(int(np.searchsorted(share, removed)) + 1, len(moves)) for removed in shares}
+    found = [dict.fromkeys(ladders, 0) | {m.node: m.rung for m in moves[:count]} for count in sorted(counts)]
+    broken = {node for node, noise in noises.items() if noise[0] > _BROKEN}
+    if broken:
+        model, _, _, _ = work.prepare(tuple(p for p in built.recipe.passes if p.exact))
+        in_float = broken | deciding(model)
+        found.insert(0, {node: len(rungs) if node in in_float else 0 for node, rungs in ladders.items()})
+    return found
+
+
+def _spared(
+    steps: Sequence[Pass], ladders: Mapping[str, tuple[int, ...]], rungs: Mapping[str, int]
+) -> tuple[Any, ...]:
+    """The passes, each leaving out the layers that are past it; in the order in which they hurt."""
+    passes = list[Any](steps)
+    for node, rung in rungs.items():
+        for index in ladders[node][:rung]:
+            ignore = (*passes[index].ignore, f"={node}")
+            passes[index] = passes[index].model_copy(update={"ignore": ignore})
+    return tuple(passes)
+
+
+def _layers(
+    steps: Sequence[Any], ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]], rungs: Mapping[str, int]
+) -> list[LayerRecord]:  # fmt: skip
+    """What became of each layer, the noisiest first."""
+    records = []
+    for node, ladder in ladders.items():
+        kept = rungs[node] == len(ladder)
+        bits = None if kept or len(ladder) == 1 else getattr(steps[ladder[rungs[node]]], "bits", 8)
+        records.append(LayerRecord(node=node, sqnr_db=_decibels(noises[node][0]), kept_float=kept, bits=bits))
+    return sorted(records, key=lambda r: r.sqnr_db)
 
 
 def _record(name: str, built: Built | None, verdict: str, reason: str) -> CandidateRecord:

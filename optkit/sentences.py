@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from optkit.bench import NOISE
@@ -357,6 +358,35 @@ def gathered(record: Evidence) -> tuple[str, str]:
 def kept_float(report: Report) -> tuple[str, ...]:
     """Layers that were measured and went back to float."""
     return tuple(layer.node for layer in report.layers if layer.kept_float)
+
+
+def bits(report: Report) -> str:
+    """How many layers have weights of how many bits, where the recipe had several to choose from; else empty."""
+    found = Counter(layer.bits for layer in report.layers if layer.bits is not None)
+    if not found:
+        return ""
+    parts = [f"{n} of {b} bits" for b, n in sorted(found.items())]
+    return f"{count(len(report.layers), 'layer')} by what quantizing each alone does to the outputs: {', '.join(parts)}"
+
+
+def units(report: Report) -> tuple[str, ...]:
+    """Which part of the target may run how many operations, and why others do not get the best; empty where nothing is predicted."""
+    records = report.eligibility
+    if not records:
+        return ()
+    best = max((r.predicted for r in records), key=len)[0]
+    there = [r for r in records if r.predicted[0] == best]
+    lines = [
+        f"predicted from documented rules, not observed: {len(there)} of {count(len(records), 'operation')} may run on the {best}"
+    ]
+    reasons: dict[tuple[str, str], Counter[str]] = {}
+    for r in records:
+        if r.reason:
+            reasons.setdefault((r.predicted[0], r.reason), Counter())[r.op] += 1
+    for (unit, reason), ops in sorted(reasons.items(), key=lambda kv: -sum(kv[1].values())):
+        kinds = ", ".join(f"{n} {op}" for op, n in ops.most_common(4))
+        lines.append(f"{unit}: {kinds}{', …' if len(ops) > 4 else ''}: {reason}")
+    return tuple(lines)
 
 
 def metric(candidate: CandidateRecord) -> tuple[str, str, str]:

@@ -97,8 +97,8 @@ def finetune(
         loss: ``loss(outputs, targets)``.
         fit: How to train.
         evaluate: A metric of the module, higher is better, after each epoch.
-        wrap: Gives what is called in training in place of the module: ``torch.compile``, or ``DistributedDataParallel``, for
-            which the loader gives each process its own part of the data.
+        wrap: Gives what is called in training in place of the module: ``torch.compile``, or ``DistributedDataParallel`` or
+            ``fully_shard``, for which the loader gives each process its own part of the data.
         progress: Where to say how far it is.
         options: For ``optkit.training``: ``target``, ``teacher``, ``overrides`` …
 

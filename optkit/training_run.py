@@ -16,6 +16,7 @@ from torch import nn
 
 from optkit.errors import DataError, UsageError
 from optkit.passes.base import Batch, call
+from optkit.training_sharded import is_sharded
 
 if TYPE_CHECKING:
     from optkit.training_loop import Fit
@@ -37,6 +38,11 @@ class Run:
         device: torch.device,
     ) -> None:
         self._session, self.module, self._fit, self._best, self._device = session, module, fit, best, device
+        if is_sharded(module) and (fit.checkpoint is not None or fit.patience is not None):
+            raise UsageError(
+                "checkpoint and patience keep whole weights, and those of the module are sharded",
+                hint="write checkpoints with torch.distributed.checkpoint, or use DistributedDataParallel",
+            )
         groups = session.groups(fit.weight_decay)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(groups, lr=fit.learning_rate)

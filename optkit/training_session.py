@@ -65,7 +65,8 @@ class TrainingSession:
             session.step()
         artifact, report = session.finish().compile(target="cpu")
 
-    The optimizer must be made after the session: passes add parameters, and some replace those of the module.
+    The optimizer must be made after the session: passes add parameters, and some replace those of the module. Parameters
+    that ``fully_shard`` spreads over processes are sharded between the two.
     ``loss`` and ``step`` never wait for the device.
     """
 
@@ -80,7 +81,6 @@ class TrainingSession:
         self.module, self.recipe, self.target = module, recipe, target
         self.steps = 0
         self._export, self._finished = export, False
-        self._known: set[int] = set()
         self._attached: list[tuple[str, Attached]] = []
         for step in recipe.passes:
             if not isinstance(step, TorchPass):
@@ -90,7 +90,7 @@ class TrainingSession:
         for name, attached in self._attached:
             with _named(name):
                 attached.start()
-        self._known = set(map(id, module.parameters()))
+        self._known = dict(module.named_parameters())
 
     @property
     def settled(self) -> bool:
@@ -99,6 +99,7 @@ class TrainingSession:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is to be trained: the module's parameters and those that passes added, each once."""
+        self._take_in()
         own = [p for p in self.module.parameters() if p.requires_grad]
         more = [p for _, attached in self._attached for p in attached.parameters()]
         return list(dict.fromkeys([*own, *more]))
@@ -120,8 +121,9 @@ class TrainingSession:
             outputs: What it gave.
         """
         self._check_open("loss")
-        if self.steps == 0:
-            self._check_known()
+        if self.steps == 0 and not self._sharded():
+            # While they are gathered for a step, sharded parameters are others again.
+            self._take_in()
         total = task
         for _, attached in self._attached:
             total = total * attached.task_weight()
@@ -136,6 +138,8 @@ class TrainingSession:
         import torch
 
         self._check_open("step")
+        if self.steps == 0:
+            self._take_in()
         self.steps += 1
         with torch.no_grad():
             for _, attached in self._attached:
@@ -151,13 +155,19 @@ class TrainingSession:
     def finish(self) -> Trained:
         """Bring the module to the form that is exported; the session is over.
 
+        Parameters sharded by ``fully_shard`` are whole again afterwards, in every process; each must call it.
+
         Raises:
             PassError: A pass changed nothing.
         """
         import torch
 
         self._check_open("finish")
-        self._check_known()
+        if self._sharded():
+            from optkit.training_sharded import gather
+
+            gather(self.module)
+        self._take_in()
         self._finished = True
         changes: dict[str, list[Change]] = {}
         with torch.no_grad():
@@ -198,17 +208,37 @@ class TrainingSession:
         for (_, attached), saved in zip(self._attached, state["passes"], strict=True):
             attached.restore(saved)
 
-    def _check_known(self) -> None:
-        if not self._known <= set(map(id, self.module.parameters())):
+    def _sharded(self) -> bool:
+        from optkit.training_sharded import is_sharded
+
+        return is_sharded(self.module)
+
+    def _take_in(self) -> None:
+        """Tell the passes which parameters took the place of those that they know."""
+        from optkit.training_sharded import replaced
+
+        now = dict(self.module.named_parameters())
+        if all(now.get(name) is p for name, p in self._known.items()):
+            return
+        parameters = replaced(self._known, self.module)
+        if parameters is None or not (self._sharded() or _was_sharded(self._known)):
             raise UsageError(
                 "the module's parameters are others than when the session was made",
-                hint="make the session last, on the device of the training; wrappers that replace parameters, as FSDP does, "
-                "cannot be used with it: DistributedDataParallel can",
+                hint="make the session last, on the device of the training; of wrappers that replace parameters only "
+                "torch.distributed.fsdp.fully_shard can be used with it, after the session and before the optimizer",
             )
+        for name, attached in self._attached:
+            with _named(name):
+                attached.moved(parameters)
+        self._known = now
 
     def _check_open(self, what: str) -> None:
         if self._finished:
             raise UsageError(f"{what}: the session is finished", hint="start another with optkit.training")
+
+
+def _was_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return any(hasattr(p, "full_tensor") for p in parameters.values())
 
 
 @contextlib.contextmanager

@@ -165,6 +165,16 @@ class Attached(ABC):
         """Parameters to train that do not belong to the module."""
         return ()
 
+    def moved(self, parameters: Mapping[Any, Any]) -> None:  # noqa: B027
+        """Parameters of the module were replaced: sharded ones took the place of whole ones, or the other way around.
+
+        Args:
+            parameters: Old ones, and what is in their place.
+
+        Raises:
+            UsageError: The pass cannot work on sharded parameters.
+        """
+
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that a checkpoint must hold beside the state of the module."""
         return {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +23,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden")
 
 
+@functools.cache
+def no_gpu() -> str | None:
+    """Why nothing can run on a GPU here, or None."""
+    from optkit.kernels.cuda import CudaError, Device
+
+    try:
+        Device().close()
+    except CudaError as error:
+        return str(error)
+    return None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if any(item.iter_markers("device")) and (why := no_gpu()) is not None:
+        pytest.skip(f"needs a GPU: {why}")
     for marker in item.iter_markers("needs"):
         for package in marker.args:
             if importlib.util.find_spec(package) is None:
@@ -39,3 +56,15 @@ def golden(request: pytest.FixtureRequest):
         assert text == path.read_text()
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that pretends to be CUDA's driver, on the memory of the host; ``backends/device/libcuda.c``."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("driver") / "libcuda.so"
+    source = _ROOT / "tests" / "backends" / "device" / "libcuda.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return library

@@ -184,3 +184,43 @@ def test_what_stops_a_session_names_the_shape():
 def test_rounding_around_zero_is_no_difference():
     zeros = _trials(reference=lambda feeds: {"y": np.zeros(feeds["x"].shape, np.float32)})
     check(lambda feeds: {"y": np.full(feeds["x"].shape, 1e-8, np.float32)}, zeros, name="it", lossy=False)
+
+
+# Sizes that the numbers decide
+
+OUTPUTS = (
+    TensorSpec(name="y", dtype=np.dtype(np.float32), shape=("batch", "2*length", 4)),
+    TensorSpec(name="n", dtype=np.dtype(np.int64), shape=(None,)),
+)
+
+
+def _counted(fault=None):
+    found = trials(_reference, INPUTS, [_feeds(2, 6)], OUTPUTS)
+    return _Session(_from(0, fault) if fault else lambda run, now, before: now), found
+
+
+def test_an_axis_with_no_symbol_of_an_input_is_the_numbers_to_decide():
+    assert _counted()[1][0].decided == {"y": frozenset(), "n": frozenset({0})}
+
+
+def test_a_lossy_session_may_count_otherwise_where_the_numbers_decide_a_size_and_nowhere_else():
+    session, found = _counted(lambda now, before: {**now, "n": np.append(now["n"], now["n"])})
+    check(session.run, found, name="it", lossy=True)
+    with pytest.raises(ModelError, match=r"output 'n' .* came out as"):
+        check(
+            _counted(lambda now, before: {**now, "n": np.append(now["n"], 1)})[0].run,
+            found,
+            name="it",
+            lossy=False,
+        )
+    for wrong in (lambda now: {**now, "y": now["y"][:, :2]}, lambda now: {**now, "n": now["n"][:0]}):
+        session, _ = _counted(lambda now, before, wrong=wrong: wrong(now))
+        with pytest.raises(ModelError, match="came out as"):
+            check(session.run, found, name="it", lossy=True)
+
+
+def test_another_size_that_is_that_of_the_call_before_is_called_stale():
+    found = trials(_reference, INPUTS, [_feeds(2, 6)], OUTPUTS)
+    session = _Session(_from(1, lambda now, before: {**now, "n": before["n"]}))
+    with pytest.raises(ModelError, match=r"output 'n' .* still holds what the call before gave"):
+        check(session.run, found, name="it", lossy=True)

@@ -16,9 +16,9 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "origin", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference", "saturation", "arithmetic", "masks",
+        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding",
     ],
-    3: ["kernels"],
+    3: ["kernels", "training_sharded"],
     4: ["passes", "backends"],
     5: ["recipe", "recipes"],
     6: [
@@ -26,18 +26,18 @@ LAYERS = {
         "bench", "report", "artifact", "search", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
         "estimate", "finish", "workbench",
         "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",
-        "narrowing", "latency_table", "sparsity", "pruning",
+        "narrowing", "latency_table", "sparsity", "pruning", "torch",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {
-    "torch": ("passes", "exporting", "frontend", "training", "kernels/triton", "benchmarks"),
+    "torch": ("passes", "exporting", "frontend", "training", "torch", "kernels/triton", "benchmarks"),
     "tensorrt": ("backends/tensorrt", "benchmarks"),
     "tensorrt_rtx": ("backends/tensorrt",),
     "openvino": ("backends/openvino", "benchmarks"),
     "coremltools": ("backends/coreml", "benchmarks"),
-    "triton": ("kernels/triton", "benchmarks"),
+    "triton": ("kernels/triton", "torch", "benchmarks"),
     "ai_edge_litert": ("backends/litert", "benchmarks"),
     "flatbuffers": ("backends/litert",),
 }

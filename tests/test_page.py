@@ -119,6 +119,17 @@ def test_a_stranger_finds_verdict_figures_and_evidence():
         assert wanted in text, wanted
 
 
+def test_bits_that_were_chosen_are_told():
+    layers = [
+        {"node": f"layer.{i}", "sqnr_db": 20.0 + i, "kept_float": i == 0, "bits": (None, 8, 6, 4, 4)[i]}
+        for i in range(5)
+    ]
+    text = " ".join(_parsed(_report(layers=layers)).text)
+    told = "5 layers by what quantizing each alone does to the outputs: 2 of 4 bits, 1 of 6 bits, 1 of 8 bits"
+    assert told.capitalize() in text
+    assert "6 bits" in text and "1 of 5 layers went back to float" in text
+
+
 def test_nothing_is_requested_from_elsewhere():
     html = page(_report())
     assert not re.search(r"(?i)https?:|//|url\(|@import|<script|<link|<img|<iframe", html)

@@ -291,6 +291,7 @@ def test_mistakes_in_imports_are_named_with_the_file_they_are_in(tmp_path, text,
         ("limits.max_drop=0.02", "limits.max_drop", "0.02"),
         ("limits.min_cosine=0.5", "limits.min_cosine", 0.5),
         ("options.threads=4", "options", {"threads": 4}),
+        ("options.sizes.x.0=[1, 2, 4]", "options", {"sizes": {"x.0": [1, 2, 4]}}),
         ("require.formats.int8=>=0.9", "require", {"formats.int8": ">=0.9"}),
         ("passes.quantize-static.method=entropy", "passes.0.method", "entropy"),
         ("passes.Quantize-Static.method=entropy", "passes.0.method", "entropy"),
@@ -339,6 +340,12 @@ def test_passes_of_imports_can_be_overridden():
 )
 def test_overrides_that_do_not_fit_are_refused(override, parts):
     _refused(STATIC, *parts, overrides=[override])
+
+
+def test_an_option_that_is_no_table_has_no_entries():
+    _refused(
+        STATIC, "options.threads has no keys below it", overrides=["options.threads=2", "options.threads.a=3"]
+    )
 
 
 # The schema

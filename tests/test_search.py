@@ -20,7 +20,7 @@ from optkit.frontend import read
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
 from optkit.report import PassRecord
-from optkit.search import Built, carry_out, choose, repair, sensitivities
+from optkit.search import Built, _moves, carry_out, choose, repair, sensitivities
 from optkit.targets import target
 from optkit.testing import parse
 
@@ -657,6 +657,54 @@ def test_a_table_is_a_layer_like_others(tmp_path):
     assert next(r.sqnr_db for r in found if r.node == "look") > 35
     fixed = repair(work, recipe, built, strict=False, faster_than=1.0)
     assert [p.ignore for p in fixed.recipe.passes] == [("=blocks[2]/MatMul",), ()]
+
+
+LADDER = Recipe.load({
+    "recipe": 1, "repair": True, "limits": {"min_cosine": 0.999},
+    "passes": [{"palettize-weights": {"bits": 2, "smallest": 1}}, {"quantize-weights": {"smallest": 1}}],
+})  # fmt: skip
+
+
+def test_layers_go_to_the_next_pass_that_takes_them_and_only_then_to_float(tmp_path):
+    """Tables of 4 values are too few for all, and int8 for one whose weights it ruins."""
+    work = _real(tmp_path)
+    built = work.build("small", LADDER)
+    fixed = repair(work, LADDER, built, strict=False, faster_than=0.0)
+    by_name = {r.node: r for r in fixed.layers}
+    assert by_name["blocks[2]/MatMul"].kept_float and by_name["blocks[2]/MatMul"].bits is None
+    assert {r.bits for r in fixed.layers if not r.kept_float} == {8}
+    assert fixed.fidelity.cosine >= 0.999
+    for step, ignored in zip(fixed.recipe.passes, (4, 1), strict=True):
+        assert len(step.ignore) == ignored
+    assert work.build("again", Recipe.load(fixed.recipe.dump())).bytes == fixed.bytes
+
+
+def test_elsewhere_what_takes_away_most_noise_for_its_bytes_goes_first(tmp_path):
+    """Two layers as noisy as each other, one of them a quarter of the size."""
+    work = _real(tmp_path)
+    work.target = target("mac-m4")
+    ladders = {"first": (0, 1), "fourth": (0, 1)}
+    moves = _moves(work, work.build("small", LADDER), ladders, {n: [0.1, 0.001] for n in ladders})
+    assert [(m.node, m.rung) for m in moves] == [("fourth", 1), ("first", 1), ("fourth", 2), ("first", 2)]
+    # A pass that is no gentler is skipped.
+    moves = _moves(work, work.build("small", LADDER), {"first": (0, 1)}, {"first": [0.1, 0.2]})
+    assert [(m.node, m.rung) for m in moves] == [("first", 2)]
+
+
+def test_what_cannot_be_repaired_ships_in_the_arithmetic_that_was_asked_for(tmp_path):
+    """Float16 inside keeps the limits, so float32 need not be shipped."""
+    recipe = Recipe.load({
+        "recipe": 1, "backend": "coreml", "options": {"precision": "fp16"}, "limits": {"min_cosine": 0.9999},
+        "passes": [{"palettize-weights": {"bits": 1, "smallest": 1}}],
+    })  # fmt: skip
+    work = _real(tmp_path)
+    work.target = target("mac-m4")
+    choice = carry_out(work, recipe, strict=False)
+    assert choice.best.name == "unquantized"
+    assert choice.best.recipe.options["precision"] == "fp16"
+    assert len(choice.missed) == 1
+    exact = recipe.model_copy(update={"limits": recipe.limits.model_copy(update={"min_cosine": 1.1})})
+    assert carry_out(work, exact, strict=False).best.name == "float"
 
 
 def test_a_recipe_whose_passes_leave_nothing_out_is_not_repaired(tmp_path):

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from pydantic import Field
 
-from optkit.backends.base import Backend, Executed, Options
+from optkit.backends.base import Backend, Eligible, Executed, Options
+from optkit.backends.coreml.eligibility import eligibility
 from optkit.backends.coreml.emit import ROWS
 from optkit.backends.coreml.emit.quant import stored_constant
 from optkit.backends.coreml.halves import saturate
@@ -162,6 +163,10 @@ class CoreMl(Backend):
     def evidence(self, path: Path, target: Target, options: CoreMlOptions) -> frozenset[str]:
         """The rules of the loader were checked on the saved package."""
         return frozenset({"inspected"})
+
+    def eligibility(self, path: Path, target: Target, options: CoreMlOptions) -> Sequence[Eligible]:
+        """By Apple's documented rules for the Neural Engine."""
+        return eligibility(path / PACKAGE)
 
     def deferred(self, path: Path, target: Target, options: CoreMlOptions) -> Sequence[str]:
         """What a Mac or the device has to do: outputs so far are the reference evaluator's."""

@@ -17,6 +17,13 @@ MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
 # Any fixed one will do; what an item is called follows from what it is.
 _SPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
 _FP16 = {"common::add_fp16_cast", "common::add_int16_cast"}
+# Takes the factors of a palette's channels for scales of its entries, and writes a table for each channel.
+_NEVER = {"common::canonicalize_quantized_lut_pattern"}
+# From powers to their logarithms there are sums, scales and filters.
+_SPANNING = frozenset({
+    "abs", "add", "clip", "expand_dims", "linear", "matmul", "maximum", "mul", "pow", "real_div", "reduce_mean", "reduce_sum",
+    "reduce_sum_square", "reshape", "sqrt", "square", "squeeze", "transpose",
+})  # fmt: skip
 
 
 def convert(
@@ -26,7 +33,6 @@ def convert(
     *,
     fp16: bool,
     weights: Path,
-    keep: frozenset[str] = frozenset(),
 ) -> Any:
     """Run coremltools' own passes over a program and serialize it; its weights go into the folder ``weights``.
 
@@ -34,8 +40,8 @@ def convert(
         program: Of ``program.build``.
         features: The types of its inputs.
         version: Major version of the oldest iOS.
-        fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit.
-        keep: Kinds of operations that stay in float32 all the same.
+        fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
+            are taken of stays in float32.
         weights: An empty folder.
 
     Returns:
@@ -49,13 +55,13 @@ def convert(
 
     with silence():
         pipeline = ct.PassPipeline()
+        pipeline.remove_passes(_NEVER)
         if not fp16:
             pipeline.remove_passes(_FP16)
-        elif keep:
+        else:
+            option = ct.converters.mil.mil.passes.graph_pass.PassOption
             pipeline._pass_options["common::add_fp16_cast"] = [
-                ct.converters.mil.mil.passes.graph_pass.PassOption(
-                    option_name="op_selector", option_val=lambda op: op.op_type not in keep
-                )
+                option(option_name="op_selector", option_val=lambda op: not _is_logged(op))
             ]
         spec, _ = mil_convert_to_proto(
             program, "milinternal", "mlprogram", ConverterRegistry, main_pipeline=pipeline, inputs=features, outputs=None,
@@ -64,6 +70,22 @@ def convert(
         )  # fmt: skip
         _reset_conversion_state()
     return spec
+
+
+def _is_logged(op: Any) -> bool:
+    """Whether a logarithm is taken of what an operation gives, as far as small values stay small on the way there.
+
+    A power of sound spans more than float16 does: what is below 6e-8 would be 0, and far from the rest once it is logged.
+    """
+    found, seen = [op], {op}
+    for one in found:
+        if one.op_type == "log":
+            return True
+        if one.op_type in _SPANNING:
+            after = [child for output in one.outputs for child in output.child_ops if child not in seen]
+            found += after
+            seen.update(after)
+    return False
 
 
 def write(spec: Any, folder: Path, metadata: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from optkit.backends.tensorrt import bundle
 from optkit.errors import BackendUnavailableError, ModelError, UsageError
 
 if TYPE_CHECKING:
-    from optkit.backends.base import Task
+    from optkit.backends.base import Mark, Task
 
 VERIFIED, TIMED = "verified.json", "bench.json"
 _PACKAGES = {"tensorrt": "pip install tensorrt-cu13", "tensorrt_rtx": "pip install 'optkit[tensorrt]'"}
@@ -23,7 +23,7 @@ _PACKAGES = {"tensorrt": "pip install tensorrt-cu13", "tensorrt_rtx": "pip insta
 _DEVICE = ("device", "cuda_driver", "major", "minor")
 
 
-def finalize(path: Path, task: Task, *, force: bool) -> Finished:
+def finalize(path: Path, task: Task, mark: Mark, *, force: bool) -> Finished:
     """Carry out in ``path`` what is left there; steps whose record fits engine and device are not repeated.
 
     Raises:
@@ -46,8 +46,10 @@ def finalize(path: Path, task: Task, *, force: bool) -> Finished:
     if facts["runtime"] == "tensorrt":
         with task("build the engine"):
             _run(path, "build_engine.py", *(["--force"] if force else []))
+        mark("compiled", True)
     verified = None if force else _record(path, VERIFIED, device)
     if verified is None:
+        mark("ran_on_device", False)
         with task("compare with the golden outputs"):
             _run(path, "verify.py", fails=True)
         verified = _record(path, VERIFIED, device)
@@ -59,12 +61,15 @@ def finalize(path: Path, task: Task, *, force: bool) -> Finished:
             f"{worst['batch']} has cosine {worst['cosine']:.5f}, at least {verified['min_cosine']:g} is asked for",
             hint=f"all of them are in {VERIFIED}; try another --precision",
         )
+    mark("ran_on_device", True)
     timed = None if force else _record(path, TIMED, device)
     if timed is None:
+        mark("timed_on_device", False)
         with task("measure the latency"):
             _run(path, "bench.py")
         timed = _record(path, TIMED, device)
         assert timed is not None
+    mark("timed_on_device", True)
     return Finished(
         device={key: device[key] for key in sorted(device)},
         cosine=min(o["cosine"] for o in verified["outputs"]),

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from pydantic import Field
 
+from optkit import golden
 from optkit.arithmetic import product_format, products
-from optkit.backends.base import Backend, Executed, Finished, Options, Task
+from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
 from optkit.backends.tensorrt import bundle, rtx
 from optkit.backends.tensorrt.finalize import finalize
 from optkit.backends.tensorrt.placement import PLACEMENTS
@@ -148,7 +149,8 @@ class TensorRt(Backend):
             path, target=target.name, arch=target.arch, profile=shapes, formats=tuple(counted), tf32=options.tf32, rtx=native
         )  # fmt: skip
         usual, least = ({name: r[which] for name, r in sizes.items()} for which in (1, 0))
-        bundle.golden(path, model, [usual, least] if usual != least else [usual], seed=0)
+        wanted = [usual, least] if usual != least else [usual]
+        golden.write(path / bundle.MODEL, path / golden.FOLDER, model, wanted, seed=0)
         if native:
             found = rtx.capability(target)
             assert found is not None
@@ -240,10 +242,10 @@ class TensorRt(Backend):
         return frozenset({"compiled", "inspected"} if record.operations else {"compiled"})
 
     def finalize(
-        self, path: Path, target: Target, options: TensorRtOptions, task: Task, *, force: bool
+        self, path: Path, target: Target, options: TensorRtOptions, task: Task, mark: Mark, *, force: bool
     ) -> Finished:
         """Build, compare, measure, with the artifact's own programs."""
-        return finalize(path, task, force=force)
+        return finalize(path, task, mark, force=force)
 
     def deferred(self, path: Path, target: Target, options: TensorRtOptions) -> Sequence[str]:
         """Build where that is left, verify, measure."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optkit.backends.triton.schedule import Segment, schedule
 from optkit.errors import ModelError, UnsupportedOpError
-from optkit.graph import describe, walk
+from optkit.golden import min_cosine
+from optkit.graph import describe, rank, walk
 from optkit.kernels import KERNELS
-from optkit.kernels.base import DOMAIN
+from optkit.kernels.base import DOMAIN, TYPES
 from optkit.kernels.build import build
+from optkit.kernels.expressions import symbols
 from optkit.kernels.gates import failures, gates
 from optkit.ops import spec
 from optkit.rewrite import label
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from optkit.targets import Target
 
 MODEL, LAUNCHES, FOLDER = "model.onnx", "launches.json", "kernels"
+VERSION = 2
 
 
 def kernels() -> dict[str, Kernel]:
@@ -44,8 +49,11 @@ def refusal(node: ir.Node, target: Target) -> str | None:
     return found if isinstance(found, str) else kernel.unsupported(found, target.capability)
 
 
-def write(model: ir.Model, target: Target, path: Path) -> None:
+def write(model: ir.Model, target: Target, path: Path, formats: Sequence[str]) -> None:
     """Compile what the graph calls, hold it against the gates, and write all files.
+
+    Args:
+        formats: Of the graph's products, which say how close a device has to come.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
@@ -61,20 +69,24 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
             "the graph calls no kernel, so there is nothing to compile",
             hint="the pass call-kernels makes the calls; optkit inspect MODEL --why tells what it left alone",
         )
-    programs = [kernel.program(problem, target.capability) for _, kernel, problem in calls]
-    unique = {program.digest(): program for program in programs}
-    built = build([(program, target.capability) for program in unique.values()])
-    bad = [
-        f"{program.function} {why}"
-        for program, one in zip(unique.values(), built, strict=True)
-        for why in failures(one.record)
-    ]
-    if bad:
-        raise ModelError(f"machine code for {target.arch} does not pass its gates: {'; '.join(bad)}")
+    programs = [kernel.finalists(problem, target.capability) for _, kernel, problem in calls]
+    unique = {program.digest(): program for found in programs for program in found}
+    built = dict(zip(unique, build([(p, target.capability) for p in unique.values()]), strict=True))
+    bad = {
+        digest: [f"{program.function} {why}" for why in failures(built[digest].record)]
+        for digest, program in unique.items()
+    }
+    fit = [[p.digest() for p in found if not bad[p.digest()]] for found in programs]
+    if not all(fit):
+        why = dict.fromkeys(
+            w for d, found in zip(fit, programs, strict=True) if not d for p in found for w in bad[p.digest()]
+        )
+        raise ModelError(f"machine code for {target.arch} does not pass its gates: {'; '.join(why)}")
     save(model, path / MODEL)
     folder, names = path / FOLDER, {}
     folder.mkdir()
-    for digest, one in zip(unique, built, strict=True):
+    for digest in dict.fromkeys(digest for found in fit for digest in found):
+        one = built[digest]
         name = names[digest] = f"{one.record['entry']}-{digest[:12]}"
         shutil.copyfile(one.cubin, folder / f"{name}.cubin")
         verdicts = [
@@ -82,37 +94,66 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
             for g in gates(one.record)
         ]
         _json(folder / f"{name}.json", {**one.record, "gates": verdicts})
-    rows = [
-        {
-            "node": label(node), "op": node.op_type, "kernel": names[program.digest()],
-            "inputs": [None if v is None else v.name for v in node.inputs],
-            "outputs": [v.name if v.uses() or v.is_graph_output() else None for v in node.outputs],
-            "sizes": kernel.expressions(problem), "grid": list(program.grid),
-        }
-        for (node, kernel, problem), program in zip(calls, programs, strict=True)
-    ]  # fmt: skip
-    left = [label(node) for node in walk(model) if node.domain != DOMAIN and _computes(node)]
-    _json(path / LAUNCHES, {"launches": rows, "without_kernel": left})
+    rows = {
+        node: _row(node, kernel, problem, [names[digest] for digest in found])
+        for (node, kernel, problem), found in zip(calls, fit, strict=True)
+    }
+    launches: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    for step in schedule(model.graph, rows):
+        if isinstance(step, Segment):
+            steps.append(step.record())
+        else:
+            steps.append({"launch": len(launches)})
+            launches.append(rows[step])
+    left = [label(node) for node in walk(model) if node not in rows and _computes(node)]
+    facts = {
+        "version": VERSION, "target": target.name, "arch": target.arch, "launches": launches, "steps": steps,
+        "without_kernel": left, "min_cosine": min_cosine(formats),
+    }  # fmt: skip
+    _json(path / LAUNCHES, facts)
+
+
+def _row(node: ir.Node, kernel: Kernel, problem: Problem, names: list[str]) -> dict[str, Any]:
+    """A call as the runtime needs it; what its programs take is in their own records."""
+    axes: Any = symbols([rank(v) for v in node.inputs])
+    shapes = kernel.outputs(problem, axes)
+    outputs: list[dict[str, Any] | None] = []
+    # What no program writes nobody reads.
+    for value, shape in itertools.zip_longest(node.outputs, shapes):
+        if value is None or shape is None:
+            outputs.append(None)
+            continue
+        kind = value.dtype or TYPES[kernel.output_format(problem)]
+        outputs.append({"name": value.name, "type": kind.name, "shape": [str(d) for d in shape]})
+    return {
+        "node": label(node), "op": node.op_type, "kernels": names,
+        "inputs": [None if v is None else v.name for v in node.inputs], "outputs": outputs,
+        "sizes": kernel.expressions(problem),
+    }  # fmt: skip
 
 
 def read(path: Path) -> Mapping[str, Any]:
     """What ``write`` wrote about the launches.
 
     Raises:
-        ModelError: It is missing.
+        ModelError: It is missing, or another version of optkit wrote it.
     """
     file = path / LAUNCHES
     if not file.is_file():
         raise ModelError(f"{LAUNCHES} is missing")
     found: Mapping[str, Any] = json.loads(file.read_bytes())
+    if found.get("version") != VERSION:
+        raise ModelError(f"{LAUNCHES} is of another version", hint="compile again with this optkit")
     return found
 
 
 def _calls(
     model: ir.Model, target: Target
 ) -> tuple[list[tuple[ir.Node, Kernel, Problem]], list[tuple[str, str]]]:
+    """The calls of the main graph, which launches stand for; those in bodies run as ONNX with their nodes."""
     found, problems, known = [], [], kernels()
-    for node in walk(model):
+    for node in model.graph:
         if node.domain != DOMAIN:
             continue
         if (why := refusal(node, target)) is not None:

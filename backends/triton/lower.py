@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
+from pydantic import Field
 
-from optkit.arithmetic import product_format
-from optkit.backends.base import Backend, Executed, Options
-from optkit.backends.triton import bundle
+from optkit import golden
+from optkit.arithmetic import product_format, products
+from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
+from optkit.backends.triton import bundle, plugins
+from optkit.backends.triton.finalize import finalize, tuned
 from optkit.backends.triton.placement import PLACEMENTS
+from optkit.backends.triton.runtime import DeviceSession, open_device
 from optkit.backends.triton.session import FunctionBodySession
-from optkit.errors import UsageError
+from optkit.data import specs, trial_sizes
+from optkit.errors import ModelError, OptkitError, UsageError
 from optkit.graph import walk
 from optkit.inference import at_shapes
 from optkit.kernels.build import need_triton
@@ -29,14 +35,26 @@ if TYPE_CHECKING:
 
 
 class TritonOptions(Options):
-    """Nothing can be chosen: what is compiled follows from the graph and the target."""
+    """How the artifact runs on its device; what is compiled follows from the graph and the target.
+
+    Attributes:
+        rest: Where nodes without kernel run: in ONNX Runtime with CUDA, or on the host's processor.
+        sizes: Usual sizes of free axes, by their symbols: kernels are chosen and the latency is measured with them. Those that
+            are not named are taken from the calibration data.
+        plugins: Whether the kernels are written as plug-ins of TensorRT too, with the graph that calls them: ``tensorrt/``.
+    """
+
+    rest: Literal["cuda", "cpu"] = "cuda"
+    sizes: dict[str, int] = Field(default_factory=dict)
+    plugins: bool = False
 
 
 class Triton(Backend):
     """Fused kernels compiled by Triton for NVIDIA's GPUs from sm_80 on, without having one.
 
-    The artifact holds the machine code, what was read from it, and the graph, whose calls of kernels carry their ONNX
-    bodies: any ONNX runtime computes the same with it. A runtime that launches the kernels is not part of it.
+    The artifact holds the machine code, what was read from it, the launches in their order, and the graph, whose calls of
+    kernels carry their ONNX bodies: any ONNX runtime computes the same with it. On the device the kernels are launched
+    through CUDA's driver, and what lies between them runs in ONNX Runtime.
     """
 
     name: ClassVar[str] = "triton"
@@ -68,20 +86,90 @@ class Triton(Backend):
         """Calls that no program is for; nodes without kernel stay in the graph."""
         return bundle.refusal(node, target)
 
+    def sizes(self, model: ir.Model, options: TritonOptions) -> Mapping[str, int]:
+        """Those of the options."""
+        known = {d: None for s in specs(model)[0] for d in s.shape or () if isinstance(d, str)}
+        if unknown := [name for name in options.sizes if name not in known]:
+            raise UsageError(
+                f"options.sizes: {unknown[0]} is no free axis of the model",
+                hint=f"free axes: {', '.join(known) or 'none'}",
+            )
+        return options.sizes
+
+    def span(
+        self, model: ir.Model, options: TritonOptions, sizes: Mapping[str, Sequence[tuple[int, int, int]]]
+    ) -> TritonOptions:
+        """With the usual sizes of the data for the axes that the options do not name."""
+        seen = {
+            d: sizes[s.name][axis][1]
+            for s in specs(model)[0]
+            for axis, d in enumerate(s.shape or ())
+            if isinstance(d, str) and s.name in sizes
+        }
+        return options.model_copy(update={"sizes": {**seen, **options.sizes}})
+
+    def usual(self, model: ir.Model, options: TritonOptions) -> dict[str, tuple[int, ...]]:
+        """Where all axes of an input have a size by the options."""
+        known = {
+            s.name: tuple(options.sizes.get(d, 0) if isinstance(d, str) else d or 0 for d in s.shape or ())
+            for s in specs(model)[0]
+        }
+        return {name: shape for name, shape in known.items() if all(shape)}
+
     def lower(self, model: ir.Model, target: Target, options: TritonOptions, path: Path) -> None:
-        """Write the graph, the machine code with its gates, and the launches.
+        """Write the graph, the machine code with its gates, the launches, and golden inputs and outputs.
 
         Raises:
             BackendUnavailableError: Triton is not installed.
-            ModelError: The graph calls no kernel, or machine code does not pass its gates.
+            ModelError: The graph calls no kernel, machine code does not pass its gates, or no sizes of the inputs run.
         """
-        bundle.write(model, target, path)
+        flat = model.clone()
+        InlinePass()(flat)
+        bundle.write(model, target, path, tuple(products(flat)))
+        self._golden(model, options, path)
+        if options.plugins:
+            plugins.write(path)
+
+    def _golden(self, model: ir.Model, options: TritonOptions, path: Path) -> None:
+        """One batch of usual sizes; where those are not known, of the first that are tried and run."""
+        inputs, _ = specs(model)
+        asked = self.sizes(model, options)
+        trials = [{**sizes, **asked} for sizes in trial_sizes(inputs)] or [dict(asked)]
+        folder, why = path / golden.FOLDER, None
+        for usual in trials:
+            try:
+                golden.write(path / bundle.MODEL, folder, model, [usual], seed=0)
+            except ModelError as error:
+                shutil.rmtree(folder)
+                why = why or error
+                continue
+            return
+        assert why is not None
+        raise ModelError(
+            str(why), hint="sizes of free axes are set with --set options.sizes.AXIS=SIZE"
+        ) from why
+
+    def size(self, path: Path) -> int:
+        """Of the graph and one program of each call: a device keeps one of the finalists."""
+        first = {row["kernels"][0] for row in bundle.read(path)["launches"]}
+        files = [*path.glob(f"{bundle.MODEL}*"), *(path / bundle.FOLDER / f"{name}.cubin" for name in first)]
+        return sum(f.stat().st_size for f in files)
 
     def load(
         self, path: Path, target: Target, options: TritonOptions, *, threads: int | None = None
     ) -> Session:
         """The functions' bodies in ONNX Runtime: machine code needs its GPU."""
         return FunctionBodySession(path / bundle.MODEL)
+
+    def on_device(self, path: Path, target: Target, options: TritonOptions) -> Session:
+        """The machine code on its GPU, the programs that ``finalize`` chose there; nodes without kernel where the options say."""
+        device = open_device(target.name, target.arch)
+        try:
+            choices = tuned(path, device, options.rest)
+            return DeviceSession(path, device, rest=options.rest, choices=choices, own=True)
+        except OptkitError:
+            device.close()
+            raise
 
     def executed(
         self, path: Path, target: Target, options: TritonOptions, feeds: Mapping[str, np.ndarray]
@@ -112,11 +200,19 @@ class Triton(Backend):
     def deferred(self, path: Path, target: Target, options: TritonOptions) -> Sequence[str]:
         """What nobody has done: launching, and all that has no kernel."""
         found = bundle.read(path)
-        count, programs = len(found["launches"]), len({row["kernel"] for row in found["launches"]})
-        steps = [
-            f"launch the {programs} compiled kernels ({count} calls) and compare them with their ONNX bodies; "
-            "optkit has no program for that yet"
-        ]
+        programs = {name for row in found["launches"] for name in row["kernels"]}
+        first = f"load the {len(programs)} programs of {len(found['launches'])} calls, and choose among them by time"
         if left := len(found["without_kernel"]):
-            steps.append(f"compile the other {left} nodes that compute: they are in {bundle.MODEL} as ONNX")
-        return (*steps, f"measure the latency on {target.name}")
+            where = "with CUDA" if options.rest == "cuda" else "on the processor"
+            first += f"; the other {left} nodes that compute run in ONNX Runtime {where}"
+        return (
+            first,
+            "compare with the golden outputs",
+            f"measure the latency on {target.name}; optkit finalize does all of these steps",
+        )
+
+    def finalize(
+        self, path: Path, target: Target, options: TritonOptions, task: Task, mark: Mark, *, force: bool
+    ) -> Finished:
+        """Load, choose, compare, measure, on the GPU of this machine."""
+        return finalize(path, target.name, target.arch, options.rest, task, mark, force=force)

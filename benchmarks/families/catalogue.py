@@ -26,6 +26,9 @@ KINDS: dict[str, str] = {
     "diffusion": "optkit.benchmarks.families.diffusion",
 }
 
+# From which batch norms take their statistics.
+_DRAWS = 32
+
 Dynamic = Mapping[str, Mapping[int, str]]
 
 
@@ -65,18 +68,33 @@ def build(builder: Builder) -> Built:
 
 
 def _settle(built: Built) -> None:
-    """Give batch norms the statistics of the inputs: with those of a new one, deep networks fade to nothing."""
+    """Give batch norms the statistics of inputs like the example: with those of a new one, deep networks fade to nothing.
+
+    Averages over several draws: the few elements that deep channels of one small batch have make a network of them that
+    magnifies every rounding.
+    """
     norms = [m for m in built.module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     built.module.eval()
     if not norms:
         return
+    momenta = [n.momentum for n in norms]
     for norm in norms:
+        norm.reset_running_stats()
         norm.train()
-        norm.momentum = 1.0
+        # The average of all that is seen.
+        norm.momentum = None
     signature = Signature(built.module, built.inputs)
-    args, kwargs = signature.arguments([t.clone() for t in signature.tensors])
     with torch.no_grad(), quiet():
-        built.module(*args, **kwargs)
-    for norm in norms:
+        for _ in range(_DRAWS):
+            args, kwargs = signature.arguments([_like(t) for t in signature.tensors])
+            built.module(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
-        norm.momentum = 0.1
+        norm.momentum = momentum
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """Other numbers of the same mean and spread; integers as they are."""
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return tensor.clone()
+    return torch.randn_like(tensor) * tensor.std() + tensor.mean()

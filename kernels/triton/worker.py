@@ -52,6 +52,8 @@ def build(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         options={"num_warps": program["warps"], "num_stages": program["stages"]},
     )
     binary, meta = compiled.asm["cubin"], compiled.metadata
+    if meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl:
+        raise ValueError(f"{program['function']} asks for clusters or a cooperative launch")
     file = folder / f"{job['key']}.cubin"
     file.write_bytes(binary)
     (folder / f"{job['key']}.ttir").write_text(str(compiled.asm["ttir"]), encoding="utf-8")
@@ -68,12 +70,16 @@ def build(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "triton": triton.__version__,
         "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"],
         "signature": {n: t for n, t in signature.items() if t != "constexpr"},
-        # Pointers that the entry takes behind the signature.
+        # Of the entry, in order; behind them it takes two more pointers.
+        "parameters": [n for n, t in signature.items() if t != "constexpr"],
         "trailing_pointers": ["global_scratch", "profile_scratch"],
         "warps": meta.num_warps,
         # All that Triton asks for is dynamic; the KiB that cuobjdump adds from sm_90 on is the system's.
         "shared": meta.shared,
+        # Bytes a block behind each of the trailing pointers; NULL where there are none.
         "scratch": meta.global_scratch_size,
+        "scratch_align": meta.global_scratch_align,
+        "profile_scratch": meta.profile_scratch_size,
         "registers": registers,
         "stack": max(stack, local),
         "instructions": _instructions(file),

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from optkit.cli.terminal import Terminal
     from optkit.report import Report
 
+# Reasons why operations may not run on the best unit of a target that the summary tells.
+_REASONS = 4
+
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table; columns whose heading starts with ``>`` are numbers and aligned to the right."""
@@ -65,6 +68,10 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
     if lines := sentences.saturation(report):
         rows.append(("Saturation", lines))
     rows.append(("Formats", sentences.formats(report)))
+    if lines := sentences.units(report):
+        rows.append(("Units", lines[:_REASONS]))
+    if chosen := sentences.bits(report):
+        rows.append(("Weights", chosen))
     if kept := sentences.kept_float(report):
         rows.append(
             (

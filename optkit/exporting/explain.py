@@ -81,16 +81,23 @@ def located(line: tuple[str, int, str]) -> str:
 
 def place(error: BaseException) -> tuple[str, int, str] | None:
     """``(file, line, code)`` of the user's innermost line: that of the traceback, else one that the message names."""
+    if (found := stopped(error)) is not None:
+        file, number = found
+        return shorten(file), number, linecache.getline(file, number).strip()
+    for file, number in reversed(re.findall(r'File "([^"]+)", line (\d+)', _message(error))):
+        if is_users(file):
+            return shorten(file), int(number), linecache.getline(file, int(number)).strip()
+    return None
+
+
+def stopped(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the user's innermost frame in the traceback."""
     for part in reversed(chain(error)):
         stack = traceback.extract_tb(part.__traceback__)
         # What lies before the last frame of this package is whoever called it.
         inside = max((i for i, f in enumerate(stack) if f.filename.startswith(_HERE)), default=-1)
         if frames := [f for f in stack[inside + 1 :] if is_users(f.filename)]:
-            frame = frames[-1]
-            return shorten(frame.filename), frame.lineno or 0, (frame.line or "").strip()
-    for file, number in reversed(re.findall(r'File "([^"]+)", line (\d+)', _message(error))):
-        if is_users(file):
-            return shorten(file), int(number), linecache.getline(file, int(number)).strip()
+            return frames[-1].filename, frames[-1].lineno or 0
     return None
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from optkit.exporting import recurrent
+from optkit.exporting import loops, recurrent
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """By operator, for ``torch.onnx.export``."""
     aten: Any = torch.ops.aten
-    return {**recurrent.translations(), aten.sort.stable: _sort}
+    return {**recurrent.translations(), **loops.translations(), aten.sort.stable: _sort}
 
 
 def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:

@@ -16,7 +16,7 @@ def simplify(program: Any) -> Any:
     """The program without run-time assertions, and without operators for which ONNX has no word."""
     wanted = {
         target: function
-        for target, function in _written_out().items()
+        for target, function in (_written_out() | _kernels(program)).items()
         if any(node.target is target for node in program.graph.nodes)
     }
     if wanted:
@@ -42,6 +42,15 @@ def _written_out() -> dict[Any, Any]:
         aten.linalg_inv.default: _inverse,
         aten.linalg_inv_ex.default: _inverse_ex,
     }
+
+
+def _kernels(program: Any) -> dict[Any, Any]:
+    """Operators that stand for kernels of ours, as the bodies that they mean."""
+    if not any(str(node.target).startswith("optkit.") for node in program.graph.nodes):
+        return {}
+    from optkit.torch.operators import body, offered, operator
+
+    return {operator(name): body(name) for name in offered().values()}
 
 
 def _cumprod(x: Any, dim: int, *, dtype: Any = None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from optkit.exporting.durations import vectorized
+from optkit.exporting.patches import in_place
 from optkit.exporting.recurrent import symbolic
 from optkit.exporting.rows import whole_rows
 from optkit.exporting.shadowing import shadowed
@@ -113,6 +114,7 @@ REPAIRS: dict[str, Callable[[torch.nn.Module], contextlib.AbstractContextManager
     "causal-padding": _causal_padding,
     "selective-scan": selective_scan,
     "durations": vectorized,
+    "patches": in_place,
 }
 
 

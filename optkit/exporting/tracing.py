@@ -11,6 +11,7 @@ import torch
 from optkit.exporting.axes import Axes
 from optkit.exporting.eager import quiet, run_eager
 from optkit.exporting.explain import untraceable
+from optkit.exporting.loops import compiled
 from optkit.exporting.repairs import repaired
 from optkit.exporting.signature import Flat, Signature
 
@@ -30,6 +31,8 @@ _LADDER: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("auto", _DIM.AUTO, {"strict": False}),
     ("strict", _DIM.AUTO, {"strict": True}),
 )
+# Loops of one module that are compiled, at most.
+_LOOPS = 4
 _FIXED = (("static", None, {"strict": False}), ("strict", None, {"strict": True}))
 
 
@@ -43,22 +46,47 @@ def climb(
     """
     first: BaseException | None = None
     for rung, kind, options in _LADDER if axes else _FIXED:
-        shapes = tuple({axis: kind for axis in axes.names.get(n, {})} for n in signature.names)
         try:
-            with quiet(), torch.no_grad(), repaired(flat.module, last=rung == _LAST):
-                program = torch.export.export(
-                    flat,
-                    tuple(t.clone() for t in tensors),
-                    dynamic_shapes={"inputs": shapes} if axes else None,
-                    **options,
-                )
+            return _trace(flat, tensors, signature, axes, kind, options, last=rung == _LAST), rung
         except Exception as error:  # noqa: BLE001  (torch raises what user code raises, and many kinds of its own)
             logger.debug("%s: %s: %s", name, rung, error)
             first = first or error
-            continue
-        return program, rung
     assert first is not None
+    rung, kind, options = (_LADDER if axes else _FIXED)[0]
+    errors = [first]
+    while len(errors) <= _LOOPS:
+        with compiled(flat.module, errors) as worth:
+            if not worth:
+                break
+            try:
+                with quiet(), torch.no_grad():
+                    # The operators take their types from what they compute.
+                    flat(*(t.clone() for t in tensors))
+                return _trace(flat, tensors, signature, axes, kind, options), f"{rung}, with loops compiled"
+            except Exception as error:  # noqa: BLE001  (as above)
+                logger.debug("%s: with loops compiled: %s", name, error)
+                errors.append(error)
     raise untraceable(name, first, flat.module) from first
+
+
+def _trace(
+    flat: Flat,
+    tensors: Sequence[torch.Tensor],
+    signature: Signature,
+    axes: Axes,
+    kind: Any,
+    options: dict[str, Any],
+    *,
+    last: bool = False,
+) -> Any:
+    shapes = tuple({axis: kind for axis in axes.names.get(n, {})} for n in signature.names)
+    with quiet(), torch.no_grad(), repaired(flat.module, last=last):
+        return torch.export.export(
+            flat,
+            tuple(t.clone() for t in tensors),
+            dynamic_shapes={"inputs": shapes} if axes else None,
+            **options,
+        )
 
 
 def enlarged(module: Any, signature: Signature, axes: Axes, outputs: Sequence[str]) -> list[torch.Tensor]:

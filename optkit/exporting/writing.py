@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from optkit.errors import ModelError, UnsupportedOpError
+from optkit.exporting import loops
 from optkit.exporting.attention import zero_masked_rows
 from optkit.exporting.eager import quiet
 from optkit.exporting.explain import chain, is_users, located, place, shorten
@@ -42,6 +43,7 @@ def write(program: Any, name: str) -> ir.Model:
             continue
         assert written is not None
         model: ir.Model = written.model
+        loops.written_out(model)
         zero_masked_rows(model)
         clamp_windows(model)
         return model

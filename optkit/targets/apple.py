@@ -44,6 +44,6 @@ ROWS = (
     _mac("mac-m5", "M5", 16, 153, _INT8, "Apple newsroom, 15 October 2025: 153 GB/s"),
     Target(
         name="apple-ane", vendor="apple", arch="Neural Engine", backends=("coreml",), formats=frozenset({"fp16"}), system=_SYSTEM,
-        source="any device since A14 and M1; the Neural Engine computes in float16 (Apple, ml-ane-transformers)",
+        convolves=True, source="any device since A14 and M1; the Neural Engine computes in float16 (Apple, ml-ane-transformers)",
     ),
 )  # fmt: skip

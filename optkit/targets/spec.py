@@ -28,6 +28,7 @@ class Target:
         units: Streaming multiprocessors or compute units.
         l2: Bytes of the last cache that all units share.
         shared: Bytes of shared memory that one block may ask for.
+        convolves: Whether products and attention run best as convolutions of one element over ``[B, C, 1, S]``, in small parts.
         lacks: Why a number format is refused, by format.
     """
 
@@ -48,6 +49,7 @@ class Target:
     units: int | None = None
     l2: int | None = None
     shared: int | None = None
+    convolves: bool = False
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, fmt: str) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -133,6 +134,14 @@ class Outputs(Attached):
         if self._pairs:
             self._teachers[-1].forget()
 
+    def moved(self, parameters: Mapping[Any, Any]) -> None:
+        """The teacher is whole in every process."""
+        if self._pairs:
+            raise UsageError(
+                "a teacher that is the average of the module needs all of its parameters in every process",
+                hint="use DistributedDataParallel, or teacher: given",
+            )
+
     def state(self) -> dict[str, Any]:
         """The average is not in the module's own state."""
         return {"step": self._step, "average": [mean.clone() for mean, _ in self._pairs]}
@@ -148,6 +157,18 @@ class Outputs(Attached):
     def finish(self) -> Sequence[Change]:
         """Nothing of the module changes but its weights."""
         return [Change(rule="distil", node="outputs", detail=f"learned by {self._options.loss}")]
+
+
+def _share(weight: nn.Parameter) -> None:
+    """The same in every process, as wrappers keep the parameters of the module but not this one."""
+    dist.broadcast(weight.data, 0)
+
+    def mean(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+    weight.register_post_accumulate_grad_hook(mean)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -230,7 +251,10 @@ class Features(Attached):
         if mine.shape[axis] != theirs.shape[axis]:
             a, b = mine.shape[axis], theirs.shape[axis]
             made = nn.Conv2d(a, b, 1, bias=False) if axis == 1 else nn.Linear(a, b, bias=False)
-            self._projections[path.replace(".", "/")] = made.to(mine.device)
+            made = made.to(mine.device)
+            if dist.is_available() and dist.is_initialized():
+                _share(made.weight)
+            self._projections[path.replace(".", "/")] = made
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Projections."""

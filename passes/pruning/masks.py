@@ -16,6 +16,7 @@ from optkit.passes.pruning.criteria import input_norms
 from optkit.passes.pruning.hessian import hessians, sparsegpt
 from optkit.passes.pruning.weights import FEWEST
 from optkit.rewrite import Change
+from optkit.training_sharded import spread_like, whole
 
 if TYPE_CHECKING:
     from optkit.passes.pruning.weights import PruneWeights
@@ -149,7 +150,7 @@ class _Masks(Attached):
 
     def _apply(self) -> None:
         for path, weight in self._weights.items():
-            weight.mul_(self._masks[path])
+            weight.mul_(spread_like(self._masks[path], weight))
 
     def on_step(self, step: int) -> None:
         """Prune more where it is due; what is pruned stays 0."""
@@ -167,7 +168,7 @@ class _Masks(Attached):
     def _prune_now(self, sparsity: float) -> None:
         if sparsity > 0:
             # What is 0 stays the least important.
-            self._update({p: w.detach().abs() for p, w in self._weights.items()}, sparsity)
+            self._update({p: whole(w.detach()).abs() for p, w in self._weights.items()}, sparsity)
 
     def _rewind(self, step: int) -> None:
         options = self._options
@@ -183,6 +184,14 @@ class _Masks(Attached):
         self._prune_now(1 - (1 - options.sparsity) ** (done / options.rounds))
         for tensor, early in zip(self._tensors, self._early, strict=True):
             tensor.copy_(early)
+
+    def moved(self, parameters: Mapping[Any, Any]) -> None:
+        """Masks stay whole in every process; each applies its part."""
+        if self._options.rewind is not None:
+            raise UsageError(
+                "weights that go back to earlier ones cannot be sharded", hint="use DistributedDataParallel"
+            )
+        self._weights = {path: parameters.get(w, w) for path, w in self._weights.items()}
 
     def settled(self) -> bool:
         """Whether the last weights are pruned."""

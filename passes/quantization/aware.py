@@ -17,6 +17,7 @@ from optkit.passes.quantization.fake import FakeQuantize, QuantizedLayer, unfit
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.sites import Sites, add, export_marked, install, trace
 from optkit.rewrite import Change
+from optkit.training_sharded import spread_like, whole
 
 if TYPE_CHECKING:
     from optkit.passes.quantization.qat import QuantizeAware
@@ -242,6 +243,10 @@ class _Aware(Attached):
     def _freeze(self, parameter: torch.Tensor) -> None:
         # Not requires_grad: wrappers such as DDP count on a gradient for every parameter that they were given.
         self._frozen.append((parameter, parameter.detach().clone()))
+
+    def moved(self, parameters: Mapping[Any, Any]) -> None:
+        """Follow those that are frozen; the layers hold their own."""
+        self._frozen = [(parameters[p], spread_like(whole(v), parameters[p])) for p, v in self._frozen]
 
     def state(self) -> dict[str, Any]:
         """How far it is; frozen values are the module's own."""

@@ -43,7 +43,8 @@ class FakeQuantize(nn.Module):
     def __init__(self, fmt: Format) -> None:
         super().__init__()
         self.fmt = fmt
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        # One element and not a scalar, which cannot be sharded.
+        self.log_scale = nn.Parameter(torch.zeros(1))
         self.register_buffer("zero", torch.zeros(()))
         self._zero = 0  # what the buffer holds, so that no step waits for the device to say
         self.observer: Histogram | None = Histogram("mse", 99.99)
@@ -63,7 +64,7 @@ class FakeQuantize(nn.Module):
     @property
     def scale(self) -> torch.Tensor:
         """Of one step."""
-        return self.log_scale.exp().clamp_min(TINY)
+        return self.log_scale.exp().clamp_min(TINY).reshape(())
 
     def store(self) -> None:
         """Fix the grid: from now on the exported graph has a pair here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,13 +90,27 @@ def second_moments(model: ir.Model, nodes: Sequence[ir.Node], context: Context) 
     Raises:
         DataError: There is no data.
     """
+    found: dict[ir.Node, np.ndarray] = {}
+    for window in moments_by_window(model, [n for n in nodes if fits(n)], context):
+        found |= window
+    return found
+
+
+def moments_by_window(
+    model: ir.Model, nodes: Sequence[ir.Node], context: Context
+) -> Iterator[dict[ir.Node, np.ndarray]]:
+    """The same, for as many nodes at a time as fit into memory together; all must be such as ``fits`` says.
+
+    Raises:
+        DataError: There is no data.
+    """
     if context.data is None:
         raise DataError("adaptive rounding needs calibration data", hint="give --calib")
-    found: dict[ir.Node, np.ndarray] = {}
-    for window in _windows([n for n in nodes if _fits(n)]):
+    for window in _windows(nodes):
         session = ReferenceSession(
             model, outputs=list(dict.fromkeys(str(n.inputs[0].name) for n in window if n.inputs[0]))
         )
+        found: dict[ir.Node, np.ndarray] = {}
         with context.progress.task("observe second moments", len(context.data)) as task:
             for batch in context.data:
                 values = session.run(batch)
@@ -107,10 +121,11 @@ def second_moments(model: ir.Model, nodes: Sequence[ir.Node], context: Context) 
                     found[node] = found[node] + one if node in found else one
                 task.advance()
         session.close()
-    return {node: total / len(context.data) for node, total in found.items()}
+        yield {node: total / len(context.data) for node, total in found.items()}
 
 
-def _fits(node: ir.Node) -> bool:
+def fits(node: ir.Node) -> bool:
+    """Whether the second moments of what ``node`` reads can be observed: its weights' form, and their number."""
     weight = node.inputs[1]
     assert weight is not None and weight.shape is not None
     shape = weight.shape.numpy()

@@ -41,13 +41,21 @@ class Site:
         assert self.value.const_value is not None
         return self.value.const_value.numpy()
 
-    def replace(self, node: ir.Node, name: str) -> None:
-        """Let all readers read the output of ``node``, which gives the same floats again."""
+    def insert(self, node: ir.Node, name: str) -> None:
+        """Put ``node``, which gives floats of the weights' shape, before all others."""
         out = node.outputs[0]
         out.name, out.type, out.shape = name, ir.TensorType(ir.DataType.FLOAT), self.value.shape
-        first = next(iter(self.graph))
-        self.graph.insert_before(first, node)
-        self.value.replace_all_uses_with(out)
+        producers = [v.producer() for v in node.inputs if v is not None]
+        last = next((p for p in producers if p is not None), None)
+        if last is None:
+            self.graph.insert_before(next(iter(self.graph)), node)
+        else:
+            self.graph.insert_after(last, node)
+
+    def replace(self, node: ir.Node, name: str) -> None:
+        """Let all readers read the output of ``node``, which gives the same floats again."""
+        self.insert(node, name)
+        self.value.replace_all_uses_with(node.outputs[0])
 
 
 def sites(model: ir.Model, targets: Sequence[str], ignore: Sequence[str], smallest: int) -> Iterator[Site]:

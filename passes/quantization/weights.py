@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,6 +12,8 @@ from pydantic import Field
 
 from optkit.graph import drop_unused_initializers
 from optkit.passes.base import Context, GraphPass
+from optkit.passes.quantization.compensate import compensated, observed, remembered
+from optkit.passes.quantization.rounding import as_rows, from_rows
 from optkit.passes.quantization.stored import Site, sites
 from optkit.rewrite import Change, Names, register
 
@@ -31,6 +33,9 @@ class QuantizeWeights(GraphPass):
     Attributes:
         bits: Of each weight.
         block: How many weights share a scale, in 4 bits.
+        least: Down to how many may share one, where ``block`` does not divide them; ``block`` when left out.
+        compensate: Whether weights make up for each other's errors on the calibration data
+            (``optkit.passes.quantization.compensate``); without data each is rounded to nearest.
         targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize; ``=name`` is the one
             node of that name.
         ignore: The same, for what stays in float.
@@ -42,6 +47,8 @@ class QuantizeWeights(GraphPass):
 
     bits: Literal[4, 8] = 8
     block: int = Field(default=32, ge=16)
+    least: int | None = Field(default=None, ge=8)
+    compensate: bool = False
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     smallest: int = 2048
@@ -50,22 +57,66 @@ class QuantizeWeights(GraphPass):
         """Store every suitable constant."""
         changes: list[Change] = []
         names = Names(model)
-        for site in tuple(sites(model, self.targets, self.ignore, self.smallest)):
-            bits = 4 if self.bits == 4 and self._divides(site) else 8
-            if bits == 4:
-                integers, scale = _blocks(site.array, site.inputs, self.block)
-            else:
-                integers, scale = _channels(site.array, site.outputs)
-            _store(site, integers, scale, bits, self.block, names)
-            detail = f"weights to s{bits}" + (f" in blocks of {self.block}" if bits == 4 else " per channel")
-            changes.append(Change(rule=self.name, node=str(site.node.name), detail=detail))
+        chosen = list(sites(model, self.targets, self.ignore, self.smallest))
+        found = self._found(model, chosen, context)
+        for site in chosen:
+            block = self._block(site)
+            integers, scale = found[str(site.value.name)]
+            _store(site, integers, scale, block, names)
+            detail = f"s4 in blocks of {block}" if block else "s8 per channel"
+            changes.append(
+                Change(
+                    rule=self.name,
+                    node=str(site.node.name),
+                    detail=f"{site.node.op_type} weights to {detail}",
+                )
+            )
         if changes:
             drop_unused_initializers(model)
         return changes
 
-    def _divides(self, site: Site) -> bool:
+    def _block(self, site: Site) -> int | None:
+        """How many weights share a scale in 4 bits; None for weights that take 8."""
         shape = site.array.shape
-        return math.prod(shape[2:]) == 1 and shape[site.inputs] % self.block == 0
+        if self.bits == 8 or math.prod(shape[2:]) != 1:
+            return None
+        sizes = range(self.block, (self.least or self.block) - 1, -1)
+        return next((b for b in sizes if shape[site.inputs] % b == 0), None)
+
+    def _found(
+        self, model: ir.Model, chosen: Sequence[Site], context: Context
+    ) -> Mapping[str, tuple[np.ndarray, ...]]:
+        """Integers and scales by the names of the weights."""
+        if not self.compensate:
+            return {str(s.value.name): self._rounded(s, None) for s in chosen}
+        known = remembered(context, (self.name, self.bits, self.block, self.least))
+        missing = [s for s in chosen if str(s.value.name) not in known]
+        for site, moments in observed(model, missing, context):
+            known[str(site.value.name)] = self._rounded(site, moments)
+        return known
+
+    def _rounded(self, site: Site, moments: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        weight, block = site.array, self._block(site)
+        if block is None:
+            integers, scale = _channels(weight, site.outputs)
+        else:
+            integers, scale = _blocks(weight, site.inputs, block)
+        if moments is None:
+            return integers, scale
+        if block is None:
+            spread = np.broadcast_to(
+                scale.reshape([-1 if i == site.outputs else 1 for i in range(weight.ndim)]), weight.shape
+            )
+        else:
+            spread = np.repeat(scale, block, site.inputs)
+        top = 127 if block is None else 7
+        steps = as_rows(site.node, np.ascontiguousarray(spread)).astype(np.float64)
+
+        def nearest(j: int, values: np.ndarray) -> np.ndarray:
+            return np.clip(np.rint(values / steps[:, :, j]), -top, top) * steps[:, :, j]
+
+        rounded = compensated(as_rows(site.node, weight), moments, nearest)
+        return from_rows(site.node, np.rint(rounded / steps).astype(np.int8), weight.shape), scale
 
 
 def _channels(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,13 +143,13 @@ def _blocks(weight: np.ndarray, axis: int, block: int) -> tuple[np.ndarray, np.n
     return integers, np.squeeze(scale, axis + 1)
 
 
-def _store(site: Site, integers: np.ndarray, scale: np.ndarray, bits: int, block: int, names: Names) -> None:
+def _store(site: Site, integers: np.ndarray, scale: np.ndarray, block: int | None, names: Names) -> None:
     name = str(site.value.name)
-    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    dtype = ir.DataType.INT8 if block is None else ir.DataType.INT4
     held = ir.Tensor(integers.astype(dtype.numpy()), dtype=dtype)
     q = register(site.graph, names.new(f"{name}/q"), held)
     s = register(site.graph, names.new(f"{name}/scale"), scale)
-    attributes = {"axis": site.inputs, "block_size": block} if bits == 4 else {"axis": site.outputs}
+    attributes = {"axis": site.outputs} if block is None else {"axis": site.inputs, "block_size": block}
     node = ir.node(
         "DequantizeLinear", [q, s], attributes=attributes, name=names.new(f"{name}/DequantizeLinear")
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,16 +84,6 @@ def test_tensorrt_rtx_has_the_same_names(name):
 
 
 # On a device
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HERE / "device" / "libcuda.c"], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +192,34 @@ def test_an_engine_that_computes_something_else_is_an_error_and_no_evidence(arti
         finalize(artifact)
     assert not Artifact(artifact).manifest.evidence.ran_on_device
     assert not (artifact / "bench.json").exists()
+
+
+def test_each_evidence_is_there_when_its_step_is_done_and_no_earlier(artifact, gpu, monkeypatch):
+    from optkit.backends.tensorrt import finalize as steps
+
+    real, failing = steps._run, set()
+
+    def run(path, program, *arguments, **more):
+        if program in failing:
+            raise ModelError(f"{program}: stopped")
+        real(path, program, *arguments, **more)
+
+    monkeypatch.setattr(steps, "_run", run)
+    seen = []
+    for program in ("build_engine.py", "verify.py", "bench.py"):
+        failing = {program}
+        with pytest.raises(ModelError, match="stopped"):
+            finalize(artifact)
+        e = Artifact(artifact).manifest.evidence
+        seen.append((e.compiled, e.ran_on_device, e.timed_on_device))
+    assert seen == [(False, False, False), (True, False, False), (True, True, False)]
+    assert Artifact(artifact).manifest.deferred
+    failing = set()
+    finalize(artifact)
+    failing = {"verify.py"}
+    with pytest.raises(ModelError, match="stopped"):
+        finalize(artifact, force=True)
+    assert not Artifact(artifact).manifest.evidence.ran_on_device
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,15 @@ def test_the_artifact_holds_the_graph_the_code_and_the_launches(tmp_path):
     assert row["op"] == "AddLayerNorm"
     assert row["inputs"] == ["x", "h", "s", "b"]
     assert found["without_kernel"] == ["h", "u", "y"]
-    record = json.loads((tmp_path / "kernels" / f"{row['kernel']}.json").read_bytes())
-    code = (tmp_path / "kernels" / f"{row['kernel']}.cubin").read_bytes()
+    assert [o["shape"] for o in row["outputs"]] == [["axis(0, 0)", "axis(0, 1)"]] * 2
+    assert found["steps"] == [
+        {"inputs": ["x"], "outputs": ["h"], "host": []},
+        {"launch": 0},
+        {"inputs": [o["name"] for o in row["outputs"]], "outputs": ["y"], "host": []},
+    ]
+    (name,) = row["kernels"]
+    record = json.loads((tmp_path / "kernels" / f"{name}.json").read_bytes())
+    code = (tmp_path / "kernels" / f"{name}.cubin").read_bytes()
     assert code[:4] == b"\x7fELF"
     assert hashlib.sha256(code).hexdigest() == record["sha256"]
     assert record["arch"] == "sm_90a"
@@ -81,8 +88,9 @@ def test_the_artifact_holds_the_graph_the_code_and_the_launches(tmp_path):
     with backend.load(tmp_path, H100, options) as session:
         np.testing.assert_allclose(session.run(x)["y"], right, atol=1e-5)
     steps = " ".join(backend.deferred(tmp_path, H100, options))
-    assert "no program for that yet" in steps
-    assert "other 3 nodes" in steps
+    assert "load the 1 programs of 1 calls" in steps
+    assert "the other 3 nodes that compute run in ONNX Runtime with CUDA" in steps
+    assert len(list((tmp_path / "golden").glob("*.npz"))) == 1
     executed = backend.executed(tmp_path, H100, options, x)
     assert [(e.op, e.format, e.macs) for e in executed] == [("MatMul", "fp32", 3 * 64 * 64)] * 2
 
@@ -142,7 +150,7 @@ g (float[N, 24] x) => (float[N, 24] y) {
 """
     found = parse(text, s=np.ones(24, np.float32))
     with pytest.raises(UnsupportedOpError) as caught:
-        bundle.write(found, H100, tmp_path)
+        bundle.write(found, H100, tmp_path, [])
     assert "narrow" in str(caught.value)
     assert "no kernel has this name" in str(caught.value)
 

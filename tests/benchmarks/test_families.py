@@ -37,12 +37,24 @@ def test_other_families_pass_every_stage(kind, name):
 
 
 def test_a_family_that_fails_says_at_which_line():
-    row = examine("loop", "detection", table("detection")["mask_rcnn_nms_loop"])
+    class Choosing(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    row = examine("choice", "vision", lambda: Built(module=Choosing(), inputs=torch.randn(4, 3), dynamic={}))
     assert row.passed == []
-    assert "families/detection.py:" in row.failed["export"]
+    assert "benchmarks/test_families.py:" in row.failed["export"]
     page = matrix.written({"processor": "this one", "versions": {}, "rows": [asdict(row)]})
     assert "| torch.export | 0 of 1 |" in page
-    assert "* **loop**, torch.export:" in page
+    assert "* **choice**, torch.export:" in page
+
+
+@pytest.mark.needs("openvino")
+def test_the_suppression_of_textbooks_exports_as_a_loop():
+    row = examine("loop", "detection", table("detection")["mask_rcnn_nms_loop"])
+    assert set(row.passed) == set(STAGES) - {"coreml"}, row.failed
+    assert row.rung == "static, with loops compiled"
+    assert "SequenceInsert" in row.failed["coreml"]
 
 
 def test_a_size_baked_in_fails_the_stage_and_not_the_run():

@@ -227,3 +227,44 @@ def test_repeating_by_counting_is_what_the_loop_does(durations, speed):
 
     x, counts = torch.randn(2, 3, 4), torch.tensor(durations)
     assert torch.equal(repeat(x, counts, speed), length_regulator(x, counts.clone(), speed))
+
+
+def _vilt(**more):
+    from transformers import ViltConfig, ViltForQuestionAnswering
+
+    torch.manual_seed(0)
+    small = ViltConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8, vocab_size=90,
+        max_position_embeddings=16, num_labels=3, initializer_range=0.5, **more,
+    )  # fmt: skip
+    module = ViltForQuestionAnswering(small).eval()
+    for embedding in (module.vilt.embeddings.position_embeddings, module.vilt.embeddings.cls_token):
+        torch.nn.init.normal_(embedding)
+    # The second image is 24 by 16, padded to 32 by 32.
+    mask = torch.ones(2, 32, 32, dtype=torch.int64)
+    mask[1, 24:], mask[1, :, 16:] = 0, 0
+    return module, {
+        "input_ids": torch.randint(3, 90, (2, 6)),
+        "pixel_values": torch.randn(2, 3, 32, 32),
+        "pixel_mask": mask,
+    }
+
+
+@pytest.mark.needs("transformers")
+def test_patches_in_their_place_give_what_patches_in_any_order_give():
+    module, inputs = _vilt()
+    eager = module(**inputs).logits
+    with repaired(module):
+        ours = module(**inputs).logits
+    assert torch.allclose(ours, eager, atol=1e-4)
+    assert not torch.allclose(eager[0], eager[1], atol=0.1)
+    assert "visual_embed" not in vars(module.vilt.embeddings)
+    loaded = read(module, inputs=inputs, dynamic={name: {0: "batch"} for name in inputs})
+    assert "also batch 1 and batch 3" in loaded.notes[-1]
+
+
+@pytest.mark.needs("transformers")
+def test_where_the_draw_decides_which_patches_count_nothing_is_repaired():
+    module, inputs = _vilt(max_image_length=9)
+    with pytest.raises(ModelError, match="modeling_vilt"):
+        read(module, inputs=inputs)

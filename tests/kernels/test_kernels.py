@@ -144,6 +144,16 @@ def test_every_architecture_has_a_configuration(name, capability):
         assert 1 in kernel.edges(problem, capability)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_finalist_is_the_one_of_the_table_and_none_comes_twice(name):
+    kernel = KERNELS[name]()
+    for problem in kernel.examples:
+        found = kernel.finalists(problem, HOPPER)
+        assert found[0] == kernel.program(problem, HOPPER)
+        assert len({p.digest() for p in found}) == len(found)
+        assert all(p.stages > 0 for p in found)
+
+
 @pytest.mark.needs("triton", "torch")
 def test_every_kernel_computes_what_the_reference_does_at_the_edges_of_blocks():
     launches = [

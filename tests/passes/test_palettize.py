@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optkit.passes.quantization.palette import PalettizeWeights, cluster, palettes
+from optkit.passes.quantization.palette import PalettizeWeights, cluster, places_in, tables_for
 from optkit.testing import check_pass, parse
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
@@ -43,11 +43,18 @@ def test_groups_of_channels_have_tables_of_their_own():
     assert np.square(table[indices] - w)[:, 16:].mean() < 0.02
 
 
-def test_groups_that_do_not_divide_share_one_table():
+@pytest.mark.parametrize(
+    ("channels", "group", "tables"), [(32, 24, 2), (30, 16, 2), (31, 16, 1), (30, 2, 15), (12, 5, 3)]
+)
+def test_groups_that_do_not_divide_become_the_nearest_that_do(channels, group, tables):
+    graph = LINEAR.replace("N, 32", f"N, {channels}")
     after = check_pass(
-        PalettizeWeights(bits=4, group=24, smallest=1), parse(LINEAR, w=_weight(64, 32)), atol=64, rtol=0
+        PalettizeWeights(bits=4, group=group, smallest=1),
+        parse(graph, w=_weight(64, channels)),
+        atol=64,
+        rtol=0,
     )
-    assert after.graph.initializers["w/palette"].const_value.shape.numpy() == (16,)
+    assert after.graph.initializers["w/palette"].const_value.shape.numpy() == (16 * tables,)
 
 
 def test_clusters_are_no_worse_than_lloyds_own_fixed_points():
@@ -64,8 +71,9 @@ def test_clusters_are_no_worse_than_lloyds_own_fixed_points():
 
 def test_other_axes_group_too():
     w = _weight(8, 4, 3, 3)
-    indices, table = palettes(w, 0, 2, 3)
-    assert table.shape == (16,) and indices[:4].max() < 8 <= indices[4:].min()
+    tables = tables_for(w, 0, 2, 3)
+    indices = places_in(w, 0, tables)
+    assert tables.shape == (2, 8) and indices[:4].max() < 8 <= indices[4:].min()
 
 
 @pytest.mark.parametrize("options", [{"smallest": 2049}, {"ignore": ("MatMul",)}, {"targets": ("Conv",)}])

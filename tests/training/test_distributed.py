@@ -1,8 +1,9 @@
-"""Two processes with DistributedDataParallel come to the weights that one comes to on all of the data."""
+"""Two processes, with whole parameters and with sharded ones, come to the weights that one comes to on all of the data."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +29,17 @@ def test_two_processes_train_as_one(tmp_path):
     ]
     script = _script()
     alone = {
-        name: script.train(name, lambda module: module, slice(None)).module.state_dict()
+        name: script.train(name, lambda module: module, slice(None)).finish().module.state_dict()
         for name in script.RECIPES
     }
     said = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
-    for recipe, expected in alone.items():
-        one, other = (torch.load(tmp_path / f"{recipe}-{rank}.pt", weights_only=True) for rank in range(2))
+    for recipe, wrapper in itertools.product(alone, script.WRAPPERS):
+        expected = alone[recipe]
+        one, other = (
+            torch.load(tmp_path / f"{recipe}-{wrapper}-{rank}.pt", weights_only=True) for rank in range(2)
+        )
+        assert one.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
             # Means of halves are summed in another order; a value on the edge of its grid may fall on the other side.
@@ -42,4 +47,9 @@ def test_two_processes_train_as_one(tmp_path):
     pruned = alone["distil"]["b.weight"]
     assert pruned.shape == (16, 16)
     assert float((pruned == 0).float().mean()) == pytest.approx(0.5)
-    assert any(name.endswith("log_scale") for name in alone["int8-qat"])
+    assert any(name.endswith("integers") for name in alone["int8-qat"])
+    for rank in range(2):
+        average, back, kept = (tmp_path / f"refused-{rank}.txt").read_text().splitlines()
+        assert average.startswith("distil: a teacher that is the average")
+        assert back.startswith("prune-weights: weights that go back")
+        assert kept.startswith("checkpoint and patience keep whole weights")

@@ -192,7 +192,7 @@ def test_parameters_that_were_replaced_behind_its_back_are_noticed(x):
     module.head = nn.Linear(16, 4)
     with pytest.raises(UsageError, match="others than when the session was made") as caught:
         session.loss(torch.tensor(0.0), (x,), module(x))
-    assert "FSDP" in str(caught.value.hint)
+    assert "fully_shard" in str(caught.value.hint)
     with pytest.raises(UsageError, match="others than when"):
         session.finish()
 

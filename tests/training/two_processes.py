@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import optkit
+from optkit.errors import UsageError
 
 RECIPES = {
     "int8-qat": {"recipe": 1, "passes": [{"quantize-aware": {"freeze_ranges": 0.5, "freeze_layers": 0.5}}]},
@@ -25,6 +27,16 @@ RECIPES = {
     },
 }
 STEPS = 6
+
+
+def sharded(module):
+    """Each linear layer on its own, and the rest together."""
+    for part in (module.a, module.b, module.c) if not hasattr(module, "optkit") else ():
+        fully_shard(part)
+    return fully_shard(module)
+
+
+WRAPPERS = {"whole": DistributedDataParallel, "sharded": sharded}
 
 
 class Net(nn.Module):
@@ -64,13 +76,46 @@ def train(recipe, wrap, part):
     return session
 
 
+def refused() -> list[str]:
+    """What says no to sharding."""
+    found = []
+    for options in (
+        {"distil": {"teacher": "average"}},
+        {"prune-weights": {"sparsity": 0.5, "rewind": 0.1, "rounds": 1}},
+    ):
+        module = Net()
+        session = optkit.training(
+            module, {"recipe": 1, "passes": [options]}, example=next(batches())[0], steps=STEPS
+        )
+        fully_shard(module)
+        try:
+            session.parameters()
+        except UsageError as error:
+            found.append(str(error))
+    fit = optkit.Fit(checkpoint=Path("checkpoint.pt"))
+    loader = [(x, y) for x, y in batches()]
+    try:
+        optkit.finetune(Net(), RECIPES["int8-qat"], loader, F.cross_entropy, fit=fit, wrap=fully_shard)
+    except UsageError as error:
+        found.append(str(error))
+    return found
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for recipe in RECIPES:
-        session = train(recipe, DistributedDataParallel, slice(4 * rank, 4 * rank + 4))
-        torch.save(session.module.state_dict(), folder / f"{recipe}-{rank}.pt")
+        for name, wrap in WRAPPERS.items():
+            session = train(recipe, wrap, slice(4 * rank, 4 * rank + 4))
+            if name == "sharded":
+                assert session.parameters()[0].to_local().shape[0] < session.parameters()[0].shape[0]
+            trained = session.finish()
+            torch.save(trained.module.state_dict(), folder / f"{recipe}-{name}-{rank}.pt")
+            # What comes out is a module like any other.
+            assert not any(type(m).__name__.startswith("FSDP") for m in trained.module.modules())
+            assert trained.export().graph.num_nodes() > 0
+    (folder / f"refused-{rank}.txt").write_text("\n".join(refused()))
     dist.destroy_process_group()
 
 

@@ -156,3 +156,12 @@ def palettized(version: int, indices: np.ndarray, table: np.ndarray) -> Any:
         )
         return mb.constexpr_sparse_to_dense(nonzero_data=kept, mask=mask)
     return mb.constexpr_lut_to_dense(indices=_unsigned(indices, bits), lut=lut)
+
+
+def scaled(version: int, entries: Any, scale: np.ndarray) -> Any:
+    """``entries * scale``, a factor for each index of one axis; before iOS 18, that has no form for it, a plain constant."""
+    if version >= 18 and entries.op.op_type != "const":
+        return mb.constexpr_blockwise_shift_scale(data=entries, scale=scale)
+    op = entries.op
+    dense = entries.val if op.op_type == "const" else op.materialized_val_inference()
+    return uncompressed(np.ascontiguousarray(dense * scale))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.coreml.emit.base import Context, emits, integer, is_float, narrow, refused
-from optkit.backends.coreml.emit.compressed import affine, palettized, sparse, uncompressed
+from optkit.backends.coreml.emit.compressed import affine, palettized, scaled, sparse, uncompressed
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import constant
 
@@ -65,7 +65,18 @@ def _kind(node: ir.Node) -> ir.DataType | None:
 
 
 def stored_constant(node: ir.Node) -> bool:
-    """Whether a node gives the same floats each time, out of a smaller form: a dequantized constant, or a palette."""
+    """Whether a node gives the same floats each time, out of a smaller form: a dequantized constant, or a palette.
+
+    A palette may have a factor for each index of one axis.
+    """
+    if node.op_type == "Mul":
+        entries, scale = _entries(node), constant(node.inputs[1])
+        return (
+            entries is not None
+            and scale is not None
+            and scale.ndim == constant(entries.inputs[1]).ndim  # type: ignore[union-attr]
+            and sum(n > 1 for n in scale.shape) <= 1
+        )
     if node.op_type == "DequantizeLinear":
         inputs = [constant(v) for v in node.inputs if v is not None]
         return all(a is not None for a in inputs) and _kind(node) in (*_EIGHT, *_FOUR)
@@ -78,7 +89,22 @@ def stored_constant(node: ir.Node) -> bool:
     return table.ndim == 1 and table.size <= 1 << 17 and bool(indices.min() >= 0)
 
 
+def _entries(node: ir.Node) -> ir.Node | None:
+    """The palette that a product scales."""
+    producer = None if node.inputs[0] is None else node.inputs[0].producer()
+    return (
+        producer
+        if producer is not None and producer.op_type == "Gather" and stored_constant(producer)
+        else None
+    )
+
+
 def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
+    if node.op_type == "Mul":
+        entries, scale = _entries(node), constant(node.inputs[1])
+        assert entries is not None and scale is not None
+        scale = np.swapaxes(scale, -1, -2) if transposed else scale
+        return scaled(c.version, _stored(c, entries, transposed), np.ascontiguousarray(scale, np.float32))
     if node.op_type == "Gather":
         table, indices = constant(node.inputs[0]), constant(node.inputs[1])
         assert table is not None and indices is not None

@@ -23,6 +23,10 @@ _MOVES = frozenset({
     "pixel_shuffle", "pixel_unshuffle", "reshape", "reverse", "slice_by_index", "slice_by_size", "space_to_depth", "split",
     "squeeze", "stack", "tile", "transpose",
 })  # fmt: skip
+# They give back values that they were given: what is on float16's grid stays on it.
+_PICKS = _MOVES | {
+    "abs", "clip", "max_pool", "maximum", "minimum", "reduce_max", "reduce_min", "relu", "relu6", "select", "threshold", "topk",
+}  # fmt: skip
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
 
@@ -242,8 +246,7 @@ def _rounded(op: Operation, output: Output, value: Any) -> Any:
         )
     if kind.dtype != np.float16:
         return array.astype(kind.dtype, copy=False)
-    # What only moves is on float16's grid already.
-    return array if op.kind in _MOVES else halves(array)
+    return array if op.kind in _PICKS else halves(array)
 
 
 # In float32: the bits that float16 has no room for, the smallest of its numbers with all bits, and the first that is infinite.

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from closeness import batch, spread
 from device import Device
 from engine import Engine
 
@@ -32,12 +32,9 @@ def bench(
     for _ in range(runs):
         start = device.event()
         engine.enqueue()
-        times.append(device.seconds(start, device.event()) * 1e3)
-    ordered = sorted(times)
+        times.append(device.seconds(start, device.event()))
     return {
-        "median_ms": statistics.median(times), "mean_ms": statistics.fmean(times), "min_ms": ordered[0],
-        "p99_ms": ordered[min(runs - 1, int(0.99 * runs))], "stdev_ms": statistics.stdev(times) if runs > 1 else 0.0,
-        "runs": runs, "warmup": warmup, "transfers": "not counted",
+        **spread(times), "warmup": warmup, "transfers": "not counted",
         "inputs": {name: list(array.shape) for name, array in feeds.items()},
     }  # fmt: skip
 
@@ -51,8 +48,7 @@ if __name__ == "__main__":
     with Device() as gpu:
         loaded = Engine(gpu)
         for file in sorted((HERE / "golden").glob("*.npz")):
-            with np.load(file, allow_pickle=False) as batch:
-                given = {k.removeprefix("in:"): batch[k] for k in batch.files if k.startswith("in:")}
+            given, _ = batch(file)
             records.append(bench(gpu, loaded, given, warmup=arguments.warmup, runs=arguments.runs))
         result = {"batches": records, "engine": loaded.sha256, **gpu.facts()}
     (HERE / "bench.json").write_text(json.dumps(result, indent=2) + "\n")

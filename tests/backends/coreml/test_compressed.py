@@ -44,7 +44,7 @@ def _model(share: float = 0.0) -> ir.Model:
     return parse(GRAPH, **weights)
 
 
-def _check(model: ir.Model, folder: Path, **options) -> tuple[int, set[str]]:
+def _check(model: ir.Model, folder: Path, rtol: float = 1e-4, **options) -> tuple[int, set[str]]:
     """The package gives ONNX Runtime's numbers; bytes of its weights and the kinds of its operations."""
     from optkit.backends.coreml.reference.program import Package
 
@@ -54,7 +54,7 @@ def _check(model: ir.Model, folder: Path, **options) -> tuple[int, set[str]]:
     feeds = random_feeds(model)
     expected = ReferenceSession(model, optimize=False).run(feeds)["y"]
     with backend.load(folder, PHONE, chosen) as session:
-        np.testing.assert_allclose(session.run(feeds)["y"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(session.run(feeds)["y"], expected, rtol=rtol, atol=rtol / 10)
     package = folder / "model.mlpackage"
     kinds = {o.kind for o in Package(package).functions["main"].block.operations}
     return (package / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size, kinds
@@ -69,6 +69,8 @@ def _check(model: ir.Model, folder: Path, **options) -> tuple[int, set[str]]:
         (PalettizeWeights(bits=4, group=16), 0.15, "constexpr_lut_to_dense"),
         (PalettizeWeights(bits=3, group=16), 0.12, "constexpr_lut_to_dense"),
         (PalettizeWeights(bits=2), 0.08, "constexpr_lut_to_dense"),
+        (PalettizeWeights(bits=4, group=16, scaled=True), 0.17, "constexpr_blockwise_shift_scale"),
+        (QuantizeWeights(bits=4, block=48, least=24), 0.25, "constexpr_blockwise_shift_scale"),
     ],
 )
 def test_compressed_weights_are_small_in_the_file_and_exact(pass_, share, kind, tmp_path):
@@ -99,6 +101,21 @@ def test_zeros_are_not_stored(pass_, kind, tmp_path):
     dense, _ = _check(full, tmp_path / "full")
     assert kind in kinds
     assert size < dense * 0.7
+
+
+def test_scaled_palettes_are_as_large_in_float16_and_as_right(tmp_path):
+    model = _model()
+    PalettizeWeights(bits=4, group=16, scaled=True).run(model, Context(target=PHONE))
+    size, kinds = _check(model, tmp_path, 2e-2, precision="fp16")
+    assert size < 0.17 * FLOATS
+    assert {"constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"} <= kinds
+
+
+def test_scales_of_palettes_are_multiplied_in_where_the_system_has_no_form_for_them(tmp_path):
+    model = _model()
+    PalettizeWeights(bits=4, scaled=True).run(model, Context(target=PHONE))
+    size, _ = _check(model, tmp_path, deployment="iOS17")
+    assert size >= FLOATS
 
 
 @pytest.mark.parametrize("pass_", [QuantizeWeights(bits=8), PalettizeWeights(bits=4), None])

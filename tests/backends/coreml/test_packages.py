@@ -179,6 +179,37 @@ def test_half_precision_rounds_to_eleven_bits(tmp_path):
     assert 0 < np.abs(found - exact).max() < 8 * 3 * 3 * 2**-11
 
 
+def test_what_logarithms_are_taken_of_stays_in_single_precision(tmp_path):
+    """Powers of a few 1e-9 are 0 in float16, and their logarithms then those of the smallest offset."""
+    from optkit.backends.coreml.reference.program import Package
+
+    graph = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[1, 8, 16] x) => (float[1, 4, 16] y, float[1, 8, 16] z)
+    <float tiny = {1e-10}, int64[1] axis = {1}> {
+      p = Mul(x, x)
+      f = MatMul(m, p)
+      o = Add(f, tiny)
+      y = Log(o)
+      s = Softmax(x)
+      z = Log(s)
+    }"""
+    m = np.abs(np.random.default_rng(0).normal(size=(4, 8))).astype(np.float32)
+    model = parse(graph, m=m)
+    x = np.random.default_rng(1).normal(size=(1, 8, 16)).astype(np.float32) * np.float32(1e-4)
+    backend = BACKENDS.get("coreml")()
+    options = backend.options.model_validate({"precision": "fp16"})
+    backend.lower(model, PHONE, options, tmp_path)
+    with backend.load(tmp_path, PHONE, options) as session:
+        found = session.run({"x": x})
+    np.testing.assert_allclose(found["y"], np.log(m @ (x * x) + 1e-10), atol=2e-2)
+    kinds = {
+        o.kind: o.outputs[0].type.kind
+        for o in Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    }
+    assert kinds["softmax"] == "FLOAT16"
+    assert kinds["log"] == kinds["mul"] == kinds["matmul"] == "FLOAT32"
+
+
 def test_states_are_kept_between_runs(tmp_path):
     model = parse(
         HEAD

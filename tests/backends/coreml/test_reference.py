@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -395,3 +396,36 @@ def test_rounding_to_halves_is_that_of_numpy_for_every_half_every_tie_and_random
             expected, found = values.astype(np.float16).astype(np.float32), halves(values)
             same = expected.view(np.uint32) == found.view(np.uint32)
             assert (same | (np.isnan(expected) & np.isnan(found))).all()
+
+
+def test_the_share_below_a_point_is_that_of_the_error_function_in_float64():
+    from optkit.backends.coreml.reference.ops.elementwise import gelu, share_below
+
+    x = np.linspace(-11, 11, 100_001).astype(np.float32)
+    exact = np.asarray([0.5 * math.erfc(-float(v) / math.sqrt(2)) for v in x])
+    assert np.abs(share_below(x) - exact).max() < 1e-7
+    inside = np.abs(x) < 10
+    assert (np.abs(share_below(x) / exact - 1)[inside]).max() < 3e-6
+    assert np.abs(gelu(x) - x * exact).max() < 1e-6
+    assert np.isnan(gelu(np.float32([np.nan]))).all()
+
+
+def test_operations_that_are_not_rounded_give_numbers_that_need_no_rounding():
+    from optkit.backends.coreml.reference.machine import _MOVES, _PICKS, halves
+    from optkit.backends.coreml.reference.ops import OPERATIONS
+
+    a, b = (
+        halves(np.random.default_rng(i).normal(size=(2, 3, 8, 8)).astype(np.float32) * 4) for i in range(2)
+    )
+    axes = {"axes": np.asarray([2]), "keep_dims": True}
+    given = {
+        "abs": {"x": a}, "clip": {"x": a, "alpha": -0.5, "beta": 2.25}, "max_pool": {"x": a, "kernel_sizes": np.asarray([2, 2])},
+        "maximum": {"x": a, "y": b}, "minimum": {"x": a, "y": b}, "reduce_max": {"x": a, **axes}, "reduce_min": {"x": a, **axes},
+        "relu": {"x": a}, "relu6": {"x": a}, "select": {"cond": a > b, "a": a, "b": b}, "threshold": {"x": a, "alpha": 0.125},
+        "topk": {"x": a, "k": 3},
+    }  # fmt: skip
+    assert set(given) == _PICKS - _MOVES
+    for kind, arguments in given.items():
+        found = OPERATIONS[kind](**arguments)
+        values = found[0] if isinstance(found, list | tuple) else found
+        np.testing.assert_array_equal(np.asarray(values, np.float32), halves(values), err_msg=kind)

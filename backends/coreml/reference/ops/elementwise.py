@@ -199,11 +199,39 @@ def scaled_tanh(x: Array, alpha: float = 1.0, beta: float = 1.0) -> Array:
     return np.float32(alpha) * np.tanh(x * np.float32(beta))
 
 
+# The normal distribution's share below each point, its first and half its second derivative, by steps of 1/256: to the
+# nearest point it is at most half a step, and what the third derivative would add is below 1e-9, or 2e-6 of a small share.
+_FINE, _FAR = 256, 10
+_POINTS = np.arange(-_FAR * _FINE, _FAR * _FINE + 1) / _FINE
+_DENSITY = np.exp(-(_POINTS**2) / 2) / math.sqrt(2 * math.pi)
+_SHARES = tuple(
+    np.asarray(t, np.float32)
+    for t in (
+        [0.5 * math.erfc(-p / math.sqrt(2)) for p in _POINTS], _DENSITY / _FINE, -_POINTS * _DENSITY / (2 * _FINE**2)
+    )
+)  # fmt: skip
+
+
+def share_below(x: Array) -> Array:
+    """``(1 + erf(x / sqrt(2))) / 2`` in float32; NaN stays NaN."""
+    position = np.clip(x, np.float32(-_FAR), np.float32(_FAR)) * np.float32(_FINE)
+    nearest = np.rint(position)
+    position -= nearest
+    index = np.nan_to_num(nearest, copy=False).astype(np.int32)
+    index += _FAR * _FINE
+    value, slope, bend = (t.take(index) for t in _SHARES)
+    bend *= position
+    bend += slope
+    bend *= position
+    bend += value
+    return bend
+
+
 @operation("gelu")
 def gelu(x: Array, mode: str = "EXACT") -> Array:
     """``x`` times the normal distribution's share below it, or one of its approximations."""
     if mode == "EXACT":
-        return 0.5 * x * (1 + erf_of(x / math.sqrt(2)))
+        return np.multiply(x, share_below(np.asarray(x, np.float32)), dtype=np.float32)
     if mode == "TANH_APPROXIMATION":
         inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
         return np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))

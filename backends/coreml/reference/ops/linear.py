@@ -24,8 +24,9 @@ _COLUMNS = 14
 @operation("linear")
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """``x W^T + b``."""
-    out = np.matmul(x, weight.T)
-    return out if bias is None else out + bias
+    # One product of matrices, whatever comes before the last axis.
+    out = np.matmul(x.reshape(-1, x.shape[-1]), weight.T).reshape(*x.shape[:-1], len(weight))
+    return out if bias is None else _add(out, bias)
 
 
 @operation("matmul")

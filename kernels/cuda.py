@@ -1,4 +1,7 @@
-"""CUDA's driver interface by ctypes: memory, streams, events and the device's name, with nothing to install."""
+"""CUDA's driver interface by ctypes: memory, streams, events, machine code and its launches, with nothing to install.
+
+Artifacts carry this file as ``device.py``: it imports nothing of optkit.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ _ATTRIBUTES = {
     "memory_clock_khz": 36,
     "shared": 97,
 }
+# CUfunction_attribute; what a block gets of shared memory without asking.
+_MAX_DYNAMIC_SHARED, _SHARED_UNASKED = 8, 48 << 10
 
 
 class CudaError(RuntimeError):
@@ -36,7 +41,8 @@ class Device:
             self._library = ctypes.CDLL(library)
         except OSError as error:
             raise CudaError(_NOT_FOUND) from error
-        self._memory: list[ctypes.c_uint64] = []
+        self._memory: set[int] = set()
+        self._modules: list[ctypes.c_void_p] = []
         self._call("cuInit", ctypes.c_uint(0))
         self._device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(index))
@@ -62,9 +68,11 @@ class Device:
 
     def close(self) -> None:
         """Give everything back."""
-        for address in self._memory:
-            self._call("cuMemFree_v2", address)
-        self._memory.clear()
+        for address in tuple(self._memory):
+            self.free(address)
+        for module in self._modules:
+            self._call("cuModuleUnload", module)
+        self._modules.clear()
         self._call("cuStreamDestroy_v2", ctypes.c_void_p(self.stream))
         self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
@@ -85,31 +93,81 @@ class Device:
         """The address of ``size`` bytes."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
-        self._memory.append(address)
+        self._memory.add(address.value)
         return address.value
+
+    def free(self, address: int) -> None:
+        """Give back what ``empty`` gave."""
+        self._memory.remove(address)
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def put(self, array: np.ndarray) -> int:
         """Copy to the device."""
         array = np.ascontiguousarray(array)
         address = self.empty(array.nbytes)
-        self._call(
-            "cuMemcpyHtoD_v2",
-            ctypes.c_uint64(address),
-            ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_size_t(array.nbytes),
-        )
+        self.copy_in(address, array.ctypes.data, array.nbytes)
         return address
 
     def get(self, address: int, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        """Copy from the device."""
+        """Copy from the device, when the stream is done."""
         array = np.empty(tuple(shape), dtype)
-        self._call(
-            "cuMemcpyDtoH_v2",
-            ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_uint64(address),
-            ctypes.c_size_t(array.nbytes),
-        )
+        self.copy_out(array.ctypes.data, address, array.nbytes)
         return array
+
+    def copy_in(self, to: int, source: int, size: int) -> None:
+        """Copy bytes of the host to the device, in the order of the stream; the source may change at once."""
+        self._call(
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(to), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_void_p(self.stream),
+        )  # fmt: skip
+
+    def copy_out(self, to: int, source: int, size: int) -> None:
+        """Copy bytes of the device to the host, when the stream is done."""
+        self._call(
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(to), ctypes.c_uint64(source), ctypes.c_size_t(size), ctypes.c_void_p(self.stream),
+        )  # fmt: skip
+        self.wait()
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Copy bytes within the device, in the order of the stream."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(size), ctypes.c_void_p(self.stream),
+        )  # fmt: skip
+
+    def load(self, code: bytes, entry: str, *, shared: int = 0) -> int:
+        """A function of machine code, allowed to ask for ``shared`` bytes of shared memory a block."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
+        self._modules.append(module)
+        self._call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(entry.encode()))
+        if shared > _SHARED_UNASKED:
+            self._call(
+                "cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), ctypes.c_int(shared)
+            )
+        return int(function.value or 0)
+
+    def launch(
+        self, function: int, grid: Sequence[int], threads: int, shared: int, arguments: Sequence[Any]
+    ) -> None:
+        """Start a function on the stream; an empty grid starts nothing.
+
+        Args:
+            function: What ``load`` gave.
+            grid: Blocks along three axes.
+            threads: Of a block.
+            shared: Bytes of a block.
+            arguments: Numbers of ctypes, in the order of the function's parameters.
+        """
+        if 0 in grid:
+            return
+        places = [ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments]
+        self._call(
+            "cuLaunchKernel", ctypes.c_void_p(function), *map(ctypes.c_uint, grid), ctypes.c_uint(threads),
+            ctypes.c_uint(1), ctypes.c_uint(1), ctypes.c_uint(shared), ctypes.c_void_p(self.stream),
+            (ctypes.c_void_p * len(places))(*places), None,
+        )  # fmt: skip
 
     def wait(self) -> None:
         """Until the stream is done."""
