@@ -44,10 +44,7 @@ class _Product(Kernel):
     bias: ClassVar[bool]
     kind: ClassVar[str] = "none"
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
-    examples: ClassVar[tuple[Problem, ...]] = (
-        {"format": "fp16", "columns": 1536, "depth": 384},
-        {"format": "bf16", "columns": 4096, "depth": 4096},
-    )
+    examples: ClassVar[tuple[Problem, ...]] = ({"format": "bf16", "columns": 4096, "depth": 4096},)
     small: ClassVar[tuple[Problem, ...]] = (
         {"format": "fp16", "columns": 80, "depth": 48},
         {"format": "bf16", "columns": 272, "depth": 144},
@@ -195,7 +192,6 @@ class Linear(_Product):
 
     name, op, bias = "linear", "Linear", True
     size: ClassVar[int] = 2
-    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
     source: ClassVar[str] = "Triton tutorials 03, 09"
     body: ClassVar[str] = _HEAD % (op, ", bias", _SUM + "y = Add (p, bias)")
 
@@ -208,7 +204,6 @@ class LinearRelu(_Product):
 
     name, op, bias, kind = "linear-relu", "LinearRelu", True, "relu"
     size: ClassVar[int] = 3
-    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
     source: ClassVar[str] = "Triton tutorials 03, 09"
     body: ClassVar[str] = _HEAD % (op, ", bias", _SUM + "s = Add (p, bias) y = Relu (s)")
 
@@ -221,6 +216,5 @@ class LinearGelu(_Product):
 
     name, op, bias, kind = "linear-gelu", "LinearGelu", True, "gelu"
     size: ClassVar[int] = 3
-    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[1:]
     source: ClassVar[str] = "Triton tutorials 03, 09"
     body: ClassVar[str] = _HEAD % (op, ", bias", _SUM + "s = Add (p, bias) y = Gelu (s)")

@@ -261,7 +261,7 @@ class AddLayerNorm(_Norm):
         _HEAD % (op, "x, residual, scale, bias", "y, total")
         + f" total = Add (x, residual) y = {_LAYER} (total, scale, bias) }}"
     )
-    examples: ClassVar[tuple[Problem, ...]] = _SUMS[:2]
+    examples: ClassVar[tuple[Problem, ...]] = _SUMS[1:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL_SUMS
 
 
@@ -275,7 +275,7 @@ class RmsNorm(_Norm):
     size: ClassVar[int] = 6
     source: ClassVar[str] = "arXiv:1910.07467"
     body: ClassVar[str] = _HEAD % (op, "x, scale", "y") + _RMS % ("x", "x") + "}"
-    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES[:2]
+    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES[1:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL
 
 
@@ -295,5 +295,5 @@ class AddRmsNorm(_Norm):
         + _RMS % ("total", "total")
         + "}"
     )
-    examples: ClassVar[tuple[Problem, ...]] = _SUMS[:2]
+    examples: ClassVar[tuple[Problem, ...]] = _SUMS[1:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL_SUMS

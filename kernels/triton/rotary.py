@@ -25,10 +25,7 @@ _BATCH, _HEADS = 2, 3
 
 class _Turned(Kernel):
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
-    examples: ClassVar[tuple[Problem, ...]] = (
-        {"format": "fp16", "depth": 64, "batch": False},
-        {"format": "bf16", "depth": 128, "batch": True},
-    )
+    examples: ClassVar[tuple[Problem, ...]] = ({"format": "bf16", "depth": 128, "batch": True},)
     small: ClassVar[tuple[Problem, ...]] = (
         {"format": "fp16", "depth": 32, "batch": False},
         {"format": "bf16", "depth": 64, "batch": True},

@@ -102,7 +102,8 @@ def _usage(file: Path) -> tuple[int, int, int]:
 
 
 def _instructions(file: Path) -> dict[str, int]:
-    counts = collections.Counter(_OPCODE.findall(_tool("nvdisasm", "-c", str(file))))
+    # Opcodes are all that is counted: no analysis of the data's flow.
+    counts = collections.Counter(_OPCODE.findall(_tool("nvdisasm", "-c", "-ndf", str(file))))
     return dict(sorted(counts.items()))
 
 

@@ -311,7 +311,7 @@ def test_a_kernel_that_writes_in_place_leaves_the_rest_as_it_was():
 
 @pytest.mark.needs("triton")
 def test_the_key_depends_on_program_and_architecture():
-    kernel = KERNELS["rms-norm"]()
+    kernel = KERNELS["layer-norm"]()
     first, second = (kernel.program(p, HOPPER) for p in kernel.examples[:2])
     assert len({key(first, HOPPER), key(second, HOPPER), key(first, ADA)}) == 3
 
