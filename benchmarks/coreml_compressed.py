@@ -1,9 +1,10 @@
 """What compressed Core ML packages cost: size and accuracy by the models' own evaluators, in the reference evaluator.
 
-    python -m optkit.benchmarks.coreml_compressed --only minilm_l6 --out results/
+    python -m optkit.benchmarks.coreml_compressed --only minilm_l6 --recipe coreml-w4 --out results/
 
-Each recipe is compiled for a Mac with the limit that it shall keep; where it does not, the layers that hurt most go back to
-float16 until it does, and the row says how many. Sizes are shares of the float16 package of the same model. Drops are paired with
+Each recipe is compiled for a Mac with the limit that it shall keep; where it does not, the layers that hurt most get more bits
+until it does, and the row says how many. Rows that are measured again take the place of those that are there: neither sizes
+nor metrics depend on the machine. Sizes are shares of the float16 package of the same model. Drops are paired with
 ONNX Runtime's results on the file as published, sample by sample. **Nothing here ran on Apple hardware.**
 """
 
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -59,6 +61,7 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
         "bytes": manifest.size.after, "metric": found.metric, "before": found.reference, "after": found.candidate,
         "ci95": found.ci95, "n": found.n, "kept": not report.missed and not report.inconclusive, "plain_drop": first.drop,
         "shipped": next(c.name for c in report.candidates if c.verdict == "shipped"),
+        "bits": dict(sorted(Counter(str(layer.bits or 16) for layer in report.layers).items())),
         "seconds": round(report.resources.cpu_seconds), "missed": [*report.missed, *report.inconclusive],
     }  # fmt: skip
 
@@ -66,8 +69,16 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
 def _verdict(row: Mapping[str, Any]) -> str:
     """Of the recipe: whether what ships is more than float, and its whole interval within the limit."""
     if not row["kept"]:
-        return "missed: ships float"
+        return f"missed: ships {'float16' if row['shipped'] == 'unquantized' else 'float'}"
     return "met" if row["ci95"][1] <= Budget.parse(row["limit"]).absolute(row["before"]) else "undecided"
+
+
+def _shipped(row: Mapping[str, Any]) -> str:
+    """Its name, and how many layers have how many bits where they were chosen."""
+    if not row.get("bits"):
+        return str(row["shipped"])
+    found = sorted(row["bits"].items(), key=lambda kv: int(kv[0]))
+    return f"{row['shipped']}: {', '.join(f'{n} of {bits} bits' for bits, n in found)}"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -78,7 +89,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['machine']['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
         "",
         "Verified by the reference evaluator, not executed on Apple hardware. The drop as the recipe alone has it, and of what ships: layers that",
-        "hurt most go back to float16 where it misses its limit. Sizes are shares of the float16 package.",
+        "hurt most get more bits where it misses its limit. Sizes are shares of the float16 package. Undecided: the drop keeps the limit, the",
+        "end of its 95% interval does not.",
         "Written by `python -m optkit.benchmarks.coreml_compressed`, which says how.",
         "",
         "| model | recipe | metric | float → shipped (drop at most) | allowed | limit | recipe alone loses | ships | of float16's size | goal |",
@@ -96,7 +108,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         alone = "-" if row["plain_drop"] is None else f"{row['plain_drop']:+.4f}"
         lines.append(
             f"| {row['name']} | {row['recipe']} | {row['metric']} | {row['before']:.4f} → {row['after']:.4f} ({row['ci95'][1]:+.4f}) "
-            f"| {row['limit']} | {_verdict(row)} | {alone} | {row['shipped']} | {share:.2f} | {'≤' if share <= goal else '>'} {goal:g} |"
+            f"| {row['limit']} | {_verdict(row)} | {alone} | {_shipped(row)} | {share:.2f} | {'≤' if share <= goal else '>'} {goal:g} |"
         )
     reasons = [
         f"* {m['name']}, {m['recipe']}: {' '.join(m['reason'].split())}"
@@ -104,6 +116,15 @@ def markdown(result: Mapping[str, Any]) -> str:
         if "reason" in m
     ]
     return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
+
+
+def merged(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, in the order of models and recipes; what is new takes the place of what was there."""
+    every = {(r["name"], r["recipe"]): r for r in (*before, *after)}
+    order = ("coreml-fp16", *RECIPES)
+    return sorted(
+        every.values(), key=lambda r: ([*MODELS, r["name"]].index(r["name"]), order.index(r["recipe"]))
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,20 +138,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", action="append", metavar="NAME", help="a model of the suite; may be repeated"
     )
     parser.add_argument(
+        "--recipe", action="append", metavar="NAME", help="one of the recipes; may be repeated"
+    )
+    parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="FOLDER", help="for coreml_compressed.{json,md}"
     )
     options = parser.parse_args(arguments)
     for name in options.only or ():
         if name not in SUITE:
             raise UnknownNameError("model", name, SUITE)
+    every = ("coreml-fp16", *RECIPES)
+    for name in options.recipe or ():
+        if name not in every:
+            raise UnknownNameError("recipe", name, every)
     rows = []
     for name in options.only or MODELS:
-        for recipe in ("coreml-fp16", *RECIPES):
+        for recipe in options.recipe or every:
             print(name, recipe, file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix=f"optkit-{name}-") as folder:
                 rows.append(measure(name, recipe, Path(folder)))
-    result = {"schema": 1, "machine": {"processor": processor(), "versions": versions()}, "models": rows}
     options.out.mkdir(parents=True, exist_ok=True)
+    if (kept := options.out / "coreml_compressed.json").is_file():
+        rows = merged(json.loads(kept.read_text("utf-8"))["models"], rows)
+    result = {"schema": 1, "machine": {"processor": processor(), "versions": versions()}, "models": rows}
     (options.out / "coreml_compressed.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     (options.out / "coreml_compressed.md").write_text(markdown(result), "utf-8")
     print(markdown(result), end="")
