@@ -370,14 +370,14 @@ def bits(report: Report) -> str:
 
 
 def units(report: Report) -> tuple[str, ...]:
-    """Which part of the target may run how many operations, and why others do not get the best; empty where nothing is predicted."""
+    """The best part of the target for how many operations, and why it is not a better one; empty where nothing is predicted."""
     records = report.eligibility
     if not records:
         return ()
-    best = max((r.predicted for r in records), key=len)[0]
-    there = [r for r in records if r.predicted[0] == best]
+    best = Counter(r.predicted for r in sorted(records, key=lambda r: -len(r.predicted)))
+    places = ", ".join(f"{n} on the {unit}" for (unit, *_), n in best.items())
     lines = [
-        f"predicted from documented rules, not observed: {len(there)} of {count(len(records), 'operation')} may run on the {best}"
+        f"predicted from documented rules, not observed: of {count(len(records), 'operation')} at best {places}"
     ]
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for r in records:

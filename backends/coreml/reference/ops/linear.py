@@ -126,7 +126,8 @@ def conv(
         (n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], kernel, spread, steps, strict=True)
     ]
     batch, channels, total = x.shape[0], x.shape[1], weight.shape[0]
-    if groups == channels and weight.shape[1] == 1:
+    # One channel alone is read by all kernels: a product like any other.
+    if groups == channels > 1 and weight.shape[1] == 1:
         out = _depthwise(x, weight, steps, spread, sizes)
     else:
         out = np.empty((batch, total, *sizes), np.float32)
