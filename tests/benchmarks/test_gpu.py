@@ -45,6 +45,7 @@ class Reference:
     def __init__(self, kernel, problem, rows):
         self.kernel, self.problem = kernel, problem
         self.like, self.behind = kernel.draw(problem, rows, 0), 0
+        self.found = {}
 
     def __call__(self, launch):
         program, given = launch["record"]["program"], list(self.like)
@@ -52,7 +53,11 @@ class Reference:
             kind, _, index = argument["binds"].partition(":")
             if kind == "input":
                 given[int(index)] = launches.memory(launch["arguments"][argument["name"]], given[int(index)])
-        found = self.kernel.reference(self.problem, given)
+        # The same numbers at the same places, many times.
+        places = tuple(sorted(launch["arguments"].items()))
+        if places not in self.found:
+            self.found[places] = self.kernel.reference(self.problem, given)
+        found = self.found[places]
         for argument in program["arguments"]:
             kind, _, index = argument["binds"].partition(":")
             if kind == "output":
@@ -128,7 +133,7 @@ def test_a_device_that_is_no_target_is_refused(called, asked):
 @pytest.mark.parametrize("name", ["layer-norm", "add-rms-norm", "linear", "softmax"])
 def test_a_record_has_the_finalists_the_rivals_and_the_roofline(gpu_for, name):
     kernel = KERNELS[name]()
-    problem = next(p for p in kernel.examples if p["format"] == "fp16")
+    problem = kernel.examples[0]
     with gpu_for(Reference(kernel, problem, 4)) as device:
         record = gpu.kernel_record(
             device, H100, kernel, problem, 1e9, torch_device="cpu", rows=4, compiled=False
@@ -160,7 +165,7 @@ def test_a_rival_that_fails_is_written_down_as_one(gpu_for, monkeypatch):
 
     monkeypatch.setattr(rivals, "rivals", lambda *a, **k: [rivals.Rival(name="cuBLAS", compute=fail)])
     kernel = KERNELS["softmax"]()
-    problem = next(p for p in kernel.examples if p["format"] == "fp16")
+    problem = kernel.examples[0]
     with gpu_for(Reference(kernel, problem, 4)) as device:
         record = gpu.kernel_record(
             device, H100, kernel, problem, 1e9, torch_device="cpu", rows=4, compiled=False
