@@ -179,6 +179,7 @@ def _bench(session: DeviceSession, feeds: Mapping[str, np.ndarray]) -> dict[str,
 
 def _digest(path: Path) -> str:
     """Of the graph's steps and all machine code."""
+    bundle.read(path)  # Says so where it is missing.
     total = hashlib.sha256()
     for file in (path / bundle.LAUNCHES, *sorted((path / bundle.FOLDER).iterdir())):
         total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -120,7 +120,8 @@ class GroupedLinear(_Grouped):
     """``y = x[order] @ w[expert]`` where the rows of each expert stand together: those of ``e`` end at ``ends[e]``.
 
     Gale et al., "MegaBlocks", 2022, arXiv:2211.15841, section 4: no expert has a capacity, none is padded beyond a tile. Rows
-    are fetched in the order of the experts, so that tokens are never copied. ``order`` ``[rows]``, ``ends`` ``[experts]``.
+    are fetched in the order of the experts, so that tokens are never copied. ``order`` ``[rows]``, ``ends`` ``[experts]``, the last
+    of which is the number of rows.
     """
 
     name, op = "grouped-linear", "GroupedLinear"
