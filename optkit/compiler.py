@@ -23,6 +23,7 @@ import optkit
 from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, speedup
+from optkit.candidate import Built
 from optkit.data import CalibrationData, specs, trial_sizes
 from optkit.errors import (
     BackendUnavailableError,
@@ -68,7 +69,7 @@ from optkit.report import (
 )  # fmt: skip
 from optkit.roofline import against, ceilings, moved, weights_read
 from optkit.saturation import narrowed, products
-from optkit.search import Built, Choice, carry_out, choose
+from optkit.search import Choice, carry_out, choose
 from optkit.sharing import share
 from optkit.store import replace_folder, temporary_folder
 from optkit.targets import Target, host

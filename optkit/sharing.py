@@ -15,10 +15,10 @@ from optkit.report import ScenarioRecord, Tried
 from optkit.targets import host
 
 if TYPE_CHECKING:
+    from optkit.candidate import Built
     from optkit.compiler import Compilation
     from optkit.evaluate import Run
     from optkit.recipe import Recipe
-    from optkit.search import Built
 
 # Threads in all, and streams that share them.
 Way = tuple[int, int]

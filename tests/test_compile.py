@@ -19,6 +19,7 @@ import optkit
 from optkit.artifact import Artifact
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
+from optkit.candidate import Built
 from optkit.compiler import Compilation, compile, unmet
 from optkit.data import CalibrationData
 from optkit.errors import DataError, ModelError, OptkitError, RecipeError, UnknownNameError, UsageError
@@ -28,7 +29,6 @@ from optkit.passes.base import Silent
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.report import Achieved, Manifest, Report, dump
-from optkit.search import Built
 from optkit.targets import TARGETS, target
 from optkit.testing import parse
 

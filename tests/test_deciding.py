@@ -13,7 +13,7 @@ from optkit.deciding import deciding
 from optkit.frontend import read
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
-from optkit.search import repair
+from optkit.repair import repair
 from optkit.targets import target
 
 # Speech in small: how often each row comes is counted from what the first two layers give; the last two never matter to that.

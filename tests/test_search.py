@@ -12,6 +12,7 @@ import pytest
 
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
+from optkit.candidate import Built
 from optkit.compiler import Compilation
 from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError, DataError, ModelError, PassError
@@ -19,8 +20,9 @@ from optkit.evaluate import Budget, Evaluator, Fidelity, compare
 from optkit.frontend import read
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
+from optkit.repair import _moves, repair, sensitivities
 from optkit.report import PassRecord
-from optkit.search import Built, _moves, carry_out, choose, repair, sensitivities
+from optkit.search import carry_out, choose
 from optkit.targets import target
 from optkit.testing import parse
 

@@ -15,6 +15,7 @@ import torch
 
 from optkit.backends.coreml.shapes import keys
 from optkit.benchmarks.families.catalogue import Builder, build
+from optkit.candidate import Built
 from optkit.compiler import Compilation, available
 from optkit.data import CalibrationData
 from optkit.errors import OptkitError
@@ -26,7 +27,7 @@ from optkit.exporting.proof import others
 from optkit.frontend import Loaded, proved
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
-from optkit.search import Built, repair
+from optkit.repair import repair
 from optkit.targets import target
 
 _Case = tuple[list[torch.Tensor], dict[str, np.ndarray]]
