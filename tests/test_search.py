@@ -693,6 +693,7 @@ def test_elsewhere_what_takes_away_most_noise_for_its_bytes_goes_first(tmp_path)
     assert [(m.node, m.rung) for m in moves] == [("first", 2)]
 
 
+@pytest.mark.needs("coremltools")
 def test_what_cannot_be_repaired_ships_in_the_arithmetic_that_was_asked_for(tmp_path):
     """Float16 inside keeps the limits, so float32 need not be shipped."""
     recipe = Recipe.load({

@@ -102,6 +102,7 @@ def graph():
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
+    pytest.importorskip("triton", reason="needs the package triton")
     folder = tmp_path_factory.mktemp("encoder")
     Triton().lower(graph(), H100, TritonOptions(rest="cpu"), folder)
     return folder
