@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ def worth(
 ) -> Speedup:
     """Time ``sparse`` in turn with ``dense``, both compiled in float32, on one thread.
 
+    What comes out as faster is timed again, loaded anew in the other order: where memory lies, and who else is busy, must
+    not pass for a kernel. The smaller gain counts.
+
     Raises:
         BackendUnavailableError: The target is not this machine.
     """
@@ -45,11 +49,19 @@ def worth(
         paths.append(folder / name)
         paths[-1].mkdir()
         backend.lower(model, context.target, options, paths[-1])
-    with (
-        backend.load(paths[0], context.target, options, threads=1) as one,
-        backend.load(paths[1], context.target, options, threads=1) as other,
-    ):
-        return speedup(one.run, other.run, feeds, rounds=_RUNS, budget=_BUDGET, seed=context.seed)
+
+    def timed(order: Sequence[int], seed: int) -> Speedup:
+        with ExitStack() as stack:
+            opened = {
+                i: stack.enter_context(backend.load(paths[i], context.target, options, threads=1))
+                for i in order
+            }
+            return speedup(opened[0].run, opened[1].run, feeds, rounds=_RUNS, budget=_BUDGET, seed=seed)
+
+    found = timed((0, 1), context.seed)
+    if not exploited(found):
+        return found
+    return min(found, timed((1, 0), context.seed + 1), key=lambda s: s.ci95[0])
 
 
 def exploited(found: Speedup) -> bool:
