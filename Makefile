@@ -2,7 +2,7 @@
 # make test   set up, then run the tests
 # make lint   types and style
 # make bench  the tables of the README, with torch: about three quarters of an hour
-# make bench-training  every recipe for training, on handwritten digits: about five minutes
+# make bench-training  every recipe for training, on handwritten digits and rendered words: about a quarter of an hour
 # make bench-families  every model family through every stage: about half an hour
 # make bench-gpu  every kernel and whole models on the GPU of this machine; refused where there is none
 
