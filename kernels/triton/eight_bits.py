@@ -115,17 +115,20 @@ class _Product(Kernel):
     def _check(
         self,
         root: ir.Node,
-        q: ir.Value,
-        s: ir.Value,
+        x: ir.Value,
         w: ir.Value,
         v: ir.Value,
+        o: ir.Value,
         bias: ir.Value | None = None,
-        **zeros: ir.Value,
     ) -> Match:
         match, y = Match(), root.outputs[0]
+        given = _given(x)
+        if given is None:
+            return match.fail("no activations in 8 bits", x)
+        q, s, z = given
         if format_of(q) != self.fmt or format_of(w) != self.fmt:
             return match.fail(f"not known to be {self.fmt}", q)
-        if scalar(s) is None or any(constant(z) is None or constant(z).any() for z in zeros.values()):  # type: ignore[union-attr]
+        if scalar(s) is None or any((known := constant(zero)) is None or known.any() for zero in (z, o)):
             return match.fail("activations with a zero point or a scale that is not constant", q)
         array, scales = constant(w), constant(v)
         if array is None or array.ndim != 2 or scales is None or scales.size not in (1, array.shape[1]):
@@ -148,13 +151,15 @@ class _Product(Kernel):
         self,
         op: Any,
         root: ir.Node,
-        q: ir.Value,
-        s: ir.Value,
+        x: ir.Value,
         w: ir.Value,
         v: ir.Value,
+        o: ir.Value,
         bias: ir.Value | None = None,
-        **_: Any,
     ) -> Any:
+        given = _given(x)
+        assert given is not None
+        q, s, _ = given
         array, scales = constant(w), constant(v)
         assert array is not None and scales is not None and root.outputs[0].dtype is not None
         scale = np.broadcast_to(scales.reshape(-1) * np.float32(scalar(s)), array.shape[1]).astype(np.float32)
@@ -175,15 +180,26 @@ def behind(value: ir.Value, columns: int) -> bool:
     )
 
 
+def _given(x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Integers, scale and zero point that ``x`` stands for; other products, such as those for keys and values, may read it too."""
+    node = x.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3 or None in node.inputs:
+        return None
+    q, s, z = node.inputs
+    return q, s, z  # type: ignore[return-value]
+
+
 def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
-    def build(op: Any, q: Any, s: Any, z: Any, w: Any, v: Any, o: Any, bias: Any) -> Any:
-        x, m = op.DequantizeLinear(q, s, z), op.DequantizeLinear(w, v, o)
-        y = op.MatMul(op.Cast(x), op.Cast(m)) if cast else op.MatMul(x, m)
+    def build(op: Any, x: Any, w: Any, v: Any, o: Any, bias: Any) -> Any:
+        m = op.DequantizeLinear(w, v, o)
+        y = op.MatMul(x, op.Cast(m)) if cast else op.MatMul(x, m)
         return op.Add(y, bias) if biased else y
 
     if biased:
         return build
-    return lambda op, q, s, z, w, v, o: build(op, q, s, z, w, v, o, None)
+    return lambda op, x, w, v, o: build(op, x, w, v, o, None)
 
 
 _EXAMPLE: dict[str, int | str | bool] = {"columns": 4096, "depth": 4096, "output": "bf16"}

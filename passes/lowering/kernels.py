@@ -35,14 +35,13 @@ class CallKernels(GraphPass):
         names = KERNELS if self.kernels is None else self.kernels
         kernels: list[Kernel] = [KERNELS[name]() for name in names]
         # Larger ones first: what is left over is one too.
-        changes = [
-            c
-            for kernel in sorted(kernels, key=lambda k: -k.size)
-            for c in apply([_legal(rule, capability) for rule in kernel.rules()], model)
-        ]
-        if changes:
-            # What a kernel reads in another order leaves its old order behind.
-            remove_unused(tuple(model.graph))
+        changes: list[Change] = []
+        for kernel in sorted(kernels, key=lambda k: -k.size):
+            made = apply([_legal(rule, capability) for rule in kernel.rules()], model)
+            if made:
+                # What a kernel reads in another order leaves its old order behind.
+                remove_unused(tuple(model.graph))
+            changes += made
         called = {node.op_type for node in walk(model) if node.domain == DOMAIN}
         for kernel in kernels:
             if kernel.op in called:

@@ -314,6 +314,17 @@ def test_a_linear_layer_of_integers_is_a_kernel_and_its_weights_are_turned(nodes
     np.testing.assert_allclose(node.inputs[2].const_value.numpy(), INT8["v"] * np.float32(0.02), rtol=1e-6)
 
 
+def test_products_that_share_their_integers_are_kernels_each():
+    nodes = (
+        "n = DequantizeLinear <axis = 1> (w2, v, o) f = Cast <to = 10> (x) m16 = Cast <to = 10> (m) n16 = Cast <to = 10> (n) "
+        "p = MatMul (f, m16) r = MatMul (f, n16) t = Add (p, r) y = Cast <to = 1> (t)"
+    )
+    weights = {**INT8, "w2": INT8["w"][::-1].copy()}
+    after = check_pass(CallKernels(), parse(INTEGERS % nodes, **weights), context=H100, atol=2e-2, rtol=2e-2)
+    assert [n.op_type for n in walk(after)].count("LinearInt8") == 2
+    assert not {"MatMul", "DequantizeLinear", "Dequantize"} & {n.op_type for n in walk(after)}
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
