@@ -39,6 +39,7 @@ from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded, is_torch, read
 from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, weight_bytes
+from optkit.kernels.base import DOMAIN
 from optkit.legalize import legalize
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
@@ -407,6 +408,10 @@ def available(name: str) -> Backend:
     return engine
 
 
+# What kernels read in place of floats.
+_NARROW = frozenset(ir.DataType[n] for n in ("INT8", "UINT8", "INT4", "UINT4", "FLOAT8E4M3FN"))
+
+
 def scheme(model: ir.Model) -> str:
     """Signedness, granularity and zero point of the quantized tensors, read from the graph."""
     kinds: set[str] = set()
@@ -440,6 +445,11 @@ def scheme(model: ir.Model) -> str:
             elif node.op_type == "MatMulInteger":
                 kinds.add("weights int8 per channel, symmetric")
                 kinds.add("activations uint8 per tensor, asymmetric, computed in each run")
+            elif node.domain == DOMAIN:
+                for value in node.inputs:
+                    if value is not None and value.dtype in _NARROW:
+                        role = "weights" if value.is_initializer() else "activations"
+                        kinds.add(f"{role} {value.dtype.name.lower()} in {node.op_type}")
     return "; ".join(sorted(kinds, reverse=True)) or "no integers: float throughout"
 
 

@@ -20,7 +20,7 @@ from optkit.artifact import Artifact
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
 from optkit.candidate import Built
-from optkit.compiler import Compilation, compile, unmet
+from optkit.compiler import Compilation, compile, scheme, unmet
 from optkit.data import CalibrationData
 from optkit.errors import DataError, ModelError, OptkitError, RecipeError, UnknownNameError, UsageError
 from optkit.evaluate import Evaluator
@@ -387,6 +387,15 @@ def test_fidelity_is_measured_on_batches_that_calibration_has_not_seen(
 ):
     artifact, _ = compile(model, recipe=yaml.safe_load(INT8), data=_batches(n), out=tmp_path / "o")
     assert (artifact.manifest.fidelity.inputs, artifact.manifest.data.batches) == (inputs, calibrated)
+
+
+def test_integers_inside_of_kernels_are_no_floats():
+    graph = parse(
+        """<ir_version: 10, opset_import: ["" : 21, "optkit" : 1]>
+        g (int8[N, 32] q) => (float16[N, 16] y) { y = optkit.LinearInt8 (q, w, s, b) }""",
+        w=np.ones((16, 32), np.int8), s=np.ones(16, np.float32), b=np.zeros(16, np.float16),
+    )  # fmt: skip
+    assert scheme(graph) == "weights int8 in LinearInt8; activations int8 in LinearInt8"
 
 
 def test_an_exact_recipe_needs_no_data_and_loses_nothing(model, tmp_path):
