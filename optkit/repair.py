@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -178,8 +178,9 @@ def repair(
     if not noises:
         return None
     attempts = _attempts(work, built, ladders, noises)
-    for rungs, following in zip(attempts, [*attempts[1:], None], strict=True):
-        gentler = sum(r > 0 for r in rungs.values())
+    while attempts:
+        rungs = attempts.pop(0)
+        gentler = _gentler(rungs)
         name = f"{built.name}-mixed-{gentler}"
         fixed: Built | None = None
         try:
@@ -191,9 +192,8 @@ def repair(
                     "%s: with %d of %d layers in float nothing is gained", built.name, gentler, len(ladders)
                 )
                 shutil.rmtree(fixed.folder)
-                if following is not None and sum(r > 0 for r in following.values()) < gentler:
-                    continue
-                return None
+                attempts = [a for a in attempts if _gentler(a) < gentler]
+                continue
             work.judge(fixed, recipe.limits)
             reasons = shortfalls(fixed, recipe, strict=strict)
         except OptkitError as error:
@@ -207,25 +207,37 @@ def repair(
     return None
 
 
+def _gentler(rungs: Mapping[str, int]) -> int:
+    return sum(r > 0 for r in rungs.values())
+
+
 def _attempts(
     work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]]
 ) -> list[dict[str, int]]:
-    """For each layer the pass that takes it, counted in its ladder: what is tried, the mildest first.
+    """For each layer the pass that takes it, counted in its ladder: what is tried, in this order.
 
-    Where a layer alone makes outputs of another size, or NaN, all layers that decide sizes go to float first: which of them
-    do so on a few batches is chance.
+    Where a layer alone makes outputs of another size, or NaN, it goes to float in any case, as no noise counts beside it;
+    and before that is tried, with it all layers that decide sizes: which of them do so on a few batches is chance.
     """
     moves = _moves(work, built, ladders, noises)
-    share = np.cumsum([m.gain for m in moves]) / (sum(m.gain for m in moves) or 1.0)
     shares = _REMOVED if all(len(r) == 1 for r in ladders.values()) else _REMOVED_BY_BITS
-    counts = {min(int(np.searchsorted(share, removed)) + 1, len(moves)) for removed in shares}
-    found = [dict.fromkeys(ladders, 0) | {m.node: m.rung for m in moves[:count]} for count in sorted(counts)]
+
+    def beside(in_float: Set[str]) -> list[dict[str, int]]:
+        """More and more of the other layers."""
+        others = [m for m in moves if m.node not in in_float]
+        base = {node: len(rungs) if node in in_float else 0 for node, rungs in ladders.items()}
+        if not others:
+            return [base]
+        share = np.cumsum([m.gain for m in others]) / (sum(m.gain for m in others) or 1.0)
+        counts = {min(int(np.searchsorted(share, removed)) + 1, len(others)) for removed in shares}
+        counts |= {0} if in_float else set()
+        return [base | {m.node: m.rung for m in others[:count]} for count in sorted(counts)]
+
     broken = {node for node, noise in noises.items() if noise[0] > _BROKEN}
-    if broken:
-        model, _, _, _ = work.prepare(tuple(p for p in built.recipe.passes if p.exact))
-        in_float = broken | deciding(model)
-        found.insert(0, {node: len(rungs) if node in in_float else 0 for node, rungs in ladders.items()})
-    return found
+    if not broken:
+        return beside(broken)
+    model, _, _, _ = work.prepare(tuple(p for p in built.recipe.passes if p.exact))
+    return [*beside(broken | deciding(model)), *beside(broken)]
 
 
 def _spared(
