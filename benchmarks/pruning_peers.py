@@ -286,7 +286,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         f"{result['processor']['name']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
         "",
-        f"Pruned: {len(ours)} of {len(rows)} here, {len(theirs)} of {len(rows)} by torch-pruning; by it alone: "
+        f"{len(rows)} of {sum(len(table(k)) for k in KINDS)} families were run. Pruned: {len(ours)} of {len(rows)} here, {len(theirs)} of {len(rows)} by torch-pruning; by it alone: "
         f"{', '.join(alone) or 'none'}. The module itself, ready to be trained on: "
         f"{sum(not r['ours'].get('module', '-') for r in rows)} of {len(rows)}.",
         "",
