@@ -87,6 +87,9 @@ def _conv_transpose(work: Labelling, node: ir.Node) -> None:
 
 def _spatial(work: Labelling, node: ir.Node) -> Axes:
     axes = work.fresh(node.outputs[0])[2:]
+    if node.op_type in ("Conv", "ConvTranspose"):
+        for axis in work.of(node.inputs[1])[2:]:
+            work.labels.freeze(axis, "positions of a kernel")
     for axis in axes:
         work.labels.freeze(axis, "positions of a picture or a signal")
     for axis in work.of(node.inputs[0])[2:]:

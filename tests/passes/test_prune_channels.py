@@ -305,3 +305,18 @@ def test_bodies_of_control_flow_are_not_looked_into():
     weights = {"w1": np.ones((8, 3, 1, 1), np.float32), "w2": np.ones((4, 8, 1, 1), np.float32)}
     with pytest.raises(PassError, match="read by If, which pruning does not look into"):
         _prune(parse(source, **weights))
+
+
+def test_a_kernel_with_a_scale_for_each_of_its_positions_keeps_all_of_them():
+    text = _HEADER + (
+        "g (float[N, 3, 20] x) => (float[N, 4, 20] y) {\n  n = Mul(v, g)\n"
+        "  a = Conv<pads = [4, 4]>(x, n)\n  r = Relu(a)\n  y = Conv<pads = [0, 0]>(r, w)\n}"
+    )
+    random = np.random.default_rng(0)
+    shapes = {"v": (8, 3, 9), "g": (1, 1, 9), "w": (4, 8, 1)}
+    model = parse(text, **{k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()})
+    feeds = random_feeds(model)
+    changes = PruneChannels(ratio=0.5, multiple=1).run(model, Context(target=target("cpu")))
+    assert [c.node for c in changes] == ["v"]
+    assert model.graph.initializers["v"].shape.numpy() == (4, 3, 9)
+    assert ReferenceSession(model).run(feeds)["y"].shape[1:] == (4, 20)
