@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +97,15 @@ class Digits:
 
 
 class Loader:
-    """Shuffled batches, shifted by up to a pixel; a new order each epoch, the same in each process."""
+    """Shuffled batches, shifted by up to ``shift`` pixels; a new order each epoch, the same in each process.
 
-    def __init__(self, data: Digits, size: int = 50, seed: int = 0) -> None:
+    Args:
+        data: With pictures ``x`` and labels ``y``.
+    """
+
+    def __init__(self, data: Any, size: int = 50, seed: int = 0, shift: int = 1) -> None:
         self._data, self._size, self._random = data, size, torch.Generator().manual_seed(seed)
+        self._shift = shift
 
     def __len__(self) -> int:
         return len(self._data.x) // self._size
@@ -109,8 +114,11 @@ class Loader:
         order = torch.randperm(len(self._data.x), generator=self._random)
         for k in range(len(self)):
             rows = order[k * self._size : (k + 1) * self._size]
-            dx, dy = torch.randint(-1, 2, (2,), generator=self._random).tolist()
-            yield torch.roll(self._data.x[rows], (dx, dy), (2, 3)), self._data.y[rows]
+            x = self._data.x[rows]
+            if self._shift:
+                low, high = -self._shift, self._shift + 1
+                x = torch.roll(x, torch.randint(low, high, (2,), generator=self._random).tolist(), (2, 3))
+            yield x, self._data.y[rows]
 
 
 def right(module: nn.Module, data: Digits) -> np.ndarray:
@@ -125,15 +133,31 @@ def right(module: nn.Module, data: Digits) -> np.ndarray:
 
 def train(module: nn.Module, data: Digits, epochs: int) -> nn.Module:
     """Train a float network."""
-    loader = Loader(data)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * len(loader))
-    module.train()
+    return fit(module.train(), Loader(data), F.cross_entropy, epochs).eval()
+
+
+def fit(
+    module: nn.Module,
+    loader: Loader,
+    loss: Callable[[Any, Any], torch.Tensor],
+    epochs: int,
+    *,
+    rate: float = 3e-3,
+    clip: float | None = None,
+) -> nn.Module:
+    """A plain loop: AdamW, one cycle of the learning rate up to ``rate``.
+
+    The module is left in the mode that it is in.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(loader))
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()
-            loss: Any = F.cross_entropy(module(x), y)
-            loss.backward()
+            value: Any = loss(module(x), y)
+            value.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), clip)
             optimizer.step()
             schedule.step()
-    return module.eval()
+    return module

@@ -16,8 +16,6 @@ import argparse
 import copy
 import importlib
 import json
-import multiprocessing
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -30,6 +28,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from optkit.benchmarks.bounded import bounded
 from optkit.benchmarks.families.catalogue import KINDS, Built, build, table
 from optkit.benchmarks.machine import processor
 from optkit.errors import OptkitError
@@ -49,7 +48,7 @@ from optkit.targets import target
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _RATIO = 0.5
-_SECONDS, _BYTES = 60, 8 << 30
+_SECONDS, _BYTES = 300, 8 << 30
 # Relative to the largest value: sums over fewer numbers are taken in another order.
 _CLOSE = 1e-3
 # Layers at the end that torch-pruning is told to leave alone, until the outputs have their old shapes.
@@ -94,30 +93,22 @@ def _write(place: Path, rows: Mapping[str, Any]) -> None:
 
 def _apart(kind: str, name: str, tool: str) -> dict[str, Any]:
     """In a process of its own: tools may take all memory or time."""
-    context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(its, kind, name, tool), daemon=True)
-    process.start()
-    its.close()
     try:
-        found: dict[str, Any] = mine.recv() if mine.poll(10 * _SECONDS) else {"failed": "takes too long"}
-    except EOFError:
-        found = {"failed": f"beyond {_SECONDS} CPU seconds or {_BYTES >> 30} GiB"}
-    process.kill()
-    process.join()
-    return found
+        found, _ = bounded(_work, kind, name, tool, seconds=_SECONDS, memory=_BYTES)
+    except OptkitError as error:
+        return {"failed": str(error), "stopped": True}
+    made: dict[str, Any] = found
+    return made
 
 
-def _work(pipe: Any, kind: str, name: str, tool: str) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 10))
-    resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
+def _work(kind: str, name: str, tool: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     try:
         with quiet():
             built = build(table(kind)[name])
-            pipe.send(_ours(built, name) if tool == "ours" else _theirs(built))
+            return _ours(built, name) if tool == "ours" else _theirs(built)
     except Exception as error:  # noqa: BLE001  (the other tool raises whatever it meets)
-        pipe.send({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def _ours(built: Built, name: str) -> dict[str, Any]:
@@ -273,6 +264,9 @@ def _apart_by(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max(initial=0)) / max(largest, 1e-6)
 
 
+_TOOLS = (("here", "ours"), ("torch-pruning", "theirs"))
+
+
 def page(result: Mapping[str, Any]) -> str:
     """The table."""
     rows = result["rows"]
@@ -289,6 +283,13 @@ def page(result: Mapping[str, Any]) -> str:
         f"{len(rows)} of {sum(len(table(k)) for k in KINDS)} families were run. Pruned: {len(ours)} of {len(rows)} here, {len(theirs)} of {len(rows)} by torch-pruning; by it alone: "
         f"{', '.join(alone) or 'none'}. The module itself, ready to be trained on: "
         f"{sum(not r['ours'].get('module', '-') for r in rows)} of {len(rows)}.",
+        "",
+        "Stopped by the limits of this benchmark on time or memory, so nothing is known of them: "
+        + (
+            ", ".join(f"{r['name']} ({who})" for r in rows for who, key in _TOOLS if r[key].get("stopped"))
+            or "none"
+        )
+        + ".",
         "",
         "| family | kind | parameters left, graph | error against units at zero | module | parameters left, torch-pruning |",
         "|---|---|---|---|---|---|",

@@ -115,7 +115,7 @@ def tasks() -> dict[str, Task]:
         for name, make in (("residual", digits.Residual), ("separable", digits.Separable))
     }  # fmt: skip
     found["reader"] = Task(
-        words.Reader, texts, words.Loader, words.loss, words.train, words.right, lambda out, y: float((words.read(out)[0] == y).all()), 10
+        words.Reader, texts, words.batches, words.loss, words.train, words.right, lambda out, y: float((words.read(out)[0] == y).all()), 10
     )  # fmt: skip
     return found
 

@@ -37,7 +37,7 @@ from torch import nn
 import optkit
 from optkit.bench import speedup
 from optkit.benchmarks import peers_openvino
-from optkit.benchmarks.digits import Digits, Loader, Residual, Separable, right, train
+from optkit.benchmarks.digits import Digits, Loader, Residual, Separable, fit, right, train
 from optkit.benchmarks.machine import processor
 from optkit.evaluate import Evaluator, Run, compare
 from optkit.reference import ReferenceSession
@@ -144,8 +144,8 @@ def _ours(
     net: nn.Module, data: Digits, folder: Path, recipe: str, how: tuple[int, float], *overrides: str
 ) -> tuple[Opened, int | None]:
     module = copy.deepcopy(net)
-    fit = Fit(epochs=how[0], learning_rate=how[1])
-    done = optkit.finetune(module, recipe, Loader(data), F.cross_entropy, fit=fit, overrides=overrides)
+    plan = Fit(epochs=how[0], learning_rate=how[1])
+    done = optkit.finetune(module, recipe, Loader(data), F.cross_entropy, fit=plan, overrides=overrides)
     out = folder / "-".join(["ours", recipe, *overrides]).replace("=", "-")
     artifact, _ = done.trained.compile(out=out)
 
@@ -210,18 +210,8 @@ def _nncf(net: nn.Module, data: Digits, folder: Path) -> tuple[Opened, int | Non
 
 
 def _tune(module: nn.Module, data: Digits) -> None:
-    """A plain loop."""
     epochs, rate = _QAT
-    loader = Loader(data)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(loader))
-    for _ in range(epochs):
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss: Any = F.cross_entropy(module(x), y)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    fit(module, Loader(data), F.cross_entropy, epochs, rate=rate)
 
 
 def _onnx(module: nn.Module, data: Digits, path: Path) -> Opened:

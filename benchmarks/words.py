@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from optkit.benchmarks.digits import Loader, fit
 
 HEIGHT, WIDTH, LONGEST = 16, 96, 8
 _FONTS = Path("/usr/share/fonts/truetype/dejavu")
@@ -115,20 +117,9 @@ def _drawn(words: Sequence[str], random: np.random.Generator) -> tuple[torch.Ten
     return torch.as_tensor(pictures), torch.as_tensor(letters)
 
 
-class Loader:
-    """Shuffled batches; a new order each epoch, the same in each process."""
-
-    def __init__(self, data: Words, size: int = 50, seed: int = 0) -> None:
-        self._data, self._size, self._random = data, size, torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self._data.x) // self._size
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self._data.x), generator=self._random)
-        for k in range(len(self)):
-            rows = order[k * self._size : (k + 1) * self._size]
-            yield self._data.x[rows], self._data.y[rows]
+def batches(data: Words) -> Loader:
+    """Shuffled, as they are: the words lie in different places already."""
+    return Loader(data, shift=0)
 
 
 def loss(scores: torch.Tensor, letters: torch.Tensor) -> torch.Tensor:
@@ -167,16 +158,4 @@ def right(module: nn.Module, data: Words) -> np.ndarray:
 
 def train(module: nn.Module, data: Words, epochs: int) -> nn.Module:
     """Train a float network."""
-    loader = Loader(data)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * len(loader))
-    module.train()
-    for _ in range(epochs):
-        for x, y in loader:
-            optimizer.zero_grad()
-            value: Any = loss(module(x), y)
-            value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    return module.eval()
+    return fit(module.train(), batches(data), loss, epochs, clip=1.0).eval()
