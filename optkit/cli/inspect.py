@@ -42,9 +42,12 @@ def inspect(
 ) -> int:
     """Show what MODEL is made of: operators, parameters, multiply-accumulates, bytes; with a target also the least time there."""
     from optkit.cli.render import facts, table
-    from optkit.cli.running import graph, shaped
+    from optkit.cli.running import graph, holds_graph, shaped
     from optkit.cost import costs
 
+    if not holds_graph(model):
+        asked = {"--shape": shape, "--nodes": nodes, "--why": why, "--target": target}
+        return _stored(terminal, model, [name for name, value in asked.items() if value], as_json=json)
     loaded = graph(model, **options.torch_given(model, dynamic, inputs, weights))
     free = shaped(loaded, shape or ())
     cost = costs(loaded.model)
@@ -270,7 +273,6 @@ def _lines(
     found: dict[str, Any], free: Sequence[str], manifest: Manifest | None
 ) -> list[tuple[str, Sequence[str]]]:
     from optkit import sentences
-    from optkit.artifact import DEVICE
 
     weights = ", ".join(f"{kind} {sentences.megabytes(n)}" for kind, n in found["weights"].items()) or "none"
     bodies = "" if found["graphs"] == 1 else f" in {found['graphs']} graphs (bodies of control flow)"
@@ -297,28 +299,68 @@ def _lines(
     if found["notes"]:
         rows.append(("Loading", found["notes"]))
     if manifest is not None:
-        rows.append(
-            ("Artifact", (f"for {manifest.target} with {manifest.backend}, from {manifest.model.name}",))
+        rows += _told(found["name"], manifest)
+    return rows
+
+
+def _stored(terminal: Terminal, model: str, asked: Sequence[str], *, as_json: bool) -> int:
+    """What an artifact says of itself that holds files of its runtime and no graph."""
+    from optkit import sentences
+    from optkit.artifact import load
+    from optkit.cli.render import facts, table
+    from optkit.cli.running import interface
+    from optkit.data import specs
+    from optkit.errors import UsageError
+
+    artifact = load(model, verify=False)
+    manifest = artifact.manifest
+    if asked:
+        raise UsageError(
+            f"{model}: {' and '.join(asked)}: the graph is needed, and the artifact holds files of {manifest.backend} alone",
+            hint=f"give the file that it was compiled from, {manifest.model.name}",
         )
-        if manifest.achieved is not None:
-            shares = ", ".join(f"{k} {sentences.percent(v)}" for k, v in manifest.achieved.formats.items())
-            # A device that finished the artifact later has not been asked again.
-            here = manifest.evidence.ran_on_device and not (Path(found["name"]) / DEVICE).is_file()
-            how = "as measured" if here else "as read back"
-            where = ", ".join(manifest.achieved.placement)
-            rows.append(
-                (
-                    "Computes in",
-                    (
-                        f"{shares} of the multiply-accumulates, {how} when it was compiled: {where}",
-                        manifest.achieved.scheme,
-                    ),
-                )
-            )
-        if manifest.accuracy is not None:
-            rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
-        if manifest.fidelity is not None:
-            rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
+    inputs = [str(s) for s in specs(interface(model).model)[0]]
+    operators = manifest.achieved.operators if manifest.achieved is not None else {}
+    if as_json:
+        terminal.json(
+            {"name": model, "inputs": inputs, "operators": operators, "artifact": options.plain(manifest)}
+        )
+        return 0
+    size = (
+        f"{sentences.megabytes(manifest.size.after)}, of {sentences.megabytes(manifest.size.before)} before"
+    )
+    terminal.result(
+        facts([("Model", (model,)), ("Inputs", inputs), ("Size", (size,)), *_told(model, manifest)])
+    )
+    if operators:
+        terminal.result("")
+        counted = sorted(operators.items(), key=lambda kv: (-kv[1], kv[0]))
+        terminal.result(
+            table(("Operator, as the runtime names it", ">Nodes"), [(op, str(n)) for op, n in counted])
+        )
+    return 0
+
+
+def _told(name: str, manifest: Manifest) -> list[tuple[str, Sequence[str]]]:
+    """What the manifest of an artifact says."""
+    from optkit import sentences
+    from optkit.artifact import DEVICE
+
+    rows: list[tuple[str, Sequence[str]]] = [
+        ("Artifact", (f"for {manifest.target} with {manifest.backend}, from {manifest.model.name}",))
+    ]
+    if manifest.achieved is not None:
+        shares = ", ".join(f"{k} {sentences.percent(v)}" for k, v in manifest.achieved.formats.items())
+        # A device that finished the artifact later has not been asked again.
+        here = manifest.evidence.ran_on_device and not (Path(name) / DEVICE).is_file()
+        how = "as measured" if here else "as read back"
+        where = ", ".join(manifest.achieved.placement)
+        said = f"{shares} of the multiply-accumulates, {how} when it was compiled: {where}"
+        rows.append(("Computes in", (said, manifest.achieved.scheme)))
+    if manifest.accuracy is not None:
+        rows.append(("Accuracy", sentences.accuracy(manifest.accuracy)))
+    if manifest.fidelity is not None:
+        rows.append(("Fidelity", sentences.fidelity(manifest.fidelity)))
     return rows
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from optkit.evaluate import Run
     from optkit.frontend import Loaded
 
+_GRAPH = "model.onnx"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
@@ -100,12 +102,50 @@ def graph(model: str, **given: Any) -> Loaded:
     if not path.is_dir() or is_torch(model):
         dynamic = given.pop("dynamic_shapes", None)
         return read(options.source(model), dynamic=dynamic, **given)
-    from optkit.artifact import load
-
-    load(path, verify=False)
-    if not (path / "model.onnx").is_file():
+    if not holds_graph(model):
         raise UsageError(f"{path}: holds no ONNX graph", hint="give the .onnx file that it was compiled from")
-    return read(path / "model.onnx")
+    return read(path / _GRAPH)
+
+
+def holds_graph(model: str) -> bool:
+    """Whether ``graph`` can show it; an artifact in a runtime's own files cannot be read back.
+
+    Raises:
+        UsageError: It is a folder, and neither a model nor an artifact.
+    """
+    from optkit.artifact import load
+    from optkit.frontend import is_torch
+
+    path = Path(model)
+    if not path.is_dir() or is_torch(model):
+        return True
+    load(path, verify=False)
+    return (path / _GRAPH).is_file()
+
+
+def interface(model: str) -> Loaded:
+    """A graph of inputs alone, those of an artifact that holds none: what data must fit, and what can be drawn for.
+
+    Raises:
+        OptkitError: It cannot be opened on this machine.
+    """
+    import onnx_ir as ir
+
+    from optkit.frontend import Loaded
+    from optkit.graph import OPSET
+
+    with opened(model) as found:
+        specs = tuple(found.inputs)
+    values = []
+    for spec in specs:
+        # Runtimes keep no names of free axes.
+        axes = [d if d is not None else f"{spec.name}.{k}" for k, d in enumerate(spec.shape or ())]
+        kind = ir.TensorType(ir.DataType.from_numpy(spec.dtype))
+        values.append(
+            ir.Value(name=spec.name, shape=ir.Shape(axes) if spec.shape is not None else None, type=kind)
+        )
+    empty = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET})
+    return Loaded(model=ir.Model(empty, ir_version=10), name=Path(model).name, opset=OPSET, notes=())
 
 
 def shaped(loaded: Loaded, shapes: Sequence[str]) -> tuple[str, ...]:
@@ -159,7 +199,7 @@ def feeds(
     """
     from optkit.data import CalibrationData, specs
 
-    loaded = graph(model)
+    loaded = graph(model) if holds_graph(model) else interface(model)
     if calib is None and loaded.examples and not shapes:
         return list(loaded.examples), "the module's example inputs"
     if calib is not None:

@@ -184,3 +184,43 @@ def test_doctor_fails_where_the_model_does_not_load(optkit, given, tmp_path, con
     assert ran.code == 1
     assert "failed" in ran.out
     assert "Traceback" not in ran.err
+
+
+@pytest.fixture(scope="module")
+def stored(bench_, tmp_path_factory):
+    """An artifact in files of a runtime, without a graph that can be read back."""
+    pytest.importorskip("openvino")
+    import optkit
+
+    folder = tmp_path_factory.mktemp("stored") / "build"
+    overrides = ["limits.min_speedup=0"]
+    optkit.compile(
+        bench_ / "model.onnx", target="cpu", recipe="openvino-fp32", out=folder, overrides=overrides
+    )
+    return folder
+
+
+def test_an_artifact_without_a_graph_is_inspected_by_what_it_says_of_itself(optkit, given, stored):
+    assert not (stored / "model.onnx").exists()
+    ran = optkit("inspect", stored)
+    assert ran.code == 0, ran.err
+    assert "x: float32[x.0, 32]" in ran.out
+    assert "for cpu with openvino, from model.onnx" in ran.out
+    assert "FullyConnected" in ran.out
+    document = optkit("inspect", stored, "--json").json
+    assert document["operators"] == document["artifact"]["achieved"]["operators"]
+
+
+def test_inspect_says_what_needs_the_graph(optkit, given, stored):
+    ran = optkit("inspect", stored, "--why", "--nodes")
+    assert ran.code == 2
+    assert "--nodes and --why: the graph is needed" in ran.err
+    assert "give the file that it was compiled from, model.onnx" in ran.err
+
+
+def test_an_artifact_without_a_graph_is_timed(optkit, stored, given):
+    ran = optkit("bench", stored, "--against", given / "model.onnx", "--batch", 3, "--runs", 9, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["inputs"] == "x [3, 32]"
+    ran = optkit("bench", stored, "--calib", given / "calib", "--runs", 9)
+    assert "batches of calib" in ran.err
