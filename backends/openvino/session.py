@@ -7,22 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from optkit.backends.base import Session
 from optkit.backends.openvino.convert import SUFFIX
 from optkit.backends.openvino.messages import reason
 from optkit.backends.openvino.quiet import core, ov
+from optkit.backends.openvino.requests import BFLOAT16, Request
 from optkit.data import TensorSpec
 from optkit.errors import DataError, ModelError
 
-# Elements of an output that are marked before a run, and the byte written to them; a second one for types so narrow that
-# a computed value may well be the first.
-_MARKS, _PATTERNS, _WIDE = 16, (0xA5, 0x5A), 4
 # Shapes of inputs that are remembered as fit.
 _SHAPES = 4096
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class _Compiled:
@@ -35,7 +31,7 @@ class _Compiled:
 
     def reset(self) -> None:
         """Forget what was compiled."""
-        self.idle: list[Any] = []
+        self.idle: list[Request] = []
         self._model: Any = None
 
     @property
@@ -66,8 +62,7 @@ class OpenVinoSession(Session):
 
     The plugin (2026.4) takes inputs whose shapes do not fit inside the model: it reports success, and the outputs are empty or
     what the call before left in them. So shapes that are new are first inferred through the graph, which does notice. What
-    depends on values is not seen there; so elements of the outputs are overwritten before each run, and must have changed
-    after it.
+    depends on values is not seen there, but by the requests.
 
     Args:
         usual: Shapes of all inputs that get a compiled model without free axes, which runs faster; the one that takes any
@@ -85,6 +80,7 @@ class OpenVinoSession(Session):
         ports = self._read() if usual else self._any.model
         self.inputs = tuple(_spec(port, file) for port in ports.inputs)
         self.outputs = tuple(_spec(port, file) for port in ports.outputs)
+        self._names = frozenset(s.name for s in self.inputs)
         self._free = any(s.shape is None or None in s.shape for s in self.inputs)
         self._usual, self._fixed = None, self._any
         if usual and self._free:
@@ -114,19 +110,16 @@ class OpenVinoSession(Session):
             DataError: Names, types or shapes are not those of the inputs.
             ModelError: The shapes do not fit inside the model, or OpenVINO fails, with an error or without.
         """
-        names = [s.name for s in self.inputs]
-        if set(feeds) != set(names):
-            raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
+        if feeds.keys() != self._names:
+            names = ", ".join(s.name for s in self.inputs)
+            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
         arrays = [_array(feeds[s.name], s) for s in self.inputs]
         where = self._fixed if tuple(a.shape for a in arrays) == self._usual else self._any
         if self._free and where is self._any:
             self._check_shapes(arrays)
-        tensors = [_tensor(a) for a in arrays]
-        request = where.idle.pop() if where.idle else where.model.create_infer_request()
         try:
-            for index, tensor in enumerate(tensors):
-                request.set_input_tensor(index, tensor)
-            if stale := self._infer(request):
+            request = where.idle.pop() if where.idle else Request(where.model, self.outputs)
+            if stale := request.run(arrays):
                 # The state of the compiled model is not to be trusted either.
                 where.reset()
                 raise ModelError(
@@ -134,8 +127,7 @@ class OpenVinoSession(Session):
                     f"for {self._shapes(arrays)}",
                     hint="leave the model to --backend onnxruntime",
                 )
-            results = [request.get_output_tensor(index) for index in range(len(self.outputs))]
-            outputs = {s.name: _copy(t, s.dtype) for s, t in zip(self.outputs, results, strict=True)}
+            outputs = request.outputs()
         except RuntimeError as error:
             raise ModelError(f"OpenVINO stopped: {reason(error)}") from error
         where.idle.append(request)
@@ -160,14 +152,6 @@ class OpenVinoSession(Session):
             if len(self._fit) < _SHAPES:
                 self._fit.add(shapes)
 
-    def _infer(self, request: Any) -> list[str]:
-        """Run; the outputs that were not written."""
-        stale = _run_marked(request, range(len(self.outputs)), _PATTERNS[0])
-        narrow = [i for i in stale if self.outputs[i].dtype.itemsize < _WIDE]
-        if narrow and narrow == stale:
-            stale = _run_marked(request, narrow, _PATTERNS[1])
-        return [self.outputs[i].name for i in stale]
-
     def close(self) -> None:
         """Free the model."""
         self._any.reset()
@@ -178,7 +162,7 @@ class OpenVinoSession(Session):
 def _spec(port: Any, file: Path) -> TensorSpec:
     name, kind = str(port.get_node().friendly_name).removesuffix(SUFFIX), port.element_type
     try:
-        dtype = _BFLOAT16 if kind == ov.Type.bf16 else np.dtype(kind.to_dtype())
+        dtype = BFLOAT16 if kind == ov.Type.bf16 else np.dtype(kind.to_dtype())
     except (KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"{file.name}: {name} has a type that NumPy does not: {kind}") from error
     shape = port.partial_shape
@@ -196,34 +180,3 @@ def _array(value: np.ndarray, spec: TensorSpec) -> np.ndarray:
     if len(axes) != array.ndim or any(d not in (None, n) for d, n in zip(axes, array.shape, strict=True)):
         raise DataError(f"input {spec.name!r} is {list(array.shape)}, the model takes {spec}")
     return array
-
-
-def _tensor(array: np.ndarray) -> Any:
-    if array.dtype == _BFLOAT16:
-        tensor = ov.Tensor(ov.Type.bf16, ov.Shape(list(array.shape)))
-        tensor.data.view(np.uint16)[...] = np.ascontiguousarray(array).view(np.uint16)
-        return tensor
-    # OpenVINO shares the memory of arrays that lie in order and may be written; it does not write to them.
-    shared = array.flags.c_contiguous and array.flags.writeable
-    return ov.Tensor(array if shared else np.array(array, order="C"), shared_memory=True)
-
-
-def _copy(tensor: Any, dtype: np.dtype[Any]) -> np.ndarray:
-    data = np.array(tensor.data)
-    return data.view(_BFLOAT16) if dtype == _BFLOAT16 else data
-
-
-def _run_marked(request: Any, outputs: range | list[int], pattern: int) -> list[int]:
-    """Run; those of ``outputs`` in which all marks are left."""
-    for index in outputs:
-        _marks(request.get_output_tensor(index))[...] = pattern
-    request.infer()
-    marks = {index: _marks(request.get_output_tensor(index)) for index in outputs}
-    return [index for index, found in marks.items() if found.size and (found == pattern).all()]
-
-
-def _marks(tensor: Any) -> np.ndarray:
-    """The bytes of a few elements spread over the tensor, ``[n, bytes]``; a view."""
-    data: np.ndarray = tensor.data
-    flat = data.reshape(-1).view(np.uint8).reshape(data.size, data.itemsize)
-    return flat[:: max(1, data.size // _MARKS)] if data.size else flat

@@ -608,6 +608,31 @@ def test_inputs_of_other_types_or_names_are_refused_and_read_only_or_transposed_
 
 
 @needs_openvino
+@pytest.mark.parametrize("size", [8, 1 << 17], ids=["copied", "shared"])
+@pytest.mark.parametrize("kind", ["float", "bfloat16", "bool"])
+def test_arrays_of_fixed_sizes_stay_the_callers_and_results_what_they_were(tmp_path, kind, size):
+    model = parse(HEAD + f"g ({kind}[{size}] x) => ({kind}[{size}] y) {{ y = Identity(x) }}")
+    backend, options = _lower(model, tmp_path)
+    dtype = {"float": np.float32, "bfloat16": ml_dtypes.bfloat16, "bool": np.bool_}[kind]
+    drawn = np.random.default_rng(0).standard_normal((3, size)) > 0
+    given = [row.astype(dtype) for row in drawn]
+    with backend.load(tmp_path, CPU, options, threads=1) as session:
+        found = []
+        for x in given:
+            fed = x.copy()
+            found.append(session.run({"x": fed})["y"])
+            fed[...] = 0
+        read_only = given[0].copy()
+        read_only.flags.writeable = False
+        found.append(session.run({"x": read_only})["y"])
+        strided = np.repeat(given[1], 2)[::2]
+        found.append(session.run({"x": strided})["y"])
+    for y, x in zip(found, [*given, given[0], given[1]], strict=True):
+        assert y.dtype == x.dtype
+        np.testing.assert_array_equal(y, x)
+
+
+@needs_openvino
 def test_bfloat16_goes_in_and_comes_out(tmp_path):
     model = parse(HEAD + "g (bfloat16[N] x) => (bfloat16[N] y) { y = Add(x, x) }")
     backend, options = _lower(model, tmp_path)
