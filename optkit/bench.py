@@ -143,15 +143,29 @@ def speedup(
     def decided(times: Mapping[str, np.ndarray]) -> bool:
         return bool((times["reference"][:, clock] < hopeless * times["candidate"][:, clock]).all())
 
-    times = interleave(
-        {"reference": reference, "candidate": candidate},
-        feeds,
-        rounds=rounds,
-        budget=budget,
-        seed=seed,
-        decided=decided,
-    )
-    a, b = times["reference"], times["candidate"]
+    runs = {"reference": reference, "candidate": candidate}
+    times = interleave(runs, feeds, rounds=rounds, budget=budget, seed=seed, decided=decided)
+    return _compared(times["reference"], times["candidate"], threads=threads, seed=seed)
+
+
+def race(
+    reference: Run,
+    candidates: Sequence[Run],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    rounds: int = 30,
+    budget: float | None = None,
+    seed: int = 0,
+) -> list[Speedup]:
+    """As ``speedup`` on one thread, with all candidates in turn: their ratios may be compared with one another."""
+    runs = {"reference": reference} | {f"candidate {k}": run for k, run in enumerate(candidates)}
+    first, *others = interleave(runs, feeds, rounds=rounds, budget=budget, seed=seed).values()
+    return [_compared(first, times, threads=1, seed=seed) for times in others]
+
+
+def _compared(a: np.ndarray, b: np.ndarray, *, threads: int, seed: int) -> Speedup:
+    """How much faster ``b`` is than ``a``, each ``[rounds, 2]`` seconds."""
+    clock = 0 if threads == 1 else 1
     ratio, ci95 = median_ratio(a[:, clock], b[:, clock], seed=seed)
     wall, cpu = float(np.median(a[:, 1])), float(np.median(a[:, 0]))
     return Speedup(

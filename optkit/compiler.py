@@ -10,6 +10,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,7 +23,7 @@ import onnx_ir as ir
 import optkit
 from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
-from optkit.bench import Speedup, speedup
+from optkit.bench import Speedup, race, speedup
 from optkit.candidate import Built
 from optkit.data import CalibrationData, specs, trial_sizes
 from optkit.errors import (
@@ -356,6 +357,12 @@ class Compilation:
             return speedup(
                 self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed, hopeless=hopeless
             )  # fmt: skip
+
+    def race(self, built: Sequence[Built], *, rounds: int, budget: float) -> list[Speedup]:
+        """Time several that run here in turn with one another and the reference."""
+        with self.progress.task(f"time {' and '.join(b.name for b in built)}"), ExitStack() as stack:
+            runs = [stack.enter_context(self.session(b)).run for b in built]
+            return race(self.reference.run, runs, self.feeds, rounds=rounds, budget=budget, seed=self.seed)
 
     def closeness(self, built: Built) -> float:
         """SQNR in dB of the outputs on a few unseen inputs: cheap, and enough to prefer one of two that are as fast."""

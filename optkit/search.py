@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 # Rounds of the last measurement, and the CPU seconds that it may take.
 _FINAL = (40, 3.0)
 # Candidates whose speeds differ by less are alike, as measurements repeat: the more accurate one is taken.
-_ALIKE = 1.03
+_ALIKE = 1 + NOISE
+# What the ranking puts this close to the fastest is timed once more: so many at most, all in turn, over so many rounds, in so
+# many CPU seconds, as long as their files together have no more bytes than that.
+_CLOSE, _RACERS, _RACE, _TOGETHER = 1.1, 4, (30, 4.0), 1 << 30
 # What is below this share of the fastest so far is not timed further.
 _BEHIND = 0.8
 # Share of the speed of a candidate that the samples leave undecided, for which one that they do not is taken.
@@ -79,7 +82,7 @@ def choose(
             continue
         built.append(one)
     floor = built[0]
-    order = sorted(built, key=lambda b: -ratio(b))
+    order = _raced(work, sorted(built, key=lambda b: -ratio(b)))
     best: Built | None = None
     while order and best is None:
         one = _next(work, order)
@@ -327,6 +330,22 @@ def _rank(work: Compilation, built: Built, others: Sequence[Built]) -> None:
     """Time ``built`` roughly, to see in which order candidates are worth judging; most briefly what is far behind."""
     ahead = max((o.speedup.ratio for o in others if o.speedup is not None), default=0.0)
     built.speedup = work.measure(built, rounds=RANK[0], budget=RANK[1], hopeless=_BEHIND * ahead)
+
+
+def _raced(work: Compilation, order: list[Built]) -> list[Built]:
+    """The candidates in order, once those at the front were timed in turn with one another."""
+    front = [b for b in order if ratio(b) * _CLOSE >= ratio(order[0])][:_RACERS]
+    measured = order[0].recipe.goal != "size" and all(b.speedup is not None for b in front)
+    if len(front) < 2 or not measured or sum(b.bytes for b in front) > _TOGETHER:
+        return order
+    try:
+        found = work.race(front, rounds=_RACE[0], budget=_RACE[1])
+    except OptkitError as error:
+        logger.warning("%s: the ranking stands: %s", " and ".join(b.name for b in front), error)
+        return order
+    for one, speedup in zip(front, found, strict=True):
+        one.speedup = speedup
+    return sorted(order, key=lambda b: -ratio(b))
 
 
 def _tune(work: Compilation, built: Built) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optkit import bench
-from optkit.bench import interleave, speedup, timing
+from optkit.bench import interleave, race, speedup, timing
 
 
 class _Clock:
@@ -179,3 +179,13 @@ def test_a_wall_clock_that_runs_ahead_tells_of_other_users(clock, wall, threads,
 def test_a_candidate_below_the_resolution_of_the_clock_gives_a_finite_ratio(clock):
     found = speedup(clock.callable("a", 1e-6), clock.callable("b", 0.0), FEEDS, rounds=5)
     assert np.isfinite(found.ratio)
+
+
+def test_a_race_gives_each_its_ratio_to_the_reference_from_the_same_rounds(clock):
+    reference = clock.callable("reference", 6.0)
+    candidates = [clock.callable("a", 3.0), clock.callable("b", 2.0)]
+    found = race(reference, candidates, FEEDS, rounds=8)
+    assert [s.ratio for s in found] == [2.0, 3.0]
+    assert [s.candidate.median for s in found] == [3.0, 2.0]
+    rounds = [sorted(name for name, _ in clock.calls[i : i + 3]) for i in range(6, len(clock.calls), 3)]
+    assert rounds == [["a", "b", "reference"]] * 8

@@ -53,6 +53,7 @@ class _Plan:
         ratio: Speed-up; a list gives one for each measurement in turn, the last again and again.
         drop: Of every score, or None for no evaluator.
         cosine: Where there is no evaluator.
+        raced: Speed-up in turn with others, where that differs.
     """
 
     ratio: float | list[float] = 1.0
@@ -68,6 +69,7 @@ class _Plan:
     seconds: float = 0.001
     spread: float = 0.001
     variants: list[float] = field(default_factory=list)
+    raced: float | None = None
 
 
 class _Engine:
@@ -95,7 +97,8 @@ class _Work:
         self.loaded = type("Loaded", (), {"name": "model.onnx"})
         self.target = target("cpu")
         self.evaluation_seconds = 1e3
-        self.last = ""
+        self.races: list[list[str]] = []
+        self.race_fails: Exception | None = None
 
     def build(self, name, recipe):
         self.log.append(("build", name))
@@ -121,6 +124,13 @@ class _Work:
         if isinstance(ratio, list):
             ratio = ratio.pop(0) if len(ratio) > 1 else ratio[0]
         return _speedup(ratio, plan.spread, plan.seconds)
+
+    def race(self, built, *, rounds, budget):
+        self.races.append([b.name for b in built])
+        found = [_speedup(self.plans[b.name].raced or b.speedup.ratio) for b in built]
+        if self.race_fails:
+            raise self.race_fails
+        return found
 
     def judge(self, built, limits):
         self.log.append(("judge", built.name))
@@ -207,15 +217,50 @@ def test_float_ships_when_nothing_else_keeps_the_limits(tmp_path):
 
 def test_of_equally_fast_ones_the_closest_ships(tmp_path):
     choice, work = _choose(
-        tmp_path, {"fp32": _Plan(1.0), "near": _Plan(2.0, sqnr=30), "far": _Plan(2.05, sqnr=10), "slow": _Plan(1.8, sqnr=90)}
+        tmp_path, {"fp32": _Plan(1.0), "near": _Plan(2.0, sqnr=30), "far": _Plan(2.03, sqnr=10), "slow": _Plan(1.8, sqnr=90)}
     )  # fmt: skip
     assert choice.best.name == "near"
     assert _verdicts(choice) == {"fp32": "slower", "near": "shipped", "far": "farther", "slow": "slower"}
     assert sorted(work.asked("closeness")) == ["far", "near"]
 
 
+def test_those_close_to_the_fastest_are_timed_in_turn_and_that_decides(tmp_path):
+    plans = {
+        "fp32": _Plan(1.0),
+        "first": _Plan(2.1, sqnr=90, raced=1.9),
+        "second": _Plan(2.0, sqnr=10, raced=2.05),
+        "third": _Plan(1.95, sqnr=50, raced=2.03),
+        "far": _Plan(1.8, sqnr=99),
+    }
+    choice, work = _choose(tmp_path, plans)
+    assert work.races == [["first", "second", "third"]]
+    assert choice.best.name == "third"
+    assert sorted(work.asked("closeness")) == ["second", "third"]
+
+
+def test_one_that_is_alone_ahead_is_not_timed_in_turn(tmp_path):
+    _, work = _choose(tmp_path, {"fp32": _Plan(1.0), "a": _Plan(3.0), "b": _Plan(2.5)})
+    assert not work.races
+
+
+def test_files_too_large_to_lie_in_memory_together_are_not_timed_in_turn(tmp_path):
+    plans = {"fp32": _Plan(1.0), "a": _Plan(3.0, bytes=1 << 29), "b": _Plan(2.9, bytes=(1 << 29) + 1)}
+    choice, work = _choose(tmp_path, plans)
+    assert not work.races
+    assert choice.best.name == "a"
+
+
+def test_where_timing_in_turn_fails_the_ranking_stands(tmp_path, caplog):
+    work = _Work(tmp_path, {"fp32": _Plan(1.0), "a": _Plan(3.0, raced=1.0), "b": _Plan(2.9)})
+    work.race_fails = ModelError("no memory for both")
+    recipe = Recipe.load({"recipe": 1, "limits": {"max_drop": "1%"}})
+    best = choose(work, recipe, [("fp32", EXACT), ("a", LOSSY), ("b", LOSSY)], strict=False).best
+    assert best.name == "a"
+    assert "a and b: the ranking stands: no memory for both" in caplog.text
+
+
 def test_one_that_is_hardly_faster_than_float_does_not_ship(tmp_path):
-    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0, sqnr=120), "int8": _Plan(1.03, sqnr=30)})
+    choice, _ = _choose(tmp_path, {"fp32": _Plan(1.0, sqnr=120), "int8": _Plan(1.02, sqnr=30)})
     assert choice.best.name == "fp32"
 
 
@@ -585,6 +630,9 @@ class _Real(Compilation):
     def measure(self, built, *, rounds, budget, options=None, hopeless=0.0):
         quantized = sum(r.changes for r in built.records if r.name.startswith("quantize"))
         return _speedup(1 + self.each * quantized)
+
+    def race(self, built, *, rounds, budget):
+        return [b.speedup for b in built]
 
 
 def _real(tmp_path, **more):
