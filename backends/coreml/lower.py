@@ -76,6 +76,8 @@ class CoreMl(Backend):
     placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
     generic: ClassVar[bool] = False
+    # The evaluator says what a package computes, and nothing about how fast.
+    stands_in: ClassVar[bool] = not has_core_ml()
 
     def available(self) -> str | None:
         """None: writing and evaluating packages works wherever coremltools does."""

@@ -66,7 +66,7 @@ def opened(
             where = artifact.manifest.target
             raise UsageError(
                 f"{model} is for {where}: what can be run of it here is no measure of its speed there",
-                hint=f"optkit finalize {model}, on the machine with the {where}",
+                hint=f"optkit finalize {model}, where the {where} is at hand",
             )
         said = artifact.prediction if predict else None
         shared = None if streams is not None else threads

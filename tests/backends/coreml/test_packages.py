@@ -330,7 +330,7 @@ def test_a_loop_that_collects_values_is_refused():
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
 
 
-def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path):
+def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path, capsys):
     batches = [{"x": np.random.default_rng(i).normal(size=(2, 16, 8)).astype(np.float32)} for i in range(8)]
     artifact, report = optkit.compile(
         _linear(),
@@ -347,6 +347,10 @@ def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path)
     assert artifact.manifest.achieved.formats.keys() == {"fp16"}
     options = Recipe.load(tmp_path / "out" / "recipe.yaml").options
     assert options["usual"] == {"x": [2, 16, 8]}
+    from optkit.cli import main
+
+    assert main(["bench", str(tmp_path / "out"), "--runs", "5"]) == 2
+    assert "no measure of its speed there" in capsys.readouterr().err
     y = optkit.load(tmp_path / "out").run(batches[0])["y"]
     assert y.shape == (2, 16, 4)
 
