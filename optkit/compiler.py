@@ -341,26 +341,24 @@ class Compilation:
             )
         return built
 
-    def session(self, built: Built, options: Any = None, threads: int = 1) -> Session:
+    def session(self, built: Built, threads: int = 1) -> Session:
         """Open what was built, on one thread unless said otherwise."""
         engine = self.engine(built.recipe)
-        chosen = engine.options.model_validate(built.recipe.options) if options is None else options
+        chosen = engine.options.model_validate(built.recipe.options)
         return engine.predict(built.folder, self.target, chosen, threads=threads)
 
-    def measure(
-        self, built: Built, *, rounds: int, budget: float, options: Any = None, hopeless: float = 0.0
-    ) -> Speedup | None:
+    def measure(self, built: Built, *, rounds: int, budget: float, hopeless: float = 0.0) -> Speedup | None:
         """Time ``built`` in turn with the reference, briefly where it is ``hopeless``; None for a target that is not at hand."""
         if not self.target.runs_here:
             return None
-        with self.progress.task(f"time {built.name}"), self.session(built, options) as session:
+        with self.progress.task(f"time {built.name}"), self.session(built) as session:
             return speedup(
                 self.reference.run, session.run, self.feeds, rounds=rounds, budget=budget, seed=self.seed, hopeless=hopeless
             )  # fmt: skip
 
     def race(self, built: Sequence[Built], *, rounds: int, budget: float) -> list[Speedup]:
         """Time several that run here in turn with one another and the reference."""
-        with self.progress.task(f"time {' and '.join(b.name for b in built)}"), ExitStack() as stack:
+        with self.progress.task(f"time {' and '.join(dict.fromkeys(b.name for b in built))}"), ExitStack() as stack:
             runs = [stack.enter_context(self.session(b)).run for b in built]
             return race(self.reference.run, runs, self.feeds, rounds=rounds, budget=budget, seed=self.seed)
 

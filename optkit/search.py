@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from optkit.bench import NOISE
@@ -28,6 +28,8 @@ _ALIKE = 1 + NOISE
 # What the ranking puts this close to the fastest is timed once more: so many at most, all in turn, over so many rounds, in so
 # many CPU seconds, as long as their files together have no more bytes than that.
 _CLOSE, _RACERS, _RACE, _TOGETHER = 1.1, 4, (30, 4.0), 1 << 30
+# Other options are taken when they are faster by this factor: they cost nothing.
+_WORTH = 1 + NOISE / 2
 # What is below this share of the fastest so far is not timed further.
 _BEHIND = 0.8
 # Share of the speed of a candidate that the samples leave undecided, for which one that they do not is taken.
@@ -349,16 +351,19 @@ def _raced(work: Compilation, order: list[Built]) -> list[Built]:
 
 
 def _tune(work: Compilation, built: Built) -> None:
-    """Time the other options that the backend proposes for the graph; take those that are clearly faster."""
+    """Time the other options that the backend proposes for the graph, in turn; take those that are faster."""
     if built.speedup is None:
         return
     engine = work.engine(built.recipe)
     model, _, _, _ = work.prepare(work.exact(built.recipe))
-    for other in engine.variants(model, work.target, engine.options.model_validate(built.recipe.options)):
-        found = work.measure(built, rounds=RANK[0], budget=RANK[1], options=other)
-        if found is not None and found.ratio > CLEARLY * built.speedup.ratio:
-            built.speedup = found
-            built.recipe = built.recipe.model_copy(update={"options": other.model_dump(mode="json")})
+    others = engine.variants(model, work.target, engine.options.model_validate(built.recipe.options))
+    if not others:
+        return
+    recipes = [built.recipe.model_copy(update={"options": o.model_dump(mode="json")}) for o in others]
+    found = work.race([built, *(replace(built, recipe=r) for r in recipes)], rounds=_RACE[0], budget=_RACE[1])
+    best = max(range(len(recipes)), key=lambda k: found[1 + k].ratio)
+    if found[1 + best].ratio > _WORTH * found[0].ratio:
+        built.speedup, built.recipe = found[1 + best], recipes[best]
 
 
 def _next(work: Compilation, order: Sequence[Built]) -> Built:

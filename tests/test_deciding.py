@@ -92,7 +92,7 @@ def test_a_branch_counts_with_what_it_reads_from_around_it():
 
 
 class _Timed(Compilation):
-    def measure(self, built, *, rounds, budget, options=None, hopeless=0.0):
+    def measure(self, built, *, rounds, budget, hopeless=0.0):
         return None
 
 

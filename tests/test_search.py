@@ -114,12 +114,10 @@ class _Work:
             seconds={}, bytes=plan.bytes, lossy=plan.lossy and any(not p.exact for p in recipe.passes), scheme="", weights={},
         )  # fmt: skip
 
-    def measure(self, built, *, rounds, budget, options=None, hopeless=0.0):
+    def measure(self, built, *, rounds, budget, hopeless=0.0):
         self.log.append(("measure", built.name))
         self.hopeless.append((built.name, hopeless))
         plan = self.plans[built.name]
-        if options is not None:
-            return _speedup(plan.variants[options.threads - 1])
         ratio = plan.ratio
         if isinstance(ratio, list):
             ratio = ratio.pop(0) if len(ratio) > 1 else ratio[0]
@@ -127,10 +125,16 @@ class _Work:
 
     def race(self, built, *, rounds, budget):
         self.races.append([b.name for b in built])
-        found = [_speedup(self.plans[b.name].raced or b.speedup.ratio) for b in built]
+        found = [_speedup(self._raced(b)) for b in built]
         if self.race_fails:
             raise self.race_fails
         return found
+
+    def _raced(self, built):
+        plan = self.plans[built.name]
+        if threads := built.recipe.options.get("threads"):
+            return plan.variants[threads - 1]
+        return plan.raced or built.speedup.ratio
 
     def judge(self, built, limits):
         self.log.append(("judge", built.name))
@@ -347,7 +351,7 @@ def test_where_that_contradicts_the_ranking_the_reason_says_what_was_found_then(
     assert reasons["fp32"] == "b is faster and keeps the limits"
 
 
-def test_options_that_are_clearly_faster_are_taken_for_the_candidate_whose_turn_it_is(tmp_path):
+def test_options_that_are_faster_are_taken_for_the_candidate_whose_turn_it_is(tmp_path):
     class Turn(_Work):
         def prepare(self, passes):
             return "int8", [], {}, {}
@@ -627,7 +631,7 @@ class _Real(Compilation):
 
     each: float = 0.5
 
-    def measure(self, built, *, rounds, budget, options=None, hopeless=0.0):
+    def measure(self, built, *, rounds, budget, hopeless=0.0):
         quantized = sum(r.changes for r in built.records if r.name.startswith("quantize"))
         return _speedup(1 + self.each * quantized)
 

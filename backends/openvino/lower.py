@@ -16,6 +16,7 @@ from pydantic import Field
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.openvino import cache
 from optkit.backends.openvino.convert import convert
+from optkit.backends.openvino.kernels import Kernels, proposed
 from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import products, read_runtime, runtime_nodes
 from optkit.backends.openvino.quiet import core, ov
@@ -23,6 +24,7 @@ from optkit.backends.openvino.session import OpenVinoSession
 from optkit.errors import BackendUnavailableError
 from optkit.graph import describe, walk
 from optkit.store import save
+from optkit.targets.host import features
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +48,8 @@ class OpenVinoOptions(Options):
         threads: Of all streams together; 0 leaves it to OpenVINO (one for each core).
         shapes: Of all inputs, as they usually are: they run in a compiled model without free axes. None takes them from the
             calibration data where most batches are alike; inputs of other shapes run all the same.
+        kernels: Of convolutions: ``default`` is OpenVINO's choice, ``jit`` prefers oneDNN's older ones, which compute the same
+            and are faster on some processors.
         cache: Keep the compiled model of a finished artifact in ``$OPTKIT_CACHE``.
     """
 
@@ -54,6 +58,7 @@ class OpenVinoOptions(Options):
     streams: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
     shapes: dict[str, tuple[int, ...]] | None = None
+    kernels: Kernels = "default"
     cache: bool = True
 
 
@@ -134,16 +139,26 @@ class OpenVino(Backend):
     ) -> Session:
         """Open the files with the options."""
         chosen = settings(options, threads)
-        machine = f"{ov.get_version()} {core().get_property('CPU', 'FULL_DEVICE_NAME')}"
+        machine = f"{ov.get_version()} {core().get_property('CPU', 'FULL_DEVICE_NAME')} {options.kernels}"
         if options.cache and (kept := cache.folder(path, (MODEL, WEIGHTS), machine)) is not None:
             chosen["CACHE_DIR"] = str(kept)
-        return OpenVinoSession(path / MODEL, chosen, options.shapes)
+        return OpenVinoSession(path / MODEL, chosen, options.shapes, options.kernels)
 
     def fit(self, options: OpenVinoOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> OpenVinoOptions:
         """With the usual shapes, where the options leave them open."""
         if shapes is None or options.shapes is not None:
             return options
         return options.model_copy(update={"shapes": dict(shapes)})
+
+    def variants(
+        self, model: ir.Model, target: Target, options: OpenVinoOptions
+    ) -> Sequence[OpenVinoOptions]:
+        """The older kernels of convolutions, on processors that have them."""
+        if options.kernels != "default" or not proposed(features()):
+            return ()
+        if not any(node.op_type == "Conv" for node in walk(model)):
+            return ()
+        return (options.model_copy(update={"kernels": "jit"}),)
 
     def runner(
         self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str
@@ -162,7 +177,8 @@ class OpenVino(Backend):
         self, path: Path, target: Target, options: OpenVinoOptions, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
         """One run with performance counters, read from the runtime graph that it leaves."""
-        session = OpenVinoSession(path / MODEL, settings(options, 1) | {"PERF_COUNT": "YES"})
+        counted = settings(options, 1) | {"PERF_COUNT": "YES"}
+        session = OpenVinoSession(path / MODEL, counted, kernels=options.kernels)
         # The first run packs the weights.
         session.run(feeds)
         session.run(feeds)

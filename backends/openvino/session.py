@@ -11,6 +11,7 @@ import numpy as np
 
 from optkit.backends.base import Session
 from optkit.backends.openvino.convert import SUFFIX
+from optkit.backends.openvino.kernels import Kernels, preferring
 from optkit.backends.openvino.messages import reason
 from optkit.backends.openvino.quiet import core, ov
 from optkit.backends.openvino.requests import BFLOAT16, Request
@@ -24,8 +25,10 @@ _SHAPES = 4096
 class _Compiled:
     """The model compiled, on demand, with its requests that are free."""
 
-    def __init__(self, file: Path, settings: Mapping[str, object], shape: Mapping[int, list[int]]) -> None:
-        self._file, self._settings, self._shape = file, settings, shape
+    def __init__(
+        self, file: Path, settings: Mapping[str, object], shape: Mapping[int, list[int]], kernels: Kernels
+    ) -> None:
+        self._file, self._settings, self._shape, self._kernels = file, settings, shape, kernels
         self._lock = threading.Lock()
         self.reset()
 
@@ -48,11 +51,13 @@ class _Compiled:
 
     def _compile(self) -> Any:
         try:
-            if not self._shape:
+            # By its path it is found in the cache without being read.
+            if not self._shape and self._kernels == "default":
                 return core().compile_model(str(self._file), "CPU", self._settings)
-            fixed = core().read_model(str(self._file))
-            fixed.reshape(self._shape)
-            return core().compile_model(fixed, "CPU", self._settings)
+            model = _read(self._file, self._kernels)
+            if self._shape:
+                model.reshape(self._shape)
+            return core().compile_model(model, "CPU", self._settings)
         except RuntimeError as error:
             raise ModelError(f"{self._file.name}: OpenVINO cannot load it: {reason(error)}") from error
 
@@ -67,16 +72,21 @@ class OpenVinoSession(Session):
     Args:
         usual: Shapes of all inputs that get a compiled model without free axes, which runs faster; the one that takes any
             shape is compiled when another comes.
+        kernels: Of convolutions.
 
     Raises:
         ModelError: OpenVINO does not take the file.
     """
 
     def __init__(
-        self, file: Path, settings: Mapping[str, object], usual: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        file: Path,
+        settings: Mapping[str, object],
+        usual: Mapping[str, tuple[int, ...]] | None = None,
+        kernels: Kernels = "default",
     ) -> None:
         self._file = file
-        self._any = _Compiled(file, dict(settings), {})
+        self._any = _Compiled(file, dict(settings), {}, kernels)
         ports = self._read() if usual else self._any.model
         self.inputs = tuple(_spec(port, file) for port in ports.inputs)
         self.outputs = tuple(_spec(port, file) for port in ports.outputs)
@@ -86,7 +96,7 @@ class OpenVinoSession(Session):
         if usual and self._free:
             shapes = {i: list(usual[s.name]) for i, s in enumerate(self.inputs)}
             self._usual = tuple(tuple(shape) for shape in shapes.values())
-            self._fixed = _Compiled(file, dict(settings), shapes)
+            self._fixed = _Compiled(file, dict(settings), shapes, kernels)
         _ = self._fixed.model
         self._fit: set[tuple[tuple[int, ...], ...]] = set()
         self._graph: Any = None
@@ -99,7 +109,7 @@ class OpenVinoSession(Session):
 
     def _read(self) -> Any:
         try:
-            return core().read_model(str(self._file))
+            return _read(self._file)
         except RuntimeError as error:
             raise ModelError(f"{self._file.name}: OpenVINO cannot load it: {reason(error)}") from error
 
@@ -157,6 +167,12 @@ class OpenVinoSession(Session):
         self._any.reset()
         self._fixed.reset()
         self._graph = None
+
+
+def _read(file: Path, kernels: Kernels = "default") -> Any:
+    if kernels == "default":
+        return core().read_model(str(file))
+    return core().read_model(preferring(file), file.with_suffix(".bin").read_bytes())
 
 
 def _spec(port: Any, file: Path) -> TensorSpec:

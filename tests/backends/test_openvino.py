@@ -13,9 +13,10 @@ import pytest
 import optkit
 from optkit.backends import BACKENDS
 from optkit.backends.openvino.cache import folder as cache_folder
+from optkit.backends.openvino.kernels import proposed
 from optkit.backends.openvino.messages import refused
 from optkit.backends.openvino.placement import PLACEMENTS
-from optkit.backends.openvino.profile import read_runtime
+from optkit.backends.openvino.profile import read_runtime, runtime_nodes
 from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError, DataError, ModelError, UnsupportedOpError
 from optkit.graph import walk
@@ -25,6 +26,7 @@ from optkit.passes.quantization.static import QuantizeStatic
 from optkit.recipe import Recipe, shipped
 from optkit.reference import ReferenceSession
 from optkit.targets import target
+from optkit.targets.host import features
 from optkit.testing import parse, random_feeds
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
@@ -474,6 +476,66 @@ def test_all_convolutions_run_in_int8_also_depthwise_ones(tmp_path, placement):
     exact = ReferenceSession(_mobile()).run(feeds)["y"]
     # Four layers of 8 bits, each off by less than a percent of its range.
     assert np.abs(found - exact).max() < 0.1
+
+
+def _kernels(folder: Path, options) -> tuple[set[str], np.ndarray]:
+    """Of all convolutions but depthwise ones; and the output."""
+    backend = BACKENDS.get("openvino")()
+    feeds = random_feeds(_mobile(), size=2)
+    with backend.load(folder, CPU, options, threads=1) as session:
+        found = session.run(feeds)["y"]
+        nodes = runtime_nodes(session.compiled)
+    names = {n["primitiveType"] for n in nodes if n["layerType"] == "Convolution"}
+    return {n for n in names if "_dw" not in n}, found
+
+
+@needs_openvino
+@pytest.mark.skipif(not proposed(features()), reason="the processor has no such kernels, or AMX")
+@pytest.mark.parametrize("usual", [None, {"x": (2, 3, 16, 16)}])
+def test_the_older_kernels_of_convolutions_compute_the_same(tmp_path, usual):
+    model = _quantized(_mobile(), "conv")
+    backend, options = _lower(model, tmp_path)
+    (jit,) = backend.variants(model, CPU, options.model_copy(update={"shapes": usual}))
+    assert jit.kernels == "jit" and jit.shapes == usual
+    assert not backend.variants(model, CPU, jit)
+    usual_kernels, expected = _kernels(tmp_path, options)
+    assert all("brg" in n for n in usual_kernels)
+    kernels, found = _kernels(tmp_path, jit)
+    assert kernels and all(n.startswith("jit_avx512") for n in kernels)
+    np.testing.assert_array_equal(found, expected)
+    assert {
+        e.format for e in backend.executed(tmp_path, CPU, jit, random_feeds(_mobile(), size=2)) if e.macs
+    } == {
+        e.format for e in backend.executed(tmp_path, CPU, options, random_feeds(_mobile(), size=2)) if e.macs
+    }
+
+
+@needs_openvino
+def test_older_kernels_are_not_proposed_for_a_graph_without_convolutions(tmp_path):
+    model = parse(HEAD + "g (float[N] x) => (float[N] y) { y = Relu(x) }")
+    backend, options = _lower(model, tmp_path)
+    assert not backend.variants(model, CPU, options)
+
+
+@needs_openvino
+def test_with_older_kernels_too_a_broken_file_is_a_clear_error(tmp_path):
+    backend, options = _lower(_mobile(), tmp_path)
+    (tmp_path / "model.xml").write_text("<net")
+    with pytest.raises(ModelError, match=r"model\.xml: is no XML"):
+        backend.load(tmp_path, CPU, options.model_copy(update={"kernels": "jit"}), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"avx2", "fma"}, False),
+        ({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}, True),
+        ({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "amx_int8"}, False),
+        ({"asimd", "asimddp"}, False),
+    ],
+)
+def test_older_kernels_are_proposed_for_processors_that_have_them_and_no_better_ones(features, expected):
+    assert proposed(frozenset(features)) is expected
 
 
 @needs_openvino
