@@ -14,6 +14,7 @@ from torch import nn
 
 from optkit.errors import ModelError, PassError
 from optkit.passes.base import Attached, Batch, Context, call
+from optkit.passes.nested import feeds, tensors
 from optkit.passes.pruning.choose import choose, multiple_for, scores
 from optkit.passes.pruning.criteria import score
 from optkit.passes.pruning.dependencies import Dependencies, Group, dependencies
@@ -222,13 +223,8 @@ def _compare(
 ) -> str | None:
     """Hold the module against its graph, cut alike and run by ONNX Runtime."""
     other = remove_from_copy(model, found, gone)
-    names = [str(v.name) for v in other.graph.inputs]
-    if isinstance(batch, Mapping):
-        feeds = {name: _array(batch[name]) for name in names}
-    else:
-        feeds = dict(zip(names, (_array(x) for x in batch if x is not None), strict=True))
     try:
-        expected = list(ReferenceSession(other).run(feeds).values())
+        expected = list(ReferenceSession(other).run(feeds(other, batch)).values())
     except ModelError as error:
         return str(error)
     was = module.training
@@ -239,23 +235,9 @@ def _compare(
     finally:
         module.train(was)
     found_outputs = [x.float().cpu().numpy() for x in tensors(given)]
-    for a, b in zip(found_outputs, expected, strict=False):
+    for a, b in zip(found_outputs, expected, strict=True):
         if a.shape != b.shape:
             return f"an output is {list(a.shape)}, and should be {list(b.shape)}"
         if not np.allclose(a, b, atol=_CLOSE * max(float(np.abs(b).max(initial=0)), 1e-6), rtol=0):
             return f"an output differs by {np.abs(a - b).max():.2g}"
     return None
-
-
-def _array(x: Any) -> np.ndarray:
-    array: np.ndarray = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-    return array
-
-
-def tensors(x: Any) -> list[torch.Tensor]:
-    """All tensors of an output, in order."""
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, Mapping):
-        return [t for v in x.values() for t in tensors(v)]
-    return [t for v in x for t in tensors(v)] if isinstance(x, list | tuple) else []
