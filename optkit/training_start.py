@@ -93,7 +93,7 @@ def training(
 
     def clean(model: ir.Model) -> ir.Model:
         model = loaded(model)
-        exact = itertools.takewhile(lambda p: p.exact, (p for p in plan.passes if p.stage == "graph"))
+        exact = itertools.takewhile(lambda p: p.exact, plan.graph_passes)
         run_passes(model, tuple(exact), graph_context)
         return model
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Names of numbers of heads, and of widths, in the modules that hold attention.
 _HEADS = re.compile(r"head|^n?h$|^kv|groups$", re.IGNORECASE)
-_WIDTHS = re.compile(r"size|dim|inner|width|channels|features|embed", re.IGNORECASE)
+_WIDTHS = re.compile(r"size|dim|inner|width|channels|features|embed|^n[fx]$", re.IGNORECASE)
 # Sums of float32 in another order: torch and ONNX Runtime differ by this share of the largest output.
 _CLOSE = 1e-3
 # Its own checks tie its widths to each other.
@@ -155,6 +155,8 @@ class Cut:
             for other, its_name in _holders(self._module, old):
                 _set(other, its_name, made, undo)
                 _fit(other, undo)
+                if not type(other).__module__.startswith("torch."):
+                    _rename_widths(other, old.shape, new.shape, undo)
         for path, sizes in owners.items():
             units = len(group.units)
             _rename_sizes(self._module.get_submodule(path), sizes, units, units - len(part), undo)
@@ -202,6 +204,16 @@ def _fit(layer: Any, undo: list[Callable[[], None]]) -> None:
     for name, size in sizes.items():
         if getattr(layer, name) != size:
             _set(layer, name, size, undo)
+
+
+def _rename_widths(
+    layer: nn.Module, old: Sequence[int], new: Sequence[int], undo: list[Callable[[], None]]
+) -> None:
+    """Widths that a layer of somebody else's keeps beside the tensor that they are of."""
+    sizes = {a: b for a, b in zip(old, new, strict=True) if a != b and list(old).count(a) == 1}
+    for name, value in list(vars(layer).items()):
+        if type(value) is int and value in sizes and _WIDTHS.search(name) and not name.startswith("_"):
+            _set(layer, name, sizes[value], undo)
 
 
 def _rename_sizes(

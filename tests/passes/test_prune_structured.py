@@ -463,3 +463,24 @@ def test_caches_nested_in_the_inputs_are_given_to_the_graph_and_stay_as_they_are
     with torch.no_grad():
         expected = _masked(before, after)(x, [was.clone()])
         torch.testing.assert_close(after(x, [was.clone()]), expected, rtol=1e-4, atol=1e-5)
+
+
+class _Turned(nn.Module):
+    """A linear layer as GPT-2 has it: inputs first, and the width of the outputs as a number of its own."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.nf, self.weight, self.bias = o, nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))
+
+    def forward(self, x):
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return flat.reshape(*x.shape[:-1], self.nf)
+
+
+def test_layers_of_somebody_elses_that_keep_their_width_are_told():
+    before = _random(lambda: nn.Sequential(_Turned(4, 16), nn.GELU(), _Turned(16, 6)))
+    after, x = copy.deepcopy(before), torch.randn(2, 3, 4)
+    _prune(after, x)
+    assert (after[0].nf, after[0].weight.shape, after[2].nf) == (8, (4, 8), 6)
+    with torch.no_grad():
+        torch.testing.assert_close(after(x), _masked(before, after)(x), rtol=1e-4, atol=1e-5)
