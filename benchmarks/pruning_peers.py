@@ -48,7 +48,7 @@ from optkit.targets import target
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _RATIO = 0.5
-_SECONDS, _BYTES = 300, 8 << 30
+_SECONDS, _BYTES = 180, 8 << 30
 # Relative to the largest value: sums over fewer numbers are taken in another order.
 _CLOSE = 1e-3
 # Layers at the end that torch-pruning is told to leave alone, until the outputs have their old shapes.
