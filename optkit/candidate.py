@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 
 # Rounds of the measurement that ranks, and the CPU seconds that it may take.
 RANK = (9, 1.5)
+# Of the range of an output: a step of int8.
+STEP = 1 / 255
 # One must win by this factor to be taken for faster: below, the difference is noise.
 CLEARLY = 1.03
 
 
 @dataclass(slots=True, kw_only=True)
 class Built:
-    """A recipe carried out: files in a folder, not yet an artifact."""
+    """A recipe carried out: files in a folder, not yet an artifact.
+
+    Attributes:
+        lossy: Its passes, or what the backend was told, changed numbers.
+        rounds: The graph as it was given holds rounded activations, as after quantization-aware training.
+    """
 
     name: str
     recipe: Recipe
@@ -35,6 +42,7 @@ class Built:
     lossy: bool
     scheme: str
     weights: dict[str, int]
+    rounds: bool = False
     sqnr: float | None = None
     speedup: Speedup | None = None
     estimate: Estimate | None = None
@@ -97,4 +105,8 @@ def losses(built: Built, recipe: Recipe, *, strict: bool) -> list[str]:
             reasons.append(
                 f"cosine to the fp32 reference {f.cosine:.4f}, at least {limits.min_cosine:g} is asked for"
             )
+    if built.fidelity is not None and built.rounds and not built.lossy and built.fidelity.largest > STEP:
+        # Runtimes that leave rounding out compute something else than what was trained.
+        apart = built.fidelity.largest / STEP
+        reasons.append(f"an output is {apart:.1f} steps of int8 from what the rounding in the graph gives")
     return reasons

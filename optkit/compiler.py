@@ -39,7 +39,7 @@ from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded, is_torch, read
-from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, weight_bytes
+from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, walk, weight_bytes
 from optkit.kernels.base import DOMAIN
 from optkit.legalize import legalize
 from optkit.page import page
@@ -325,6 +325,7 @@ class Compilation:
             lossy=lossy,
             scheme=scheme(model),
             weights=weights(model),
+            rounds=any(n.op_type == "QuantizeLinear" for n in walk(self.loaded.model)),
             saturation=saturation(model, self.target),
         )
         with self.session(built) as session:
@@ -619,6 +620,17 @@ def request(
         BackendUnavailableError: A package is missing.
     """
     plan = _plan(recipe, precision, overrides, target, backend, max_drop, seed, goal)
+    torch_passes = [p.name for p in plan.passes if p.stage == "torch"]
+    if torch_passes and not is_torch(source):
+        raise RecipeError(
+            f"{', '.join(torch_passes)}: works on a PyTorch module, but {_named(source)} is already a graph",
+            hint="remove the pass, or start from the module: optkit compile package.module:factory",
+        )
+    if torch_passes:
+        raise RecipeError(
+            f"{', '.join(torch_passes)}: trains a module, and compile trains nothing",
+            hint="optkit.training(module, recipe) in a loop of your own, or optkit.finetune; what they finish compiles",
+        )
     where = target if isinstance(target, Target) else find_target(plan.target or "cpu")
     engine = available(plan.backend or where.backends[0])
     if (
@@ -642,17 +654,6 @@ def request(
                 "max-drop needs an evaluator: without labels there is no metric to lose",
                 hint="give --eval FILE, or limits.min_cosine for fidelity",
             )
-    torch_passes = [p.name for p in plan.passes if p.stage == "torch"]
-    if torch_passes and not is_torch(source):
-        raise RecipeError(
-            f"{', '.join(torch_passes)}: works on a PyTorch module, but {_named(source)} is already a graph",
-            hint="remove the pass, or start from the module: optkit compile package.module:factory",
-        )
-    if torch_passes:
-        raise RecipeError(
-            f"{', '.join(torch_passes)}: trains a module, and compile trains nothing",
-            hint="optkit.training(module, recipe) in a loop of your own, or optkit.finetune; what they finish compiles",
-        )
     loaded = read(source, inputs=inputs, dynamic=dynamic_shapes, weights=weights)
     batches = _batches(data, loaded, plan)
     if evaluator is not None:

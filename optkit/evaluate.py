@@ -354,6 +354,7 @@ class Fidelity:
         agreement: Share of rows along the last axis with the same largest element, and of equal integers; None for
             outputs that have neither.
         n: Batches.
+        largest: Largest difference in a float output, as a share of the range of the reference's in that batch.
         shapes_equal: Whether all shapes were equal; where not, the other numbers cover the outputs that were.
     """
 
@@ -361,6 +362,7 @@ class Fidelity:
     sqnr: float
     agreement: float | None
     n: int
+    largest: float
     shapes_equal: bool
 
 
@@ -371,7 +373,7 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}
     same = rows = n = 0
-    shapes_equal = True
+    largest, shapes_equal = 0.0, True
     for feeds in batches:
         n += 1
         expected, found = reference(feeds), candidate(feeds)
@@ -396,6 +398,10 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
                 np.isfinite(y[finite]).all()
             )
             x, y = (x[finite], y[finite]) if kept else (x[finite], np.full(finite.sum(), np.nan))
+            if x.size and not np.array_equal(x, y):
+                # What is constant in the batch is held against its size.
+                apart, size = float(np.abs(x - y).max()), float(np.ptp(x)) or float(np.abs(x).max())
+                largest = max(largest, apart / size if size and math.isfinite(apart) else math.inf)
             norm = float(np.linalg.norm(x) * np.linalg.norm(y))
             alike = float(np.array_equal(x, y)) if not norm else float(x @ y) / norm
             cosines.setdefault(name, []).append(alike)
@@ -408,7 +414,7 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
     means = [float(np.mean(c)) for c in cosines.values()] or [float(np.mean(equal)) if equal else 1.0]
     cosine = min(means) if all(map(math.isfinite, means)) and (shapes_equal or cosines or equal) else 0.0
     return Fidelity(
-        cosine=cosine, sqnr=min(ratio, default=200.0), agreement=same / rows if rows else None, n=n, shapes_equal=shapes_equal,
+        cosine=cosine, sqnr=min(ratio, default=200.0), agreement=same / rows if rows else None, n=n, largest=largest, shapes_equal=shapes_equal,
     )  # fmt: skip
 
 

@@ -99,7 +99,8 @@ class Recipe(BaseModel):
         backend: Runtime, or None for the target's best.
         options: Options of the backend.
         passes: In order; passes over a torch module come first.
-        candidates: Names of recipes to try instead of ``passes``; the fastest that keeps the limits is taken.
+        candidates: Names of recipes to try instead of passes over the graph; the fastest that keeps the limits is taken.
+            Behind passes over a torch module, they are tried on what was trained.
         repair: Where a quantized candidate misses a limit, return the layers that hurt most to float.
         goal: What is wanted most among what keeps the limits: ``latency`` of one request at a time, ``throughput`` of many,
             or a small ``size``.
@@ -153,6 +154,13 @@ class Recipe(BaseModel):
     def yaml(self) -> str:
         """The resolved recipe as a file."""
         return yaml.safe_dump(self.dump(), sort_keys=False, default_flow_style=None, width=120)
+
+    @property
+    def graph_passes(self) -> tuple[Pass, ...]:
+        """Its own passes over the graph or, where it has candidates, those of the first."""
+        if self.candidates:
+            return Recipe.load(self.candidates[0]).graph_passes
+        return tuple(p for p in self.passes if p.stage == "graph")
 
     @property
     def digest(self) -> str:
@@ -344,9 +352,9 @@ def _build(where: str, raw: dict[str, Any]) -> Recipe:
     stages = [p.stage for p in recipe.passes]
     if "graph" in stages and "torch" in stages[stages.index("graph") :]:
         raise RecipeError(f"{where}: passes over a torch module must come before passes over the graph")
-    if recipe.passes and recipe.candidates:
+    if "graph" in stages and recipe.candidates:
         raise RecipeError(
-            f"{where}: passes and candidates are both given",
+            f"{where}: passes over the graph and candidates are both given",
             hint="candidates are whole recipes: put the passes into a recipe of their own and name it",
         )
     return recipe

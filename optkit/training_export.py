@@ -13,6 +13,7 @@ from optkit.exporting.export import export
 from optkit.exporting.exported import Exported
 from optkit.frontend import proved, read
 from optkit.graph import walk
+from optkit.ops import spec
 from optkit.reference import ReferenceSession
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def final(module: torch.nn.Module, batch: Batch, dynamic: Dynamic) -> ir.Model:
     """The trained module as a graph that was compared with it.
 
     A graph of floats is proved as any other (``optkit.exporting.proof``). In one with rounding, sums of floats in another
-    order fall on the other side of a tie now and then, so that outputs may differ by a step of 255 over their range.
+    order fall on the other side of a tie now and then, so that outputs may differ by a step: of the grid that they lie on
+    themselves, else of 255 over their range.
 
     Raises:
         ModelError: It cannot be traced, or computes something else than the module.
@@ -68,10 +70,12 @@ def final(module: torch.nn.Module, batch: Batch, dynamic: Dynamic) -> ir.Model:
         found = session.run(exported.feeds(exported.tensors))
     finally:
         session.close()
+    grids = {str(v.name): _grid(v) for v in model.graph.outputs}
     for name, expected in exported.eager(exported.tensors).items():
         if not np.issubdtype(expected.dtype, np.floating):
             continue
-        step = float(np.ptp(expected)) / 255
+        # Two floats a step apart differ by it only up to their own rounding.
+        step = max(float(np.ptp(expected)) / 255, grids[name] * (1 + 1e-5))
         distance = float(np.abs(found[name] - expected).max(initial=0))
         if not distance <= step:
             raise ModelError(
@@ -80,6 +84,18 @@ def final(module: torch.nn.Module, batch: Batch, dynamic: Dynamic) -> ir.Model:
                 hint="this is a defect of optkit: please report the module",
             )
     return model
+
+
+def _grid(value: ir.Value) -> float:
+    """The step of the grid that a value lies on, of its own pair or of one before it whose numbers it keeps; 0 where there is none."""
+    node = value.producer()
+    while node is not None and node.op_type != "DequantizeLinear":
+        row = spec(node)
+        if row is None or not row.keeps_grid(node) or node.inputs[0] is None:
+            return 0.0
+        node = node.inputs[0].producer()
+    scale = None if node is None or node.inputs[1] is None else node.inputs[1].const_value
+    return 0.0 if scale is None else float(scale.numpy().max())
 
 
 def _exported(module: torch.nn.Module, batch: Batch, dynamic: Dynamic) -> Exported:

@@ -29,7 +29,7 @@ class Trained:
     Attributes:
         module: The module that was trained, in the form that is exported.
         changes: What the passes did, by their names in the recipe.
-        recipe: The passes over the graph that remain, for ``compile``.
+        recipe: What remains for ``compile``: passes over the graph, or candidates.
     """
 
     module: nn.Module
@@ -46,7 +46,7 @@ class Trained:
         return self._export(self.module)
 
     def compile(self, **options: Any) -> tuple[Artifact, Report]:
-        """``optkit.compile`` of the module with the rest of the recipe."""
+        """``optkit.compile`` of the module with the rest of the recipe; ``data`` has the sizes that it is to be fast at."""
         from optkit.compiler import compile
 
         return compile(self.export(), recipe=self.recipe, **options)

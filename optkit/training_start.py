@@ -22,7 +22,6 @@ from optkit.targets import target as find_target
 from optkit.training_session import TrainingSession
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
     import torch
     from torch import nn
@@ -94,7 +93,7 @@ def training(
 
     def clean(model: ir.Model) -> ir.Model:
         model = loaded(model)
-        exact = itertools.takewhile(lambda p: p.exact, (p for p in plan.passes if p.stage == "graph"))
+        exact = itertools.takewhile(lambda p: p.exact, plan.graph_passes)
         run_passes(model, tuple(exact), graph_context)
         return model
 
@@ -144,11 +143,11 @@ def _narrow(
     """What ``narrow`` finds for the first batch, or an error."""
     from optkit.compiler import available
     from optkit.narrowing import narrow
+    from optkit.passes.nested import feeds
 
-    feeds = [_feeds(model, batch)]
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
         result = narrow(
-            model, found, groups, importance, feeds, context, available(engine.name), Path(folder), wanted=wanted, **limits
+            model, found, groups, importance, [feeds(model, batch)], context, available(engine.name), Path(folder), wanted=wanted, **limits
         )  # fmt: skip
     if not result.reached:
         raise LimitMissedError(
@@ -169,21 +168,12 @@ def _race(
     """
     from optkit.compiler import available
     from optkit.narrowing import Trial, check_measurable
+    from optkit.passes.nested import feeds
 
     backend = available(engine.name)
     check_measurable(context.target, backend)
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
-        yield Trial(whole, [_feeds(whole, batch)], context, backend, Path(folder)).race
-
-
-def _feeds(model: ir.Model, batch: Batch) -> dict[str, np.ndarray]:
-    names = [str(v.name) for v in model.graph.inputs]
-    given = (
-        batch
-        if isinstance(batch, Mapping)
-        else dict(zip(names, (x for x in batch if x is not None), strict=True))
-    )
-    return {name: given[name].numpy(force=True) for name in names}
+        yield Trial(whole, [feeds(whole, batch)], context, backend, Path(folder)).race
 
 
 def _batches(example: Any) -> list[Batch]:

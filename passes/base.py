@@ -53,7 +53,10 @@ Batch = tuple[Any, ...] | Mapping[str, Any]
 
 
 def call(module: Any, batch: Batch) -> Any:
-    """The outputs of a torch module."""
+    """The outputs of a torch module, which may write to what is nested in its inputs: those are copies."""
+    from optkit.passes.nested import fresh
+
+    batch = fresh(batch)
     return module(**batch) if isinstance(batch, Mapping) else module(*batch)
 
 

@@ -426,6 +426,19 @@ def test_cosine_and_noise_are_those_of_the_formulas():
     assert (found.n, found.shapes_equal) == (2, True)
 
 
+def test_the_largest_difference_is_a_share_of_the_range_in_its_batch():
+    wide, narrow = np.float32([-3.0, 0.0, 5.0]), np.float32([-0.5, 0.0, 0.5])
+    expected = [*_outputs(wide), *_outputs(narrow)]
+    found = [*_outputs(wide + np.float32([0, 0.4, 0])), *_outputs(narrow + np.float32([0, 0, -0.25]))]
+    assert _fidelity(expected, found).largest == pytest.approx(0.25)
+    assert _fidelity(expected[:1], found[:1]).largest == pytest.approx(0.05)
+    assert _fidelity(expected, expected).largest == 0
+    # Without a range, against the size; what is no longer finite is as far as can be.
+    flat = np.full(3, 2.0, np.float32)
+    assert _fidelity(_outputs(flat), _outputs(flat + np.float32([0, 1, 0]))).largest == pytest.approx(0.5)
+    assert _fidelity(_outputs(wide), _outputs(wide * np.nan)).largest == np.inf
+
+
 def test_the_worst_output_counts():
     good, bad = np.float32([1, 2, 3]), np.float32([3, -2, 1])
     found = _fidelity([{"a": good, "b": good}], [{"a": good, "b": bad}])

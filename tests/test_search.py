@@ -61,6 +61,8 @@ class _Plan:
     wobble: float = 0.0
     cosine: float = 1.0
     sqnr: float = 100.0
+    largest: float = 0.0
+    rounds: bool = False
     bytes: int = 1000
     lossy: bool = True
     same_as: str | None = None
@@ -111,7 +113,7 @@ class _Work:
         return Built(
             name=name, recipe=recipe, folder=folder,
             records=[PassRecord(name=p.name, nodes_before=1, nodes_after=1, changes=1) for p in recipe.passes],
-            seconds={}, bytes=plan.bytes, lossy=plan.lossy and any(not p.exact for p in recipe.passes), scheme="", weights={},
+            seconds={}, bytes=plan.bytes, lossy=plan.lossy and any(not p.exact for p in recipe.passes), scheme="", weights={}, rounds=plan.rounds,
         )  # fmt: skip
 
     def measure(self, built, *, rounds, budget, hopeless=0.0):
@@ -143,7 +145,12 @@ class _Work:
             raise plan.unfit
         if plan.drop is None:
             built.fidelity = Fidelity(
-                cosine=plan.cosine, sqnr=plan.sqnr, agreement=None, n=1, shapes_equal=True
+                cosine=plan.cosine,
+                sqnr=plan.sqnr,
+                agreement=None,
+                n=1,
+                largest=plan.largest,
+                shapes_equal=True,
             )
             return
         reference = np.full(100, 0.5)
@@ -200,6 +207,21 @@ def test_the_fastest_that_keeps_the_limits_ships(tmp_path):
     assert (choice.missed, choice.inconclusive) == ([], [])
     # The metric is computed for no more than it has to be.
     assert work.asked("judge") == ["fast"]
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_runtime_that_rounds_otherwise_than_the_graph_is_passed_over(rounds, tmp_path):
+    plans = {
+        "fp32": _Plan(1.1, drop=None, rounds=rounds, lossy=False),
+        "other": _Plan(2.0, drop=None, rounds=rounds, lossy=False, largest=1.3 / 255),
+        "close": _Plan(1.5, drop=None, rounds=rounds, lossy=False, largest=0.9 / 255),
+    }
+    recipe = Recipe.load({"recipe": 1, "candidates": list(plans)})
+    choice = choose(_Work(tmp_path, plans), recipe, [(n, EXACT) for n in plans], strict=False)
+    assert choice.best.name == ("close" if rounds else "other")
+    if rounds:
+        (reason,) = (r.reason for r in choice.records if r.name == "other")
+        assert reason == "an output is 1.3 steps of int8 from what the rounding in the graph gives"
 
 
 def test_one_that_loses_too_much_is_passed_over(tmp_path):

@@ -73,10 +73,9 @@ def check(terminal: Terminal, recipe: _Name, sets: options.Set = None, json: opt
     if json:
         terminal.json({"recipe": recipe, "valid": True, "digest": found.digest})
     else:
-        steps = (
-            ", ".join(p.name for p in found.passes) or f"one of {', '.join(found.candidates) or 'nothing'}"
-        )
-        terminal.result(f"{recipe}: valid: {steps}")
+        steps = [p.name for p in found.passes]
+        steps += [f"one of {', '.join(found.candidates)}"] if found.candidates else []
+        terminal.result(f"{recipe}: valid: {', '.join(steps) or 'nothing to do'}")
     return 0
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from optkit.passes.architecture.evolve import Genome
 from optkit.passes.architecture.space import CONVOLUTIONS, Convolution, Depth, Form, Space, Width
 from optkit.passes.base import Batch, call
-from optkit.passes.pruning.modules import Cut, tensors
+from optkit.passes.nested import tensors
+from optkit.passes.pruning.modules import Cut
 
 
 def become(space: Space, genome: Genome, module: nn.Module, batch: Batch) -> str | None:

@@ -15,9 +15,10 @@ from optkit.passes.architecture.evolve import Genome, Judged, evolve
 from optkit.passes.architecture.space import Space, space
 from optkit.passes.architecture.twin import become
 from optkit.passes.base import Attached, Batch, Context, Training, call
+from optkit.passes.nested import tensors
 from optkit.passes.pruning.choose import multiple_for, scores
 from optkit.passes.pruning.criteria import score
-from optkit.passes.pruning.modules import tensors, traced
+from optkit.passes.pruning.modules import traced
 from optkit.rewrite import Change
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from torch import nn
 
 from optkit.errors import ModelError, PassError
 from optkit.passes.base import Attached, Batch, Context, call
+from optkit.passes.nested import feeds, tensors
 from optkit.passes.pruning.choose import choose, multiple_for, scores
 from optkit.passes.pruning.criteria import score
 from optkit.passes.pruning.dependencies import Dependencies, Group, dependencies
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Names of numbers of heads, and of widths, in the modules that hold attention.
 _HEADS = re.compile(r"head|^n?h$|^kv|groups$", re.IGNORECASE)
-_WIDTHS = re.compile(r"size|dim|inner|width|channels|features|embed", re.IGNORECASE)
+_WIDTHS = re.compile(r"size|dim|inner|width|channels|features|embed|^n[fx]$", re.IGNORECASE)
 # Sums of float32 in another order: torch and ONNX Runtime differ by this share of the largest output.
 _CLOSE = 1e-3
 # Its own checks tie its widths to each other.
@@ -154,6 +155,8 @@ class Cut:
             for other, its_name in _holders(self._module, old):
                 _set(other, its_name, made, undo)
                 _fit(other, undo)
+                if not type(other).__module__.startswith("torch."):
+                    _rename_widths(other, old.shape, new.shape, undo)
         for path, sizes in owners.items():
             units = len(group.units)
             _rename_sizes(self._module.get_submodule(path), sizes, units, units - len(part), undo)
@@ -203,6 +206,16 @@ def _fit(layer: Any, undo: list[Callable[[], None]]) -> None:
             _set(layer, name, size, undo)
 
 
+def _rename_widths(
+    layer: nn.Module, old: Sequence[int], new: Sequence[int], undo: list[Callable[[], None]]
+) -> None:
+    """Widths that a layer of somebody else's keeps beside the tensor that they are of."""
+    sizes = {a: b for a, b in zip(old, new, strict=True) if a != b and list(old).count(a) == 1}
+    for name, value in list(vars(layer).items()):
+        if type(value) is int and value in sizes and _WIDTHS.search(name) and not name.startswith("_"):
+            _set(layer, name, sizes[value], undo)
+
+
 def _rename_sizes(
     owner: nn.Module, sizes: Mapping[int, int], units: int, left: int, undo: list[Callable[[], None]]
 ) -> None:
@@ -222,13 +235,8 @@ def _compare(
 ) -> str | None:
     """Hold the module against its graph, cut alike and run by ONNX Runtime."""
     other = remove_from_copy(model, found, gone)
-    names = [str(v.name) for v in other.graph.inputs]
-    if isinstance(batch, Mapping):
-        feeds = {name: _array(batch[name]) for name in names}
-    else:
-        feeds = dict(zip(names, (_array(x) for x in batch if x is not None), strict=True))
     try:
-        expected = list(ReferenceSession(other).run(feeds).values())
+        expected = list(ReferenceSession(other).run(feeds(other, batch)).values())
     except ModelError as error:
         return str(error)
     was = module.training
@@ -239,23 +247,9 @@ def _compare(
     finally:
         module.train(was)
     found_outputs = [x.float().cpu().numpy() for x in tensors(given)]
-    for a, b in zip(found_outputs, expected, strict=False):
+    for a, b in zip(found_outputs, expected, strict=True):
         if a.shape != b.shape:
             return f"an output is {list(a.shape)}, and should be {list(b.shape)}"
         if not np.allclose(a, b, atol=_CLOSE * max(float(np.abs(b).max(initial=0)), 1e-6), rtol=0):
             return f"an output differs by {np.abs(a - b).max():.2g}"
     return None
-
-
-def _array(x: Any) -> np.ndarray:
-    array: np.ndarray = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-    return array
-
-
-def tensors(x: Any) -> list[torch.Tensor]:
-    """All tensors of an output, in order."""
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, Mapping):
-        return [t for v in x.values() for t in tensors(v)]
-    return [t for v in x for t in tensors(v)] if isinstance(x, list | tuple) else []

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from optkit.errors import PassError, UnknownNameError
 from optkit.formats import FORMATS, Format
+from optkit.ops import spec
 from optkit.passes.base import Attached, Batch, Context, call
-from optkit.passes.quantization.fake import FakeQuantize, QuantizedLayer, unfit
+from optkit.passes.quantization.fake import FakeQuantize, OnGrid, QuantizedLayer, unfit
 from optkit.passes.quantization.plan import Plan, make_plan
-from optkit.passes.quantization.sites import Sites, add, export_marked, install, trace
+from optkit.passes.quantization.sites import Sites, add, export_marked, install, reads_first, trace
 from optkit.rewrite import Change
 from optkit.training_sharded import spread_like, whole
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_IN_PLACE = (torch.relu_, F.relu_, "relu_")
+_RELUS = (torch.relu, F.relu, "relu", *_IN_PLACE)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -170,6 +174,7 @@ class _Found:
         """A quantizer for every grid, and a call of it for every pair."""
         grids: dict[ir.Value, FakeQuantize] = {}
         paths: dict[ir.Value, str] = {}
+        kept: set[fx.Node] = set()
         for value, origin in plan.pairs.items():
             site = self._nodes[self._sites.of(value)[-1]]
             if origin not in grids:
@@ -187,7 +192,57 @@ class _Found:
             )
             # A reader may stand behind another site of the same value.
             assert call.users, f"{site.name}: nothing reads the pair"
+            if _chosen_from(value, origin, plan):
+                kept.add(call)
+        by_path = {paths[origin]: grid for origin, grid in grids.items()}
+        self._spare(kept, by_path)
+        self._absorb(by_path)
         return grids
+
+    def _spare(self, kept: Collection[fx.Node], grids: Mapping[str, FakeQuantize]) -> None:
+        """Round no value again that was chosen from rounded ones."""
+        there = {n: str(n.target) for n in self._graph.nodes if n.op == "call_module" and n.target in grids}
+        for pair, path in there.items():
+            site = pair.args[0]
+            if pair in kept and isinstance(site, fx.Node) and there.get(reads_first(site)) == path:
+                pair.target = add(self._module, f"grid_{site.name}", OnGrid(grids[path]))
+
+    def _absorb(self, grids: Mapping[str, FakeQuantize]) -> None:
+        """Let quantizers do the work of the ReLUs in front of them: a node less each way, and the same numbers."""
+        pairs = [n for n in self._graph.nodes if n.op == "call_module" and n.target in grids]
+        for pair in pairs:
+            relu = pair.args[0]
+            before = relu.args[0] if isinstance(relu, fx.Node) and relu.args else None
+            alone = len(relu.users) == 1 and sum(p.target == pair.target for p in pairs) == 1
+            if not alone or not isinstance(before, fx.Node) or not self._is_relu(relu):
+                continue
+            # One that works in place changes what others see.
+            if len(before.users) > 1 and self._in_place(relu):
+                continue
+            layer = self._layers[str(relu.target)] if relu.op == "call_module" else None
+            grids[str(pair.target)].absorb(layer)
+            pair.replace_input_with(relu, before)
+            self._graph.erase_node(relu)
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self._layers[str(node.target)]) is nn.ReLU
+        return node.target in _RELUS
+
+    def _in_place(self, relu: fx.Node) -> bool:
+        if relu.op == "call_module":
+            return bool(getattr(self._layers[str(relu.target)], "inplace", False))
+        # The second argument of F.relu.
+        return relu.target in _IN_PLACE or bool(relu.kwargs.get("inplace", relu.args[1:]))
+
+
+def _chosen_from(value: ir.Value, origin: ir.Value, plan: Plan) -> bool:
+    """Whether the value holds nothing but values of another one that is on the grid of ``origin``."""
+    node = value.producer()
+    if node is None or node not in plan.nodes or (row := spec(node)) is None:
+        return False
+    first = node.inputs[0]
+    return row.keeps_grid(node) and first is not None and plan.pairs.get(first) is origin
 
 
 def _device(module: nn.Module) -> torch.device:

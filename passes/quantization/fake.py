@@ -30,11 +30,19 @@ def _emit(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Ten
     )
 
 
+def _hooked(layer: nn.Module | None) -> bool:
+    """Whether somebody wants to see what goes into the layer, or comes out of it."""
+    return layer is not None and bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 class FakeQuantize(nn.Module):
     """A value on an integer grid, per tensor.
 
     Args:
         fmt: Of up to 8 bits.
+
+    Attributes:
+        rectifies: It is given what the ReLU in front of it was given, and does its work too.
     """
 
     zero: torch.Tensor
@@ -42,12 +50,19 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, fmt: Format) -> None:
         super().__init__()
-        self.fmt = fmt
+        self.fmt, self.rectifies = fmt, False
+        self._relu: nn.Module | None = None
         # One element and not a scalar, which cannot be sharded.
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.register_buffer("zero", torch.zeros(()))
         self._zero = 0  # what the buffer holds, so that no step waits for the device to say
         self.observer: Histogram | None = Histogram("mse", 99.99)
+
+    def absorb(self, relu: nn.Module | None) -> None:
+        """Do the work of a ReLU, of the module where it is one, in whose place this is called from now on."""
+        self.rectifies = True
+        # Kept beside the registered modules, because others own it.
+        object.__setattr__(self, "_relu", relu)
 
     def observed(self) -> bool:
         """Take the range that was seen; whether there was one of finite numbers."""
@@ -76,16 +91,42 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Round; before training, only look."""
+        exporting = torch.compiler.is_exporting() and hasattr(self, "step")
+        together = self.rectifies and self.observer is None and not exporting and not _hooked(self._relu)
+        if self.rectifies and not together:
+            x = x.relu() if self._relu is None else self._relu(x)
         if self.observer is not None:
             self.observer.add(x.detach().float().cpu().numpy())
             return x
-        if torch.compiler.is_exporting() and hasattr(self, "step"):
+        if exporting:
             return _emit(x, self.step, self.zero_stored)
-        return rounded(x, self.log_scale, self._zero, self.fmt.low, self.fmt.high, None)
+        fmt = self.fmt
+        return rounded(x, self.log_scale, self._zero, fmt.low, fmt.high, None, rectified=together)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._zero = int(self.zero)
+
+
+class OnGrid(nn.Module):
+    """A value on the grid of a quantizer, because it was chosen from values that are: a pair in the exported graph alone.
+
+    Args:
+        quantizer: Owned by another.
+    """
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        object.__setattr__(self, "quantizer", quantizer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The value as it is."""
+        quantizer: FakeQuantize = self.__dict__["quantizer"]
+        if quantizer.observer is not None:
+            quantizer.observer.add(x.detach().float().cpu().numpy())
+        elif torch.compiler.is_exporting() and hasattr(quantizer, "step"):
+            return _emit(x, quantizer.step, quantizer.zero_stored)
+        return x
 
 
 class QuantizedLayer(nn.Module):

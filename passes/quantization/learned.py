@@ -20,15 +20,25 @@ _LEAST = 1e-8
 
 
 def rounded(
-    x: torch.Tensor, t: torch.Tensor, zero: int, low: int, high: int, axis: int | None
+    x: torch.Tensor,
+    t: torch.Tensor,
+    zero: int,
+    low: int,
+    high: int,
+    axis: int | None,
+    rectified: bool = False,
 ) -> torch.Tensor:
     """``x`` on the grid of integers from ``low`` to ``high``, of which ``zero`` stands for 0.
 
     Args:
         t: Logarithm of the step, of one element, or with ``axis`` ``[C]`` for ``C = x.shape[axis]``.
+        rectified: Round ``relu(x)``: the end of the grid at 0 does what the activation would, in the same node.
     """
+    if rectified and x.dtype not in (torch.float32, torch.float64):
+        # The end of the grid is told from half a step beyond it, which shorter floats do not have.
+        x, rectified = x.relu(), False
     apply: Any = _Round.apply
-    found: torch.Tensor = apply(x, t, zero, low, high, axis)
+    found: torch.Tensor = apply(x, t, zero, low, high, axis, rectified)
     return found
 
 
@@ -57,20 +67,26 @@ def spread(x: torch.Tensor, axis: int | None, rank: int) -> torch.Tensor:
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, t: torch.Tensor, zero: int, low: int, high: int, axis: int | None
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, t: torch.Tensor, zero: int, low: int, high: int, axis: int | None, rectified: bool
+    ) -> torch.Tensor:  # fmt: skip
         s = spread(t, axis, x.ndim).exp().clamp_min_(TINY)
         v = x / s
-        ctx.save_for_backward(v, t)
-        ctx.low, ctx.high, ctx.axis = low - zero, high - zero, axis
-        ctx.share = _share(x, t, high)
+        ctx.save_for_backward(v, s)
+        ctx.low, ctx.high, ctx.axis, ctx.rectified = (
+            0 if rectified else low - zero,
+            high - zero,
+            axis,
+            rectified,
+        )
+        ctx.share, ctx.steps = _share(x, t, high), t.shape
         return v.round().clamp_(ctx.low, ctx.high).mul_(s)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        v, t = ctx.saved_tensors
-        gx, gs = _gradients(grads[0], v, ctx.low, ctx.high, ctx.axis)
-        return gx, gs.reshape(t.shape) * t.exp() * ctx.share, None, None, None, None
+        v, s = ctx.saved_tensors
+        gx, gs = _gradients(grads[0], v, ctx.low, ctx.high, ctx.axis, rectified=ctx.rectified)
+        # d/dt = s d/ds.
+        return gx, (gs * ctx.share * s.reshape(gs.shape)).reshape(ctx.steps), None, None, None, None, None
 
 
 class _RoundFolded(torch.autograd.Function):
@@ -102,14 +118,26 @@ def _share(x: torch.Tensor, t: torch.Tensor, high: int) -> float:
 
 
 def _gradients(
-    grad: torch.Tensor, v: torch.Tensor, low: int, high: int, axis: int | None
+    grad: torch.Tensor, v: torch.Tensor, low: int, high: int, axis: int | None, *, rectified: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the values, and of the step or steps, which get the error of rounding inside the grid and its end outside."""
+    inside = torch.ops.aten.hardtanh_backward
     r = v.round()
-    gx, kept = (torch.ops.aten.hardtanh_backward(a, r, low - 1, high + 1) for a in (grad, v))
+    if rectified:
+        end = _beyond(high, v.dtype)
+        gx, kept = inside(grad, v, 0.0, end), inside(v, v, 0.0, end)
+    else:
+        gx, kept = inside(grad, r, low - 1, high + 1), inside(v, r, low - 1, high + 1)
     error = r.clamp_(low, high).sub_(kept)
     if axis is not None:
         return gx, error.mul_(grad).sum([i for i in range(v.ndim) if i != axis])
     if error.is_contiguous() and grad.is_contiguous():
         return gx, torch.dot(error.view(-1), grad.view(-1))
     return gx, error.mul_(grad).sum()
+
+
+def _beyond(high: int, dtype: torch.dtype) -> float:
+    """The smallest float that rounds to more than ``high``; ties go to even."""
+    kind = np.float32 if dtype == torch.float32 else np.float64
+    half = kind(high + 0.5)
+    return float(half if high % 2 else np.nextafter(half, kind(np.inf)))

@@ -247,7 +247,7 @@ def _input(shape, seed=1):
 def _prune(module, x, **options):
     settings = {"multiple": 1, "ratio": 0.5, **options}
     recipe = {"recipe": 1, "passes": [{"prune-structured": settings}]}
-    return optkit.training(module, recipe, example=(x,))
+    return optkit.training(module, recipe, example=(x,) if isinstance(x, torch.Tensor) else x)
 
 
 def _masked(before, after):
@@ -436,3 +436,51 @@ def test_the_pruned_module_trains_and_is_compiled_as_it_is(tmp_path):
     with artifact.session() as deployed, torch.no_grad():
         (found,) = deployed.run({deployed.inputs[0].name: x.numpy()}).values()
         np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-3, atol=1e-4)
+
+
+class _Cached(nn.Module):
+    """A step of a decoder: it takes a cache and gives it back first, longer by what it appended."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, cache):
+        cache.append(torch.cat([cache.pop(), self.inside(x)], 1))
+        seen = cache[0].sum(1, keepdim=True)
+        return cache, seen + self.down(F.relu(self.up(seen)))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_caches_nested_in_the_inputs_are_given_to_the_graph_and_stay_as_they_are(named):
+    before = _random(_Cached)
+    x, cache = torch.randn(2, 1, 4), [torch.randn(2, 3, 8)]
+    was, after = cache[0], copy.deepcopy(before)
+    example = {"x": x, "cache": cache} if named else (x, cache)
+    _prune(after, example)
+    assert after.up.weight.shape[0] == 8
+    assert cache[0] is was
+    with torch.no_grad():
+        expected = _masked(before, after)(x, [was.clone()])
+        torch.testing.assert_close(after(x, [was.clone()]), expected, rtol=1e-4, atol=1e-5)
+
+
+class _Turned(nn.Module):
+    """A linear layer as GPT-2 has it: inputs first, and the width of the outputs as a number of its own."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.nf, self.weight, self.bias = o, nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))
+
+    def forward(self, x):
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return flat.reshape(*x.shape[:-1], self.nf)
+
+
+def test_layers_of_somebody_elses_that_keep_their_width_are_told():
+    before = _random(lambda: nn.Sequential(_Turned(4, 16), nn.GELU(), _Turned(16, 6)))
+    after, x = copy.deepcopy(before), torch.randn(2, 3, 4)
+    _prune(after, x)
+    assert (after[0].nf, after[0].weight.shape, after[2].nf) == (8, (4, 8), 6)
+    with torch.no_grad():
+        torch.testing.assert_close(after(x), _masked(before, after)(x), rtol=1e-4, atol=1e-5)

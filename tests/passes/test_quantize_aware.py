@@ -19,7 +19,8 @@ from optkit.data import CalibrationData  # noqa: E402
 from optkit.errors import PassError, UnknownNameError  # noqa: E402
 from optkit.formats import FORMATS  # noqa: E402
 from optkit.passes.base import Context  # noqa: E402
-from optkit.passes.quantization.fake import FakeQuantize, QuantizedLayer  # noqa: E402
+from optkit.passes.quantization import aware  # noqa: E402
+from optkit.passes.quantization.fake import FakeQuantize, OnGrid, QuantizedLayer  # noqa: E402
 from optkit.passes.quantization.learned import rounded, rounded_folded  # noqa: E402
 from optkit.pipeline import run_passes  # noqa: E402
 from optkit.recipe import Recipe  # noqa: E402
@@ -218,6 +219,23 @@ def test_rounding_and_its_gradients_are_those_of_the_paper(zero, low, high, axis
     np.testing.assert_allclose(t.grad, expected[2], rtol=close, atol=close)
     outside = np.mean(expected[1] == 0)
     assert 0 < outside < 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("zero", "high"), [(0, 255), (1, 255), (0, 7), (0, 6), (-0, 15)])
+def test_rounding_what_a_relu_would_give_is_a_relu_and_rounding(zero, high, dtype):
+    # Around 0, ties at both sides of the upper end, and everything in between.
+    ends = [high - zero + d for d in (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 9.0)]
+    values = torch.tensor([-3.0, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 0.75, 1.5, 2.5, *ends]).to(dtype) / 8
+    grad = _input(len(values), seed=2).to(dtype)
+    found = []
+    for rectified in (True, False):
+        x, t = values.clone().requires_grad_(), torch.tensor([math.log(1 / 8)], dtype=dtype).requires_grad_()
+        y = rounded(x if rectified else x.relu(), t, zero, 0, high, None, rectified=rectified)
+        y.backward(grad)
+        found.append((y.detach(), x.grad, t.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert torch.count_nonzero(found[0][1]) not in (0, len(values))
 
 
 def test_a_tie_at_the_end_of_the_grid_is_inside_where_it_rounds_to_the_end():
@@ -465,3 +483,75 @@ def test_weights_alone():
     graph = loaded(session.finish().export())
     assert not any(n.op_type == "QuantizeLinear" for n in graph.graph)
     assert sum(n.op_type == "DequantizeLinear" for n in graph.graph) == 3
+
+
+class _Rectified(nn.Module):
+    """ReLUs as modules, functions and methods, in place, shared, and read by others; pools of what is rounded already."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8, 8))
+        self.norm, self.relu, self.own = nn.BatchNorm2d(8), nn.ReLU(), nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.own(self.norm(self.a(x))), 2)
+        x = F.relu(self.b(x), inplace=True)
+        y = self.relu(self.c(x)) + x
+        z = self.d(y)
+        y = z.relu() * 0.5 + torch.sigmoid(z) + self.relu(y)
+        return self.head(F.max_pool2d(y, 2).mean((2, 3)))
+
+
+def _fitted(x, hooked=None):
+    module, _ = _made("pictures")
+    torch.manual_seed(3)
+    module = _Rectified()
+    session = optkit.training(module, _recipe(), example=(x,), steps=5)
+    if hooked is not None:
+        module.get_submodule(hooked[0]).register_forward_hook(lambda *a: hooked[1].append(a[2].min().item()))
+    _train(session, module, x, 5)
+    return session, module
+
+
+def test_activations_and_second_roundings_that_quantizers_spare_change_no_number(monkeypatch):
+    x = _input(4, 3, 8, 8)
+    session, module = _fitted(x)
+    grids = [m for m in module.modules() if isinstance(m, FakeQuantize)]
+    assert sum(g.rectifies for g in grids) == 3
+    assert sum(isinstance(m, OnGrid) for m in module.modules()) == 1
+    seen: list[float] = []
+    _, hooked = _fitted(x, ("own", seen))
+    assert len(seen) == 5
+    assert min(seen) == 0
+    monkeypatch.setattr(aware._Found, "_absorb", lambda *_: None)
+    monkeypatch.setattr(aware._Found, "_spare", lambda *_: None)
+    plain_session, plain = _fitted(x)
+    assert not any(m.rectifies for m in plain.modules() if isinstance(m, FakeQuantize))
+    expected = dict(plain.named_parameters())
+    for other in (module, hooked):
+        for name, value in other.named_parameters():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    graphs = [loaded(s.finish().export()) for s in (session, plain_session)]
+    assert [n.op_type for n in graphs[0].graph] == [n.op_type for n in graphs[1].graph]
+
+
+def test_a_relu_in_place_whose_input_others_read_stays():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(F.relu(y, inplace=True)) + y.sum(1, keepdim=True)
+
+    module, x = Shared(), _input(4, 4)
+    with torch.no_grad():
+        expected = module(x)
+    session = optkit.training(module, _recipe(), example=(x,), steps=1)
+    assert not any(m.rectifies for m in module.modules() if isinstance(m, FakeQuantize))
+    session.finish()
+    with torch.no_grad():
+        # Sums of rectified values: of others, they would be far off.
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=0.1)

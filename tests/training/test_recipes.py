@@ -163,3 +163,34 @@ def test_recipe(name, tmp_path):
         large = [w for w in weights.values() if w[0].numel() >= 16]
         zeros = sum(int((w == 0).sum()) for w in large) / sum(w.numel() for w in large)
         assert zeros == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.needs("openvino")
+def test_what_was_trained_is_tried_in_every_runtime_of_the_target(tmp_path):
+    torch.manual_seed(1)
+    fit = Fit(epochs=1, learning_rate=3e-3)
+    done = optkit.finetune(_made(), "int8-qat", _Loader(), F.cross_entropy, fit=fit).trained
+    _, _, x, _ = _digits()
+    data = [{"x": rows.numpy()} for rows in x[:128].split(32)]
+    with torch.no_grad():
+        expected = done.module(x).numpy()
+    step = (expected.max() - expected.min()) / 255
+    shipped_in = {}
+    for backend in (None, "onnxruntime", "openvino"):
+        artifact, report = done.compile(data=data, backend=backend, out=tmp_path / str(backend))
+        assert report.manifest.achieved.formats["int8"] > 0.8
+        shipped_in[backend] = (
+            report.manifest.backend,
+            {c.name: c.speedup for c in report.candidates if c.speedup},
+        )
+        with artifact.session() as deployed:
+            (found,) = deployed.run({"x": x.numpy()}).values()
+        # What compile saw is within a step; of ten times as many some may lie a little beyond, in OpenVINO.
+        apart = np.abs(found - expected)
+        assert (apart <= step).mean() > 0.999
+        assert apart.max() <= (step if report.manifest.backend == "onnxruntime" else 2 * step)
+    chosen, speeds = shipped_in.pop(None)
+    assert set(speeds) == {"fp32", "openvino-fp32"}
+    assert chosen == ("openvino" if max(speeds, key=speeds.get) == "openvino-fp32" else "onnxruntime")
+    # Asked for by name, it is the only one.
+    assert {asked: made[0] for asked, made in shipped_in.items()} == {b: b for b in shipped_in}
