@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 from collections import Counter
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
+_SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _NO_NAMES = frozenset({"none", "nan", "any", "dyn", "dynamic", "unk", "unknown", "undefined"})
 
 Dim = int | str
@@ -130,3 +134,28 @@ def remainder(a: Dim | None, b: Dim | None) -> Dim | None:
     if isinstance(a, int) and isinstance(b, int):
         return a % b if a >= 0 and b > 0 else None
     return 0 if quotient(a, b) is not None else None
+
+
+def worked_out(dim: Dim | None, sizes: Mapping[str, int]) -> int | None:
+    """The number that a size is: of ``past + sequence`` where ``sizes`` has both, or has the whole by this name; else None."""
+    if dim is None or isinstance(dim, int):
+        return dim
+    if dim in sizes:
+        return sizes[dim]
+
+    def value(node: ast.AST) -> int | None:
+        match node:
+            case ast.Constant(value=int() as number):
+                return number
+            case ast.Name(id=name):
+                return sizes.get(name)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _SUMS:
+                a, b = value(left), value(right)
+                return None if a is None or b is None else int(_SUMS[type(op)](a, b))
+        return None
+
+    try:
+        found = value(ast.parse(dim.strip(), mode="eval").body)
+        return found if found is None or found >= 0 else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
