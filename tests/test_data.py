@@ -184,7 +184,9 @@ _CACHED = (
 @pytest.mark.parametrize("whole", ["past+sequence", "past + sequence"])
 def test_an_axis_that_is_a_sum_of_others_has_their_sizes(whole: str):
     model = _named(_CACHED, whole)
-    shapes = {k: v.shape for k, v in draw(model, np.random.default_rng(0), {"past": 5, "sequence": 3}).items()}
+    shapes = {
+        k: v.shape for k, v in draw(model, np.random.default_rng(0), {"past": 5, "sequence": 3}).items()
+    }
     assert shapes == {"ids": (1, 3), "keys": (1, 2, 5, 4), "attention_mask": (1, 8)}
     assert draw(model, np.random.default_rng(0), 4)["attention_mask"].shape == (4, 8)
     assert all(whole not in sizes for sizes in trial_sizes(specs(model)[0]))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optkit.dims import shape_of
 from optkit.graph import attribute
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, columns_of, format_of
 from optkit.kernels.triton.drawing import draw
@@ -87,7 +88,7 @@ class _Gated(Kernel):
         match, columns = Match(), columns_of(gate)
         if format_of(gate) not in self.formats or up.dtype != gate.dtype:
             return match.fail("not known to be float32, float16 or bfloat16", gate)
-        if gate.shape is None or gate.shape != up.shape:
+        if gate.shape is None or shape_of(gate) != shape_of(up):
             return match.fail("gate and value are not known to have one shape", up)
         if columns is None or columns % _STEP:
             return match.fail(f"the last axis is no fixed multiple of {_STEP}", gate)
