@@ -112,8 +112,7 @@ class Triton(Backend):
     def usual(self, model: ir.Model, options: TritonOptions) -> dict[str, tuple[int, ...]]:
         """Where all axes of an input have a size by the options."""
         known = {
-            s.name: tuple(worked_out(d, options.sizes) or 0 for d in s.shape or ())
-            for s in specs(model)[0]
+            s.name: tuple(worked_out(d, options.sizes) or 0 for d in s.shape or ()) for s in specs(model)[0]
         }
         return {name: shape for name, shape in known.items() if all(shape)}
 
