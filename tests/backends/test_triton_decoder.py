@@ -150,7 +150,7 @@ def test_the_launches_of_a_llama_give_what_onnx_runtime_gives(compiled, driver, 
 
 @pytest.mark.parametrize("target", ["l4", "rtx4090"])
 def test_a_llama_is_compiled_for_cards_too(compiled, target):
-    stage, _, folder, out = compiled
+    _, _, folder, out = compiled
     found = bundle.read(compile_for(target, folder))
     assert found["arch"] == "sm_89"
     assert [row["op"] for row in found["launches"]] == [row["op"] for row in bundle.read(out)["launches"]]
