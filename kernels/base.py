@@ -142,8 +142,10 @@ class Kernel(ABC):
         return {name: evaluate(text, known) for name, text in self.expressions(problem).items()}
 
     @abstractmethod
-    def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Shapes of the outputs."""
+    def outputs(
+        self, problem: Problem, shapes: Sequence[tuple[int, ...]]
+    ) -> Sequence[tuple[int, ...] | None]:
+        """Shapes of the outputs; None for one that nobody reads, where others follow."""
 
     @abstractmethod
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:

@@ -99,7 +99,9 @@ def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             assert array is not None
             arrays[argument.name] = array.view(_RAW[fmt]) if fmt in _RAW else array
         elif kind == "output":
-            size = int(np.prod(shapes[int(index)]))
+            shape = shapes[int(index)]
+            assert shape is not None
+            size = int(np.prod(shape))
             flat = np.full(size + _TAIL, _MARK, _DTYPES[fmt])
             if (written := one.program.aliases.get(int(index))) is not None:
                 # It is written into what is there.
@@ -131,7 +133,9 @@ def _outputs(file: Path, one: Launch) -> list[np.ndarray]:
             array = array.view(_DTYPES[argument.type.lstrip("*")])
             if not (array[-_TAIL:] == np.asarray(_MARK, array.dtype)).all():
                 raise ModelError(f"{one.program.function} wrote behind {argument.name}")
-            found[int(index)] = array[:-_TAIL].reshape(shapes[int(index)])
+            shape = shapes[int(index)]
+            assert shape is not None
+            found[int(index)] = array[:-_TAIL].reshape(shape)
     return [found[index] for index in sorted(found)]
 
 

@@ -44,23 +44,26 @@ class Placed:
         shapes = [() if a is None else a.shape for a in one.inputs]
         self._held: list[int] = []
         inputs = [None if a is None else self._keep(device.put(a)) for a in one.inputs]
-        self._shapes = one.kernel.outputs(one.problem, shapes)
+        made = one.kernel.outputs(one.problem, shapes)
         kinds = {
             int(a.binds.partition(":")[2]): _DTYPES[a.type.lstrip("*")]
             for a in one.program.arguments
             if a.binds.startswith("output:")
         }
-        self._kinds = [kinds[i] for i in range(len(self._shapes))]
-        self._outputs = []
+        # None for what the program does not write.
+        self._outputs: list[int | None] = [None] * len(made)
+        self._made = {
+            i: (shape, kinds[i]) for i, shape in enumerate(made) if shape is not None and i in kinds
+        }
         aliases = {int(k): int(v) for k, v in built.record["program"].get("aliases", {}).items()}
-        for index, (shape, kind) in enumerate(zip(self._shapes, self._kinds, strict=True)):
+        for index, (shape, kind) in self._made.items():
             size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
             blank = np.full(size + _TAIL, _MARK, np.uint8)
             if index in aliases:
                 before = one.inputs[aliases[index]]
                 assert before is not None
                 blank[:size] = np.ascontiguousarray(before).view(np.uint8).reshape(-1)
-            self._outputs.append(self._keep(device.put(blank)))
+            self._outputs[index] = self._keep(device.put(blank))
         sizes = one.kernel.sizes(one.problem, shapes)
         self.prepared = Function(device, code).prepare(
             inputs, self._outputs, sizes, lambda size: self._keep(device.empty(size))
@@ -78,9 +81,9 @@ class Placed:
         """
         self.prepared.start(self._device)
         found = []
-        for index, (address, shape, kind) in enumerate(
-            zip(self._outputs, self._shapes, self._kinds, strict=True)
-        ):
+        for index, (shape, kind) in self._made.items():
+            address = self._outputs[index]
+            assert address is not None
             size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
             raw = self._device.get(address, (size + _TAIL,), np.dtype(np.uint8))
             if (raw[size:] != _MARK).any():

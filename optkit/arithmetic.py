@@ -43,6 +43,9 @@ def _grid(value: ir.Value | None) -> str | None:
         if node.op_type not in _KEEPING:
             return None
         value = node.inputs[0]
+        # Floats of 8 bits are numbers of their grid without a scale too; what integers stand for, only a scale tells.
+        if value is not None and value.dtype is not None and _GRIDS.get(value.dtype) == "fp8":
+            return "fp8"
     return None
 
 

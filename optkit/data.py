@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit import npz
+from optkit.dims import worked_out
 from optkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -562,15 +563,23 @@ _TRIALS = (
 
 
 def trial_sizes(inputs: Sequence[TensorSpec]) -> Iterator[dict[str, int]]:
-    """Sizes for the free axes of ``inputs``, for ``draw``: small ones that many models run with, to be tried in turn."""
+    """Sizes for the free axes of ``inputs``, for ``draw``: small ones that many models run with, to be tried in turn.
+
+    Axes that are sums of others, such as ``past + sequence``, are left out: their size follows.
+    """
     first, last = {s.shape[0] for s in inputs if s.shape}, {s.shape[-1] for s in inputs if s.shape}
-    symbols = dict.fromkeys(d for s in inputs for d in s.shape or () if isinstance(d, str))
     tried: list[dict[str, int]] = []
     for batch, size, between in _TRIALS:
-        sizes = {d: batch if d in first else size if d in last else between for d in symbols}
+        sizes = {d: batch if d in first else size if d in last else between for d in _free(inputs)}
         if sizes not in tried:
             tried.append(sizes)
             yield sizes
+
+
+def _free(inputs: Sequence[TensorSpec]) -> list[str]:
+    """The symbols of free axes whose size does not follow from those of others."""
+    named = dict.fromkeys(d for s in inputs for d in s.shape or () if isinstance(d, str))
+    return [d for d in named if worked_out(d, dict.fromkeys(named.keys() - {d}, 1)) is None]
 
 
 # The largest index drawn for an integer input: enough to vary, below most vocabularies that could not be found.
@@ -581,17 +590,17 @@ def draw(model: ir.Model, rng: np.random.Generator, sizes: Mapping[str, int] | i
     """One batch from the input specification alone: floats from N(0, 1), small integers, masks of ones.
 
     Args:
-        sizes: For the free axes by symbol, or one for all; a symbol that is not listed gets 1.
+        sizes: For the free axes by symbol, or one for all; a symbol that is not listed gets 1. Of a sum such as
+            ``past + sequence`` the symbols count.
     """
     feeds = {}
+    other = sizes if isinstance(sizes, int) else 1
+    given = {d: sizes for d in _free(specs(model)[0])} if isinstance(sizes, int) else sizes
     for value in model.graph.inputs:
         if value.is_initializer():
             continue
         spec = TensorSpec.of(value)
-        shape = tuple(
-            d if isinstance(d, int) else sizes if isinstance(sizes, int) else sizes.get(d or "", 1)
-            for d in spec.shape or ()
-        )
+        shape = tuple(other if (size := worked_out(d, given)) is None else size for d in spec.shape or ())
         kind = _kind(spec.dtype)
         array: np.ndarray
         if kind == "float":

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import TypeVar
 
 import onnx_ir as ir
 
+_T = TypeVar("_T")
+
+_SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _NO_NAMES = frozenset({"none", "nan", "any", "dyn", "dynamic", "unk", "unknown", "undefined"})
+
+INFERRED = "optkit.shape"
+"""Key of the metadata of values under which inference puts what it found where something else is declared."""
 
 Dim = int | str
 """A size: a number, or a name that stands for the same number everywhere in the model."""
@@ -16,14 +27,21 @@ def shape_of(value: ir.Value | None) -> tuple[Dim | None, ...] | None:
     """The shape of a value as plain numbers and names; None where the rank is unknown.
 
     ``?``, ``-1``, ``None`` and the like are what exporters write for any size: such axes of an input or output of a
-    graph are called ``<value>.d<axis>``, so that two of them are not taken for equal.
+    graph are called ``<value>.d<axis>``, so that two of them are not taken for equal. A sum of names, such as
+    ``sequence+past``, is written as ``plus`` writes it, whichever way the exporter did. Of an output of a graph that
+    is declared with names of its own, it is the shape that inference found.
     """
     if value is None or value.shape is None:
         return None
+    known: tuple[Dim, ...] | None = value.meta.get(INFERRED)
+    if known is not None and len(known) == len(value.shape):
+        return known
     return tuple(
         d
         if isinstance(d, int)
-        else (d.value if is_name(d.value) else None if d.value is None else f"{value.name}.d{i}")
+        else (
+            _in_order(str(d.value)) if is_name(d.value) else None if d.value is None else f"{value.name}.d{i}"
+        )
         for i, d in enumerate(value.shape)
     )
 
@@ -31,6 +49,36 @@ def shape_of(value: ir.Value | None) -> tuple[Dim | None, ...] | None:
 def is_name(name: str | None) -> bool:
     """Whether a symbolic axis has a name that says which size it is."""
     return name is not None and any(c.isalpha() for c in name) and name.lower() not in _NO_NAMES
+
+
+@lru_cache(maxsize=4096)
+def _in_order(name: str) -> Dim:
+    """A sum of names and numbers as ``plus`` writes it; any other name as it is."""
+    if "+" not in name:
+        return name
+
+    def value(node: ast.AST) -> Dim | None:
+        match node:
+            case ast.Constant(value=int() as number):
+                return number
+            case ast.Name(id=word):
+                return word
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return plus(value(left), value(right))
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return times(value(left), value(right))
+        return None
+
+    found = _parsed(name, value)
+    return name if found is None else found
+
+
+def _parsed(name: str, value: Callable[[ast.AST], _T | None]) -> _T | None:
+    """What ``value`` makes of the expression that a name is; None where it is none."""
+    try:
+        return value(ast.parse(name.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _factors(dim: Dim) -> tuple[int, Counter[str]]:
@@ -130,3 +178,25 @@ def remainder(a: Dim | None, b: Dim | None) -> Dim | None:
     if isinstance(a, int) and isinstance(b, int):
         return a % b if a >= 0 and b > 0 else None
     return 0 if quotient(a, b) is not None else None
+
+
+def worked_out(dim: Dim | None, sizes: Mapping[str, int]) -> int | None:
+    """The number that a size is: of ``past + sequence`` where ``sizes`` has both, or has the whole by this name; else None."""
+    if dim is None or isinstance(dim, int):
+        return dim
+    if dim in sizes:
+        return sizes[dim]
+
+    def value(node: ast.AST) -> int | None:
+        match node:
+            case ast.Constant(value=int() as number):
+                return number
+            case ast.Name(id=name):
+                return sizes.get(name)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _SUMS:
+                a, b = value(left), value(right)
+                return None if a is None or b is None else int(_SUMS[type(op)](a, b))
+        return None
+
+    found = _parsed(dim, value)
+    return found if found is None or found >= 0 else None

@@ -7,12 +7,12 @@ says (its data propagation does) is done here on short lists of integers and nam
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
 
-from optkit.dims import Dim, is_name, shape_of
+from optkit.dims import INFERRED, Dim, is_name, shape_of
 from optkit.graph import OPSET, constant, graphs, subgraphs
 from optkit.propagation import Known, evaluate, shape
 
@@ -51,7 +51,7 @@ def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
     if not any(_constant_bytes(node) > _SMALL for graph in graphs(model) for node in graph):
         # What ONNX is given is a copy, which weights must not be part of.
         _infer_with_onnx(model, declared)
-    walk = _Walk()
+    walk = _Walk(declared)
     walk.graph(model.graph)
     return walk.known
 
@@ -180,10 +180,15 @@ def _collect(graph: onnx.GraphProto, known: dict[str, onnx.TypeProto | None]) ->
 
 
 class _Walk:
-    """One walk in the order of the graph, each node after what it reads."""
+    """One walk in the order of the graph, each node after what it reads.
 
-    def __init__(self) -> None:
+    Args:
+        names: Of axes of inputs.
+    """
+
+    def __init__(self, names: Collection[str | None] = ()) -> None:
         self.known: dict[ir.Value, Known] = {}
+        self._names = names
         # Values whose shape this walk changed; what reads them is looked at again.
         self._changed: set[ir.Value] = set()
 
@@ -207,7 +212,9 @@ class _Walk:
         if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
             tensor, output = node.attributes["value"].value, node.outputs[0]
             output.type, output.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-        if any(v in self._changed for v in node.inputs) or any(not _complete(o) for o in node.outputs):
+        if any(v in self._changed for v in node.inputs) or any(
+            not _complete(o) or _renames(o) for o in node.outputs
+        ):
             self._shapes(node)
         if node.domain == "" and len(node.outputs) == 1 and (found := evaluate(node, self.of)) is not None:
             self.known[node.outputs[0]] = found
@@ -261,7 +268,9 @@ class _Walk:
             dims = _dims(found)
         assert dims is not None
         if value.is_graph_output() and value.shape is not None:
+            self._aside(value, dims)
             return
+        value.meta.pop(INFERRED, None)
         if value.shape is not None and len(value.shape) != len(dims):
             logger.debug("%s: declared rank %d, inferred %d", value.name, len(value.shape), len(dims))
             return
@@ -271,6 +280,20 @@ class _Walk:
             value.shape = ir.Shape(new)
             self._changed.add(value)
 
+    def _aside(self, value: ir.Value, dims: Sequence[Dim | None]) -> None:
+        """Keep sizes by the names that inputs have, where an output is declared with names of its own."""
+        assert value.shape is not None
+        value.meta.pop(INFERRED, None)
+        declared = shape_of(value)
+        if declared is None or len(declared) != len(dims):
+            return
+        found = [
+            d if d is not None and isinstance(o, str) and o not in self._names else o
+            for o, d in zip(declared, dims, strict=True)
+        ]
+        if found != list(declared) and None not in found:
+            value.meta[INFERRED] = tuple(found)
+
 
 def _complete(value: ir.Value) -> bool:
     if not value.name:
@@ -279,6 +302,11 @@ def _complete(value: ir.Value) -> bool:
     return value.type is not None and shape is not None and not any(
         isinstance(d, ir.SymbolicDim) and d.value is None for d in shape
     )  # fmt: skip
+
+
+def _renames(value: ir.Value) -> bool:
+    """Whether it is an output of a graph whose declaration may call sizes by other names than inputs do."""
+    return value.is_graph_output() and value.shape is not None and not value.shape.is_static()
 
 
 def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:

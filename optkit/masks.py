@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from optkit.dims import shape_of
+from optkit.dims import Dim, shape_of
 from optkit.graph import attribute, constant, scalar
 
 _MOVES = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape"})
@@ -70,6 +70,8 @@ def sight(mask: ir.Value, keys: ir.Value | None) -> Sight | str:
     ((most, past),) = upper
     if most != 0:
         return f"{mask.name} ends {most} keys from the query's own place"
+    if past and not _stand_last(mask, keys):
+        return f"{mask.name} is not for queries that stand at the end of the keys"
     window = 0
     if lower:
         ((least, other),) = lower
@@ -145,10 +147,16 @@ def _conditions(value: ir.Value | None, holds: bool, keys: ir.Value | None) -> I
     elif node is not None and node.op_type in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
         bound = _bound(node, keys)
         yield bound if holds else bound.turned()
-    elif holds and (shape := shape_of(value)) is not None and len(shape) == 4 and list(shape[1:3]) == [1, 1]:
+    elif holds and node is not None and node.op_type == "Expand":
+        yield from _conditions(node.inputs[0], holds, keys)
+    elif holds and (shape := shape_of(value)) is not None and len(shape) == 4 and _along_keys(shape):
         yield value
     else:
         raise _Unknown(f"{value.name} compares no places")
+
+
+def _along_keys(shape: tuple[Dim | None, ...]) -> bool:
+    return shape[1:3] == (1, 1) and shape[3] != 1
 
 
 def _bound(node: ir.Node, keys: ir.Value | None) -> _Bound:
@@ -214,15 +222,51 @@ def _is_past(value: ir.Value | None, keys: ir.Value | None) -> bool:
     while node is not None and node.op_type in (*_MOVES, "Cast"):
         value = node.inputs[0]
         node = _producer(value)
-    if node is None or node.op_type != "Shape" or (cache := node.inputs[0]) is None:
+    joined = _joined(keys)
+    if node is None or node.op_type != "Shape" or joined is None:
         return False
-    start, end = attribute(node, "start", 0), attribute(node, "end")
-    joined = _producer(keys)
+    measured, cache = shape_of(node.inputs[0]), shape_of(joined.inputs[0])
+    if measured is None or cache is None:
+        return False
+    found = measured[slice(attribute(node, "start", 0), attribute(node, "end"))]
+    # The first layer's cache is what is measured for all.
+    return len(found) == 1 and found[0] is not None and found[0] == cache[2]
+
+
+def _joined(keys: ir.Value | None) -> ir.Node | None:
+    """What joins a cache and new keys, also behind copies for the heads that share them; None where nothing does."""
+    node, shape = _producer(keys), shape_of(keys)
+    while node is not None and node.op_type in (*_MOVES, "Expand", "Cast"):
+        node = _producer(node.inputs[0])
+    if (
+        node is None
+        or node.op_type != "Concat"
+        or len(node.inputs) != 2
+        or attribute(node, "axis") not in (2, -2)
+    ):
+        return None
+    whole = shape_of(node.outputs[0])
+    if (
+        shape is None
+        or whole is None
+        or len(whole) != 4
+        or len(shape) != 4
+        or whole[2] is None
+        or whole[2] != shape[2]
+    ):
+        return None
+    return node
+
+
+def _stand_last(mask: ir.Value, keys: ir.Value | None) -> bool:
+    """Whether what is joined to the cache is as long as there are queries."""
+    joined, shape = _joined(keys), shape_of(mask)
+    assert joined is not None
+    new = shape_of(joined.inputs[1])
     return (
-        (start, end) in ((2, 3), (-2, -1), (2, -1), (-2, 3))
-        and joined is not None
-        and joined.op_type == "Concat"
-        and attribute(joined, "axis") in (2, -2)
-        and joined.inputs[0] is cache
-        and len(joined.inputs) == 2
+        new is not None
+        and shape is not None
+        and len(shape) > 1
+        and new[2] is not None
+        and new[2] == shape[-2]
     )

@@ -448,6 +448,8 @@ def _expand(
         raise _NotConvertible(
             f"it exists from opset {schema.since_version} on and has no definition in older operators"
         )
+    if node.op_type == "Attention":
+        _mask_nothing(at, version)
     small = _alone(at, schema, version)
     try:
         expanded = onnx.inliner.inline_selected_functions(
@@ -497,6 +499,25 @@ def _expand(
     owner.remove(node, safe=True)
     for new in made:
         _convert_node(_At(new, at.function, at.types), problems, name)
+
+
+def _mask_nothing(at: _At, version: int) -> None:
+    """Attention's definition is not written out where inputs behind the mask are given and the mask is not: 0 changes nothing."""
+    query, key, _, mask, past = (*at.node.inputs, None, None)[:5]
+    dtype = at.dtype(query)
+    if len(at.node.inputs) <= 4 or mask is not None or dtype is None:
+        return
+    if version < 24:
+        at.set_input(3, at.constant([[0.0]], dtype.numpy(), "mask"))
+        return
+    # As long as there are keys: what is shorter hides the rest.
+    length = at.before("Shape", [key], "keys", start=-2, end=-1)
+    if past is not None:
+        length = at.before("Add", [length, at.before("Shape", [past], "past", start=-2, end=-1)], "whole")
+    shape = at.before("Concat", [at.constant([1], np.int64, "one"), length], "shape", axis=0)
+    zeros = at.before("Expand", [at.constant(0, dtype.numpy(), "zero"), shape], "mask")
+    zeros.type, zeros.shape = ir.TensorType(dtype), ir.Shape([1, None])
+    at.set_input(3, zeros)
 
 
 def _alone(at: _At, schema: onnx.defs.OpSchema, version: int) -> onnx.ModelProto:

@@ -91,12 +91,24 @@ def _same(node: ir.Node, of: Of) -> Known | None:
 
 
 def _cast(node: ir.Node, of: Of) -> Known | None:
-    x, to = of(node.inputs[0]), node.attributes.get_int("to", 0)
+    like = node.inputs[1] if node.op_type == "CastLike" else None
+    x, to = of(node.inputs[0]), node.attributes.get_int("to", 0) if like is None else like.dtype
+    if x is None:
+        # Ranges of integers come with bounds that are floats before.
+        x = _whole(constant(node.inputs[0]))
     if x is None or to not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
         return None
     if to == ir.DataType.BOOL:
         return _objects([bool(e) if isinstance(e, int) else None for e in x.flat]).reshape(x.shape)
     return _objects([int(e) if isinstance(e, bool) else e for e in x.flat]).reshape(x.shape)
+
+
+def _whole(array: np.ndarray | None) -> Known | None:
+    """A float that is a whole number."""
+    if array is None or array.size != 1 or array.ndim > 1 or array.dtype.kind != "f":
+        return None
+    number = float(array.reshape(-1)[0])
+    return _objects(int(number)).reshape(array.shape) if number.is_integer() else None
 
 
 def _gather(node: ir.Node, of: Of) -> Known | None:
@@ -236,6 +248,7 @@ _EVALUATE: dict[str, Callable[[ir.Node, Of], Known | None]] = {
     "Size": _size,
     "Identity": _same,
     "Cast": _cast,
+    "CastLike": _cast,
     "Gather": _gather,
     "Slice": _slice,
     "Concat": _concat,

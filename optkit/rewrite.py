@@ -84,8 +84,11 @@ class _Var:
 
 
 class _Expr:
-    def __init__(self, op_type: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, op_type: str, inputs: Sequence[Any], attributes: Mapping[str, Any], domain: str = ""
+    ) -> None:
         self.op_type, self.inputs, self.attributes = op_type, tuple(inputs), dict(attributes)
+        self.domain = domain
 
 
 class _Either:
@@ -95,6 +98,10 @@ class _Either:
 
 class _PatternBuilder:
     any = _Either
+
+    def of(self, domain: str, op_type: str) -> Callable[..., _Expr]:
+        """An operator of another domain than ONNX's."""
+        return lambda *inputs, **attributes: _Expr(op_type, inputs, attributes, domain)
 
     def __getattr__(self, op_type: str) -> Callable[..., _Expr]:
         return lambda *inputs, **attributes: _Expr(op_type, inputs, attributes)
@@ -301,7 +308,7 @@ def _same_scalar(a: ir.Value | None, b: ir.Value | None) -> bool:
 
 def _match_node(pattern: _Expr, node: ir.Node, state: _State, trail: _Trail) -> Iterator[_State]:
     depth = len(state.nodes)
-    if node.op_type != pattern.op_type or node.domain != "":
+    if node.op_type != pattern.op_type or node.domain != pattern.domain:
         trail.miss(depth, f"expected {pattern.op_type}, found {describe(node)}")
         return
     for name, wanted in pattern.attributes.items():

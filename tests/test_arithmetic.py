@@ -41,6 +41,24 @@ def test_a_product_of_one_grid_and_a_float_is_a_float_product():
     assert _product(PAIR.format(between="", left="x"), **grid) == "fp32"
 
 
+@pytest.mark.parametrize(("stored_as", "expected"), [(np.int8, "fp32"), (ml_dtypes.float8_e4m3fn, "fp8")])
+def test_floats_of_eight_bits_are_multiplied_as_they_are_and_integers_without_a_scale_are_not(
+    stored_as, expected
+):
+    text = (
+        HEADER
+        + """g (float[2, 4] x) => (float[2, 3] y) {
+      q = QuantizeLinear(x, s, z)
+      a = Cast<to = 1>(q)
+      b = Cast<to = 1>(w)
+      [p] y = MatMul(a, b)
+    }"""
+    )
+    assert (
+        _product(text, s=np.float32(0.1), z=np.zeros((), stored_as), w=np.ones((4, 3), stored_as)) == expected
+    )
+
+
 def test_half_precision_is_told_by_the_operands():
     text = HEADER + "g (float16[2, 4] x) => (float16[2, 3] y) { [p] y = MatMul(x, w) }"
     assert _product(text, w=np.ones((4, 3), np.float16)) == "fp16"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optkit.data import CalibrationData, Feeds, TensorSpec, draw, load_function, specs, validate
+from optkit.data import CalibrationData, Feeds, TensorSpec, draw, load_function, specs, trial_sizes, validate
 from optkit.errors import DataError
 
 MODEL = """
@@ -173,6 +173,41 @@ def test_random_indices_stay_inside_the_table_they_index():
     feeds = draw(model, np.random.default_rng(0), 50)
     assert (feeds["ids"].min(), feeds["ids"].max()) == (0, 6)
     assert (feeds["attention_mask"] == 1).all()
+
+
+_CACHED = (
+    '<ir_version: 10, opset_import: ["" : 21]> g (int64[batch, sequence] ids, float[batch, 2, past, 4] keys, '
+    'int64[batch, "%s"] attention_mask) => (int64[a, b] y) { y = Identity (ids) }'
+)
+
+
+@pytest.mark.parametrize("whole", ["past+sequence", "past + sequence"])
+def test_an_axis_that_is_a_sum_of_others_has_their_sizes(whole: str):
+    model = _named(_CACHED, whole)
+    shapes = {
+        k: v.shape for k, v in draw(model, np.random.default_rng(0), {"past": 5, "sequence": 3}).items()
+    }
+    assert shapes == {"ids": (1, 3), "keys": (1, 2, 5, 4), "attention_mask": (1, 8)}
+    assert draw(model, np.random.default_rng(0), 4)["attention_mask"].shape == (4, 8)
+    assert all(whole not in sizes for sizes in trial_sizes(specs(model)[0]))
+    # What is said about it itself goes first.
+    given = {"past": 5, "sequence": 3, whole: 7}
+    assert draw(model, np.random.default_rng(0), given)["attention_mask"].shape == (1, 7)
+
+
+@pytest.mark.parametrize("whole", ["longest+1", "past.length", "past**2", "past+", "0x"])
+def test_an_axis_whose_name_says_nothing_is_free(whole: str):
+    model = _named(_CACHED, whole)
+    assert all(whole in sizes for sizes in trial_sizes(specs(model)[0]))
+    assert draw(model, np.random.default_rng(0), {whole: 6, "past": 2})["attention_mask"].shape == (1, 6)
+
+
+def _named(text: str, whole: str) -> ir.Model:
+    """The graph, with a name for the last axis of the mask that the text form cannot hold."""
+    model = _model(text.replace('"%s"', "whole"))
+    value = model.graph.inputs[2]
+    value.shape = ir.Shape(["batch", whole])
+    return model
 
 
 @pytest.mark.parametrize(

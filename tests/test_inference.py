@@ -148,7 +148,54 @@ def test_what_stands_for_any_size_is_no_name(name, equal):
 
 def test_what_outputs_were_declared_with_stays():
     model = parse(f"{HEADER} g (float[N, 8] x) => (float[out, B] y) {{ y = Relu(x) }}")
-    assert shape_of(model.graph.outputs[0]) == ("out", "B")
+    assert [d.value for d in model.graph.outputs[0].shape] == ["out", "B"]
+    # What else is known is known beside it.
+    assert shape_of(model.graph.outputs[0]) == ("N", 8)
+
+
+def test_an_output_that_has_the_name_of_an_input_axis_is_as_long():
+    model = parse(
+        f"{HEADER} g (float[N, 8] x, float[P, 8] p, float[T, 1] m) => (float[T, 8] y) {{ y = Concat <axis = 0> (x, p) }}"
+    )
+    assert shape_of(model.graph.outputs[0]) == ("T", 8)
+
+
+@pytest.mark.parametrize("name", ["past+sequence", "sequence+past", "sequence + past"])
+def test_a_sum_of_names_is_the_same_size_in_any_order(name):
+    model = parse(
+        f"{HEADER} g (float[A, 8] x, float[B, 8] p) => (float[C, 8] y) {{ y = Concat <axis = 0> (x, p) }}"
+    )
+    one, two = model.graph.inputs
+    one.shape, two.shape = ir.Shape(["sequence", 8]), ir.Shape(["past", 8])
+    model.graph.outputs[0].shape = ir.Shape([name, 8])
+    infer(model)
+    assert shape_of(model.graph.outputs[0]) == ("(past + sequence)", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("2*n + 1", "(2*n + 1)"), ("n+n", "2*n"), ("a+", "a+"), ("a.b+c", "a.b+c"), ("a+b-c", "a+b-c")]
+)  # fmt: skip
+def test_only_sums_of_plain_names_are_put_in_order(name, size):
+    model = parse(f"{HEADER} g (float[A, 8] x) => (float[A, 8] y) {{ y = Relu (x) }}")
+    model.graph.inputs[0].shape = ir.Shape([name, 8])
+    assert shape_of(model.graph.inputs[0]) == (size, 8)
+
+
+@pytest.mark.parametrize("cast", ["c = Cast <to = 7> (zero)", "c = CastLike (zero, n)"])
+def test_bounds_of_a_range_that_were_floats_are_known(cast):
+    model = parse(
+        f"{HEADER} g (float[N, 8] x) => (int64[L] y) <float zero = {{0}}, int64 one = {{1}}> "
+        f"{{ s = Shape <start = 0, end = 1> (x) n = Squeeze (s) {cast} y = Range (c, n, one) }}"
+    )
+    assert shape_of(model.graph.outputs[0]) == ("N",)
+
+
+def test_bounds_of_a_range_that_are_no_whole_numbers_are_not():
+    model = parse(
+        f"{HEADER} g (float[N, 8] x) => (int64[L] y) <float half = {{0.5}}, int64 one = {{1}}> "
+        "{ s = Shape <start = 0, end = 1> (x) n = Squeeze (s) c = Cast <to = 7> (half) y = Range (c, n, one) }"
+    )
+    assert shape_of(model.graph.outputs[0]) == ("L",)
 
 
 def test_elements_of_vectors_of_sizes():

@@ -20,6 +20,7 @@ from optkit.backends.triton.placement import PLACEMENTS
 from optkit.backends.triton.runtime import DeviceSession, open_device
 from optkit.backends.triton.session import FunctionBodySession
 from optkit.data import specs, trial_sizes
+from optkit.dims import worked_out
 from optkit.errors import ModelError, OptkitError, UsageError
 from optkit.graph import walk
 from optkit.inference import at_shapes
@@ -111,8 +112,7 @@ class Triton(Backend):
     def usual(self, model: ir.Model, options: TritonOptions) -> dict[str, tuple[int, ...]]:
         """Where all axes of an input have a size by the options."""
         known = {
-            s.name: tuple(options.sizes.get(d, 0) if isinstance(d, str) else d or 0 for d in s.shape or ())
-            for s in specs(model)[0]
+            s.name: tuple(worked_out(d, options.sizes) or 0 for d in s.shape or ()) for s in specs(model)[0]
         }
         return {name: shape for name, shape in known.items() if all(shape)}
 

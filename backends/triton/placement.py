@@ -16,4 +16,14 @@ DEFAULT = Placement(
     source="optkit.LinearInt8: no zero points, weights per output channel, activations per tensor",
 )
 
-PLACEMENTS: Mapping[str, Placement] = {DEFAULT.name: DEFAULT}
+# The same in floats of 8 bits, from sm_89 on.
+FP8 = Placement(
+    name="fp8",
+    activation="e4m3",
+    weight="e4m3",
+    bias=False,
+    rows=DEFAULT.rows,
+    source="optkit.LinearFp8: weights per output channel, activations per tensor",
+)
+
+PLACEMENTS: Mapping[str, Placement] = {p.name: p for p in (DEFAULT, FP8)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +48,45 @@ def open_device(target: str, arch: str) -> Device:
 
 
 class Call:
-    """One call of a kernel, ready to be launched by any of its programs."""
+    """One call of a kernel, ready to be launched by any of its programs.
 
-    def __init__(self, session: DeviceSession, row: Mapping[str, Any], values: dict[str, Tensor]) -> None:
+    Args:
+        values: By name; has the inputs.
+        spare: Names of those that nobody reads afterwards.
+    """
+
+    def __init__(
+        self,
+        session: DeviceSession,
+        row: Mapping[str, Any],
+        values: dict[str, Tensor],
+        spare: Collection[str] = (),
+    ) -> None:
         self._session, self.row = session, row
         given = [None if name is None else values[name] for name in row["inputs"]]
         shapes = [() if t is None else t.shape for t in given]
         known = of_shapes(shapes)
         self.sizes = {name: evaluate(text, known) for name, text in row["sizes"].items()}
         self.inputs = [None if t is None else t.to_device(session.pool) for t in given]
-        self.outputs = [
-            None if o is None else Tensor.empty(
-                session.pool, tuple(evaluate(d, known) for d in o["shape"]), ir.DataType[o["type"]]
-            )
-            for o in row["outputs"]
-        ]  # fmt: skip
-        # What is written in place is written into a copy: others may read what was there.
         program = session.functions[row["kernels"][0]].code.record["program"]
-        for output, written in program.get("aliases", {}).items():
-            made, before = self.outputs[int(output)], self.inputs[int(written)]
-            if made is not None:
-                assert made.device is not None and before is not None
-                session.device.copy(made.device, before, made.size)
+        aliases = {int(output): int(written) for output, written in program.get("aliases", {}).items()}
+        self.outputs: list[Tensor | None] = []
+        for index, made in enumerate(row["outputs"]):
+            if made is None:
+                self.outputs.append(None)
+                continue
+            shape, kind = tuple(evaluate(d, known) for d in made["shape"]), ir.DataType[made["type"]]
+            before = given[aliases[index]] if index in aliases else None
+            name = row["inputs"][aliases[index]] if index in aliases else None
+            if before is not None and name in spare and row["inputs"].count(name) == 1:
+                self.outputs.append(Tensor(shape=shape, dtype=kind, device=before.device, owners=[before]))
+                continue
+            tensor = Tensor.empty(session.pool, shape, kind)
+            if before is not None:
+                # What is written in place is written into a copy: others read what was there.
+                assert tensor.device is not None and before.device is not None
+                session.device.copy(tensor.device, before.device, tensor.size)
+            self.outputs.append(tensor)
 
     def prepare(self, name: str) -> Prepared:
         """The launch of the program ``name``.
@@ -140,7 +157,7 @@ class DeviceSession(Session):
         with self._lock:
             self.device.use()
             self.bind(feeds)
-            values = self.enqueue()
+            values = self.enqueue(once=True)
             return {o.name: values[o.name].array(self.pool) for o in self.outputs}
 
     def bind(self, feeds: Mapping[str, np.ndarray]) -> None:
@@ -152,28 +169,36 @@ class DeviceSession(Session):
         for value in self._values.values():
             value.to_device(self.pool)
 
-    def enqueue(self, visit: Visit | None = None) -> dict[str, Tensor]:
+    def enqueue(self, visit: Visit | None = None, *, once: bool = False) -> dict[str, Tensor]:
         """Start all steps with the inputs that are bound; the outputs by name, when the stream is done.
 
         Args:
             visit: Is given each call with its index before it is launched.
+            once: Whether no other run needs the inputs: kernels that write into one of them, such as a cache, write into
+                the very memory.
 
         Raises:
             ModelError: A step does not fit the sizes, or the driver or ONNX Runtime stopped.
         """
         values = {**self._constants, **self._values}
+        kept = self._constants.keys() if once else values.keys()
+        if once:
+            self._values = {}
         for index, step in enumerate(self._steps):
             if index in self._rest:
                 self._rest[index].run(values, self.pool)
             else:
-                self._launch(step["launch"], values, visit)
+                spare = [name for name in self._last[index] if name not in kept]
+                self._launch(step["launch"], values, visit, spare)
             for name in self._last[index]:
                 values.pop(name, None)
         return values
 
-    def _launch(self, index: int, values: dict[str, Tensor], visit: Visit | None) -> None:
+    def _launch(
+        self, index: int, values: dict[str, Tensor], visit: Visit | None, spare: Collection[str]
+    ) -> None:
         row = self.launches[index]
-        call = Call(self, row, values)
+        call = Call(self, row, values, spare)
         if visit is not None:
             visit(index, call)
         try:

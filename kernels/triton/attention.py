@@ -238,9 +238,10 @@ class _Attention(Kernel):
 
     def _see(self, match: Match, root: ir.Node, q: ir.Value, v: ir.Value, mask: ir.Value) -> Match:
         """Whether the mask is what the kernel makes itself."""
-        assert q.shape is not None
-        assert v.shape is not None
-        if mask.shape is None or list(mask.shape)[-2:] != [q.shape[2], v.shape[2]]:
+        rows, places, shape = shape_of(q), shape_of(v), shape_of(mask)
+        assert rows is not None
+        assert places is not None
+        if shape is None or shape[-2:] != (rows[2], places[2]):
             return match.fail("the mask is not known to have a value for each query and key", mask)
         found = sight(mask, v)
         if isinstance(found, str):

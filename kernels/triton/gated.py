@@ -9,8 +9,19 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optkit.dims import shape_of
 from optkit.graph import attribute
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, columns_of, format_of
+from optkit.kernels.base import (
+    BYTES,
+    DOMAIN,
+    Argument,
+    Kernel,
+    Problem,
+    Program,
+    columns_of,
+    format_of,
+    pointer,
+)
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
 
@@ -24,6 +35,7 @@ _STEP = 16
 
 class _Gated(Kernel):
     kind: ClassVar[str]
+    paired: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
     examples: ClassVar[tuple[Problem, ...]] = ({"format": "bf16", "columns": 14336},)
     small: ClassVar[tuple[Problem, ...]] = tuple(
@@ -42,18 +54,23 @@ class _Gated(Kernel):
         fmt = str(problem["format"])
         warps, reads = BLOCKS[capability]
         block = warps * 32 * reads * 16 // BYTES[fmt]
-        binds = (("gate", "input:0"), ("up", "input:1"), ("y", "output:0"))
+        names = ("gate", "up") if self.paired else ("gate",)
+        out = str(problem.get("stored", fmt))
         return Program(
             function="optkit.kernels.triton.device.gated:gated",
             arguments=(
-                *(Argument(name=n, type=f"*{fmt}", binds=b, aligned=True) for n, b in binds),
+                *(Argument(name=n, type=pointer(fmt), binds=f"input:{i}", aligned=True) for i, n in enumerate(names)),
+                Argument(name="y", type=pointer(out), binds="output:0", aligned=True),
                 # A multiple of 16, as its last axis is one.
                 Argument(name="n", type="i32", binds="n", aligned=True),
             ),
-            constants={"BLOCK": block, "KIND": self.kind},
+            constants={
+                **({} if self.paired else {"up": None}),
+                "BLOCK": block, "KIND": self.kind, "PAIRED": self.paired, "STEP": float(problem.get("step", 0.0)),
+            },
             grid=(f"cdiv(n, {block})", "1", "1"),
             warps=warps,
-        )
+        )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
         return {"n": "elements(0)"}
@@ -62,7 +79,7 @@ class _Gated(Kernel):
         return [shapes[0]]
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
-        return [(rows, int(problem["columns"]))] * 2
+        return [(rows, int(problem["columns"]))] * (1 + self.paired)
 
     def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
         block = int(self.program(problem, capability).constants["BLOCK"] or 1) // int(problem["columns"])
@@ -76,18 +93,18 @@ class _Gated(Kernel):
         return {"fp16": 0.51, "bf16": 0.51, "fp32": 4.0}[str(problem["format"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        gate, up = (a.astype(np.float64) for a in inputs if a is not None)
-        return [activated(self.kind, gate) * up]
+        gate, *up = (a.astype(np.float64) for a in inputs if a is not None)
+        return [math.prod(up, start=activated(self.kind, gate))]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         n = shapes[0][0] * shapes[0][1]
-        return 8.0 * n, 3.0 * n * BYTES[str(problem["format"])]
+        return 8.0 * n, (2.0 + self.paired) * n * BYTES[str(problem["format"])]
 
     def _check(self, root: ir.Node, gate: ir.Value, up: ir.Value) -> Match:
         match, columns = Match(), columns_of(gate)
         if format_of(gate) not in self.formats or up.dtype != gate.dtype:
             return match.fail("not known to be float32, float16 or bfloat16", gate)
-        if gate.shape is None or gate.shape != up.shape:
+        if gate.shape is None or shape_of(gate) != shape_of(up):
             return match.fail("gate and value are not known to have one shape", up)
         if columns is None or columns % _STEP:
             return match.fail(f"the last axis is no fixed multiple of {_STEP}", gate)

@@ -18,6 +18,7 @@ from optkit.kernels.base import (
     Program,
     columns_of,
     format_of,
+    pointer,
     power_of_two,
 )
 from optkit.kernels.triton.drawing import draw
@@ -60,23 +61,23 @@ class _Norm(Kernel):
         }  # fmt: skip
 
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
-        fmt, columns, total = str(problem["format"]), int(problem["columns"]), bool(problem["total"])
+        fmt, columns = str(problem["format"]), int(problem["columns"])
         elements, most = BLOCKS[capability]
         block = power_of_two(columns)
         rows = max(1, min(elements // block, 8))
         # Each thread reads 16 bytes at a time.
         warps = max(1, min(most, rows * block * BYTES[fmt] // (16 * 32)))
-        x, residual, scale, bias = self._positions()
-        bound = {"x": f"input:{x}", "scale": f"input:{scale}", "y": "output:0"}
-        if residual is not None:
-            bound["residual"] = f"input:{residual}"
-        if bias is not None:
-            bound["bias"] = f"input:{bias}"
-        if total:
-            bound["total"] = "output:1"
-        order = ("x", "residual", "scale", "bias", "y", "total")
+        bound, step = self.bound(problem), float(problem.get("step", 0.0))
+        order = ("x", "residual", "scale", "bias", "y", "total", "q")
         arguments = [
-            Argument(name=n, type=f"*{fmt}", binds=bound[n], aligned=True) for n in order if n in bound
+            Argument(
+                name=n,
+                type=pointer(str(problem["stored"]) if n == "q" else fmt),
+                binds=bound[n],
+                aligned=True,
+            )
+            for n in order
+            if n in bound
         ]
         return Program(
             function="optkit.kernels.triton.device.norm:norm",
@@ -84,16 +85,31 @@ class _Norm(Kernel):
             constants={
                 **{name: None for name in order if name not in bound},
                 "EPSILON": float(problem["epsilon"]), "COLUMNS": columns, "BLOCK": block, "ROWS": rows,
-                "CENTRED": self.centred, "RESIDUAL": self.residual, "BIAS": self.centred, "TOTAL": total,
+                "CENTRED": self.centred, "RESIDUAL": self.residual, "BIAS": self.centred, "NORMAL": "y" in bound,
+                "TOTAL": "total" in bound, "STEP": step,
             },
             grid=(f"cdiv(rows, {rows})", "1", "1"),
             warps=warps,
         )  # fmt: skip
 
+    def bound(self, problem: Problem) -> dict[str, str]:
+        """What the arguments of the program are bound to, by their names there."""
+        x, residual, scale, bias = self._positions()
+        bound = {"x": f"input:{x}", "scale": f"input:{scale}", "y": "output:0"}
+        if residual is not None:
+            bound["residual"] = f"input:{residual}"
+        if bias is not None:
+            bound["bias"] = f"input:{bias}"
+        if problem["total"]:
+            bound["total"] = "output:1"
+        return bound
+
     def expressions(self, problem: Problem) -> dict[str, str]:
         return {"rows": f"elements(0) // {problem['columns']}"}
 
-    def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def outputs(
+        self, problem: Problem, shapes: Sequence[tuple[int, ...]]
+    ) -> Sequence[tuple[int, ...] | None]:
         return [shapes[0]] * (2 if problem["total"] else 1)
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
@@ -207,7 +223,8 @@ def _rms_miss(x: ir.Value, axes: ir.Value, epsilon: ir.Value) -> str | None:
 
 
 _LAYER = "LayerNormalization <axis: int = -1, epsilon: float = @epsilon>"
-_RMS = """
+# What computes ``y`` out of ``%s``, in the format of the second.
+RMS = """
   wide = Cast <to: int = 1> (%s)
   two = Constant <value: tensor = float {2}> ()
   last = Constant <value: tensor = int64[1] {-1}> ()
@@ -274,7 +291,7 @@ class RmsNorm(_Norm):
     name, op, centred, residual = "rms-norm", "RmsNorm", False, False
     size: ClassVar[int] = 6
     source: ClassVar[str] = "arXiv:1910.07467"
-    body: ClassVar[str] = _HEAD % (op, "x, scale", "y") + _RMS % ("x", "x") + "}"
+    body: ClassVar[str] = _HEAD % (op, "x, scale", "y") + RMS % ("x", "x") + "}"
     examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES[1:2]
     small: ClassVar[tuple[Problem, ...]] = _SMALL
 
@@ -292,7 +309,7 @@ class AddRmsNorm(_Norm):
     body: ClassVar[str] = (
         _HEAD % (op, "x, residual, scale", "y, total")
         + " total = Add (x, residual)"
-        + _RMS % ("total", "total")
+        + RMS % ("total", "total")
         + "}"
     )
     examples: ClassVar[tuple[Problem, ...]] = _SUMS[1:2]

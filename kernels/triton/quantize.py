@@ -81,11 +81,7 @@ class _Grid(Kernel):
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         assert inputs[0] is not None
-        # ONNX divides in the format of the scale, float32: in another, ties would be none.
-        quotient = inputs[0].astype(np.float32) / np.float32(str(problem["scale"]))
-        if self.stored == "int8":
-            return [np.clip(np.rint(quotient.astype(np.float64)), -128, 127)]
-        return [quotient.clip(-448, 448).astype(DTYPES["fp8"]).astype(np.float64)]
+        return [on_grid(inputs[0], str(problem["scale"]), self.stored)]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         n = shapes[0][0] * shapes[0][1]
@@ -113,6 +109,15 @@ class _Grid(Kernel):
         (y,) = op.node(self.op, [x], {"scale": float(scalar(scale) or 1.0)}, domain=DOMAIN)
         y.type, y.shape = ir.TensorType(TYPES[self.stored]), x.shape
         return y
+
+
+def on_grid(x: np.ndarray, step: str, stored: str) -> np.ndarray:
+    """``x`` as QuantizeLinear puts it onto a grid around 0, in float64."""
+    # ONNX divides in the format of the scale, float32: in another, ties would be none.
+    quotient = x.astype(np.float32) / np.float32(step)
+    if stored == "int8":
+        return np.clip(np.rint(quotient.astype(np.float64)), -128, 127)
+    return quotient.clip(-448, 448).astype(DTYPES["fp8"]).astype(np.float64)
 
 
 def _scale(node: ir.Node) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from optkit.dims import shape_of
 from optkit.kernels.base import DOMAIN
 from optkit.rewrite import remove_unused, substitute
 
@@ -25,7 +26,8 @@ def addends(total: ir.Value, root: ir.Node, vectors: Sequence[ir.Value]) -> str 
     if add.graph is not graph or graph is None:
         return "the sum is computed in another graph"
     if any(
-        v is None or v.shape is None or v.shape != total.shape or v.dtype != total.dtype for v in add.inputs
+        v is None or v.shape is None or shape_of(v) != shape_of(total) or v.dtype != total.dtype
+        for v in add.inputs
     ):
         return "the addends do not have the shape of the sum"
     within = _between(root, add, vectors)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from optkit.dims import shape_of
 from optkit.graph import attribute
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
 from optkit.kernels.triton.drawing import draw
@@ -112,12 +113,12 @@ class _Turned(Kernel):
             return match.fail("not the two halves of the last axis", halves)
         if low.shape is None or high.shape is None or low.shape[-1] != high.shape[-1]:
             return match.fail("not two equal halves", halves)
-        whole = (
-            cos.shape is not None and x.shape is not None and cos.shape == sin.shape and len(cos.shape) == 4
-        )
-        if not whole or cos.shape[1] != 1 or list(cos.shape)[2:] != list(x.shape)[2:]:  # type: ignore[index, arg-type]
+        places, angles = shape_of(x), shape_of(cos)
+        if places is None or angles is None or angles != shape_of(sin) or len(angles) != 4:
+            return match.fail("which axes the angles have is not known", cos)
+        if angles[1] != 1 or angles[2:] != places[2:]:
             return match.fail("angles are not known to be one for each position and element", cos)
-        if cos.shape[0] not in (1, x.shape[0]):  # type: ignore[index]
+        if angles[0] not in (1, places[0]):
             return match.fail("angles of another number of samples", cos)
         return match
 

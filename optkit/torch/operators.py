@@ -100,7 +100,9 @@ def launch(
                 outputs[int(index)] = inputs[written].clone()
             else:
                 dtype = _FORMATS[argument.type.lstrip("*")]
-                outputs[int(index)] = torch.empty(made[int(index)], dtype=dtype, device=inputs[0].device)
+                shape = made[int(index)]
+                assert shape is not None
+                outputs[int(index)] = torch.empty(shape, dtype=dtype, device=inputs[0].device)
             given[argument.name] = outputs[int(index)]
         else:
             given[argument.name] = evaluate(argument.binds, sizes)
@@ -137,9 +139,11 @@ def _function(name: str) -> ir.Function:
 
 @cache
 def _attributes(name: str) -> dict[str, tuple[Any, Any]]:
-    """Type and default by name."""
+    """Type and default by name, those without a default first."""
     kernel, found = KERNELS[name](), {}
-    for key, declared in _function(name).attributes.items():
+    for key, declared in sorted(
+        _function(name).attributes.items(), key=lambda item: item[1].value is not None
+    ):
         example = kernel.attributes(kernel.examples[0])[key]
         plain = Sequence[int] if isinstance(example, list) else type(example)
         found[key] = (_TYPES.get(declared.type, plain), declared.value)

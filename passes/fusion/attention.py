@@ -131,17 +131,19 @@ def _behind(op: Builder, mask: ir.Value, p: ir.Value, v: ir.Value, **_: Any) -> 
     product = op.MatMul(p, v)
     assert mask.dtype is not None
     kind = mask.dtype.numpy()
-    if _is_finite(mask) or _sees_itself(mask):
+    if _is_finite(mask) or _sees_itself(mask, v):
         return product
     highest = op.ReduceMax(mask, np.array([-1], np.int64), keepdims=1)
     return op.Where(op.Equal(highest, np.array(-np.inf, kind)), np.zeros((), kind), product)
 
 
-def _sees_itself(mask: ir.Value) -> bool:
+def _sees_itself(mask: ir.Value, keys: ir.Value) -> bool:
     """Whether there is a key for every query: all see the first one, or that at their own place."""
-    found, shape = sight(mask, None), shape_of(mask)
-    if isinstance(found, str) or not found.causal or found.keys is not None:
+    found, shape = sight(mask, keys), shape_of(mask)
+    if isinstance(found, str) or found.keys is not None:
         return False
+    if found.last:
+        return True
     return found.window == 0 or (shape is not None and shape[-1] is not None and shape[-1] == shape[-2])
 
 

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError
 from optkit.graph import constant, drop_unused_initializers, graphs, initializer
+from optkit.kernels import KERNELS
+from optkit.kernels.base import DOMAIN
 from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
@@ -29,6 +31,14 @@ SENSITIVE = (
     "CumSum", "Exp", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "Log", "LogSoftmax", "LpNormalization",
     "MeanVarianceNormalization", "Pow", "RMSNormalization", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMean",
     "ReduceProd", "ReduceSum", "ReduceSumSquare", "Softmax", "Softplus",
+)  # fmt: skip
+
+# What computes angles out of places, and takes no part in what layers compute.
+_MOVES = frozenset(
+    {
+        "Add", "Cast", "Concat", "Div", "Einsum", "Expand", "Gather", "Identity", "MatMul", "Mul", "Neg", "Pow", "Range",
+        "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    }
 )  # fmt: skip
 
 # Inputs that the standard fixes at float32 whatever the data's type is.
@@ -54,7 +64,9 @@ class CastFloats(GraphPass):
 
     A node stays in float32 when its operator is in ``keep``, or when one of its constants or, on the calibration data,
     one of its values exceeds the largest float16 divided by ``margin``. Without data the values are those on inputs
-    drawn from the input specification.
+    drawn from the input specification. A call of a kernel reads and writes the format where the kernel has it, whatever it
+    computes in: norms that kernels compute are called before. Sines and cosines of places, with all that leads to them, stay
+    in float32 as well: float16 has no whole numbers beyond 2048, and an angle of so many turns is then any angle.
 
     Attributes:
         to: The format.
@@ -74,7 +86,8 @@ class CastFloats(GraphPass):
         if (why := context.target.lacks.get(self.to)) is not None:
             raise BackendUnavailableError(why, hint="choose another --precision")
         dtype = ir.DataType.FLOAT16 if self.to == "fp16" else ir.DataType.BFLOAT16
-        chosen = [n for g in graphs(model) for n in g if self._suits(n)]
+        angles = {n for g in graphs(model) for n in g if n.op_type in ("Cos", "Sin") for n in _of_places(n)}
+        chosen = [n for g in graphs(model) for n in g if n not in angles and self._suits(n)]
         if self.to == "fp16" and chosen:
             chosen = self._in_range(model, chosen, context)
         taken = dict.fromkeys(chosen)
@@ -98,7 +111,8 @@ class CastFloats(GraphPass):
         return changes
 
     def _suits(self, node: ir.Node) -> bool:
-        if spec(node) is None or node.op_type in _APART or selects(self.keep, node):
+        known = _has_kernel(node, self.to) if node.domain == DOMAIN else spec(node) is not None
+        if not known or node.op_type in _APART or selects(self.keep, node):
             return False
         floats = [
             v
@@ -144,6 +158,27 @@ class CastFloats(GraphPass):
         for node in kept:
             logger.info("%s stays in float32: a value beyond %.0f", node.name, limit)
         return [n for n in chosen if n not in set(kept)]
+
+
+def _of_places(root: ir.Node) -> set[ir.Node]:
+    """``root`` and all that leads to it, where that starts with numbers of places: integers, constants, inputs; else nothing."""
+    found, open_ = set[ir.Node](), [root]
+    while open_:
+        node = open_.pop()
+        if node in found:
+            continue
+        if node is not root and (node.op_type not in _MOVES or node.domain != ""):
+            return set()
+        found.add(node)
+        integers = [v for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_integer()]
+        ahead = [v for v in node.inputs if v is not None and v not in integers and constant(v) is None]
+        open_ += [p for v in ahead if (p := v.producer()) is not None]
+    return found
+
+
+def _has_kernel(node: ir.Node, fmt: str) -> bool:
+    """Whether the kernel that ``node`` calls has a program for ``fmt``."""
+    return any(k.op == node.op_type and fmt in k.formats for k in (KERNELS[name] for name in KERNELS))
 
 
 def _lower(

@@ -173,3 +173,66 @@ def test_an_artifact_without_its_files_says_which(tmp_path):
         Triton().deferred(tmp_path, H100, TritonOptions())
     with pytest.raises(ModelError, match=r"model.onnx is missing"):
         Triton().load(tmp_path, H100, TritonOptions())
+
+
+ENCODER = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 64] x) => (float[N, 64] y) {
+  n = LayerNormalization <axis = -1> (x, s, b)
+  q = MatMul (n, w)
+  k = MatMul (n, v)
+  m = Mul (q, k)
+  t = Add (x, m)
+  h = LayerNormalization <axis = -1> (t, s, b)
+  u = MatMul (h, w)
+  g = Gelu (u)
+  d = MatMul (g, v)
+  y = Add (t, d)
+}
+"""
+
+
+def quantized(tmp_path, name, recipe):
+    save(model(ENCODER, calls=False), tmp_path / "m.onnx")
+    rows = np.random.default_rng(3).standard_normal((4, 16, 64)).astype(np.float32)
+    for index, x in enumerate(rows):
+        (tmp_path / "calib").mkdir(exist_ok=True)
+        np.savez(tmp_path / "calib" / f"{index}.npz", x=x)
+    out = tmp_path / "out"
+    arguments = ["compile", str(tmp_path / "m.onnx"), "--target", name, "--recipe", recipe, "--out", str(out)]
+    return main([*arguments, "--calib", str(tmp_path / "calib")]), out
+
+
+@pytest.mark.needs("triton")
+@pytest.mark.parametrize(
+    ("recipe", "linear", "stored"),
+    [("triton-int8", "LinearInt8", "int8"), ("triton-fp8", "LinearFp8", "fp8")],
+)
+def test_products_in_eight_bits_read_what_norms_and_activations_put_onto_their_grid(
+    tmp_path, capsys, recipe, linear, stored
+):
+    code, out = quantized(tmp_path, "l4", recipe)
+    assert code == 0
+    # Two products share what the first norm gives, and the norms' sums are read too.
+    ops = [row["op"] for row in bundle.read(out)["launches"]]
+    assert sorted(ops) == sorted(
+        ["LayerNormQuantize", linear, linear, "AddLayerNormQuantize", linear, "GeluQuantize", linear]
+    )
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    assert manifest["achieved"]["formats"] == {stored: 1.0}
+    assert not manifest["evidence"]["timed_on_device"]
+    said = capsys.readouterr().err
+    assert "not measured: there is no l4 here" in said
+    x = np.random.default_rng(4).standard_normal((5, 64)).astype(np.float32)
+    right = ReferenceSession(model(ENCODER, calls=False)).run({"x": x})["y"]
+    with Triton().load(out, target("l4"), TritonOptions()) as session:
+        found = session.run({"x": x})["y"]
+    # Four products of 64 terms on grids of 2**-7 of their range (int8), or of 2**-4 of each number (e4m3).
+    assert np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2)) < (0.02 if stored == "int8" else 0.08)
+
+
+def test_floats_of_eight_bits_are_refused_where_the_card_has_none(tmp_path, capsys):
+    code, out = quantized(tmp_path, "a100", "triton-fp8")
+    assert code == 4
+    assert "fp8" in capsys.readouterr().err
+    assert not out.exists()

@@ -9,10 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -264,25 +261,13 @@ def test_threads_run_one_after_the_other_each_on_the_device(artifact, gpu):
         np.testing.assert_allclose(one["y"].astype(float), right["y"].astype(float), atol=0.02)
 
 
-def interpret(artifact, given, driver, folder):
-    """The outputs, with every launch computed by Triton's interpreter in another process."""
-    np.savez(folder / "feeds.npz", **given)
-    arguments = [artifact, folder / "feeds.npz", folder / "out.npz", folder / "log.json"]
-    command = [sys.executable, str(HERE / "device" / "launches.py"), *map(str, arguments)]
-    environment = {**os.environ, "OPTKIT_LIBCUDA": str(driver)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with np.load(folder / "out.npz") as found:
-        return dict(found), json.loads((folder / "log.json").read_text())
-
-
 @pytest.mark.needs("triton", "torch")
 @pytest.mark.parametrize("shape", [(2, 5), (1, 131)])
 def test_the_launches_computed_by_the_interpreter_give_what_onnx_runtime_gives(
     artifact, driver, tmp_path, shape
 ):
     given = feeds(*shape)
-    found, log = interpret(artifact, given, driver, tmp_path)
+    found, log = launches.interpret(artifact, given, driver, tmp_path)
     assert len(log) == 7
     right = ReferenceSession(artifact / bundle.MODEL).run(given)
     for name, value in right.items():
@@ -334,7 +319,7 @@ def test_every_launch_of_minilm_is_what_its_node_asks_for(minilm, gpu, shape):
 @pytest.mark.needs("triton", "torch")
 def test_minilm_by_the_interpreter_gives_what_onnx_runtime_gives(minilm, driver, tmp_path):
     given = sentences(2, 7)
-    found, log = interpret(minilm, given, driver, tmp_path)
+    found, log = launches.interpret(minilm, given, driver, tmp_path)
     assert len(log) == 55
     for name, value in ReferenceSession(minilm / bundle.MODEL).run(given).items():
         # Elements of vectors of length 1, from half precision.
@@ -445,13 +430,20 @@ def test_promises_that_the_code_relies_on_are_checked(function, inputs, outputs,
         function.prepare(inputs, outputs, {"rows": rows}, lambda size: 256)
 
 
-def test_what_is_written_in_place_starts_as_a_copy(artifact, gpu, tmp_path):
+def in_place(artifact, tmp_path, launch, output, written):
+    """The artifact, with a launch that writes one of its inputs."""
     folder = Path(shutil.copytree(artifact, tmp_path / "copy"))
-    name = bundle.read(folder)["launches"][0]["kernels"][0]
-    file = folder / bundle.FOLDER / f"{name}.json"
-    record = json.loads(file.read_text())
-    record["program"]["aliases"] = {"0": 0}
-    file.write_text(json.dumps(record))
+    for name in bundle.read(folder)["launches"][launch]["kernels"]:
+        file = folder / bundle.FOLDER / f"{name}.json"
+        record = json.loads(file.read_text())
+        record["program"]["aliases"] = {str(output): written}
+        file.write_text(json.dumps(record))
+    return folder
+
+
+def test_what_is_written_in_place_and_read_later_starts_as_a_copy(artifact, gpu, tmp_path):
+    # The first norm reads the input, which is added at the end of the block too.
+    folder = in_place(artifact, tmp_path, 0, 0, 0)
     given, seen = feeds(1, 3), []
 
     def compute(launch):
@@ -464,6 +456,33 @@ def test_what_is_written_in_place_starts_as_a_copy(artifact, gpu, tmp_path):
         session.run(given)
         session.close()
     assert (seen[0] == given["x"]).all()
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_what_nobody_reads_later_is_written_in_place(artifact, gpu, tmp_path, once):
+    rows = bundle.read(artifact)["launches"]
+    # The last one adds the input to what the branch gave; inputs that are bound for several runs stay as they are.
+    assert rows[-1]["op"] == "AddLayerNorm"
+    at = rows[-1]["inputs"].index("x")
+    folder = in_place(artifact, tmp_path, len(rows) - 1, 0, at)
+    given, written = feeds(1, 3), []
+
+    def compute(launch):
+        if launch["record"]["program"].get("aliases"):
+            read = launch["arguments"][("x", "residual")[at]]
+            written.append(launch["arguments"]["y"] == read)
+
+    with launches.Recording(launches.records(folder), compute) as device:
+        session = DeviceSession(folder, device, rest="cpu")
+        if once:
+            session.run(given)
+            session.run(given)
+        else:
+            session.bind(given)
+            session.enqueue()
+            session.enqueue()
+        session.close()
+    assert written == [once] * 2
 
 
 def test_no_rows_start_nothing(function):

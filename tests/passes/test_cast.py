@@ -7,6 +7,7 @@ import pytest
 from optkit.data import CalibrationData
 from optkit.passes.base import Context
 from optkit.passes.lowering.cast import CastFloats
+from optkit.passes.lowering.kernels import CallKernels
 from optkit.targets import target
 from optkit.testing import check_pass, parse
 
@@ -64,6 +65,57 @@ def test_scales_of_resize_stay_in_float32():
     g (float[1, 1, 2, 2] x) => (float[1, 1, 4, 4] y) <float[4] s = {1, 1, 2, 2}> { y = Resize<mode = "nearest">(x, , s) }
     """
     check_pass(CastFloats(), text, ops=["Cast", "Resize", "Cast"], **HALF)
+
+
+PLACES = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (int64[N] x, float[N, 4] h) => (float[N, 4] y) <float[4] rates = {1, 0.3, 0.1, 0.03}, int64[2] tall = {-1, 1}, float four = {4}> {
+  p = Reshape (x, tall)
+  f = Cast <to = 1> (p)
+  a = Mul (f, rates)
+  s = Sin (%s)
+  y = Mul (s, h)
+}
+"""
+
+
+def test_angles_of_places_are_computed_in_float32():
+    ops = ["Cast", "Reshape", "Cast", "Mul", "Sin", "Cast", "Mul", "Cast"]
+    # 40001 has no float16, and an error of 16 in an angle is any error.
+    check_pass(CastFloats(), PLACES % "a", ops=ops, x=np.array([3, 2049, 40001]), **HALF)
+
+
+def test_sines_of_what_layers_compute_are_cast():
+    text = (
+        (PLACES % "t")
+        .replace("  s =", "  t = Mul (h, four)\n  r = Relu (t)\n  s =")
+        .replace("Sin (t)", "Sin (r)")
+    )
+    after = check_pass(CastFloats(), text, x=np.array([3, 4, 5]), **HALF)
+    (sine,) = (n for n in after.graph if n.op_type == "Sin")
+    assert sine.outputs[0].dtype == ir.DataType.FLOAT16
+
+
+NORM = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 32] x, float[N, 32] r) => (float[N, 32] y) {
+  t = Add (x, r)
+  n = LayerNormalization <axis = -1> (t, s, b)
+  y = Add (t, n)
+}
+"""
+
+
+def test_norms_that_are_calls_of_kernels_come_and_go_in_half_precision():
+    model = parse(
+        NORM, s=np.linspace(0.5, 1.5, 32, dtype=np.float32), b=np.linspace(-1, 1, 32, dtype=np.float32)
+    )
+    context = Context(target=target("h100"))
+    CallKernels().run(model, context)
+    after = check_pass(
+        CastFloats(), model, context=context, ops=["Cast", "Cast", "AddLayerNorm", "Add", "Cast"], **HALF
+    )
+    assert {v.dtype for v in after.graph[2].outputs} == {ir.DataType.FLOAT16}
 
 
 def test_bfloat16_needs_no_range():

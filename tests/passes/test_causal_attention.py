@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from optkit.frontend import load
 from optkit.graph import walk
@@ -182,6 +183,26 @@ def test_queries_behind_a_cache_stand_at_the_last_keys(cache, last):
     assert (found.last and not found.causal) if last else isinstance(found, str)
 
 
+def test_the_cache_of_another_layer_is_as_long():
+    text = (CACHE % "other").replace(
+        "float[N, 2, P, 16] past,", "float[N, 2, P, 16] past, float[N, 2, P, 16] other,"
+    )
+    model = parse(text, low=np.array(-np.inf, np.float32))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    assert sight(values["mask"], values["keys"]).last
+
+
+def test_fewer_queries_than_keys_are_joined_do_not_stand_last():
+    text = (
+        (CACHE % "past")
+        .replace("float[S, P] u) => (float[S, T]", "float[R, P] u) => (float[R, T]")
+        .replace("Shape <start = 2, end = 3> (k)", "Shape <end = 1> (u)")
+    )
+    model = parse(text, low=np.array(-np.inf, np.float32))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    assert "stand at the end" in sight(values["mask"], values["keys"])
+
+
 def operator(heads, inputs, attributes, more=""):
     return f"""
 <ir_version: 10, opset_import: ["" : 23]>
@@ -226,6 +247,33 @@ def test_the_operator_of_onnx_is_one_call(text, ops):
         feeds["m"][0, 0, 2] = -np.inf  # a query that sees no key
     expected, found = (ReferenceSession(m, optimize=False).run(feeds)["y"] for m in (before, model))
     np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), **CLOSE)
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+@pytest.mark.parametrize(
+    ("heads", "attributes", "op"), [(2, "<is_causal = 1>", "CausalAttention"), (4, "", "Attention")]
+)
+def test_the_operator_of_onnx_with_a_cache_is_one_call(opset, heads, attributes, op):
+    text = f"""
+<ir_version: 11, opset_import: ["" : {opset}]>
+g (float16[N, 4, S, 32] q, float16[N, {heads}, S, 32] k, float16[N, {heads}, S, 32] v, float16[N, {heads}, P, 32] pk,
+   float16[N, {heads}, P, 32] pv) => (float16[N, 4, S, 32] y, float16[N, {heads}, T, 32] nk, float16[N, {heads}, T, 32] nv) {{
+  y, nk, nv = Attention {attributes} (q, k, v, , pk, pv)
+}}
+"""
+    _, model = lowered(text)
+    assert [n.op_type for n in walk(model)] == ["Concat", "Concat", op]
+    assert op == "Attention" or calls(model)[0].attributes["last"].value == 1
+    random = np.random.default_rng(0)
+    sizes = {"N": 2, "S": 5, "P": 3}
+    feeds = {
+        v.name: random.standard_normal([sizes.get(str(d), d) for d in v.shape]).astype(np.float16)
+        for v in model.graph.inputs
+    }
+    expected = ReferenceEvaluator(onnx.parser.parse_model(text)).run(None, feeds)
+    found = ReferenceSession(model, optimize=False).run(feeds)
+    for right, name in zip(expected, ("y", "nk", "nv"), strict=True):
+        np.testing.assert_allclose(found[name].astype(np.float32), right.astype(np.float32), **CLOSE)
 
 
 def test_scores_that_are_squashed_are_no_kernel():

@@ -560,4 +560,4 @@ def test_norms_that_are_spelled_out_become_kernels_before_their_parts_are_cast(r
     run_passes(model, tuple(steps), H100)
     (norm,) = [n for n in walk(model) if n.domain == "optkit"]
     assert norm.op_type == "AddRmsNorm"
-    assert norm.outputs[0].dtype == ir.DataType.FLOAT
+    assert norm.outputs[0].dtype == ir.DataType.FLOAT16

@@ -5,13 +5,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from optkit.kernels.triton.device.quantize import to_grid
+
 
 @triton.jit
-def gated(gate, up, y, n, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """``activation(gate) * up`` in float32; one block of elements a program."""
+def gated(
+    gate,
+    up,
+    y,
+    n,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    PAIRED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """``activation(gate) * up`` in float32; one block of elements a program.
+
+    ``PAIRED``: whether there is something to be multiplied with. ``STEP``: of the grid of ``y``, onto which the result is put
+    after it was rounded to the format of ``gate``; 0 where it is stored as a float.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     a = g / (1.0 + tl.exp(-g)) if KIND == "silu" else 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    tl.store(y + at, (a * u).to(y.dtype.element_ty), mask=inside)
+    if PAIRED:
+        a *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = a.to(gate.dtype.element_ty)
+    if STEP > 0:
+        tl.store(y + at, to_grid(rounded.to(tl.float32) / STEP, y.dtype.element_ty), mask=inside)
+    else:
+        tl.store(y + at, rounded, mask=inside)

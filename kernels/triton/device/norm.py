@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from optkit.kernels.triton.device.quantize import to_grid
+
 
 @triton.jit
 def norm(
@@ -14,6 +16,7 @@ def norm(
     bias,
     y,
     total,
+    q,
     rows,
     EPSILON: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -22,9 +25,14 @@ def norm(
     CENTRED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    NORMAL: tl.constexpr,
     TOTAL: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Normalize ``ROWS`` rows of ``COLUMNS``; mean and variance in float32, in two passes over registers."""
+    """Normalize ``ROWS`` rows of ``COLUMNS``; mean and variance in float32, in two passes over registers.
+
+    ``NORMAL``, ``TOTAL``: whether the result and the sum are stored. ``STEP``: of the grid of ``q``; 0 where that is not stored.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = column < COLUMNS
@@ -34,7 +42,7 @@ def norm(
     if RESIDUAL:
         value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         # The sum that leaves is rounded, and so is what is normalized: both readers see the same numbers.
-        rounded = value.to(y.dtype.element_ty)
+        rounded = value.to(x.dtype.element_ty)
         if TOTAL:
             tl.store(total + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -47,4 +55,8 @@ def norm(
     value = value * factor[None, :]
     if BIAS:
         value += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+    rounded = value.to(x.dtype.element_ty)
+    if NORMAL:
+        tl.store(y + at, rounded, mask=inside)
+    if STEP > 0:
+        tl.store(q + at, to_grid(rounded.to(tl.float32) / STEP, q.dtype.element_ty), mask=inside)

@@ -1,0 +1,159 @@
+"""A Llama as torch and transformers write it, from its export to the launches: a prompt, a prompt behind a cache, one token.
+
+No GPU is needed: the driver pretends, and Triton's interpreter computes every launch from its source.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.backends.triton import bundle
+from optkit.cli.app import main
+from optkit.data import draw
+from optkit.graph import walk
+from optkit.reference import ReferenceSession
+from optkit.store import save
+
+HERE = Path(__file__).resolve().parent
+_SPEC = importlib.util.spec_from_file_location("launches", HERE / "device" / "launches.py")
+launches = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(launches)
+
+pytestmark = pytest.mark.needs("triton", "torch", "transformers")
+
+_WORDS, _LAYERS, _PAST = 112, 2, 8
+# New tokens at a time, and whether there are tokens before.
+STAGES = {"prefill": (12, False), "prefill-cache": (4, True), "decode": (1, True)}
+ATTENTION = {
+    "prefill": "CausalMaskedAttention",
+    "prefill-cache": "CausalMaskedAttention",
+    "decode": "MaskedAttention",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def llama():
+    """Random weights, norms that scale, 4 heads in 2 groups."""
+    import torch
+
+    from optkit.benchmarks.families import hub
+
+    torch.manual_seed(0)
+    fields = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hub.config(
+        "LlamaConfig", vocab_size=_WORDS, num_hidden_layers=_LAYERS, max_position_embeddings=128, **fields
+    )
+    module = hub.model("LlamaForCausalLM", config)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if "norm" in name:
+                weight.add_(torch.rand_like(weight) / 2)
+            else:
+                weight.mul_(4)
+    return module
+
+
+def exported(stage):
+    from optkit.benchmarks.families import hub
+    from optkit.exporting.export import export
+    from optkit.frontend import proved
+
+    new, behind = STAGES[stage]
+    past = _PAST if behind else 0
+    inputs = {
+        "input_ids": hub.tokens(_WORDS, new),
+        "attention_mask": hub.mask(hub.BATCH, past + new),
+        "use_cache": True,
+    }
+    rows = {0: "batch", 1: "sequence"} if new > 1 else {0: "batch"}
+    free = {"input_ids": rows, "attention_mask": rows}
+    if behind:
+        inputs["past_key_values"] = hub.caches(_LAYERS, 2, 16, _PAST)
+        whole = "past+sequence" if new > 1 else "past+1"
+        free = {"input_ids": rows, "attention_mask": {0: "batch", 1: whole}, **hub.cached(_LAYERS)}
+    return proved(export(llama(), inputs, free, name=stage)).model
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def compiled(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = exported(request.param)
+    save(model, folder / "model.onnx")
+    return request.param, model, folder, compile_for("h100", folder)
+
+
+def compile_for(target, folder):
+    out = folder / target
+    arguments = [
+        "compile",
+        str(folder / "model.onnx"),
+        "--target",
+        target,
+        "--recipe",
+        "triton-fp16",
+        "--out",
+        str(out),
+    ]
+    assert main([*arguments, "--set", "options.rest=cpu"]) == 0
+    return out
+
+
+def test_every_product_of_a_llama_runs_in_a_kernel(compiled):
+    stage, _, _, out = compiled
+    graph = ir.load(out / bundle.MODEL).graph
+    called = [n.op_type for n in graph if n.domain == "optkit"]
+    left = {n.op_type for n in walk(graph) if n.domain == ""}
+    assert not left & {"MatMul", "Gemm", "Softmax", "LayerNormalization", "Pow", "Sigmoid"}
+    assert called.count("MatMul") == 7 * _LAYERS + 1
+    assert called.count(ATTENTION[stage]) == _LAYERS
+    assert called.count("Rotary") == 2 * _LAYERS
+    assert (called.count("RmsNorm"), called.count("AddRmsNorm")) == (1, 2 * _LAYERS)
+    assert called.count("SwiGlu") == _LAYERS
+    queries = [n.attributes.get_int("last", 0) for n in graph if n.op_type == "CausalMaskedAttention"]
+    assert queries == [int(stage == "prefill-cache")] * len(queries)
+    # Norms, products and gates give each other float16: nothing is cast between them.
+    floats = [n for n in graph if n.op_type == "Cast" and n.outputs[0].dtype == ir.DataType.FLOAT]
+    assert all(n.outputs[0].is_graph_output() for n in floats if n.inputs[0].dtype == ir.DataType.FLOAT16)
+
+
+@pytest.mark.parametrize(("batch", "new", "past"), [(2, 7, 5), (1, 70, 66)])
+def test_the_launches_of_a_llama_give_what_onnx_runtime_gives(compiled, driver, tmp_path, batch, new, past):
+    stage, model, _, out = compiled
+    new = min(new, STAGES[stage][0]) if stage == "decode" else new
+    given = draw(model, np.random.default_rng(1), {"batch": batch, "sequence": new, "past": past})
+    given["attention_mask"][-1, :2] = 0
+    found, log = launches.interpret(out, given, driver, tmp_path)
+    assert len(log) == len(bundle.read(out)["launches"])
+    right = ReferenceSession(model).run(given)
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        assert found[name].shape == value.shape
+        # A query that may see nothing but hidden tokens is padding: what it gives nobody reads.
+        rows = slice(2, None) if name == "logits" and stage == "prefill" else slice(None)
+        found_, value = (a[:, rows] if name == "logits" else a for a in (found[name], value))
+        size = float(np.sqrt(np.mean(value**2)))
+        # Two layers in float16: some twenty roundings of 2**-11 in a row.
+        assert np.abs(found_ - value).max() / size < 0.03, name
+
+
+@pytest.mark.parametrize("target", ["l4", "rtx4090"])
+def test_a_llama_is_compiled_for_cards_too(compiled, target):
+    _, _, folder, out = compiled
+    found = bundle.read(compile_for(target, folder))
+    assert found["arch"] == "sm_89"
+    assert [row["op"] for row in found["launches"]] == [row["op"] for row in bundle.read(out)["launches"]]
+    manifest = json.loads((folder / target / "manifest.json").read_text())
+    assert not manifest["evidence"]["ran_on_device"]
+    assert not manifest["evidence"]["timed_on_device"]
