@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def convert(
         features: The types of its inputs.
         version: Major version of the oldest iOS.
         fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
-            are taken of stays in float32.
+            are taken of stays in float32, and so does a variance that is a difference of means.
         weights: An empty folder.
 
     Returns:
@@ -61,7 +61,9 @@ def convert(
         else:
             option = ct.converters.mil.mil.passes.graph_pass.PassOption
             pipeline._pass_options["common::add_fp16_cast"] = [
-                option(option_name="op_selector", option_val=lambda op: not _is_logged(op))
+                option(
+                    option_name="op_selector", option_val=lambda op: not (_is_logged(op) or _is_variance(op))
+                )
             ]
         spec, _ = mil_convert_to_proto(
             program, "milinternal", "mlprogram", ConverterRegistry, main_pipeline=pipeline, inputs=features, outputs=None,
@@ -86,6 +88,67 @@ def _is_logged(op: Any) -> bool:
             found += after
             seen.update(after)
     return False
+
+
+# What lies between a mean and the difference it is part of, and between that and the root taken of it.
+_FORMS = frozenset({"expand_dims", "reshape", "squeeze"})
+_BEFORE_ROOT = _FORMS | {"add", "clip", "maximum", "relu", "threshold"}
+
+
+def _is_variance(op: Any) -> bool:
+    """Whether an operation is part of ``sqrt(mean(x^2) - mean(x)^2)``.
+
+    Of two means that agree to three digits float16 leaves nothing, and the root of that is divided by.
+    """
+    if op.op_type in _BEFORE_ROOT or op.op_type in ("rsqrt", "sqrt"):
+        above = _closure(op, _BEFORE_ROOT, _parents)
+        if any(_is_difference(parent) for one in above for parent in _parents(one)):
+            return True
+    if op.op_type == "sub":
+        return _is_difference(op)
+    if op.op_type == "reduce_mean" or op.op_type in _FORMS or _is_square(op):
+        within = _closure(op, {"reduce_mean", "mul", "square", *_FORMS}, _children)
+        return any(_is_difference(child) for one in within for child in _children(one))
+    return False
+
+
+def _is_difference(op: Any) -> bool:
+    """Of a mean and the square of one, with a root taken of it."""
+    if op.op_type != "sub":
+        return False
+    sides = [v.op for v in (op.x, op.y)]
+    means = [one is not None and _of_mean(one) for one in sides]
+    rooted = _closure(op, {"sub", *_BEFORE_ROOT}, _children)
+    return all(means) and any(c.op_type in ("rsqrt", "sqrt") for one in rooted for c in _children(one))
+
+
+def _of_mean(op: Any) -> bool:
+    while op is not None and (op.op_type in _FORMS or _is_square(op)):
+        op = op.x.op
+    return op is not None and op.op_type == "reduce_mean"
+
+
+def _is_square(op: Any) -> bool:
+    return op.op_type == "square" or (op.op_type == "mul" and op.x is op.y)
+
+
+def _closure(op: Any, through: Set[str], steps: Callable[[Any], list[Any]]) -> list[Any]:
+    """The operation, and what is reached from it by ``steps`` through operations of some types."""
+    found, seen = [op], {op}
+    for one in found:
+        if one is op or one.op_type in through:
+            more = [o for o in dict.fromkeys(steps(one)) if o not in seen and o.op_type in through]
+            found += more
+            seen.update(more)
+    return found
+
+
+def _parents(op: Any) -> list[Any]:
+    return [v.op for v in (op.inputs.get("x"), op.inputs.get("y")) if v is not None and v.op is not None]
+
+
+def _children(op: Any) -> list[Any]:
+    return [child for output in op.outputs for child in output.child_ops]
 
 
 def write(spec: Any, folder: Path, metadata: Mapping[str, str]) -> None:

@@ -66,7 +66,7 @@ class PackageSession(Session):
         if port.picture is not None:
             array = _pixels(port, array)
         array = array.reshape(1) if port.scalar else array
-        return np.ascontiguousarray(array.astype(_KINDS[port.stored]))
+        return np.ascontiguousarray(array.astype(_KINDS[port.stored], copy=False))
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         hint = "give options.shapes other sizes when compiling"

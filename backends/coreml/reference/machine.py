@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ _MOVES = frozenset({
 _PICKS = _MOVES | {
     "abs", "clip", "max_pool", "maximum", "minimum", "reduce_max", "reduce_min", "relu", "relu6", "select", "threshold", "topk",
 }  # fmt: skip
+# Elements of weights in float16 from which on they are not kept in float32 beside.
+_SMALL = 1 << 14
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
 
@@ -43,10 +46,31 @@ def unknown(function: Function) -> list[str]:
     return sorted(k for k in kinds(function.block) if k not in OPERATIONS and k not in (*_CONTROL, "const"))
 
 
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    """An operation with what is known of it before it runs.
+
+    Attributes:
+        fixed: Arguments that are the same in every run.
+        heavy: Weights in float16 too large to be kept in float32 as well.
+        moving: Parameter, names, whether it takes several values.
+        wide: Whether floats arrive in float32.
+        gone: Values that nobody reads afterwards.
+    """
+
+    op: Operation
+    fixed: dict[str, Any]
+    heavy: list[tuple[str, np.ndarray]]
+    moving: list[tuple[str, list[str], bool]]
+    wide: bool
+    gone: list[str]
+
+
 class Machine:
     """One function of a program, ready to run.
 
-    Constants are read once; compressed ones are kept as they are computed with. Values are forgotten after their last use.
+    Constants are read once, compressed ones decompressed, and kept in the type that the program declares. Values are
+    forgotten after their last use.
 
     Raises:
         ModelError: It has operations that the evaluator does not know; lists them.
@@ -57,6 +81,7 @@ class Machine:
             raise ModelError(f"the reference evaluator does not know the operations {', '.join(missing)}")
         self.function = function
         self._constants: dict[str, Any] = {}
+        self._steps: dict[int, list[_Step]] = {}
         self._last: dict[int, list[list[str]]] = {}
         self._plan(function.block, keep=set(function.block.outputs))
         self.state: dict[str, np.ndarray] = {}
@@ -119,43 +144,63 @@ class Machine:
             return self._block(self.function.block, values, watch)
 
     def _block(self, block: Block, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
-        gone = self._last[id(block)]
-        for index, op in enumerate(block.operations):
-            if op.kind == "const" or op.kind.startswith("constexpr_"):
-                self._constant(op, values)
-            else:
-                self._operation(op, values, watch)
-            for name in gone[index]:
+        steps = self._steps.get(id(block))
+        if steps is None:
+            steps = self._steps[id(block)] = self._prepared(block)
+        for step in steps:
+            self._operation(step, values, watch)
+            for name in step.gone:
                 values.pop(name, None)
-        return {name: values[name] for name in block.outputs}
+        return {name: self._value(name, values) for name in block.outputs}
 
-    def _constant(self, op: Operation, values: dict[str, Any]) -> None:
-        if op.outputs[0].name not in self._constants:
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        return values[name] if name in values else self._constants[name]
+
+    def _prepared(self, block: Block) -> list[_Step]:
+        """Read the constants of a block; what is left to do in each run."""
+        steps = []
+        for op, gone in zip(block.operations, self._last[id(block)], strict=True):
             if op.kind == "const":
-                found = [_read(op.attributes["val"])]
+                self._constants[op.outputs[0].name] = _held(_read(op.attributes["val"]))
+            elif op.kind.startswith("constexpr_"):
+                arguments = self._step(op, []).fixed
+                for parameter, value in op.attributes.items():
+                    if parameter != "name":
+                        arguments[parameter] = _argument(_read(value))
+                for output, value in zip(op.outputs, self._call(op, arguments), strict=True):
+                    # Decompressed it is no larger than the program declares it.
+                    narrow = value.astype(output.type.dtype, copy=False)
+                    self._constants[output.name] = _held(narrow)
             else:
-                found = self._call(op, self._arguments(op, values))
-            for output, value in zip(op.outputs, found, strict=True):
-                self._constants[output.name] = value
-        for output in op.outputs:
-            values[output.name] = self._constants[output.name]
+                steps.append(self._step(op, gone))
+        return steps
 
-    def _arguments(self, op: Operation, values: dict[str, Any]) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
+    def _step(self, op: Operation, gone: list[str]) -> _Step:
+        wide = op.kind not in _MOVES
+        step = _Step(op=op, fixed={}, heavy=[], moving=[], wide=wide, gone=gone)
         for parameter, bindings in op.inputs.items():
-            found = [values[b.name] if isinstance(b, Name) else _read(b) for b in bindings]
-            several = (op.kind, parameter) in _SEVERAL or len(found) != 1
-            wide = op.kind not in _MOVES
-            arguments[parameter] = (
-                [_argument(v, wide=wide) for v in found] if several else _argument(found[0], wide=wide)
-            )
-            if wide and not several and isinstance(bindings[0], Name) and bindings[0].name in self._constants:
-                # Weights are computed with again in the next run.
-                self._constants[bindings[0].name] = values[bindings[0].name] = arguments[parameter]
-        if op.kind.startswith("constexpr_"):
-            for parameter, value in op.attributes.items():
-                if parameter != "name":
-                    arguments[parameter] = _argument(_read(value))
+            names = [b.name for b in bindings if isinstance(b, Name)]
+            several = (op.kind, parameter) in _SEVERAL or len(bindings) != 1
+            if all(n in self._constants for n in names):
+                found = [self._constants[b.name] if isinstance(b, Name) else _read(b) for b in bindings]
+                if wide and not several and _heavy(found[0]) and not op.kind.startswith("constexpr_"):
+                    step.heavy.append((parameter, found[0]))
+                    continue
+                given = [_argument(v, wide=wide) for v in found]
+                step.fixed[parameter] = given if several else given[0]
+            elif len(names) == len(bindings):
+                step.moving.append((parameter, names, several))
+            else:
+                raise ModelError(f"{op}: {parameter!r} mixes names and values")
+        return step
+
+    def _arguments(self, step: _Step, values: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = dict(step.fixed)
+        for parameter, array in step.heavy:
+            arguments[parameter] = widened(array)
+        for parameter, names, several in step.moving:
+            found = [_argument(self._value(n, values), wide=step.wide) for n in names]
+            arguments[parameter] = found if several else found[0]
         return arguments
 
     def _call(self, op: Operation, arguments: dict[str, Any]) -> list[Any]:
@@ -166,35 +211,36 @@ class Machine:
         except (ValueError, IndexError, AssertionError, KeyError) as error:
             raise ModelError(f"{op} cannot be computed: {type(error).__name__}: {error}") from error
         found = results if isinstance(results, list) else [results]
-        return [_rounded(op, o, v) for o, v in zip(op.outputs, found, strict=False)]
+        given = [a for a in arguments.values() if isinstance(a, np.ndarray)]
+        return [_rounded(op, o, v, given) for o, v in zip(op.outputs, found, strict=False)]
 
-    def _operation(self, op: Operation, values: dict[str, Any], watch: Watch | None) -> None:
-        if op.kind == "read_state":
-            name = op.inputs["input"][0].name
-            found: list[Any] = [self.state[name].copy()]
-        elif op.kind == "write_state":
-            name = op.inputs["input"][0].name
-            written = values[op.inputs["data"][0].name]
-            self.state[name] = np.array(written, self.state[name].dtype)
-            return
-        elif op.kind == "cond":
-            chosen = op.blocks[0 if bool(values[op.inputs["pred"][0].name]) else 1]
-            found = list(self._block(chosen, dict(values), watch).values())
-        elif op.kind == "while_loop":
-            found = self._loop(op, values, watch)
-        elif op.kind == "classify":
-            found = self._classify(op, values)
-        else:
-            arguments = self._arguments(op, values)
+    def _operation(self, step: _Step, values: dict[str, Any], watch: Watch | None) -> None:
+        op = step.op
+        if op.kind in OPERATIONS:
+            arguments = self._arguments(step, values)
             found = self._call(op, arguments)
             if watch is not None:
                 watch(op, arguments, found)
+        elif op.kind == "read_state":
+            found = [self.state[op.inputs["input"][0].name].copy()]
+        elif op.kind == "write_state":
+            name = op.inputs["input"][0].name
+            written = self._value(op.inputs["data"][0].name, values)
+            self.state[name] = np.array(written, self.state[name].dtype)
+            return
+        elif op.kind == "cond":
+            chosen = op.blocks[0 if bool(self._value(op.inputs["pred"][0].name, values)) else 1]
+            found = list(self._block(chosen, dict(values), watch).values())
+        elif op.kind == "while_loop":
+            found = self._loop(op, values, watch)
+        else:
+            found = self._classify(op, values)
         for output, value in zip(op.outputs, found, strict=True):
             values[output.name] = value
 
     def _loop(self, op: Operation, values: dict[str, Any], watch: Watch | None) -> list[Any]:
         condition, body = op.blocks
-        carried = [values[b.name] for b in op.inputs["loop_vars"]]
+        carried = [self._value(b.name, values) for b in op.inputs["loop_vars"]]
         for _ in range(_ROUNDS):
             inner = dict(values) | {i.name: v for i, v in zip(condition.inputs, carried, strict=True)}
             if not bool(next(iter(self._block(condition, inner, watch).values()))):
@@ -205,7 +251,7 @@ class Machine:
         raise ModelError(f"{op} goes on after {_ROUNDS} rounds")
 
     def _classify(self, op: Operation, values: dict[str, Any]) -> list[Any]:
-        scores = np.asarray(values[op.inputs["probabilities"][0].name]).reshape(-1)
+        scores = np.asarray(self._value(op.inputs["probabilities"][0].name, values)).reshape(-1)
         classes = _read(op.inputs["classes"][0])
         names = [v if isinstance(v, str) else np.asarray(v).item() for v in classes]
         return [names[int(np.argmax(scores))], dict(zip(names, scores.tolist(), strict=True))]
@@ -215,14 +261,24 @@ def _read(value: Any) -> Any:
     return value.read() if isinstance(value, Lazy) else value
 
 
+def _heavy(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.float16 and value.size > _SMALL
+
+
+def _held(value: Any) -> Any:
+    """A constant as it is kept: small ones in float32 at once."""
+    return _argument(value, wide=not _heavy(value))
+
+
 def _argument(value: Any, *, wide: bool = True) -> Any:
     """As operations take it: floats in float32 unless ``wide`` is off, single values as Python's."""
-    if not isinstance(value, np.ndarray | np.generic):
-        return value
-    array = np.asarray(value)
-    if wide and array.dtype == np.float16:
-        array = array.astype(np.float32)
-    return array.item() if array.ndim == 0 else array
+    if not isinstance(value, np.ndarray):
+        if not isinstance(value, np.generic):
+            return value
+        value = np.asarray(value)
+    if wide and value.dtype == np.float16:
+        value = widened(value)
+    return value.item() if value.ndim == 0 else value
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
@@ -231,8 +287,12 @@ def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
     )
 
 
-def _rounded(op: Operation, output: Output, value: Any) -> Any:
-    """``value`` in the declared type; the declared shape must be its own."""
+def _rounded(op: Operation, output: Output, value: Any, given: list[np.ndarray]) -> Any:
+    """``value`` in the declared type; the declared shape must be its own.
+
+    Args:
+        given: Arrays that the operation got, whose memory ``value`` may lie in.
+    """
     kind: Type = output.type
     array = np.asarray(value)
     if not array.size:
@@ -246,32 +306,77 @@ def _rounded(op: Operation, output: Output, value: Any) -> Any:
         )
     if kind.dtype != np.float16:
         return array.astype(kind.dtype, copy=False)
-    return array if op.kind in _PICKS else halves(array)
+    if op.kind in _PICKS:
+        return array
+    own = array.flags.writeable and not any(np.may_share_memory(array, a) for a in given)
+    return halves(array, place=own)
 
 
-# In float32: the bits that float16 has no room for, the smallest of its numbers with all bits, and the first that is infinite.
-_DROPPED, _NORMAL, _INFINITE = np.uint32(0x1FFF), np.uint32(0x38800000), np.uint32(0x477FF000)
+# In float32: the bits of the sign and of the exponent, the smallest and the largest of float16's exponents, and what is added to one for
+# 1.5 times 2^13 times as much.
+_SIGN, _EXPONENT, _NORMAL, _LAST, _ABOVE = (
+    np.uint32(n) for n in (0x80000000, 0x7F800000, 0x38800000, 0x47000000, 0x06C00000)
+)
+# Elements at a time, so that what is between stays in cache and takes no memory to speak of.
+_PIECE = 1 << 15
 
 
-def halves(array: np.ndarray) -> np.ndarray:
+def halves(array: np.ndarray, *, place: bool = False) -> np.ndarray:
     """Rounded to float16's numbers, to nearest with ties to even, and kept in float32, which is what is computed with.
 
-    Converting there and back one element at a time took more than the arithmetic; here the bits of all are rounded at once.
+    Converting there and back one element at a time took more than the arithmetic; here the bits of many are rounded at once.
+
+    Args:
+        place: Whether the result may take the place of ``array``.
     """
     wide = np.ascontiguousarray(array, np.float32)
-    bits = wide.view(np.uint32)
-    size = bits & np.uint32(0x7FFFFFFF)
-    if size.max(initial=0) >= _INFINITE:
-        return wide.astype(np.float16).astype(np.float32)
-    found = bits >> np.uint32(13)
-    found &= np.uint32(1)
-    found += _DROPPED >> np.uint32(1)
-    found += bits
-    found &= ~_DROPPED
-    result = found.view(np.float32)
-    # 0 becomes the largest integer, and is no small number.
-    size -= np.uint32(1)
-    small = size < _NORMAL - np.uint32(1)
-    if small.any():
-        result[small] = wide[small].astype(np.float16)
+    result = wide if place or not np.may_share_memory(wide, array) else np.empty_like(wide)
+    source, rounded = wide.reshape(-1), result.reshape(-1)
+    if wide.size <= _PIECE:
+        _round(source, rounded)
+        return result
+    for start in range(0, wide.size, _PIECE):
+        _round(source[start : start + _PIECE], rounded[start : start + _PIECE])
     return result
+
+
+def _round(wide: np.ndarray, place: np.ndarray) -> None:
+    """Adding 1.5 times what is 13 powers of two above a number leaves float32 as many bits for it as float16 has.
+
+    ``place`` may be ``wide`` itself.
+    """
+    bits, rounded = wide.view(np.uint32), place.view(np.uint32)
+    far = np.bitwise_and(bits, _EXPONENT)
+    if np.maximum.reduce(far, initial=0) >= _LAST:
+        place[:] = wide.astype(np.float16)
+        return
+    np.maximum(far, _NORMAL, out=far)
+    np.add(far, _ABOVE, out=far)
+    sign = np.bitwise_and(bits, _SIGN)
+    np.add(wide, far.view(np.float32), out=place)
+    np.subtract(place, far.view(np.float32), out=place)
+    # Zeros keep their signs.
+    np.bitwise_or(rounded, sign, out=rounded)
+
+
+# A float16's bits moved to where float32 has them are the number without what their exponents begin at.
+_SHIFT, _SIGN_AND_REST, _BIAS = 13, np.int32(-0x70000001), np.float32(2.0**112)
+_UNENDING = np.int16(0x7C00)
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """float16 in float32, faster than NumPy converts."""
+    narrow = np.ascontiguousarray(array).reshape(-1)
+    result = np.empty(narrow.size, np.float32)
+    for start in range(0, narrow.size, _PIECE):
+        some, place = narrow[start : start + _PIECE], result[start : start + _PIECE]
+        bits = some.view(np.int16)
+        if ((bits & _UNENDING) == _UNENDING).any():
+            place[:] = some
+            continue
+        moved = place.view(np.int32)
+        moved[:] = bits
+        moved <<= _SHIFT
+        moved &= _SIGN_AND_REST
+        place *= _BIAS
+    return result.reshape(array.shape)

@@ -210,6 +210,47 @@ def test_what_logarithms_are_taken_of_stays_in_single_precision(tmp_path):
     assert kinds["log"] == kinds["mul"] == kinds["matmul"] == "FLOAT32"
 
 
+def test_a_variance_as_a_difference_of_means_stays_in_single_precision(tmp_path):
+    """Values around 3 with a spread of 0.01: the means are 9 and 9, and float16 has four digits of them."""
+    from optkit.backends.coreml.reference.program import Package
+
+    graph = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[1, 64, 8] x, float[1, 64, 8] u) => (float[1, 64, 8] y, float[1, 1, 8] z)
+    <float tiny = {1e-6}, float zero = {0.0}, int64[1] axis = {1}> {
+      s = Mul(x, x)
+      a = ReduceMean(s, axis)
+      m = ReduceMean(x, axis)
+      b = Mul(m, m)
+      v = Sub(a, b)
+      c = Max(v, zero)
+      o = Add(c, tiny)
+      r = Sqrt(o)
+      d = Sub(x, m)
+      y = Div(d, r)
+      p = ReduceMean(u, axis)
+      z = Sub(p, m)
+    }"""
+    model = parse(graph)
+    random = np.random.default_rng(1)
+    x = (3 + 0.01 * random.normal(size=(1, 64, 8))).astype(np.float16).astype(np.float32)
+    feeds = {"x": x, "u": random.normal(size=(1, 64, 8)).astype(np.float32)}
+    with _lower(model, tmp_path, precision="fp16") as session:
+        found = session.run(feeds)["y"]
+    wide = x.astype(np.float64)
+    exact = (wide - wide.mean(1, keepdims=True)) / wide.std(1, keepdims=True)
+    # x is on float16's grid, and its mean is not: half a step of numbers around 3, over the spread. Float32 leaves the variance
+    # of 1e-4 as a difference of two nines within 2 %.
+    assert np.abs(found - exact).max() < 2**-10 / wide.std(1).min() + 0.02 * np.abs(exact).max()
+    operations = Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    kinds = [(o.kind, o.outputs[0].type.kind) for o in operations]
+    assert kinds.count(("sub", "FLOAT32")) == 1
+    assert kinds.count(("sub", "FLOAT16")) == 2
+    assert ("sqrt", "FLOAT32") in kinds
+    assert ("real_div", "FLOAT16") in kinds
+    # The mean of u is that of no variance.
+    assert kinds.count(("reduce_mean", "FLOAT16")) == 1
+
+
 def test_states_are_kept_between_runs(tmp_path):
     model = parse(
         HEAD

@@ -429,3 +429,84 @@ def test_operations_that_are_not_rounded_give_numbers_that_need_no_rounding():
         found = OPERATIONS[kind](**arguments)
         values = found[0] if isinstance(found, list | tuple) else found
         np.testing.assert_array_equal(np.asarray(values, np.float32), halves(values), err_msg=kind)
+
+
+def test_float16_widens_to_what_numpy_says_for_every_number():
+    from optkit.backends.coreml.reference.machine import widened
+
+    every = np.arange(0x10000, dtype=np.uint16).view(np.float16)
+    for values in (every, every[np.isfinite(every)], every.reshape(256, 256).T):
+        expected, found = values.astype(np.float32), widened(values)
+        assert found.shape == values.shape
+        same = expected.view(np.uint32) == found.view(np.uint32)
+        assert (same | (np.isnan(expected) & np.isnan(found))).all()
+
+
+def test_convolutions_in_parts_are_those_in_one_piece(monkeypatch):
+    """A row of the output at a time, some of them over pads alone; depthwise along rows, columns and place by place."""
+    from optkit.backends.coreml.reference.ops import linear
+
+    random = np.random.default_rng(0)
+    x, w = (random.normal(size=s).astype(np.float32) for s in ((2, 3, 5, 40), (4, 3, 2, 3)))
+    d = random.normal(size=(3, 1, 3, 3)).astype(np.float32)
+    dense = {
+        "x": x,
+        "weight": w,
+        "pad_type": "custom",
+        "pad": np.asarray([4, 5, 1, 0]),
+        "strides": np.asarray([1, 2]),
+    }
+    deep = {
+        "x": x,
+        "weight": d,
+        "groups": 3,
+        "pad_type": "custom",
+        "pad": np.asarray([2, 1, 1, 1]),
+        "strides": np.asarray([2, 2]),
+    }
+    whole, bands = linear.conv(**dense), linear.conv(**deep)
+    monkeypatch.setattr(linear, "_UNFOLDED", 1)
+    np.testing.assert_allclose(linear.conv(**dense), whole, atol=1e-5)
+    monkeypatch.setattr(linear, "_PADDED", 1)
+    np.testing.assert_allclose(linear.conv(**deep), bands, atol=1e-5)
+    monkeypatch.setattr(linear, "_WIDE", 1 << 20)
+    np.testing.assert_allclose(linear.conv(**deep), bands, atol=1e-5)
+    # An infinity is far from most windows, and takes the way that multiplies no zeros.
+    x[0, 0, 0, 0] = np.inf
+    np.testing.assert_allclose(linear.conv(**deep)[0, 1:], bands[0, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_takes_no_more_memory_than_twice_the_largest_activation(precision, tmp_path):
+    import tracemalloc
+
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD + """g (float[1, 8, 512, 512] x) => (float[1, 8] y) {
+          a = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w)
+          b = Sigmoid(a)
+          c = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = 8>(b, d)
+          e = Gelu(c)
+          f = HardSigmoid(e)
+          g = Softmax<axis = 3>(f)
+          h = LayerNormalization<axis = 3>(g, k, l)
+          m = Relu(h)
+          y = ReduceMean<keepdims = 0>(m, axes)
+        }""",
+        w=random.normal(size=(8, 8, 3, 3)).astype(np.float32), d=random.normal(size=(8, 1, 3, 3)).astype(np.float32),
+        k=random.normal(size=512).astype(np.float32), l=random.normal(size=512).astype(np.float32), axes=np.array([2, 3]),
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
+    feeds = random_feeds(model)
+    largest = feeds["x"].nbytes
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        session.run(feeds)
+        tracemalloc.start()
+        try:
+            session.run(feeds)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # Parts of a convolution and pieces of elementwise steps are of a fixed size.
+    assert peak < 2 * largest + 3 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,34 @@ _BINARY = {
 }  # fmt: skip
 
 
+# Elements at a time: what is between stays in cache, and takes no memory to speak of.
+_PIECE = 1 << 14
+
+
 def _unary(function: Any) -> Any:
     def apply(x: Array) -> Any:
         return function(x)
+
+    return apply
+
+
+def by_pieces(function: Any) -> Any:
+    """A function of the elements of float arrays in several steps, so that no step is as large as the array.
+
+    What comes after ``x`` is single values.
+    """
+
+    @wraps(function)
+    def apply(x: Array, **more: Any) -> Any:
+        array = np.asarray(x, np.float32)
+        if array.size <= _PIECE:
+            return function(array, **more)
+        source = np.ascontiguousarray(array).reshape(-1)
+        out = np.empty(array.shape, np.float32)
+        place = out.reshape(-1)
+        for start in range(0, source.size, _PIECE):
+            place[start : start + _PIECE] = function(source[start : start + _PIECE], **more)
+        return out
 
     return apply
 
@@ -52,9 +78,9 @@ def real_div(x: Array, y: Array) -> Array:
 
 @operation("cast")
 def cast(x: Array, dtype: str) -> Array:
-    """To another type: floats become integers by cutting off, and true where they are not 0."""
-    kinds = {"fp16": np.float16, "fp32": np.float32, "bool": np.bool_}
-    return np.asarray(x).astype(kinds.get(dtype, dtype))
+    """To another type: floats become integers by cutting off, and true where they are not 0; who calls rounds to float16."""
+    kinds = {"fp16": np.float32, "fp32": np.float32, "bool": np.bool_}
+    return np.asarray(x).astype(kinds.get(dtype, dtype), copy=False)
 
 
 @operation("inverse")
@@ -112,6 +138,7 @@ def erf_of(x: Array) -> Array:
 
 
 @operation("erf")
+@by_pieces
 def erf(x: Array) -> Array:
     """The error function."""
     return erf_of(x)
@@ -122,14 +149,15 @@ def sigmoid_of(x: Array) -> Array:
     return np.float32(1) / (np.float32(1) + np.exp(-x))
 
 
-OPERATIONS["sigmoid"] = _unary(sigmoid_of)
-OPERATIONS["silu"] = _unary(lambda x: x * sigmoid_of(x))
+OPERATIONS["sigmoid"] = by_pieces(sigmoid_of)
+OPERATIONS["silu"] = by_pieces(lambda x: x * sigmoid_of(x))
 OPERATIONS["relu"] = _unary(lambda x: np.maximum(x, np.float32(0)))
 OPERATIONS["relu6"] = _unary(lambda x: np.clip(x, np.float32(0), np.float32(6)))
-OPERATIONS["softsign"] = _unary(lambda x: x / (np.float32(1) + np.abs(x)))
+OPERATIONS["softsign"] = by_pieces(lambda x: x / (np.float32(1) + np.abs(x)))
 
 
 @operation("softplus")
+@by_pieces
 def softplus(x: Array) -> Array:
     """``log(1 + exp(x))``."""
     return np.logaddexp(x, np.float32(0))
@@ -152,6 +180,7 @@ def along(values: Array, x: Array, axis: int = 1) -> Array:
 
 
 @operation("leaky_relu")
+@by_pieces
 def leaky_relu(x: Array, alpha: float = 0.01) -> Array:
     """``alpha * x`` below 0."""
     return np.where(x >= 0, x, x * np.float32(alpha))
@@ -164,6 +193,7 @@ def prelu(x: Array, alpha: Array) -> Array:
 
 
 @operation("elu")
+@by_pieces
 def elu(x: Array, alpha: float = 1.0) -> Array:
     """``alpha * (exp(x) - 1)`` below 0."""
     return np.where(x > 0, x, np.float32(alpha) * np.expm1(np.minimum(x, np.float32(0))))
@@ -176,24 +206,30 @@ def thresholded_relu(x: Array, alpha: float = 1.0) -> Array:
 
 
 @operation("clamped_relu")
+@by_pieces
 def clamped_relu(x: Array, alpha: float, beta: float) -> Array:
     """As leaky_relu, at most ``beta``."""
     return np.minimum(leaky_relu(x, alpha), np.float32(beta))
 
 
 @operation("linear_activation")
+@by_pieces
 def linear_activation(x: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
     """``alpha * x + beta``."""
     return x * np.float32(alpha) + np.float32(beta)
 
 
 @operation("sigmoid_hard")
+@by_pieces
 def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5) -> Array:
     """``alpha * x + beta`` between 0 and 1."""
-    return np.minimum(np.maximum(x * np.float32(alpha) + np.float32(beta), np.float32(0)), np.float32(1))
+    out = x * np.float32(alpha)
+    out += np.float32(beta)
+    return np.clip(out, np.float32(0), np.float32(1))
 
 
 @operation("scaled_tanh")
+@by_pieces
 def scaled_tanh(x: Array, alpha: float = 1.0, beta: float = 1.0) -> Array:
     """``alpha * tanh(beta * x)``."""
     return np.float32(alpha) * np.tanh(x * np.float32(beta))
@@ -217,9 +253,11 @@ def share_below(x: Array) -> Array:
     position = np.clip(x, np.float32(-_FAR), np.float32(_FAR)) * np.float32(_FINE)
     nearest = np.rint(position)
     position -= nearest
-    index = np.nan_to_num(nearest, copy=False).astype(np.int32)
+    with np.errstate(invalid="ignore"):
+        # NaN becomes some place in the table, and what is multiplied with it there is NaN.
+        index = nearest.astype(np.intp)
     index += _FAR * _FINE
-    value, slope, bend = (t.take(index) for t in _SHARES)
+    value, slope, bend = (t.take(index, mode="clip") for t in _SHARES)
     bend *= position
     bend += slope
     bend *= position
@@ -228,6 +266,7 @@ def share_below(x: Array) -> Array:
 
 
 @operation("gelu")
+@by_pieces
 def gelu(x: Array, mode: str = "EXACT") -> Array:
     """``x`` times the normal distribution's share below it, or one of its approximations."""
     if mode == "EXACT":

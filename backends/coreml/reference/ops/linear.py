@@ -16,9 +16,13 @@ from optkit.backends.coreml.reference.ops.table import operation
 Array = np.ndarray
 
 # Elements of unfolded input that are in memory at a time, and of a channel block that stays in cache.
-_UNFOLDED, _BLOCK = 1 << 21, 1 << 15
+_UNFOLDED, _BLOCK = 1 << 18, 1 << 15
+# Elements of padded input that are in memory at a time.
+_PADDED = 1 << 17
 # Columns of the output that one banded matrix gives: more multiply more zeros, fewer make more products.
 _COLUMNS = 14
+# So many times wider than high, and bands along the height are the faster ones.
+_WIDE = 2
 
 
 @operation("linear")
@@ -46,13 +50,16 @@ def einsum(values: Sequence[Array], equation: str) -> Array:
 @operation("scaled_dot_product_attention")
 def attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None) -> Array:
     """``softmax(Q K^T / sqrt(d) + mask) V``; a mask of truth values leaves out what is false."""
-    scores = np.matmul(query, np.swapaxes(key, -1, -2)) / np.float32(math.sqrt(query.shape[-1]))
+    scores = np.matmul(query, np.swapaxes(key, -1, -2))
+    scores /= np.float32(math.sqrt(query.shape[-1]))
     if attn_mask is not None and attn_mask.dtype == np.bool_:
-        scores = np.where(attn_mask, scores, -np.inf)
+        scores = np.where(attn_mask, scores, np.float32(-np.inf))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.matmul(scores / scores.sum(-1, keepdims=True), value)
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(-1, keepdims=True)
+    return np.matmul(scores, value)
 
 
 def pads_of(
@@ -121,21 +128,22 @@ def conv(
     axes = x.ndim - 2
     kernel = weight.shape[2:]
     steps, spread = numbers(strides, axes), numbers(dilations, axes)
-    x = padded(x, pads_of(pad_type, pad, x.shape[2:], kernel, steps, spread))
+    pads = pads_of(pad_type, pad, x.shape[2:], kernel, steps, spread)
     sizes = [
-        (n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], kernel, spread, steps, strict=True)
+        (n + sum(p) - (k - 1) * d - 1) // s + 1
+        for n, k, d, s, p in zip(x.shape[2:], kernel, spread, steps, pads, strict=True)
     ]
     batch, channels, total = x.shape[0], x.shape[1], weight.shape[0]
     # One channel alone is read by all kernels: a product like any other.
     if groups == channels > 1 and weight.shape[1] == 1:
-        out = _depthwise(x, weight, steps, spread, sizes)
+        out = _depthwise(x, weight, steps, spread, pads, sizes)
     else:
         out = np.empty((batch, total, *sizes), np.float32)
         each, rows = channels // groups, total // groups
         for g in range(groups):
             part = x[:, g * each : (g + 1) * each]
             some = slice(g * rows, (g + 1) * rows)
-            _dense(part, weight[some], steps, spread, sizes, out[:, some])
+            _dense(part, weight[some], steps, spread, pads, sizes, out[:, some])
     return out if bias is None else _add(out, along(bias, out))
 
 
@@ -145,32 +153,40 @@ def _add(out: Array, more: Array) -> Array:
 
 
 def _dense(
-    x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int], out: Array
-) -> None:
+    x: Array, weight: Array, strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
+    out: Array,
+) -> None:  # fmt: skip
     kernel = weight.shape[2:]
     matrix = weight.reshape(len(weight), -1)
     if all(k == 1 for k in kernel):
+        x = padded(x, pads)
         x = _spatial(x, [slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)])
         for image, place in zip(x, out, strict=True):
             # All channels of an image are in one piece, so this is a view.
             np.matmul(matrix, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
         return
-    windows = sliding_window_view(
-        x, [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)], axis=tuple(range(2, x.ndim))
-    )
-    windows = _spatial(windows, [slice(None, None, s) for s in (*strides, *dilations)])
-    # [batch, in, *out, *kernel]; a few rows of the output at a time.
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    # [in, *out, *kernel] becomes [in, *kernel, *out]; a few rows of the output at a time.
     axes = len(sizes)
     order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
     rows = max(1, _UNFOLDED // max(1, matrix.shape[1] * math.prod(sizes[1:])))
-    for image, place in zip(windows, out, strict=True):
-        for start in range(0, sizes[0], rows):
-            part = image[:, start : start + rows].transpose(order)
-            columns = part.reshape(matrix.shape[1], -1)
-            place[:, start : start + rows] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
+    (before, _), step = pads[0], strides[0]
+    for image, start in itertools.product(range(len(x)), range(0, sizes[0], rows)):
+        count = min(rows, sizes[0] - start)
+        size, low = (count - 1) * step + spans[0], start * step - before
+        first, last = (min(max(0, at), x.shape[2]) for at in (low, low + size))
+        above = min(size, max(0, -low))
+        ends = (above, size - above - (last - first))
+        some = padded(x[image : image + 1, :, first:last], [ends, *pads[1:]])[0]
+        windows = sliding_window_view(some, spans, axis=tuple(range(1, 1 + axes)))
+        part = _spatial(windows, [slice(None, None, s) for s in (*strides, *dilations)]).transpose(order)
+        columns = part.reshape(matrix.shape[1], -1)
+        out[image, :, start : start + count] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
 
 
-def _depthwise(x: Array, weight: Array, strides: list[int], dilations: list[int], sizes: list[int]) -> Array:
+def _depthwise(
+    x: Array, weight: Array, strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int]
+) -> Array:  # fmt: skip
     """Each channel with its own kernels."""
     batch, channels = x.shape[:2]
     times = len(weight) // channels
@@ -178,19 +194,50 @@ def _depthwise(x: Array, weight: Array, strides: list[int], dilations: list[int]
     kernels = weight.reshape(channels, times, *weight.shape[2:])
     # Zeros of a band would turn infinities beside a window into NaN.
     banded = len(sizes) <= 2 and all(d == 1 for d in dilations) and bool(np.isfinite(x).all())
-    for image, place in zip(x, out, strict=True):
+    block = max(1, _PADDED // max(1, math.prod(x.shape[2:])))
+    for image, low in itertools.product(range(batch), range(0, channels, block)):
+        some = slice(low, low + block)
+        part = padded(x[image : image + 1, some], pads)[0]
         for t in range(times):
             if banded:
-                _by_bands(image, kernels[:, t], strides, place[:, t])
+                _by_bands(part, kernels[some, t], strides, out[image, some, t])
             else:
-                _by_taps(image, kernels[:, t], strides, dilations, sizes, place[:, t])
+                _by_taps(part, kernels[some, t], strides, dilations, sizes, out[image, some, t])
     return out.reshape(batch, channels * times, *sizes)
 
 
 def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
-    """Products with banded matrices ``[span, columns]``, one for each row of the kernel and each channel."""
+    """Products with banded matrices, for each channel one of its rows or of its columns."""
     if len(strides) == 1:
         x, kernels, out, strides = x[:, None], kernels[:, None], out[:, None], [1, *strides]
+    height, width = out.shape[1:]
+    # A matrix is as large as what it is multiplied with where a picture is low and wide.
+    if height <= _COLUMNS and _WIDE * height <= width:
+        _low(x, kernels, strides, out)
+    else:
+        _high(x, kernels, strides, out)
+
+
+def _low(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+    """One matrix ``[height, taps * rows]`` for each channel, with the input once for each column of the kernel."""
+    channels, rows, taps = kernels.shape
+    (down, right), (height, width) = strides, out.shape[1:]
+    span = (height - 1) * down + rows
+    bands = np.zeros((channels, height, taps, span), np.float32)
+    for row in range(height):
+        bands[:, row, :, row * down : row * down + rows] = kernels.swapaxes(1, 2)
+    bands = bands.reshape(channels, height, taps * span)
+    block = max(1, _PADDED // (span * width * taps))
+    for low in range(0, channels, block):
+        some = slice(low, low + block)
+        under = np.empty((len(x[some]), taps, span, width), np.float32)
+        for tap in range(taps):
+            under[:, tap] = x[some, :span, tap : tap + (width - 1) * right + 1 : right]
+        np.matmul(bands[some], under.reshape(len(under), taps * span, width), out=out[some])
+
+
+def _high(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+    """Matrices ``[span, columns]``, one for each row of the kernel and each channel."""
     channels, rows, width = kernels.shape
     (down, right), height = strides, out.shape[1]
     columns = min(out.shape[2], _COLUMNS)

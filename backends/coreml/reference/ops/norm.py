@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from optkit.backends.coreml.reference.ops.elementwise import along
@@ -17,14 +19,29 @@ def batch_norm(
     """``gamma * (x - mean) / sqrt(variance + epsilon) + beta`` for each channel."""
     scale = (1 if gamma is None else gamma) / np.sqrt(variance + np.float32(epsilon))
     shift = (0 if beta is None else beta) - mean * scale
-    return x * along(scale, x) + along(shift, x)
+    out = x * along(scale, x)
+    return np.add(out, along(shift, x), out=out)
+
+
+# Elements at a time, so that squares take no memory to speak of.
+_PIECE = 1 << 16
 
 
 def normalized(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
     """Mean 0 and variance 1 along ``axes``."""
     centred = x - x.mean(axes, keepdims=True, dtype=np.float64).astype(np.float32)
-    variance = np.square(centred).mean(axes, keepdims=True, dtype=np.float64).astype(np.float32)
-    return centred / np.sqrt(variance + np.float32(epsilon))
+    before = min(axes)
+    if axes != tuple(range(before, x.ndim)) or not centred.flags.c_contiguous:
+        variance = np.square(centred).mean(axes, keepdims=True, dtype=np.float64).astype(np.float32)
+        centred /= np.sqrt(variance + np.float32(epsilon))
+        return centred
+    rows = centred.reshape(math.prod(x.shape[:before]), -1)
+    some = max(1, _PIECE // rows.shape[1])
+    for start in range(0, len(rows), some):
+        part = rows[start : start + some]
+        variance = np.square(part).mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
+        part /= np.sqrt(variance + np.float32(epsilon))
+    return centred
 
 
 @operation("instance_norm")
@@ -33,8 +50,11 @@ def instance_norm(
 ) -> Array:
     """Over the spatial axes of each channel of each image."""
     out = normalized(x, tuple(range(2, x.ndim)), epsilon)
-    out = out if gamma is None else out * along(gamma, x)
-    return out if beta is None else out + along(beta, x)
+    if gamma is not None:
+        out *= along(gamma, x)
+    if beta is not None:
+        out += along(beta, x)
+    return out
 
 
 @operation("layer_norm")
@@ -45,8 +65,11 @@ def layer_norm(
     chosen = tuple(range(x.ndim)) if axes is None else tuple(int(a) % x.ndim for a in np.reshape(axes, -1))
     out = normalized(x, chosen, epsilon)
     shape = [n if i in chosen else 1 for i, n in enumerate(x.shape)]
-    out = out if gamma is None else out * gamma.reshape(shape)
-    return out if beta is None else out + beta.reshape(shape)
+    if gamma is not None:
+        out *= np.reshape(gamma, shape)
+    if beta is not None:
+        out += np.reshape(beta, shape)
+    return out
 
 
 @operation("l2_norm")
@@ -74,5 +97,7 @@ def local_response_norm(
 @operation("softmax")
 def softmax(x: Array, axis: int = -1) -> Array:
     """``exp(x)`` over its sum along an axis."""
-    out = np.exp(x - x.max(axis, keepdims=True))
-    return out / out.sum(axis, keepdims=True)
+    out = np.asarray(x - x.max(axis, keepdims=True))
+    np.exp(out, out=out)
+    out /= out.sum(axis, keepdims=True)
+    return out
