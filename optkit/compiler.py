@@ -359,7 +359,10 @@ class Compilation:
 
     def race(self, built: Sequence[Built], *, rounds: int, budget: float) -> list[Speedup]:
         """Time several that run here in turn with one another and the reference."""
-        with self.progress.task(f"time {' and '.join(dict.fromkeys(b.name for b in built))}"), ExitStack() as stack:
+        with (
+            self.progress.task(f"time {' and '.join(dict.fromkeys(b.name for b in built))}"),
+            ExitStack() as stack,
+        ):
             runs = [stack.enter_context(self.session(b)).run for b in built]
             return race(self.reference.run, runs, self.feeds, rounds=rounds, budget=budget, seed=self.seed)
 
