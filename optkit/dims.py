@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import onnx_ir as ir
 
-
 _SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _NO_NAMES = frozenset({"none", "nan", "any", "dyn", "dynamic", "unk", "unknown", "undefined"})
 
