@@ -7,11 +7,8 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TypeVar
 
 import onnx_ir as ir
-
-_T = TypeVar("_T")
 
 _SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 _NO_NAMES = frozenset({"none", "nan", "any", "dyn", "dynamic", "unk", "unknown", "undefined"})
@@ -73,7 +70,7 @@ def _in_order(name: str) -> Dim:
     return name if found is None else found
 
 
-def _parsed(name: str, value: Callable[[ast.AST], _T | None]) -> _T | None:
+def _parsed(name: str, value: Callable[[ast.AST], Dim | None]) -> Dim | None:
     """What ``value`` makes of the expression that a name is; None where it is none."""
     try:
         return value(ast.parse(name.strip(), mode="eval").body)
@@ -199,4 +196,4 @@ def worked_out(dim: Dim | None, sizes: Mapping[str, int]) -> int | None:
         return None
 
     found = _parsed(dim, value)
-    return found if found is None or found >= 0 else None
+    return found if isinstance(found, int) and found >= 0 else None

@@ -228,7 +228,9 @@ def _is_past(value: ir.Value | None, keys: ir.Value | None) -> bool:
     measured, cache = shape_of(node.inputs[0]), shape_of(joined.inputs[0])
     if measured is None or cache is None:
         return False
-    found = measured[slice(attribute(node, "start", 0), attribute(node, "end"))]
+    found = measured[
+        slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", len(measured)))
+    ]
     # The first layer's cache is what is measured for all.
     return len(found) == 1 and found[0] is not None and found[0] == cache[2]
 

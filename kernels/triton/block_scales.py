@@ -107,13 +107,15 @@ class _Product(Kernel):
     def _check(
         self,
         root: ir.Node,
-        q: ir.Value,
-        s: ir.Value,
+        x: ir.Value,
         w: ir.Value,
         v: ir.Value,
         bias: ir.Value | None = None,
     ) -> Match:
-        match, y = Match(), root.outputs[0]
+        match, y, given = Match(), root.outputs[0], _given(x)
+        if given is None:
+            return match.fail("no activations in 8 bits", x)
+        pair, q, s = given
         if format_of(q) != "fp8" or format_of(w) != "fp8":
             return match.fail("not known to be e4m3", q)
         if format_of(s) != "fp32" or format_of(v) != "fp32":
@@ -122,8 +124,8 @@ class _Product(Kernel):
         if array is None or array.ndim != 2 or scales is None or shape is None:
             return match.fail("not rows and a constant matrix", w)
         last = (-1, len(shape) - 1)
-        for value, axes in ((q, last), (w, (0, -2))):
-            node = next(u.node for u in value.uses() if u.node.op_type == "DequantizeLinear")
+        own = next(u.node for u in w.uses() if u.node.op_type == "DequantizeLinear")
+        for value, node, axes in ((q, pair, last), (w, own, (0, -2))):
             if attribute(node, "block_size", 0) != _BLOCK or attribute(node, "axis", 1) not in axes:
                 return match.fail(f"no blocks of {_BLOCK} along the inputs", value)
         depth, columns = array.shape
@@ -141,13 +143,14 @@ class _Product(Kernel):
         self,
         op: Any,
         root: ir.Node,
-        q: ir.Value,
-        s: ir.Value,
+        x: ir.Value,
         w: ir.Value,
         v: ir.Value,
         bias: ir.Value | None = None,
     ) -> Any:
-        array, scales, y = constant(w), constant(v), root.outputs[0]
+        array, scales, y, given = constant(w), constant(v), root.outputs[0], _given(x)
+        assert given is not None
+        _, q, s = given
         assert array is not None
         assert scales is not None
         assert y.dtype is not None
@@ -157,13 +160,24 @@ class _Product(Kernel):
         return new
 
 
+def _given(x: ir.Value) -> tuple[ir.Node, ir.Value, ir.Value] | None:
+    """What dequantizes ``x``, its numbers and scales; other products may read it too."""
+    node = x.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2 or None in node.inputs:
+        return None
+    q, s = node.inputs
+    return node, q, s  # type: ignore[return-value]
+
+
 def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
-    def build(op: Any, q: Any, s: Any, w: Any, v: Any, bias: Any) -> Any:
-        x, m = op.DequantizeLinear(q, s), op.DequantizeLinear(w, v)
-        y = op.MatMul(op.Cast(x), op.Cast(m)) if cast else op.MatMul(x, m)
+    def build(op: Any, x: Any, w: Any, v: Any, bias: Any) -> Any:
+        m = op.DequantizeLinear(w, v)
+        y = op.MatMul(x, op.Cast(m)) if cast else op.MatMul(x, m)
         return op.Add(y, bias) if biased else y
 
-    return build if biased else lambda op, q, s, w, v: build(op, q, s, w, v, None)
+    return build if biased else lambda op, x, w, v: build(op, x, w, v, None)
 
 
 class LinearFp8Blocks(_Product):

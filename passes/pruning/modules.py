@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +35,10 @@ logger = logging.getLogger(__name__)
 # Names of numbers of heads, and of widths, in the modules that hold attention.
 _HEADS = re.compile(r"head|^n?h$|^kv|groups$", re.IGNORECASE)
 _WIDTHS = re.compile(r"size|dim|inner|width|channels|features|embed|^n[fx]$", re.IGNORECASE)
+# Of these, widths of what comes in, or it may be so.
+_INWARD = re.compile(r"^in_|_in$|^channels$|input", re.IGNORECASE)
+# What a module raises where it finds other sizes than it counts on.
+_REFUSALS = (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, IndexError, KeyError)
 # Sums of float32 in another order: torch and ONNX Runtime differ by this share of the largest output.
 _CLOSE = 1e-3
 # Its own checks tie its widths to each other.
@@ -112,25 +119,40 @@ class Cut:
 
     def try_all(self, groups: Sequence[Group], gone: set[int]) -> str | None:
         """Cut units of ``groups`` that are ``gone``; where the module cannot follow, put all back and say why."""
+        reason, inward = self._try(groups, gone, inward=False)
+        if reason is not None and inward:
+            # A number such as ``channels`` is as wide as what comes out, in one module, and as what comes in, in another.
+            again, _ = self._try(groups, gone, inward=True)
+            reason = None if again is None else reason
+        return reason
+
+    def _try(self, groups: Sequence[Group], gone: set[int], *, inward: bool) -> tuple[str | None, bool]:
+        """Why the module cannot follow, and whether it might where numbers that may be of inputs are taken to be."""
         undo: list[Callable[[], None]] = []
         before = set(self.done)
+        widths: dict[str, _Widths] = {}
         try:
             for group in groups:
                 part = {u for u in group.units if u in gone}
                 self.done |= part
-                self._slice(group, part, undo)
+                self._slice(group, part, widths, undo)
+            owners = [(self._module.get_submodule(path), found) for path, found in widths.items()]
+            open_ = any([found.tell(owner, inward, undo) for owner, found in owners])
             reason = _compare(self._module, self._model, self._found, self.done, self._batch)
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
+        except _REFUSALS as error:
+            open_ = True
+            reason = str(error).partition("\n")[0] or _told(error)
         if reason is not None:
             self.done = before
             for step in reversed(undo):
                 step()
-        return reason
+        return reason, open_
 
-    def _slice(self, group: Group, part: set[int], undo: list[Callable[[], None]]) -> None:
-        """Cut the tensors of a group, and tell the modules that hold them."""
-        owners: dict[str, dict[int, int]] = {}
+    def _slice(
+        self, group: Group, part: set[int], widths: dict[str, _Widths], undo: list[Callable[[], None]]
+    ) -> None:
+        """Cut the tensors of a group, and tell the layers that hold them."""
+        units, heads = len(group.units), dict[str, list[int]]()
         for weight in dict.fromkeys(w for w, _ in group.places):
             path, _, name = str(weight.name).rpartition(".")
             try:
@@ -145,21 +167,72 @@ class Cut:
             new = self._whole.setdefault(str(weight.name), old.detach())
             for axis, stay in kept(self._found, weight, self.done).items():
                 new = new.index_select(axis, torch.as_tensor(stay, device=new.device))
-            if new.shape[0] != old.shape[0]:
-                owners.setdefault(path.rpartition(".")[0], {})[old.shape[0]] = new.shape[0]
             made = (
                 nn.Parameter(new.clone(), requires_grad=old.requires_grad)
                 if isinstance(old, nn.Parameter)
                 else new.clone()
             )
+            above = path.rpartition(".")[0]
+            around = widths.setdefault(above, _Widths())
+            if new.shape[0] != old.shape[0]:
+                around.out.note(old.shape[0], new.shape[0])
+                heads.setdefault(above, []).append(old.shape[0])
             for other, its_name in _holders(self._module, old):
+                inside = _width_in(other)
                 _set(other, its_name, made, undo)
                 _fit(other, undo)
+                if inside is not None:
+                    around.into.note(inside, _width_in(other) or 0)
                 if not type(other).__module__.startswith("torch."):
                     _rename_widths(other, old.shape, new.shape, undo)
-        for path, sizes in owners.items():
-            units = len(group.units)
-            _rename_sizes(self._module.get_submodule(path), sizes, units, units - len(part), undo)
+        for path, sizes in heads.items():
+            _rename_heads(self._module.get_submodule(path), max(sizes), units, units - len(part), undo)
+
+
+class _Sizes(dict[int, int]):
+    """What sizes have become, in several steps perhaps."""
+
+    def note(self, old: int, new: int) -> None:
+        """Once more: where it had become ``old``, it is ``new`` by now."""
+        first = next((k for k, v in self.items() if v == old), old)
+        self[first] = new
+
+
+@dataclass(slots=True)
+class _Widths:
+    """What became of the widths in a module that holds layers which were cut.
+
+    Attributes:
+        out: Of what layers give.
+        into: Of what they take; the same where they take all of it still.
+    """
+
+    out: _Sizes = field(default_factory=_Sizes)
+    into: _Sizes = field(default_factory=_Sizes)
+
+    def tell(self, owner: nn.Module, inward: bool, undo: list[Callable[[], None]]) -> bool:
+        """Change the numbers that ``owner`` keeps; whether some would be others where ``inward`` were."""
+        open_ = False
+        for name, value in list(vars(owner).items()):
+            if type(value) is not int or name.startswith("_") or not _WIDTHS.search(name):
+                continue
+            now = self.out.get(value, value)
+            if _INWARD.search(name) and (other := self.into.get(value, now)) != now:
+                open_, now = True, other if inward else now
+            if now != value:
+                _set(owner, name, now, undo)
+        return open_
+
+
+def _width_in(layer: nn.Module) -> int | None:
+    found = getattr(layer, "in_channels", getattr(layer, "in_features", None))
+    return found if type(found) is int else None
+
+
+def _told(error: BaseException) -> str:
+    """Where an error without words came from."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {at.line}"
 
 
 def _holders(module: nn.Module, tensor: torch.Tensor) -> list[tuple[nn.Module, str]]:
@@ -195,8 +268,14 @@ def _fit(layer: Any, undo: list[Callable[[], None]]) -> None:
         sizes = {"out_channels": outs, "in_channels": ins * groups, "groups": groups}
     elif isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         sizes = {"in_channels": layer.weight.shape[0], "out_channels": layer.weight.shape[1]}
-    elif isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None:
-        sizes = {"num_features": layer.running_mean.shape[0]}
+    elif isinstance(layer, nn.modules.batchnorm._NormBase) and (
+        (kept_by := layer.weight if layer.running_mean is None else layer.running_mean) is not None
+    ):
+        sizes = {"num_features": kept_by.shape[0]}
+    elif isinstance(layer, nn.GroupNorm) and layer.weight is not None:
+        # Groups go as a whole, as their channels share a mean.
+        n = layer.weight.shape[0]
+        sizes = {"num_channels": n, "num_groups": layer.num_groups * n // layer.num_channels}
     elif isinstance(layer, nn.Embedding):
         sizes = {"embedding_dim": layer.weight.shape[1]}
     elif isinstance(layer, nn.PReLU):
@@ -216,16 +295,12 @@ def _rename_widths(
             _set(layer, name, sizes[value], undo)
 
 
-def _rename_sizes(
-    owner: nn.Module, sizes: Mapping[int, int], units: int, left: int, undo: list[Callable[[], None]]
-) -> None:
-    """Numbers of heads and widths that the module holding cut layers keeps as attributes."""
+def _rename_heads(owner: nn.Module, size: int, units: int, left: int, undo: list[Callable[[], None]]) -> None:
+    """Numbers of heads that the module holding cut layers keeps as attributes."""
     for name, value in list(vars(owner).items()):
-        if type(value) is not int or name.startswith("_"):
+        if type(value) is not int or name.startswith("_") or "dim" in name or not _HEADS.search(name):
             continue
-        if value in sizes and _WIDTHS.search(name):
-            _set(owner, name, sizes[value], undo)
-        elif value % units == 0 and value < max(sizes) and _HEADS.search(name) and "dim" not in name:
+        if value % units == 0 and value < size:
             # So many heads to a unit, as where queries share keys.
             _set(owner, name, value // units * left, undo)
 

@@ -94,19 +94,19 @@ def compiled(request, tmp_path_factory):
     return request.param, model, folder, compile_for("h100", folder)
 
 
-def compile_for(target, folder):
-    out = folder / target
+def compile_for(target, folder, recipe="triton-fp16", *more):
+    out = folder / f"{target}-{recipe}"
     arguments = [
         "compile",
         str(folder / "model.onnx"),
         "--target",
         target,
         "--recipe",
-        "triton-fp16",
+        recipe,
         "--out",
         str(out),
     ]
-    assert main([*arguments, "--set", "options.rest=cpu"]) == 0
+    assert main([*arguments, "--set", "options.rest=cpu", *more]) == 0
     return out
 
 
@@ -143,7 +143,7 @@ def test_the_launches_of_a_llama_give_what_onnx_runtime_gives(compiled, driver, 
         # A query that may see nothing but hidden tokens is padding: what it gives nobody reads.
         rows = slice(2, None) if name == "logits" and stage == "prefill" else slice(None)
         found_, value = (a[:, rows] if name == "logits" else a for a in (found[name], value))
-        size = float(np.sqrt(np.mean(value**2)))
+        size = _rms(value)
         # Two layers in float16: some twenty roundings of 2**-11 in a row.
         assert np.abs(found_ - value).max() / size < 0.03, name
 
@@ -151,9 +151,42 @@ def test_the_launches_of_a_llama_give_what_onnx_runtime_gives(compiled, driver, 
 @pytest.mark.parametrize("target", ["l4", "rtx4090"])
 def test_a_llama_is_compiled_for_cards_too(compiled, target):
     _, _, folder, out = compiled
-    found = bundle.read(compile_for(target, folder))
+    found_at = compile_for(target, folder)
+    found = bundle.read(found_at)
     assert found["arch"] == "sm_89"
     assert [row["op"] for row in found["launches"]] == [row["op"] for row in bundle.read(out)["launches"]]
-    manifest = json.loads((folder / target / "manifest.json").read_text())
+    manifest = json.loads((found_at / "manifest.json").read_text())
     assert not manifest["evidence"]["ran_on_device"]
     assert not manifest["evidence"]["timed_on_device"]
+
+
+@pytest.mark.parametrize("compiled", ["prefill-cache"], indirect=True)
+@pytest.mark.parametrize(("recipe", "linear"), [("triton-int8", "LinearInt8"), ("triton-fp8", "LinearFp8")])
+def test_a_llama_in_eight_bits_has_norms_and_gates_that_quantize(compiled, driver, tmp_path, recipe, linear):
+    _, model, folder, _ = compiled
+    (tmp_path / "calib").mkdir()
+    sizes = {"batch": 2, "sequence": 9, "past": 6}
+    for index in range(4):
+        np.savez(tmp_path / "calib" / f"{index}.npz", **draw(model, np.random.default_rng([7, index]), sizes))
+    out = compile_for("h100", folder, recipe, "--calib", str(tmp_path / "calib"))
+    called = [row["op"] for row in bundle.read(out)["launches"]]
+    assert called.count(linear) == 7 * _LAYERS + 1
+    assert (called.count("RmsNormQuantize"), called.count("AddRmsNormQuantize")) == (1, 2 * _LAYERS)
+    assert called.count("SwiGluQuantize") == _LAYERS
+    # What attention gives goes onto a grid by itself.
+    assert called.count("Quantize") + called.count("QuantizeFp8") == _LAYERS
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["achieved"]["formats"][recipe.removeprefix("triton-")] >= 0.9
+    given = draw(model, np.random.default_rng(1), sizes)
+    found, _ = launches.interpret(out, given, driver, tmp_path)
+    # Where sums in another order fall to the other side of a border between two steps, a step is what they differ by: that
+    # is less than what steps take from the float32 graph.
+    grids, right = ReferenceSession(out / bundle.MODEL).run(given), ReferenceSession(model).run(given)
+    for name, value in right.items():
+        lost = _rms(grids[name] - value)
+        assert _rms(found[name] - grids[name]) < 0.7 * lost, name
+        assert lost < (0.1 if linear == "LinearInt8" else 0.2) * _rms(value), name
+
+
+def _rms(x):
+    return float(np.sqrt(np.mean(x.astype(np.float64) ** 2)))

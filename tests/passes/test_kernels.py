@@ -386,6 +386,14 @@ def test_a_linear_layer_of_eight_bit_floats_is_a_kernel_and_its_weights_are_turn
     assert node.inputs[1].const_value.shape.numpy() == (32, 256)
 
 
+@pytest.mark.parametrize(("form", "kernel"), [(SCALED, "LinearFp8"), (BLOCKED, "LinearFp8Blocks")])
+def test_products_that_share_eight_bit_floats_are_kernels_each(form, kernel):
+    other = f"k = DequantizeLinear <axis = {form[2]}> (w, v{form[3]})"
+    text = EIGHTHS % (*form, f"{other} p = MatMul (x, m) r = MatMul (x, k) c = Add (r, b) y = Sub (p, c)")
+    after = check_pass(CallKernels(), _eighths(text), context=H100, atol=1e-4, rtol=1e-4, **_blocks(text))
+    assert [n.op_type for n in walk(after)].count(kernel) == 2
+
+
 @pytest.mark.parametrize("form", [SCALED, BLOCKED])
 def test_eight_bit_floats_stay_before_ada(form):
     context = Context(target=target("a100"))

@@ -484,3 +484,86 @@ def test_layers_of_somebody_elses_that_keep_their_width_are_told():
     assert (after[0].nf, after[0].weight.shape, after[2].nf) == (8, (4, 8), 6)
     with torch.no_grad():
         torch.testing.assert_close(after(x), _masked(before, after)(x), rtol=1e-4, atol=1e-5)
+
+
+class _Halved(nn.Module):
+    """A block that checks what comes in by ``channels``, which another module takes to be what it gives."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.channels, self.out_channels = i, o
+        self.conv = nn.Conv2d(i, o, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        return self.conv(x)
+
+
+class _Given(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.channels, self.conv = o, nn.Conv2d(i, o, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        assert y.shape[1] == self.channels
+        return y
+
+
+class _Norms(nn.Module):
+    """Norms that know how many channels, and groups of them, they have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.groups = nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16)
+        self.b, self.each = nn.Conv2d(16, 8, 3), nn.InstanceNorm2d(8, affine=True)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.head(F.relu(self.each(self.b(F.relu(self.groups(self.a(x)))))))
+
+
+@pytest.mark.parametrize("block", [_Halved, _Given])
+def test_numbers_of_channels_are_those_of_what_comes_in_where_the_module_means_so(block):
+    # Inputs and outputs of the whole stay: the block can lose what comes in, or what it gives.
+    make = {
+        _Halved: lambda: nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), _Halved(16, 16)),
+        _Given: lambda: nn.Sequential(_Given(16, 16), nn.ReLU(), nn.Conv2d(16, 16, 1)),
+    }
+    before, x = _random(make[block]), _input((2, 16, 6, 6))
+    after = copy.deepcopy(before)
+    _prune(after, x)
+    (changed,) = (m for m in after if isinstance(m, block))
+    assert changed.conv.weight.shape[:2] == ((16, 8) if block is _Halved else (8, 16))
+    assert changed.channels == 8
+    with torch.no_grad():
+        torch.testing.assert_close(after(x), _masked(before, after)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_over_groups_and_single_channels_are_told():
+    before, x = _random(_Norms), _input(_PICTURE)
+    after = copy.deepcopy(before)
+    _prune(after, x)
+    assert (after.groups.num_channels, after.groups.num_groups) == (8, 2)
+    assert after.each.num_features == 4
+    with torch.no_grad():
+        torch.testing.assert_close(after(x), _masked(before, after)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_module_says_without_words_is_told_by_its_line(caplog):
+    class Sure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            if x.shape[1] != 8:
+                raise AssertionError
+            return self.c(F.relu(self.b(x)))
+
+    module = _random(Sure)
+    _prune(module, torch.randn(2, 4))
+    assert (module.a.out_features, module.b.out_features) == (8, 4)
+    assert "a.weight stays whole: AssertionError at test_prune_structured.py:" in caplog.text
+    assert ": raise AssertionError" in caplog.text
