@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from optkit.backends.litert.lower import LiteRt, LiteRtOptions
-from optkit.backends.litert.sizes import inputs, keys
+from optkit.backends.sizes import inputs, keys
 from optkit.bench import speedup
 from optkit.benchmarks import suite
 from optkit.benchmarks.coreml import difference

@@ -17,7 +17,7 @@ from optkit.backends.litert.flat import File
 from optkit.backends.litert.placement import PLACEMENTS
 from optkit.backends.litert.profile import operators
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
-from optkit.backends.litert.sizes import fixed, inputs, signatures
+from optkit.backends.sizes import fixed, inputs, signatures
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe, walk
 

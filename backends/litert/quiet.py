@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ai_edge_litert import interpreter as litert
 
-_LOCK = threading.Lock()
-# The severities that are no news to a user: which kernels were chosen.
-_CHATTER = ("INFO:", "WARNING: Attempting to use a delegate")
+from optkit.backends.quiet import without
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Of what native code writes to standard error meanwhile, only what is no chatter comes through."""
-    with _LOCK, tempfile.TemporaryFile() as kept:
-        sys.stderr.flush()
-        before = os.dup(2)
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            kept.seek(0)
-            for line in kept.read().decode("utf-8", "replace").splitlines():
-                if line.strip() and not line.startswith(_CHATTER):
-                    sys.stderr.write(f"{line}\n")
+def silence() -> AbstractContextManager[None]:
+    """Without the severities that are no news to a user: which kernels were chosen."""
+    return without("INFO:", "WARNING: Attempting to use a delegate")
 
 
 def interpreter(file: str, threads: int | None) -> Any:

@@ -200,7 +200,7 @@ def test_the_sizes_of_the_data_are_those_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
-        ({}, "LiteRT needs the size of every axis, and T may have any"),
+        ({}, "every axis needs a size, and T may have any"),
         ({"S": 3}, r"options.shapes.S: no free axis has this name"),
         ({"T": [3, 4], "N": [1, 2, 3]}, r"lists of sizes must be as long as one another \(T: 2, N: 3\)"),
     ],

@@ -35,7 +35,7 @@ def inputs(model: ir.Model) -> list[ir.Value]:
 def keys(value: ir.Value) -> list[str | int]:
     """Sizes of an input, and names of those that are free; one without a name is ``<input>.<axis>``."""
     if value.shape is None:
-        raise ModelError(f"the rank of the input {value.name!r} is not known, and LiteRT needs it")
+        raise ModelError(f"the rank of the input {value.name!r} is not known, and it has to be")
     return [
         d if isinstance(d, int) else (d.value or f"{value.name}.{axis}") for axis, d in enumerate(value.shape)
     ]
@@ -84,7 +84,7 @@ def signatures(
     if not partial and (rest := [k for k in free if k not in known and k not in listed]):
         example = ", ".join(f"{name}: 128" for name in rest)
         raise UsageError(
-            f"LiteRT needs the size of every axis, and {', '.join(rest)} may have any",
+            f"every axis needs a size, and {', '.join(rest)} may have any",
             hint=f"--set 'options.shapes={{{example}}}', a list of sizes for several signatures, or calibration data that are alike",
         )
     count = len(next(iter(listed.values()))) if listed else 1
