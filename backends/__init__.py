@@ -11,9 +11,10 @@ BACKENDS = Registry(
         "openvino": "optkit.backends.openvino.lower:OpenVino",
         "tensorrt": "optkit.backends.tensorrt.lower:TensorRt",
         "coreml": "optkit.backends.coreml.lower:CoreMl",
+        "coreai": "optkit.backends.coreai.lower:CoreAi",
         "litert": "optkit.backends.litert.lower:LiteRt",
         "triton": "optkit.backends.triton.lower:Triton",
     },
     group="optkit.backends",
-    extras={"openvino": "openvino", "coreml": "coreml", "litert": "litert"},
+    extras={"openvino": "openvino", "coreml": "coreml", "coreai": "coreai", "litert": "litert"},
 )

@@ -39,6 +39,8 @@ HEAVY = {
     "coremltools": ("backends/coreml", "benchmarks"),
     "triton": ("kernels/triton", "torch", "benchmarks"),
     "ai_edge_litert": ("backends/litert", "benchmarks"),
+    "coreai": ("backends/coreai",),
+    "coreai_onnx": ("backends/coreai",),
     "flatbuffers": ("backends/litert",),
 }
 

@@ -25,6 +25,8 @@ _PACKAGES = (
     "tensorrt-rtx-cu13",
     "openvino",
     "coremltools",
+    "coreai-core",
+    "coreai-onnx",
     "ai-edge-litert",
     "triton",
 )

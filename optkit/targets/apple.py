@@ -46,4 +46,8 @@ ROWS = (
         name="apple-ane", vendor="apple", arch="Neural Engine", backends=("coreml",), formats=frozenset({"fp16"}), system=_SYSTEM,
         convolves=True, source="any device since A14 and M1; the Neural Engine computes in float16 (Apple, ml-ane-transformers)",
     ),
+    Target(
+        name="coreai", vendor="apple", arch="Core AI on iOS 27 and macOS 27; experimental", backends=("coreai",), formats=_FLOATS,
+        system="iOS27", source="Apple, coreai-core 1.0.0b3: the oldest system that its assets are serialized for is 27",
+    ),
 )  # fmt: skip

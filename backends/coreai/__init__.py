@@ -1,0 +1,1 @@
+"""Core AI, Apple's newer stack: experimental, as its packages are (beta)."""
