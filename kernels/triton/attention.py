@@ -358,7 +358,7 @@ class Attention(_Attention):
     size: ClassVar[int] = 4
     source: ClassVar[str] = _SOURCE
     body: ClassVar[str] = _HEAD % (op, "", "") + _SCORES + _VALUES % "s"
-    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES
+    examples: ClassVar[tuple[Problem, ...]] = _EXAMPLES[1:]
     small: ClassVar[tuple[Problem, ...]] = _SMALL_ONES
 
 
