@@ -1,7 +1,8 @@
-"""Run programs in Triton's interpreter and hold what they compute against float64; on the CPU, in a child process."""
+"""Run programs on the CPU, in a child process: what they compute against float64, and where they read and write."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from optkit.errors import ModelError
+from optkit.errors import BackendUnavailableError, ModelError
 from optkit.kernels.base import Kernel, Problem, Program
 from optkit.kernels.build import child, need_triton
 from optkit.kernels.expressions import evaluate
@@ -37,6 +38,21 @@ class Launch:
     problem: Problem
     program: Program
     inputs: Sequence[np.ndarray | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was found of a launch's memory.
+
+    Attributes:
+        fault: The access outside the tensors, or the race between blocks, with the line of the kernel; empty where there is none.
+        unjudged: Why nothing can be said; empty where all was checked.
+        outputs: What it wrote; empty where it stopped.
+    """
+
+    fault: str
+    unjudged: str
+    outputs: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +99,45 @@ def interpret(launches: Sequence[Launch]) -> list[list[np.ndarray]]:
         return [_outputs(folder / f"{index}.out.npz", one) for index, one in enumerate(launches)]
 
 
+def sanitizer() -> bool:
+    """Whether ttsem, which executes what Triton makes of a program, is there; it is not imported."""
+    return importlib.util.find_spec("ttsem") is not None
+
+
+def sanitize(launches: Sequence[Launch], capability: tuple[int, int]) -> list[Verdict]:
+    """Where each launch reads and writes, and what its blocks do to each other; nothing lies behind its tensors.
+
+    Raises:
+        BackendUnavailableError: Triton or ttsem is not installed.
+        ModelError: The process died.
+    """
+    need_triton()
+    if not sanitizer():
+        raise BackendUnavailableError(
+            "accesses and races are checked by ttsem, which is not installed",
+            hint="pip install ttsem (Python 3.12 on; with --ignore-requires-python on 3.11)",
+        )
+    with tempfile.TemporaryDirectory(prefix="optkit-sanitize-") as name:
+        folder, jobs = Path(name), []
+        for index, one in enumerate(launches):
+            job, arrays = _job(f"{index}", one, tail=0)
+            np.savez(folder / f"{index}.npz", allow_pickle=False, **arrays)
+            jobs.append({**job, "capability": list(capability)})
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        child(folder, "optkit.kernels.triton.sanitize", {"TRITON_DEFAULT_FP_FUSION": "1"})
+        found = json.loads((folder / "verdicts.json").read_bytes())
+        return [
+            Verdict(**row, outputs=[] if row["fault"] or not file.is_file() else _outputs(file, one, tail=0))
+            for index, (one, row) in enumerate(zip(launches, found, strict=True))
+            for file in [folder / f"{index}.out.npz"]
+        ]
+
+
 def _shapes(one: Launch) -> list[tuple[int, ...]]:
     return [() if a is None else a.shape for a in one.inputs]
 
 
-def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _job(key: str, one: Launch, tail: int = _TAIL) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     sizes = one.kernel.sizes(one.problem, _shapes(one))
     shapes = one.kernel.outputs(one.problem, _shapes(one))
     pointers, scalars, arrays, outputs = {}, {}, {}, []
@@ -102,7 +152,7 @@ def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             shape = shapes[int(index)]
             assert shape is not None
             size = int(np.prod(shape))
-            flat = np.full(size + _TAIL, _MARK, _DTYPES[fmt])
+            flat = np.full(size + tail, _MARK, _DTYPES[fmt])
             if (written := one.program.aliases.get(int(index))) is not None:
                 # It is written into what is there.
                 before = one.inputs[written]
@@ -122,7 +172,7 @@ def _job(key: str, one: Launch) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return job, arrays
 
 
-def _outputs(file: Path, one: Launch) -> list[np.ndarray]:
+def _outputs(file: Path, one: Launch, tail: int = _TAIL) -> list[np.ndarray]:
     shapes, found = one.kernel.outputs(one.problem, _shapes(one)), {}
     with np.load(file) as arrays:
         for argument in one.program.arguments:
@@ -131,11 +181,12 @@ def _outputs(file: Path, one: Launch) -> list[np.ndarray]:
                 continue
             array = arrays[argument.name]
             array = array.view(_DTYPES[argument.type.lstrip("*")])
-            if not (array[-_TAIL:] == np.asarray(_MARK, array.dtype)).all():
+            end = array.size - tail
+            if not (array[end:] == np.asarray(_MARK, array.dtype)).all():
                 raise ModelError(f"{one.program.function} wrote behind {argument.name}")
             shape = shapes[int(index)]
             assert shape is not None
-            found[int(index)] = array[:-_TAIL].reshape(shape)
+            found[int(index)] = array[:end].reshape(shape)
     return [found[index] for index in sorted(found)]
 
 

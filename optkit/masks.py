@@ -132,7 +132,28 @@ def _hidden(mask: ir.Value | None) -> tuple[ir.Value, bool]:
             shown, hidden = values[at], values[1 - at]
             if condition is not None and shown == 0 and hidden is not None and hidden <= -1e4:
                 return condition, at == 0
+    if node.op_type == "Mul":
+        for numbers, factor in (node.inputs, node.inputs[::-1]):
+            low = number(factor)
+            found = _zero_or_one(numbers) if low is not None and low <= -1e4 else None
+            if found is not None:
+                return found[0], not found[1]
     raise _Unknown(f"{mask.name} is not a choice between 0 and a very low number")
+
+
+def _zero_or_one(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
+    """The condition behind numbers that are 1 where it holds, or where it does not, and else 0."""
+    node = _producer(value)
+    if node is None:
+        return None
+    if node.op_type == "Sub" and number(node.inputs[0]) == 1:
+        inner = _zero_or_one(node.inputs[1])
+        return None if inner is None else (inner[0], not inner[1])
+    if node.op_type == "Cast" and (condition := node.inputs[0]) is not None:
+        if condition.dtype == ir.DataType.BOOL:
+            return condition, True
+        return _zero_or_one(condition)
+    return None
 
 
 def _conditions(value: ir.Value | None, holds: bool, keys: ir.Value | None) -> Iterator[_Bound | ir.Value]:
@@ -223,6 +244,9 @@ def _is_past(value: ir.Value | None, keys: ir.Value | None) -> bool:
         value = node.inputs[0]
         node = _producer(value)
     joined = _joined(keys)
+    picked = number(node.inputs[1]) if node is not None and node.op_type == "Gather" else None
+    if node is not None and picked is not None and picked.is_integer():
+        node = _producer(node.inputs[0])
     if node is None or node.op_type != "Shape" or joined is None:
         return False
     measured, cache = shape_of(node.inputs[0]), shape_of(joined.inputs[0])
@@ -231,6 +255,8 @@ def _is_past(value: ir.Value | None, keys: ir.Value | None) -> bool:
     found = measured[
         slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", len(measured)))
     ]
+    if picked is not None:
+        found = found[int(picked) :][:1] if picked >= 0 else found[: len(found) + int(picked) + 1][-1:]
     # The first layer's cache is what is measured for all.
     return len(found) == 1 and found[0] is not None and found[0] == cache[2]
 

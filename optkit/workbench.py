@@ -13,7 +13,7 @@ from optkit.estimate import of_kernel
 from optkit.kernels import KERNELS
 from optkit.kernels.build import build
 from optkit.kernels.gates import Gate, gates
-from optkit.kernels.numerics import errors, interpret, launch
+from optkit.kernels.numerics import errors, interpret, launch, sanitize
 from optkit.kernels.occupancy import Occupancy, occupancy
 from optkit.targets.nvidia import ARCHITECTURES
 
@@ -167,4 +167,51 @@ def numerics(names: Sequence[str], capability: tuple[int, int]) -> list[Numerics
                 kernel=kernel.name, problem=problem, rows=rows, steps=worst, allowed=kernel.allowed(problem)
             )
         )
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a kernel does to memory, by the sanitizer.
+
+    Attributes:
+        rows: Of the inputs.
+        fault: The access outside the tensors or the race, in words; empty where there is none.
+        unjudged: Why nothing can be said; empty where all was checked.
+        steps: Largest error of any output against float64, in steps of its format; None where it stopped.
+    """
+
+    kernel: str
+    problem: Problem
+    rows: int
+    fault: str
+    unjudged: str
+    steps: float | None
+
+
+def memory(names: Sequence[str], capability: tuple[int, int]) -> list[Memory]:
+    """The small problems of kernels, at the least and the most rows that are worth a test.
+
+    Raises:
+        BackendUnavailableError: Triton or the sanitizer is not installed.
+        ModelError: The process died.
+    """
+    cases = [
+        (kernel, problem, rows)
+        for kernel in chosen(names)
+        for problem in kernel.small
+        if kernel.unsupported(problem, capability) is None
+        for rows in sorted({f(kernel.edges(problem, capability)) for f in (min, max)})
+    ]
+    launches = [launch(kernel, problem, capability, rows) for kernel, problem, rows in cases]
+    found = []
+    for (kernel, problem, rows), one, verdict in zip(
+        cases, launches, sanitize(launches, capability), strict=True
+    ):
+        steps = max(e.steps for e in errors(one, verdict.outputs)) if verdict.outputs else None
+        found.append(
+            Memory(
+                kernel=kernel.name, problem=problem, rows=rows, fault=verdict.fault, unjudged=verdict.unjudged, steps=steps
+            )
+        )  # fmt: skip
     return found

@@ -25,17 +25,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_TORCH = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i8": torch.int8,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "fp8e4nv": torch.float8_e4m3fn,
-}
-# What NumPy knows only as bits.
-_RAW = {"bf16": (np.int16, torch.int16), "fp8e4nv": (np.int8, torch.int8)}
+from optkit.kernels.triton.tensors import array, tensor
+
 _stock, _stock_convert = InterpreterBuilder.create_dot, interpreter._convert_float
 _FLOATS = {
     tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn
@@ -96,16 +87,6 @@ def _check_cast() -> None:
             raise RuntimeError(f"the interpreter of Triton {triton.__version__} rounds to {dtype} wrongly")
 
 
-def _tensor(array: np.ndarray, fmt: str) -> Any:
-    raw = array.view(_RAW[fmt][0]) if fmt in _RAW else array
-    return torch.from_numpy(np.ascontiguousarray(raw)).view(_TORCH[fmt])
-
-
-def _array(tensor: Any, fmt: str) -> np.ndarray:
-    found: np.ndarray = (tensor.view(_RAW[fmt][1]) if fmt in _RAW else tensor).numpy()
-    return found
-
-
 def run(job: dict[str, Any], folder: Path) -> None:
     """One launch: arrays in from ``<key>.npz``, arrays out to ``<key>.out.npz``."""
     module, _, name = job["program"]["function"].partition(":")
@@ -113,9 +94,9 @@ def run(job: dict[str, Any], folder: Path) -> None:
     arrays = dict(np.load(folder / f"{job['key']}.npz"))
     given: dict[str, Any] = dict(job["scalars"])
     for argument, fmt in job["pointers"].items():
-        given[argument] = _tensor(arrays[argument], fmt)
+        given[argument] = tensor(arrays[argument], fmt)
     function[tuple(job["grid"])](**given, **job["program"]["constants"])
-    found = {n: _array(given[n], job["pointers"][n]) for n in job["outputs"]}
+    found = {n: array(given[n], job["pointers"][n]) for n in job["outputs"]}
     np.savez(folder / f"{job['key']}.out.npz", allow_pickle=False, **found)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from optkit.dims import shape_of
+from optkit.dims import Dim, shape_of
 from optkit.graph import attribute, scalar
 
 DEPTHS = (16, 32, 64, 128)
@@ -62,7 +62,7 @@ def above(root: ir.Node, k: ir.Value) -> list[ir.Node]:
     return found
 
 
-def _leads(value: ir.Value | None, k: ir.Value, most: int = 6) -> bool:
+def _leads(value: ir.Value | None, k: ir.Value, most: int = 8) -> bool:
     """Whether the product with ``k`` lies close above."""
     node = value.producer() if value is not None else None
     if node is None or not most:
@@ -74,17 +74,30 @@ def _leads(value: ir.Value | None, k: ir.Value, most: int = 6) -> bool:
     )
 
 
-def group(root: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value) -> int | str:
+def heads_of(root: ir.Node, q: ir.Value, k: ir.Value) -> tuple[Dim | None, ...] | None:
+    """The shape of the queries as heads; where they become heads and groups of heads in one step, the scores tell it."""
+    shape = shape_of(q)
+    if shape is None or len(shape) == 4:
+        return shape
+    nodes = above(root, k)
+    if nodes[-1].op_type != "MatMul" or nodes[-2].op_type != "Reshape":
+        return None
+    rows, scores = shape_of(nodes[-1].inputs[0]), shape_of(nodes[-2].outputs[0])
+    if rows is None or scores is None or len(rows) != 4 or len(scores) != 4 or shape[0] != scores[0]:
+        return None
+    return (*scores[:3], rows[3])
+
+
+def group(root: ir.Node, heads: tuple[Dim | None, ...], k: ir.Value, v: ir.Value) -> int | str:
     """How many heads share keys and values, or why that is not known.
 
     Args:
         root: The last node of the pattern.
-        q: ``[batch, heads, queries, depth]``.
+        heads: Of the queries, ``[batch, heads, queries, depth]``.
         k: ``[batch, groups, depth, keys]``.
         v: ``[batch, groups, keys, depth]``.
     """
-    heads, turned, values = shape_of(q), shape_of(k), shape_of(v)
-    assert heads is not None
+    turned, values = shape_of(k), shape_of(v)
     if (
         turned is None
         or values is None
@@ -156,7 +169,8 @@ def depth_of(value: ir.Value | None) -> int | None:
 
 
 def mask_axes(value: ir.Value | None) -> str | None:
-    """Which of batch, heads and queries a mask has, the others being 1: letters of ``bhq``."""
-    if value is None or value.shape is None or len(value.shape) != 4 or value.shape[3] == 1:
+    """Which of batch, heads and queries a mask has, the others being 1 or left out: letters of ``bhq``."""
+    shape = shape_of(value)
+    if shape is None or not 2 <= len(shape) <= 4 or shape[-1] == 1:
         return None
-    return "".join(letter for letter, d in zip("bhq", value.shape, strict=False) if d != 1)
+    return "".join(letter for letter, d in zip("qhb", shape[-2::-1], strict=False) if d != 1)[::-1]

@@ -103,22 +103,26 @@ def check(
 ) -> int:
     """Build, hold the machine code against the gates, and the arithmetic in Triton's interpreter against float64.
 
-    Exit code 1 where a gate or a number fails.
+    Where the package ttsem is installed, every access is held against the tensors, and blocks against each other, too.
+    Exit code 1 where a gate, a number or an access fails.
     """
     from optkit.cli.render import table
-    from optkit.workbench import numerics, sheets
+    from optkit.kernels.numerics import sanitizer
+    from optkit.workbench import memory, numerics, sheets
 
     targets = _targets(target)
     found = sheets(kernels or (), targets)
-    numbers = [
-        n for c in sorted({t.capability for t in targets if t.capability}) for n in numerics(kernels or (), c)
-    ]
+    capabilities = sorted({t.capability for t in targets if t.capability})
+    numbers = [n for c in capabilities for n in numerics(kernels or (), c)]
+    accesses = [m for c in capabilities for m in memory(kernels or (), c)] if sanitizer() else None
+    faults = [m for m in accesses or () if m.fault]
     wrong = [n for n in numbers if not n.steps <= n.allowed]
     if json:
         terminal.json(
             {
                 "kernels": [_record(sheet) for sheet in found],
                 "numerics": [asdict(n) for n in numbers],
+                "memory": None if accesses is None else [asdict(m) for m in accesses],
                 "ran_on_device": False,
             }
         )
@@ -143,12 +147,21 @@ def check(
             )
         )
         terminal.say("numbers are those of Triton's interpreter on this CPU, against float64")
+        if accesses is None:
+            terminal.say("accesses and races were not checked: ttsem is not installed (pip install ttsem)")
+        else:
+            judged = sum(not m.unjudged for m in accesses)
+            terminal.say(
+                f"accesses and races: {judged} of {len(accesses)} launches checked by ttsem, {len(faults)} faults"
+            )
         terminal.say(_NOT_RUN)
     for n in wrong:
         terminal.log(
             f"{n.kernel} {dict(n.problem)}, {n.rows} rows: {n.steps:.3g} steps off, {n.allowed:.3g} allowed"
         )
-    return max(_refused(terminal, found), int(bool(wrong)))
+    for m in faults:
+        terminal.log(f"{m.kernel} {dict(m.problem)}, {m.rows} rows: {m.fault}")
+    return max(_refused(terminal, found), int(bool(wrong or faults)))
 
 
 @app.command("inspect")

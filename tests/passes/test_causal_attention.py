@@ -100,6 +100,66 @@ def test_other_conditions_stay_a_mask(seen, end):
     assert node.op_type == "MaskedAttention"
 
 
+MASK = "mask = Where (seen, high, low)"
+HIDDEN_TIMES_LOW = "hide = Not (seen) n = Cast <to = 10> (hide) mask = Mul (n, low)"
+REST_TIMES_LOW = (
+    "n = Cast <to = 10> (seen) unit = Cast <to = 10> (one) rest = Sub (unit, n) mask = Mul (rest, low)"
+)
+
+
+@pytest.mark.parametrize("spelled", [HIDDEN_TIMES_LOW, REST_TIMES_LOW])
+def test_numbers_times_a_very_low_one_are_a_mask(spelled):
+    (node,) = called((DECODER % (WINDOW, OPEN)).replace(MASK, spelled))
+    assert (node.op_type, node.attributes["window"].value) == ("CausalAttention", 3)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "n = Cast <to = 10> (seen) mask = Mul (n, low)",  # hides what should be seen
+        "n = Cast <to = 10> (seen) two = Add (n, n) mask = Mul (two, low)",
+        "n = Cast <to = 10> (seen) mask = Sub (n, low)",
+    ],
+)
+def test_other_numbers_stay_a_mask(spelled):
+    (node,) = called((DECODER % (CAUSAL, OPEN)).replace(MASK, spelled))
+    assert node.op_type == "MaskedAttention"
+
+
+@pytest.mark.parametrize(
+    ("seen", "op"), [(CAUSAL, "CausalAttention"), ("odd = Mul (row, window) seen = LessOrEqual (column, odd)", "MaskedAttention")]
+)  # fmt: skip
+def test_a_mask_of_two_axes_is_the_same_for_all_heads(seen, op):
+    text = (DECODER % (seen, OPEN)).replace("int64[4] down = {1, 1, -1, 1}", "int64[2] down = {-1, 1}")
+    (node,) = called(text.replace("int64[4] across = {1, 1, 1, -1}", "int64[2] across = {1, -1}"))
+    assert node.op_type == op
+    assert op == "CausalAttention" or len(node.inputs[3].shape) == 4
+
+
+def test_queries_that_become_heads_and_groups_in_one_step_are_heads():
+    text = (DECODER % (CAUSAL, OPEN)).replace("float16[N, 4, S, 16] q,", "float16[N, 4, S, 8, 2] q,")
+    text = text.replace(
+        "int64[4] few = {0, 2, -1, 0}", "int64[4] few = {0, 2, -1, 0}, int64[4] flat = {0, 2, -1, 16}"
+    )
+    text = text.replace("r = Reshape (q, few)", "r = Reshape (q, flat)").replace(
+        "Shape <start = 2, end = 3> (q)", "Shape <start = 2, end = 3> (k)"
+    )
+    (node,) = called(text)
+    assert node.op_type == "CausalAttention"
+    assert [str(d) for d in node.inputs[0].shape] == ["N", "4", "S", "16"]
+
+
+def test_scores_that_are_scaled_masked_and_widened_for_the_softmax_are_a_kernel():
+    text = (DECODER % (CAUSAL, OPEN)).replace(
+        "a = Add (u, mask)",
+        "half = Cast <to = 10> (one) h = Mul (u, half) b = Add (h, mask) a = Cast <to = 1> (b)",
+    )
+    text = text.replace("z = Reshape (w, few)", "g = Cast <to = 10> (w) z = Reshape (g, few)")
+    text = text.replace("half = Cast <to = 10> (one) ", "").replace("Mul (u, half)", "Mul (u, factor)")
+    (node,) = called(text, factor=np.array(0.25, np.float16))
+    assert (node.op_type, node.attributes["scale"].value) == ("CausalAttention", 0.25)
+
+
 def test_a_mask_that_hides_a_little_stays_a_mask():
     model = parse(DECODER % (CAUSAL, OPEN), low=np.array(-5, np.float16))
     (node,) = calls(check_pass(CallKernels(), model, context=H100, **CLOSE))
@@ -190,6 +250,18 @@ def test_the_cache_of_another_layer_is_as_long():
     model = parse(text, low=np.array(-np.inf, np.float32))
     values = {v.name: v for node in model.graph for v in node.outputs}
     assert sight(values["mask"], values["keys"]).last
+
+
+@pytest.mark.parametrize(("index", "last"), [(2, True), (-2, True), (1, False), (3, False)])
+def test_the_length_of_a_cache_may_be_picked_out_of_its_shape(index, last):
+    text = (CACHE % "past").replace("old = Shape <start = 2, end = 3> (past)", "old = Shape (past)")
+    text = text.replace("start = Squeeze (old)", "start = Gather (old, at)").replace(
+        "int64 zero", f"int64 at = {{{index}}}, int64 zero"
+    )
+    model = parse(text, low=np.array(-np.inf, np.float32))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    found = sight(values["mask"], values["keys"])
+    assert (not isinstance(found, str) and found.last) == last
 
 
 def test_fewer_queries_than_keys_are_joined_do_not_stand_last():

@@ -102,7 +102,7 @@ def interpreted(launch: dict[str, Any]) -> None:
     """Run the source of a kernel on what the launch points at."""
     import torch
 
-    from optkit.kernels.triton.interpret import _TORCH
+    from optkit.kernels.triton.tensors import TORCH
 
     record, given = launch["record"], {}
     for name in record["parameters"]:
@@ -110,7 +110,7 @@ def interpreted(launch: dict[str, Any]) -> None:
         if kind.startswith("*"):
             # The kernel goes where its own arithmetic leads it: only the first address is handed over.
             memory = (ctypes.c_uint8 * 16).from_address(value)
-            given[name] = torch.frombuffer(memory, dtype=torch.uint8).view(_TORCH[kind[1:]])
+            given[name] = torch.frombuffer(memory, dtype=torch.uint8).view(TORCH[kind[1:]])
         else:
             given[name] = value
     module, _, function = record["program"]["function"].partition(":")
