@@ -264,7 +264,7 @@ def _words() -> _Sequences:
 
     known = gguf.read(phone.fetched("SmolLM2-135M-Instruct.Q4_1.gguf"))[0]["tokenizer.ggml.tokens"]
     places, text = {w: i for i, w in enumerate(known)}, "Ġ".join(words(held_out=False)[:40])
-    found = []
+    found = list[int]()
     while len(found) < 24:
         size = max(n for n in range(1, 17) if text[:n] in places)
         found.append(places[text[:size]])
@@ -287,7 +287,7 @@ def _nudged(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """With the last bit of every float changed, up or down."""
     random = np.random.default_rng(0)
     return {
-        k: np.nextafter(v, random.choice(np.float32([-np.inf, np.inf]), v.shape))
+        k: np.nextafter(v, random.choice(np.array([-np.inf, np.inf], np.float32), v.shape))
         if v.dtype.kind == "f"
         else v
         for k, v in feeds.items()

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import Dim, shape_of
-from optkit.graph import attribute, constant, graphs, rank, users
+from optkit.graph import constant, graphs, rank, users
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Builder, Change, Names, remove_unused, substitute
 
@@ -115,13 +115,8 @@ class _Region:
         for value in values:
             if not _wide(value, self._most) or value is None or constant(value) is not None:
                 continue
-            producer = value.producer()
-            if (
-                producer is None
-                or value.is_graph_output()
-                or shape_of(value) is None
-                or None in shape_of(value)
-            ):  # type: ignore[operator]
+            producer, shape = value.producer(), shape_of(value)
+            if producer is None or value.is_graph_output() or shape is None or None in shape:
                 self.sound = False
                 return []
             found += [producer, *users(value)]
@@ -169,7 +164,7 @@ class _Region:
             self.sound = False
             return
         size = len(shape_of(x) or ())
-        axis = int(attribute(node, "axis", 0)) % size
+        axis = (node.attributes.get_int("axis", 0) or 0) % size
         self._pinned.add((x, axis))
         for i in range(size):
             if i != axis or held.ndim == 1:
@@ -282,7 +277,9 @@ class _Region:
         """Attributes that name axes."""
         x = node.inputs[0]
         if node.op_type == "Gather":
-            return {"axis": self._place(x, int(attribute(node, "axis", 0)) % len(shape_of(x) or ()))}
+            return {
+                "axis": self._place(x, (node.attributes.get_int("axis", 0) or 0) % len(shape_of(x) or ()))
+            }
         if node.op_type == "Transpose":
             axes = self._axes(node.outputs[0])
             permutation = [int(p) for p in node.attributes.get_ints("perm", ()) or ()]
