@@ -10,36 +10,43 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from optkit.errors import OptkitError
 
 _INTERVAL = 0.5
 
 
-def bounded(function: Callable[..., Any], *arguments: Any, seconds: float, memory: int) -> tuple[Any, int]:
+def bounded(
+    function: Callable[..., Any],
+    *arguments: Any,
+    seconds: float,
+    memory: int,
+    start: Literal["spawn", "fork"] = "spawn",
+) -> tuple[Any, int]:
     """What ``function`` returns, and the most bytes of memory that its process and the children of it held.
 
     Args:
         function: Importable by name.
         seconds: Wall-clock.
         memory: Bytes resident, looked at twice a second.
+        start: ``fork`` where importing what it needs, once, takes longer than its work; caches do reach it then.
 
     Raises:
         OptkitError: It raised one, it died, or a bound was reached.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(start)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, function, arguments))
     process.start()
     theirs.close()
-    start, peak = time.monotonic(), 0
+    began, peak = time.monotonic(), 0
     try:
         while not ours.poll(_INTERVAL):
             peak = max(peak, _resident(process.pid or 0))
             if peak > memory:
                 raise OptkitError(f"stopped: it held {peak / 1e9:.1f} GB, allowed {memory / 1e9:.1f}")
-            if time.monotonic() - start > seconds:
+            if time.monotonic() - began > seconds:
                 raise OptkitError(f"stopped: it did not finish within {seconds:.0f} seconds")
         try:
             result = ours.recv()

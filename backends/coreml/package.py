@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from optkit.backends.coreml.quiet import ct, silence
 
@@ -41,7 +43,7 @@ def convert(
         features: The types of its inputs.
         version: Major version of the oldest iOS.
         fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
-            are taken of stays in float32, and so does a variance that is a difference of means.
+            are taken of stays in float32, and so do squares up to the root of what they become.
         weights: An empty folder.
 
     Returns:
@@ -62,7 +64,7 @@ def convert(
             option = ct.converters.mil.mil.passes.graph_pass.PassOption
             pipeline._pass_options["common::add_fp16_cast"] = [
                 option(
-                    option_name="op_selector", option_val=lambda op: not (_is_logged(op) or _is_variance(op))
+                    option_name="op_selector", option_val=lambda op: not (_is_logged(op) or _is_spread(op))
                 )
             ]
         spec, _ = mil_convert_to_proto(
@@ -90,56 +92,50 @@ def _is_logged(op: Any) -> bool:
     return False
 
 
-# What lies between a mean and the difference it is part of, and between that and the root taken of it.
-_FORMS = frozenset({"expand_dims", "reshape", "squeeze"})
-_BEFORE_ROOT = _FORMS | {"add", "clip", "maximum", "relu", "threshold"}
+# What lies between a square and the root of what it becomes.
+_BETWEEN = frozenset({
+    "add", "clip", "expand_dims", "maximum", "reduce_mean", "reduce_sum", "relu", "reshape", "squeeze", "sub", "threshold",
+})  # fmt: skip
+_ROOTS = ("rsqrt", "sqrt")
 
 
-def _is_variance(op: Any) -> bool:
-    """Whether an operation is part of ``sqrt(mean(x^2) - mean(x)^2)``.
+def _is_spread(op: Any) -> bool:
+    """Whether an operation lies between squares and the root of their sum or mean, both included, or gives the mean of the squares.
 
-    Of two means that agree to three digits float16 leaves nothing, and the root of that is divided by.
+    A square of 256 is beyond float16, and residual streams of decoders reach thousands; of ``mean(x^2) - mean(x)^2`` where both
+    agree to three digits float16 leaves nothing, and the root of that is divided by.
     """
-    if op.op_type in _BEFORE_ROOT or op.op_type in ("rsqrt", "sqrt"):
-        above = _closure(op, _BEFORE_ROOT, _parents)
-        if any(_is_difference(parent) for one in above for parent in _parents(one)):
-            return True
-    if op.op_type == "sub":
-        return _is_difference(op)
-    if op.op_type == "reduce_mean" or op.op_type in _FORMS or _is_square(op):
-        within = _closure(op, {"reduce_mean", "mul", "square", *_FORMS}, _children)
-        return any(_is_difference(child) for one in within for child in _children(one))
-    return False
-
-
-def _is_difference(op: Any) -> bool:
-    """Of a mean and the square of one, with a root taken of it."""
-    if op.op_type != "sub":
+    if op.op_type == "reduce_mean" and any(_is_square(c) and _is_spread(c) for c in _children(op)):
+        return True
+    if not (_is_square(op) or op.op_type in _ROOTS or _leads(op)):
         return False
-    sides = [v.op for v in (op.x, op.y)]
-    means = [one is not None and _of_mean(one) for one in sides]
-    rooted = _closure(op, {"sub", *_BEFORE_ROOT}, _children)
-    return all(means) and any(c.op_type in ("rsqrt", "sqrt") for one in rooted for c in _children(one))
-
-
-def _of_mean(op: Any) -> bool:
-    while op is not None and (op.op_type in _FORMS or _is_square(op)):
-        op = op.x.op
-    return op is not None and op.op_type == "reduce_mean"
+    rooted = op.op_type in _ROOTS or any(
+        c.op_type in _ROOTS for one in _closure(op, _children) for c in _children(one)
+    )
+    squared = _is_square(op) or any(_is_square(p) for one in _closure(op, _parents) for p in _parents(one))
+    return rooted and squared
 
 
 def _is_square(op: Any) -> bool:
+    if op.op_type == "pow":
+        return op.y.val is not None and bool(np.all(op.y.val == 2))
     return op.op_type == "square" or (op.op_type == "mul" and op.x is op.y)
 
 
-def _closure(op: Any, through: Set[str], steps: Callable[[Any], list[Any]]) -> list[Any]:
-    """The operation, and what is reached from it by ``steps`` through operations of some types."""
+def _leads(op: Any) -> bool:
+    """Whether it may lie between; a factor may be a constant."""
+    if op.op_type in ("mul", "real_div"):
+        return op.y.val is not None or (op.op_type == "mul" and op.x.val is not None)
+    return op.op_type in _BETWEEN
+
+
+def _closure(op: Any, steps: Callable[[Any], list[Any]]) -> list[Any]:
+    """The operation, and what is reached from it by ``steps`` through operations that may lie between."""
     found, seen = [op], {op}
     for one in found:
-        if one is op or one.op_type in through:
-            more = [o for o in dict.fromkeys(steps(one)) if o not in seen and o.op_type in through]
-            found += more
-            seen.update(more)
+        more = [o for o in dict.fromkeys(steps(one)) if o not in seen and _leads(o)]
+        found += more
+        seen.update(more)
     return found
 
 

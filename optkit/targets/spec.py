@@ -29,6 +29,7 @@ class Target:
         l2: Bytes of the last cache that all units share.
         shared: Bytes of shared memory that one block may ask for.
         convolves: Whether products and attention run best as convolutions of one element over ``[B, C, 1, S]``, in small parts.
+        axes: How many axes a tensor may have at most, or has where it is computed with best; None where any will do.
         lacks: Why a number format is refused, by format.
     """
 
@@ -50,6 +51,7 @@ class Target:
     l2: int | None = None
     shared: int | None = None
     convolves: bool = False
+    axes: int | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, fmt: str) -> str | None:

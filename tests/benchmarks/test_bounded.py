@@ -49,3 +49,18 @@ def test_what_takes_too_long_is_stopped() -> None:
 def test_what_holds_too_much_is_stopped() -> None:
     with pytest.raises(OptkitError, match=r"stopped: it held 0\.[3-9] GB, allowed 0\.3"):
         bounded(exec, HOLD, seconds=60, memory=300 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not every system forks")
+def test_a_fork_has_what_was_imported_and_the_same_bounds() -> None:
+    _HELD[:] = [1, 2]
+    assert bounded(_known, seconds=60, memory=ENOUGH, start="fork")[0] == [1, 2]
+    with pytest.raises(OptkitError, match="stopped: it did not finish within 1 seconds"):
+        bounded(time.sleep, 60, seconds=1, memory=ENOUGH, start="fork")
+
+
+_HELD: list[int] = []
+
+
+def _known() -> list[int]:
+    return list(_HELD)

