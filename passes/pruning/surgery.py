@@ -10,7 +10,7 @@ import onnx_ir as ir
 from optkit.graph import attribute, constant
 from optkit.inference import infer
 from optkit.passes.pruning.dependencies import Dependencies
-from optkit.passes.pruning.vectors import edit
+from optkit.passes.pruning.vectors import edit, settle
 from optkit.rewrite import Names, register
 
 # Of a value's axes, which positions stay; axes that stay whole are left out.
@@ -99,6 +99,9 @@ def _follow(graph: ir.Graph, found: Dependencies, removed: Collection[int], name
                 rank = len(found.axes[node.outputs[0]])
                 missing = rank - (given.size if given is not None else rank)
                 sizes = {axis - missing: n for axis, n in sizes.items() if axis >= missing}
+            elif (shape := node.outputs[0].shape) is not None:
+                known = {axis: d for axis, d in enumerate(shape) if isinstance(d, int)}
+                settle(node, 1, known | sizes, lambda x: bool(kept(found, x, removed)), names)
             if sizes:
                 edit(node, 1, sizes, names)
         elif node.op_type == "Split":

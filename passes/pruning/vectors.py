@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,69 @@ def editable(value: ir.Value | None) -> bool:
     if node.op_type == "Concat":
         return all(v is not None and v.shape is not None and v.shape.is_static() for v in node.inputs)
     return False
+
+
+def settle(
+    node: ir.Node, index: int, sizes: Mapping[int, int], cut: Callable[[ir.Value], bool], names: Names
+) -> None:
+    """Let elements of input ``index`` that are read off the shape of what is ``cut`` be ``sizes``, where those are known.
+
+    Exporters take sizes from wherever they were computed first: the heads of one attention from those of another.
+    """
+    value, graph = node.inputs[index], node.graph
+    joined = None if value is None else value.producer()
+    if value is None or joined is None or not isinstance(graph, ir.Graph):
+        return
+    given = list(joined.inputs) if joined.op_type == "Concat" and joined.domain == "" else [value]
+    pieces, start = list[ir.Value](), 0
+    for piece in given:
+        if piece is None or piece.shape is None or not piece.shape.is_static():
+            return
+        n = int(piece.shape.numpy()[0])
+        if constant(piece) is not None or not any(i in sizes for i in range(start, start + n)) or not any(
+            cut(x) for x in _measured(piece)
+        ):  # fmt: skip
+            pieces.append(piece)
+        else:
+            for i in range(n):
+                if start + i in sizes:
+                    known = np.asarray([sizes[start + i]], np.int64)
+                    pieces.append(register(graph, names.new(f"{node.name}/size"), known))
+                else:
+                    pieces.append(_element(node, piece, i, names))
+        start += n
+    if pieces != given:
+        _join(node, index, pieces, names)
+
+
+def _element(node: ir.Node, vector: ir.Value, i: int, names: Names) -> ir.Value:
+    """Element ``i`` as a vector, computed before ``node``."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    ends = [register(graph, names.new(f"{node.name}/at"), np.asarray([k], np.int64)) for k in (i, i + 1)]
+    slice_ = ir.node("Slice", [vector, *ends], name=names.new(f"{node.name}/element"))
+    out = slice_.outputs[0]
+    out.name, out.type, out.shape = names.new(f"{node.name}/element"), vector.type, ir.Shape([1])
+    slice_.metadata_props.update(node.metadata_props)
+    node.prepend(slice_)
+    return out
+
+
+def _measured(size: ir.Value) -> list[ir.Value]:
+    """The values whose shapes ``size`` is computed from."""
+    found, seen, left = list[ir.Value](), set[ir.Value](), [size]
+    while left:
+        value = left.pop()
+        node = value.producer()
+        if value in seen or node is None:
+            continue
+        seen.add(value)
+        inputs = [v for v in node.inputs if v is not None]
+        if node.op_type == "Shape" and node.domain == "":
+            found += inputs
+        else:
+            left += inputs
+    return found
 
 
 def edit(node: ir.Node, index: int, changes: Mapping[int, int], names: Names) -> None:
@@ -66,6 +129,13 @@ def edit(node: ir.Node, index: int, changes: Mapping[int, int], names: Names) ->
         start += n
     if not changed:
         return
+    _join(node, index, pieces, names)
+
+
+def _join(node: ir.Node, index: int, pieces: Sequence[ir.Value | None], names: Names) -> None:
+    """Give ``node`` a vector of its own."""
+    value = node.inputs[index]
+    assert value is not None
     own = ir.node("Concat", pieces, attributes={"axis": 0}, name=names.new(f"{node.name}/sizes"))
     out = own.outputs[0]
     out.name, out.type, out.shape = names.new(f"{node.name}/sizes"), value.type, value.shape
