@@ -72,10 +72,13 @@ def _tensor(path: Path, data: np.ndarray, shape: list[int], kind: int) -> np.nda
     if kind == _FLOAT:
         return np.ascontiguousarray(blocks).view(np.float32).reshape(shape)
     scale = _half(blocks, 0)
+    floats: np.ndarray
     if kind == _Q8_0:
-        return (blocks[:, 2:].view(np.int8) * scale).astype(np.float32).reshape(shape)
-    codes = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
-    return (codes * scale + _half(blocks, 2)).astype(np.float32).reshape(shape)
+        floats = blocks[:, 2:].view(np.int8) * scale
+    else:
+        codes = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+        floats = codes * scale + _half(blocks, 2)
+    return floats.astype(np.float32).reshape(shape)
 
 
 def _half(blocks: np.ndarray, at: int) -> np.ndarray:

@@ -96,7 +96,8 @@ class Reader(nn.Module):
 def reader() -> Reader:
     """With EasyOCR's weights."""
     held = torch.load(fetched("english_g2.pth"), map_location="cpu", weights_only=True)
-    module = Reader().eval()
+    module = Reader()
+    module.eval()
     module.load_state_dict({k.removeprefix("module."): v for k, v in held.items()})
     return module
 
