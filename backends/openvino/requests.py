@@ -52,11 +52,14 @@ class Request:
         Raises:
             RuntimeError: OpenVINO's.
         """
+        shared = []
         for index, (own, array) in enumerate(zip(self._own, inputs, strict=True)):
             if own is not None:
                 own[...] = array
             else:
-                self._request.set_input_tensor(index, _shared(array))
+                # OpenVINO does not hold the memory: what holds it lives until the run is over.
+                shared.append(_shared(array))
+                self._request.set_input_tensor(index, shared[-1])
         stale = self._marked(range(len(self._specs)), _PATTERNS[0])
         narrow = [i for i in stale if self._specs[i].dtype.itemsize < _WIDE]
         if narrow and narrow == stale:
