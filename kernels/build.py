@@ -22,7 +22,8 @@ from optkit.kernels.base import Program
 
 HINT = "pip install 'optkit[triton]'"
 _PARTS = ("cubin", "ttir", "json")
-_SECONDS = 600
+# A child has this long, and more for each of its jobs: machines that compile are often full.
+_SECONDS, _EACH = 600, 20
 # Contraction of a * b + c: the default of Triton changes between versions.
 _FUSION = "1"
 
@@ -113,7 +114,7 @@ def _compile(jobs: Mapping[str, tuple[Program, tuple[int, int]]], folder: Path) 
         (work / "jobs.json").write_text(json.dumps(rows))
         # A cache of Triton's own would hand out what another version of a helper made.
         environment = {"TRITON_CACHE_DIR": str(work / "triton"), "TRITON_DEFAULT_FP_FUSION": _FUSION}
-        child(work, "optkit.kernels.triton.worker", environment)
+        child(work, "optkit.kernels.triton.worker", environment, len(jobs))
         refused = []
         for k, (program, capability) in jobs.items():
             file = work / f"{k}.json"
@@ -127,20 +128,20 @@ def _compile(jobs: Mapping[str, tuple[Program, tuple[int, int]]], folder: Path) 
             raise ModelError("Triton does not compile " + "; ".join(refused))
 
 
-def child(work: Path, module: str, environment: Mapping[str, str]) -> None:
-    """Run a module of ours on a folder, in a process that may die.
+def child(work: Path, module: str, environment: Mapping[str, str], jobs: int) -> None:
+    """Run a module of ours on a folder with so many jobs, in a process that may die.
 
     Raises:
         ModelError: It did, or took too long; the last line of what it said.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | dict(environment)
-    command = [sys.executable, "-m", module, str(work)]
+    command, most = [sys.executable, "-m", module, str(work)], _SECONDS + _EACH * jobs
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command, env=environment, capture_output=True, text=True, timeout=most, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise ModelError(f"{module} did not finish within {_SECONDS} s") from error
+        raise ModelError(f"{module} did not finish within {most} s") from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise ModelError(f"{module} ended with {done.returncode}: {said[:500]}")

@@ -95,7 +95,7 @@ def interpret(launches: Sequence[Launch]) -> list[list[np.ndarray]]:
             np.savez(folder / f"{index}.npz", allow_pickle=False, **arrays)
             jobs.append(job)
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        child(folder, "optkit.kernels.triton.interpret", {"TRITON_INTERPRET": "1"})
+        child(folder, "optkit.kernels.triton.interpret", {"TRITON_INTERPRET": "1"}, len(jobs))
         return [_outputs(folder / f"{index}.out.npz", one) for index, one in enumerate(launches)]
 
 
@@ -124,7 +124,7 @@ def sanitize(launches: Sequence[Launch], capability: tuple[int, int]) -> list[Ve
             np.savez(folder / f"{index}.npz", allow_pickle=False, **arrays)
             jobs.append({**job, "capability": list(capability)})
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        child(folder, "optkit.kernels.triton.sanitize", {"TRITON_DEFAULT_FP_FUSION": "1"})
+        child(folder, "optkit.kernels.triton.sanitize", {"TRITON_DEFAULT_FP_FUSION": "1"}, len(jobs))
         found = json.loads((folder / "verdicts.json").read_bytes())
         return [
             Verdict(**row, outputs=[] if row["fault"] or not file.is_file() else _outputs(file, one, tail=0))

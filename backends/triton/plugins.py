@@ -19,6 +19,7 @@ from optkit.backends.triton import bundle
 from optkit.errors import ModelError
 from optkit.kernels.base import DOMAIN
 from optkit.kernels.launching import read
+from optkit.rewrite import substitute
 from optkit.store import save
 
 FOLDER, SOURCE = "tensorrt", "optkit_plugins.cpp"
@@ -46,7 +47,7 @@ def write(path: Path) -> None:
     """Write ``tensorrt/`` into the artifact ``path``: the source of the plug-ins, and the graph with their nodes.
 
     Raises:
-        ModelError: A call leaves out an input or an output in the middle, or has a type that plug-ins do not.
+        ModelError: A call leaves out an input, or has a type that plug-ins do not.
     """
     facts = bundle.read(path)
     model = ir.load(path / bundle.MODEL)
@@ -69,8 +70,9 @@ def write(path: Path) -> None:
 
 def _variant(row: Mapping[str, Any], node: ir.Node) -> dict[str, Any]:
     """All that the plug-in of a call is made from."""
-    outputs = [o for o in row["outputs"] if o is not None]
-    if None in row["inputs"] or row["outputs"][: len(outputs)] != outputs:
+    places = [i for i, o in enumerate(row["outputs"]) if o is not None]
+    outputs = [row["outputs"][i] for i in places]
+    if None in row["inputs"]:
         raise ModelError(f"{row['node']}: a call that leaves out operands is no plug-in")
     kinds = [v.dtype.name if v is not None and v.dtype is not None else "nothing" for v in node.inputs]
     kinds += [o["type"] for o in outputs]
@@ -79,17 +81,33 @@ def _variant(row: Mapping[str, Any], node: ir.Node) -> dict[str, Any]:
     return {
         "op": f"Optkit{row['op']}", "kernel": row["kernels"][0], "sizes": row["sizes"],
         "inputs": kinds[: len(node.inputs)], "outputs": kinds[len(node.inputs) :],
-        "shapes": [o["shape"] for o in outputs],
+        "shapes": [o["shape"] for o in outputs], "places": places,
     }  # fmt: skip
 
 
 def _become_plugin(node: ir.Node, name: str, made: Mapping[str, Any]) -> None:
     """TensorRT's parser knows operators by their name alone, and plug-ins by three attributes."""
+    if made["places"] != list(range(len(made["places"]))):
+        node = _without_gaps(node, made["places"])
     node.op_type, node.domain = made["op"], DOMAIN
     node.attributes.clear()
     for key, value in (("plugin_namespace", "optkit"), ("plugin_version", "1"), ("program", name)):
         node.attributes.add(ir.AttrString(key, value))
     node.resize_outputs(len(made["outputs"]))
+
+
+def _without_gaps(node: ir.Node, places: Sequence[int]) -> ir.Node:
+    """The same call with those of its outputs alone that are read, one behind the other."""
+    graph = node.graph
+    assert graph is not None
+    new = ir.node(node.op_type, list(node.inputs), domain=DOMAIN, num_outputs=len(places), name=node.name)
+    graph.insert_after(node, new)
+    for value, old in zip(new.outputs, (node.outputs[i] for i in places), strict=True):
+        if not old.is_graph_output():
+            value.name, old.name = old.name, None
+        substitute(old, value)
+    graph.remove(node, safe=True)
+    return new
 
 
 def _source(path: Path, arch: str, variants: Mapping[str, Mapping[str, Any]]) -> str:
@@ -142,7 +160,8 @@ def _functions(index: int, made: Mapping[str, Any], record: Mapping[str, Any]) -
         places.append(f"&{name}")
         if kind in ("input", "output"):
             side = "in" if kind == "input" else "out"
-            lines.append(f"    CUdeviceptr {name} = reinterpret_cast<CUdeviceptr>({side}[{place}]);")
+            at = int(place) if kind == "input" else made["places"].index(int(place))
+            lines.append(f"    CUdeviceptr {name} = reinterpret_cast<CUdeviceptr>({side}[{at}]);")
             check = f"!aligned({name})"
         else:
             whole = _WHOLE[argument["type"]]

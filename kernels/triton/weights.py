@@ -270,6 +270,7 @@ class LinearInt4(_Product):
     name, op = "linear-int4", "LinearInt4"
     size: ClassVar[int] = 6
     source: ClassVar[str] = "arXiv:2408.11743"
+    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[:1]
     body: ClassVar[str] = _BODY % (op, "one", "", "h")
 
 

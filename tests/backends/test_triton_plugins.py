@@ -204,6 +204,35 @@ def test_sizes_are_written_in_cpp(text, written):
     assert plugins._number(text) == written
 
 
+GAP = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[N, 64] x, float16[N, 64] r) => (int8[N, 64] q, float16[N, 64] y) <float step = {0.02}, int8 zero = {0}> {
+  t = Add (x, r)
+  n = LayerNormalization <axis = -1> (t, s, s)
+  f = Cast <to = 1> (n)
+  q = QuantizeLinear (f, step, zero)
+  y = Neg (t)
+}
+"""
+
+
+def test_outputs_that_nobody_reads_are_no_outputs_of_plugins(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
+    model = parse(GAP, s=np.linspace(0.5, 1.5, 64).astype(np.float16))
+    CallKernels().run(model, Context(target=H100))
+    (tmp_path / "out").mkdir()
+    Triton().lower(model, H100, TritonOptions(rest="cpu", plugins=True), tmp_path / "out")
+    (row,) = bundle.read(tmp_path / "out")["launches"]
+    assert [o is None for o in row["outputs"]] == [False, True, False]
+    written, (node,) = nodes(tmp_path / "out")
+    assert [v.name for v in node.outputs] == [row["outputs"][0]["name"], row["outputs"][2]["name"]]
+    assert [v.name for v in written.graph.outputs] == ["q", "y"]
+    source = (tmp_path / "out" / plugins.FOLDER / plugins.SOURCE).read_text()
+    assert "a_q = reinterpret_cast<CUdeviceptr>(out[0])" in source
+    assert "a_total = reinterpret_cast<CUdeviceptr>(out[1])" in source
+    assert "out[2]" not in source
+
+
 def test_what_cannot_be_a_plugin_is_refused_by_name(artifact, tmp_path):
     folder = Path(shutil.copytree(artifact, tmp_path / "copy"))
     facts = json.loads((folder / bundle.LAUNCHES).read_text())

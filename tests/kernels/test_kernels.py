@@ -277,6 +277,16 @@ def test_a_program_that_does_not_fit_its_source_is_refused_by_name():
         build([(dataclasses.replace(program, arguments=program.arguments[:-1]), ADA)])
 
 
+@pytest.mark.needs("triton")
+@pytest.mark.parametrize(("seconds", "each"), [(0.05, 0), (0, 0.05)])
+def test_a_compiler_that_takes_too_long_is_stopped(monkeypatch, seconds, each):
+    monkeypatch.setattr("optkit.kernels.build._SECONDS", seconds)
+    monkeypatch.setattr("optkit.kernels.build._EACH", each)
+    kernel = KERNELS["softmax"]()
+    with pytest.raises(ModelError, match=r"worker did not finish within 0.05 s"):
+        build([(kernel.program(kernel.examples[0], ADA), ADA)], fresh=True)
+
+
 def test_without_triton_the_line_that_installs_it_is_told(monkeypatch):
     monkeypatch.setattr("optkit.kernels.build.installed", lambda: False)
     with pytest.raises(BackendUnavailableError) as caught:
