@@ -26,6 +26,7 @@ from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.suite import EVALUATORS, SUITE
 from optkit.errors import OptkitError, UnknownNameError
 from optkit.evaluate import Budget, load_python
+from optkit.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = "mac-m4"
@@ -45,7 +46,7 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
     path, evaluator = suite.fetch(name), EVALUATORS / SUITE[name].evaluator
     limit = RECIPES[recipe][0] if recipe in RECIPES else "1%"
     data = list(islice(load_python(evaluator, "evaluator").calibration(), _BATCHES))
-    row: dict[str, Any] = {"name": name, "recipe": recipe, "limit": limit}
+    row: dict[str, Any] = {"name": name, "recipe": recipe, "limit": limit, "passes": _lossy(recipe)}
     try:
         _, report = optkit.compile(
             path, target=TARGET, recipe=recipe, data=data, evaluate=evaluator, max_drop=limit, out=folder / recipe,
@@ -66,6 +67,15 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lossy(recipe: str) -> list[dict[str, Any]]:
+    """The passes of a recipe that change numbers, with what they are told."""
+    return [
+        {p.name: p.model_dump(mode="json", exclude_defaults=True)}
+        for p in Recipe.load(recipe).passes
+        if not p.exact
+    ]
+
+
 def _verdict(row: Mapping[str, Any]) -> str:
     """Of the recipe: whether what ships is more than float, and its whole interval within the limit."""
     if not row["kept"]:
@@ -74,10 +84,18 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _is_older(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of the recipe as it was before weights made up for each other's errors and bits were chosen."""
+    """Whether a row is of the recipe as it was before.
+
+    Rows that do not say which passes they are of come from before they did; of them, recipes that choose bits were measured before they did so where
+    there are none, and ``coreml-w4`` before it knew tables.
+    """
+    if "passes" in row:
+        return bool(row["passes"] != _lossy(row["recipe"]))
+    if row["recipe"] == "coreml-w4":
+        return True
     return (
         "bits" not in row
-        and row["recipe"] in ("coreml-w8", "coreml-palette4", "coreml-w4")
+        and row["recipe"] in ("coreml-w8", "coreml-palette4")
         and "mixed" not in row["shipped"]
     )
 
@@ -126,7 +144,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     if any("reason" not in m and _is_older(m) for m in result["models"]):
         lines += [
-            "", "¹ Measured before weights made up for each other's errors and bits were chosen by them; not measured again yet."
+            "", "¹ Of the recipe as it was before, when it knew fewer forms or weights did not make up for each other's errors; not measured again yet."
         ]  # fmt: skip
     return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
 

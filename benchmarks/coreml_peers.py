@@ -6,7 +6,7 @@
 Sizes are those of the example, since onnx2coreml takes no others; everything in float32. coremltools has the module: what
 ``torch.export`` gives, decomposed not at all, by its guide, or to core ATen, and at last a trace; the first that converts and
 comes out right counts. onnx2coreml and optkit have one ONNX file, which torch exported; what onnx2coreml refuses it is given
-once more as the recipe ``cleanup`` leaves it. The error is the largest difference to the module in eager mode, or where there is none to
+once more as the recipe ``cleanup`` leaves it, whose time is not counted for it. The error is the largest difference to the module in eager mode, or where there is none to
 ONNX Runtime (its own rewrites off), as a share of the largest value, and the reference evaluator runs all packages.
 Seconds are CPU time from the file, or the exported program, to the saved package, once each tool has converted something
 small. Each tool has a process of its own that may take so much time and memory. Writes ``benchmarks/results/coreml_peers.json``

@@ -33,6 +33,7 @@ class QuantizeWeights(GraphPass):
     Attributes:
         bits: Of each weight.
         block: How many weights share a scale, in 4 bits.
+        rest: Whether weights that cannot have 4 bits are stored in 8; without it they are left to another pass.
         least: Down to how many may share one, where ``block`` does not divide them; ``block`` when left out.
         compensate: Whether weights make up for each other's errors on the calibration data
             (``optkit.passes.quantization.compensate``); without data each is rounded to nearest.
@@ -48,6 +49,7 @@ class QuantizeWeights(GraphPass):
     bits: Literal[4, 8] = 8
     block: int = Field(default=32, ge=16)
     least: int | None = Field(default=None, ge=8)
+    rest: bool = True
     compensate: bool = False
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
@@ -57,7 +59,11 @@ class QuantizeWeights(GraphPass):
         """Store every suitable constant."""
         changes: list[Change] = []
         names = Names(model)
-        chosen = list(sites(model, self.targets, self.ignore, self.smallest))
+        chosen = [
+            site
+            for site in sites(model, self.targets, self.ignore, self.smallest)
+            if self.rest or self.bits == 8 or self._block(site) is not None
+        ]
         found = self._found(model, chosen, context)
         for site in chosen:
             block = self._block(site)

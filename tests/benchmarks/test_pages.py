@@ -13,7 +13,12 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("litert", "ai_edge_litert"), ("coreml", "coremltools"), ("coreml_compressed", "coremltools")],
+    [
+        ("litert", "ai_edge_litert"),
+        ("coreml", "coremltools"),
+        ("coreml_compressed", "coremltools"),
+        ("coreml_peers", "coremltools"),
+    ],
 )
 def test_the_page_is_what_the_results_say(name, package):
     pytest.importorskip(package, reason=f"needs the package {package}")

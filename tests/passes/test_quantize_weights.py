@@ -105,6 +105,22 @@ def test_readers_share_what_is_stored():
     )
 
 
+def test_what_blocks_do_not_divide_can_be_left_to_another_pass():
+    text = HEAD + "g (float[N, 64] x) => (float[N, 40] y) { a = MatMul(x, w) y = MatMul(a, v) }"
+    model = parse(text, w=_weight(64, 50), v=_weight(50, 40))
+    # 50 is divided by no size from 32 to 26.
+    after = check_pass(
+        QuantizeWeights(bits=4, least=26, rest=False, smallest=1), model,
+        ops=["DequantizeLinear", "MatMul", "MatMul"], atol=20,
+    )  # fmt: skip
+    assert "v" in after.graph.initializers
+    assert "w" not in after.graph.initializers
+    again = check_pass(
+        QuantizeWeights(rest=False, smallest=1), parse(text, w=_weight(64, 50), v=_weight(50, 40)), atol=20
+    )
+    assert not {"v", "w"} & set(again.graph.initializers)
+
+
 @pytest.mark.parametrize(
     ("graph", "options"),
     [

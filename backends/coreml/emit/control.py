@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, refused
+from optkit.backends.coreml.emit.base import Context, emits, integer, ints, refused, through_ints
 from optkit.backends.coreml.quiet import mb, types
 from optkit.graph import scalar, subgraphs
 
@@ -96,3 +96,67 @@ def _loop(c: Context, node: ir.Node) -> Any:
     )
     results = mb.while_loop(_cond=goes_on, _body=once, loop_vars=first)
     return list(results[2:])
+
+
+# Beyond, the program has more operations than anything gains from.
+_LONGEST = 1024
+
+
+def _refuse_scan(node: ir.Node) -> str | None:
+    shape = node.inputs[-1].shape if node.inputs[-1] is not None else None
+    axis = (ints(node, "scan_input_axes", [0]) or [0])[-1]
+    steps = shape[axis] if shape is not None else None
+    if isinstance(steps, int) and steps > _LONGEST:
+        return f"its {steps} steps: each is written out, and at most {_LONGEST} are"
+    return None
+
+
+@emits("Scan", refuse=_refuse_scan)
+def _scan(c: Context, node: ir.Node) -> Any:
+    """Written out step after step: Core ML has no tensors that grow in a loop, and all steps are known with the sizes."""
+    body = node.attributes["body"].as_graph()
+    count = integer(node, "num_scan_inputs", 1)
+    carried, scanned = c.inputs(node)[:-count], c.inputs(node)[-count:]
+    kept = len(body.outputs) - len(carried)
+    zeros = [0] * max(count, kept)
+    axes, ways = (ints(node, f"scan_input_{what}", zeros[:count]) for what in ("axes", "directions"))
+    ends, turns = (ints(node, f"scan_output_{what}", zeros[:kept]) for what in ("axes", "directions"))
+    assert axes is not None and ways is not None and ends is not None and turns is not None
+    steps = scanned[0].shape[axes[0]]
+    if not isinstance(steps, int | np.integer):
+        raise refused(node, "how many steps it has is not fixed")
+    if steps > _LONGEST:
+        raise refused(node, f"its {steps} steps: each is written out, and at most {_LONGEST} are")
+    found: list[list[Any]] = [[] for _ in range(kept)]
+    for step in range(int(steps)):
+        parts = [
+            _part(x, axis, int(steps) - 1 - step if way else step)
+            for x, axis, way in zip(scanned, axes, ways, strict=True)
+        ]
+        variables, weights = dict(c.variables), dict(c.weights)
+        for value, variable in zip(body.inputs, (*carried, *parts), strict=True):
+            c.variables[value] = variable
+        results = c.body(c, body)
+        c.variables, c.weights = variables, weights
+        carried, made = results[: len(carried)], results[len(carried) :]
+        for some, one in zip(found, made, strict=True):
+            some.append(one)
+    stacked = [
+        mb.stack(values=some[::-1] if turn else some, axis=axis)
+        for some, axis, turn in zip(found, ends, turns, strict=True)
+    ]
+    return [*carried, *stacked]
+
+
+def _part(x: Any, axis: int, place: int) -> Any:
+    """What lies at one place of an axis, without the axis."""
+    axis %= x.rank
+    begin = [place if i == axis else 0 for i in range(x.rank)]
+    others = [i != axis for i in range(x.rank)]
+    return through_ints(
+        x,
+        lambda v: mb.slice_by_index(
+            x=v, begin=begin, end=[b + 1 for b in begin], begin_mask=others, end_mask=others,
+            squeeze_mask=[not o for o in others],
+        ),
+    )  # fmt: skip

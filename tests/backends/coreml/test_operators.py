@@ -363,6 +363,14 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
           d = Identity(c) f = Cast<to = 1>(i) w = Add(v, f) }> }""",
         {},
     ),
+    "scan": (
+        """(float[2, 3] s, float[5, 2, 3] x, float[2, 5] w) => (float[2, 3] last, float[5, 2, 3] all, float[2, 5] other) {
+        last, all, other = Scan<num_scan_inputs = 2, scan_input_axes = [0, 1], scan_input_directions = [0, 1],
+          scan_output_axes = [0, 1], scan_output_directions = [1, 0],
+          body = b (float[2, 3] t, float[2, 3] a, float[2] c) => (float[2, 3] v, float[2, 3] n, float[2] m) {
+          p = Mul(t, a) v = Add(p, a) n = Neg(v) m = Exp(c) }>(s, x, w) }""",
+        {},
+    ),
     "quantized": (
         """(float[N, 4] x) => (float[N, 4] a, float[N, 4] b, float[N, 3] c)
         <float s = {0.05}, int8 z = {3}, uint8 u = {120}, float[3] ws = {0.01, 0.02, 0.03}, int8[3] wz = {0, 0, 0}> {

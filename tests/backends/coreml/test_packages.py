@@ -401,6 +401,25 @@ def test_a_loop_that_collects_values_is_refused():
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
 
 
+SCAN = """g (float[4] x, float[%s, 4] u) => (float[4] y, float[%s, 4] z) {
+    y, z = Scan<num_scan_inputs = 1, body = b (float[4] v, float[4] a) => (float[4] w, float[4] s) { w = Add(v, a) s = Neg(w) }>(x, u) }"""
+
+
+def test_a_scan_needs_to_know_how_many_steps_it_has(tmp_path):
+    with pytest.raises(ModelError, match="how many steps it has is not fixed"):
+        _lower(parse(HEAD + SCAN % ("T", "T")), tmp_path / "free")
+    model = parse(HEAD + SCAN % ("T", "T"))
+    with _lower(model, tmp_path / "fixed", shapes={"T": 3}) as session:
+        feeds = {"x": np.ones(4, np.float32), "u": np.arange(12, dtype=np.float32).reshape(3, 4)}
+        found = session.run(feeds)
+    np.testing.assert_array_equal(found["y"], 1 + feeds["u"].sum(0))
+    np.testing.assert_array_equal(found["z"], -1 - np.cumsum(feeds["u"], 0))
+    with pytest.raises(UnsupportedOpError, match="its 1025 steps"):
+        legalize(parse(HEAD + SCAN % ("1025", "1025")), BACKENDS.get("coreml")(), PHONE, name="model")
+    with pytest.raises(ModelError, match="its 1025 steps"):
+        _lower(model, tmp_path / "long", shapes={"T": 1025})
+
+
 def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path, capsys):
     batches = [{"x": np.random.default_rng(i).normal(size=(2, 16, 8)).astype(np.float32)} for i in range(8)]
     artifact, report = optkit.compile(

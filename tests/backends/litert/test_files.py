@@ -226,6 +226,12 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path, feeds, said):
         session.run(feeds)
 
 
+LSTM = """(float[%s, 1, 1] x%s) => (float[] y) <float[1, 16, 1] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
+    float[1, 16, 4] r = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, int32[1] n = {3},
+    float[1, 12] p = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}> { [name] y = LSTM<hidden_size = 4%s>(%s) }"""
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -243,6 +249,12 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path, feeds, said):
         ),
         ("(int64[4] x) => (int64[4] y) <int64 two = {2}> { [name] y = Div(x, two) }", "divides floats alone"),
         ("(float[4, 3] x) => (int64[2, M] y) { [name] y = NonZero(x) }", "NonZero"),
+        (LSTM % ("5", "", "", "x, w, r, , n"), "sequences of different lengths"),
+        (LSTM % ("5", "", "", "x, w, r, , , , , p"), "peepholes"),
+        (LSTM % ("5", "", ", clip = 1.0", "x, w, r"), "clip, input_forget or layout"),
+        (LSTM % ("5", "", ", activations = [\"Relu\", \"Tanh\", \"Tanh\"]", "x, w, r"), "activations other than"),
+        (LSTM % ("5", ", float[1, 16, 4] u", "", "x, w, u"), "weights that are computed"),
+        (LSTM % ("1025", "", "", "x, w, r"), "1025 steps"),
     ],
 )  # fmt: skip
 def test_what_litert_cannot_express_is_named(tmp_path, body, said):

@@ -212,6 +212,17 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "(float[3, 4, 5] x) => (int64[] a, int64[] b, float[3, 4, 5] c) <int64 two = {2}> { a = ArgMax<axis = 1>(x) b = ArgMin<axis = 2, keepdims = 0>(x) c = CumSum(x, two) }",
         {},
     ),
+    "lstm": (
+        """(float[5, 2, 3] x, float[2, 2, 4] h0, float[2, 2, 4] c0) => (float[] y, float[] h, float[] c, float[] z, float[] r) {
+        y, h, c = LSTM<hidden_size = 4, direction = "bidirectional">(x, w, again, offsets, , h0, c0)
+        z, zh, zc = LSTM<hidden_size = 4>(x, w1, again1)
+        r, rh, rc = LSTM<hidden_size = 4, direction = "reverse">(x, w1, again1) }""",
+        {"w": (2, 16, 3), "again": (2, 16, 4), "offsets": (2, 32), "w1": (1, 16, 3), "again1": (1, 16, 4)},
+    ),
+    "one step of an lstm": (
+        "(float[1, 1, 3] x) => (float[] y, float[] h) { y, h = LSTM<hidden_size = 4>(x, w, again) }",
+        {"w": (1, 16, 3), "again": (1, 16, 4)},
+    ),
     "quantized": (
         """(float[3, 4] x) => (float[3, 4] a, float[3, 4] b)
         <float s = {0.05}, int8 z = {3}, uint8 u = {120}> {
