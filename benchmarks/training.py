@@ -1,11 +1,14 @@
 """What each training recipe costs and brings: handwritten digits and rendered words, before, in one shot and after training.
 
     python -m optkit.benchmarks.training
+    python -m optkit.benchmarks.training --net separable int8-qat    # those rows alone
+    python -m optkit.benchmarks.training --steps                     # what a step costs
 
 Data are scikit-learn's digits (1797 pictures, enlarged to 16x16): 1000 to train on, 797 to test on, the same for all; and
 words in the fonts of the system (``benchmarks/words.py``), of which those of the test are never trained on. The metric is
 the share of right answers, whole words where words are read, its drop paired with the float network's, with a 95 % interval. Latency is CPU time
-of the compiled artifact on one thread at batch 1, in turn with ONNX Runtime on the float network's file.
+of the compiled artifact on one thread at batch 1, in turn with ONNX Runtime on the float network's file; compiled for
+single inputs and, for the column at batch 32, for as many.
 Writes ``benchmarks/results/training.json`` and ``.md``. Needs optkit[torch], scikit-learn and Pillow.
 """
 
@@ -41,6 +44,9 @@ from optkit.training_loop import Fit
 from optkit.training_session import TrainingSession
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_NETS = ("separable", "reader", "residual")
+# Recipes whose steps are compared with plain ones.
+_STEPS = ("int8-qat", "prune-2-4", "prune-gradual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,30 +127,54 @@ def tasks() -> dict[str, Task]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all cases, or those whose recipe is named."""
+    """Run all cases, or those whose network or recipe is named; other rows stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("recipes", nargs="*", help="recipes to run; all without")
+    parser.add_argument("--net", default=",".join(_NETS), help="networks to run them on, with commas between")
+    parser.add_argument(
+        "--steps", action="store_true", help="measure what a training step costs, and nothing else"
+    )
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
+    nets = asked.net.split(",")
+    if unknown := [n for n in nets if n not in _NETS]:
+        parser.error(f"no network is called {', '.join(unknown)}; there are {', '.join(_NETS)}")
     torch.set_num_threads(1)
-    torch.manual_seed(asked.seed)
-    rows, start = list[dict[str, Any]](), time.perf_counter()
+    start, place = time.perf_counter(), RESULTS / "training.json"
+    kept: dict[str, Any] = (
+        json.loads(place.read_text())
+        if place.exists()
+        else {"rows": [], "step_over_plain_step": {}, "seconds": 0}
+    )
     known = tasks()
-    floats = {name: t.train(t.make(), t.data, t.epochs) for name, t in known.items()}
+    cases = [
+        c
+        for c in CASES
+        if not asked.steps and c.net in nets and (not asked.recipes or c.recipe in asked.recipes)
+    ]
+    rows = {(r["net"], r["recipe"], r["label"]): r for r in kept["rows"]}
+    floats = dict[str, nn.Module]()
+    for name in dict.fromkeys(n for c in cases for n in (c.net, c.student) if n):
+        torch.manual_seed(asked.seed)
+        floats[name] = known[name].train(known[name].make(), known[name].data, known[name].epochs)
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
         files = {n: _file(net, known[n].data, Path(folder) / f"{n}.onnx") for n, net in floats.items()}
-        for case in CASES:
-            if asked.recipes and case.recipe not in asked.recipes:
-                continue
+        for case in cases:
             torch.manual_seed(asked.seed)
-            rows.append(_row(case, known, floats, files, Path(folder)))
-            print(_line(rows[-1]), file=sys.stderr, flush=True)
-    ratios = {
-        f"{net}, {recipe}": round(overhead(floats[net], recipe, known[net]), 3)
-        for net in floats
-        for recipe in ("int8-qat", "prune-2-4", "prune-gradual")
-        if not asked.recipes
-    }
+            row = _row(case, known, floats, files, Path(folder))
+            rows[case.net, case.recipe, case.label] = row
+            print(_line(row), file=sys.stderr, flush=True)
+    ratios = dict(kept["step_over_plain_step"])
+    for net in nets if asked.steps or not asked.recipes else ():
+        for recipe in _STEPS:
+            # What it weighs has no part in what a step costs.
+            ratios[f"{net}, {recipe}"] = round(overhead(known[net].make(), recipe, known[net]), 3)
+            print(
+                f"{net}, {recipe}: {ratios[f'{net}, {recipe}']:.2f}x a plain step",
+                file=sys.stderr,
+                flush=True,
+            )
+    whole = len(cases) == len(CASES)
     result = {
         "schema": 1,
         "step_over_plain_step": ratios,
@@ -153,13 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "scikit-learn")}
         | {"optkit": optkit.__version__},
         "python": platform.python_version(),
-        "seconds": round(time.perf_counter() - start),
-        "rows": rows,
+        "seconds": round(time.perf_counter() - start) if whole else kept["seconds"],
+        "rows": [r for c in CASES if (r := rows.get((c.net, c.recipe, c.label))) is not None],
     }
     RESULTS.mkdir(exist_ok=True)
-    if not asked.recipes:
-        (RESULTS / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (RESULTS / "training.md").write_text(page(result), encoding="utf-8")
+    place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "training.md").write_text(page(result), encoding="utf-8")
     print(page(result))
     return 0
 
@@ -197,7 +226,8 @@ def _row(
         **options,
     )
     seconds = time.process_time() - start
-    artifact, report = done.trained.compile(out=folder / f"{case.net}-{case.recipe}-{base}")
+    out = folder / f"{case.net}-{case.recipe}-{base}"
+    artifact, report = done.trained.compile(data=_batches(data, 1), out=out)
     evaluator = Evaluator(
         samples=lambda: (
             ({"x": x[None].numpy()}, y.numpy()) for x, y in zip(data.test_x, data.test_y, strict=True)
@@ -211,7 +241,9 @@ def _row(
         drop: Comparison = compare(evaluator, before.tolist(), after, None)
         feeds = [{"x": data.test_x[:1].numpy()}]
         timed = speedup(reference.run, session.run, feeds, rounds=400, budget=6.0)
-        # An overhead of the calls that both pay would hide what the network itself gains: a batch shows it.
+    # An overhead of the calls that both pay would hide what the network itself gains: a batch shows it.
+    artifact, _ = done.trained.compile(data=_batches(data, 32), out=out)
+    with artifact.session(threads=1) as session:
         batch = speedup(reference.run, session.run, [{"x": data.test_x[:32].numpy()}], rounds=60, budget=10.0)
     reference.close()
     return {
@@ -220,6 +252,11 @@ def _row(
         "reference_ms": timed.reference.median * 1e3, "ms": timed.candidate.median * 1e3, "speedup": timed.ratio,
         "speedup_ci95": timed.ci95, "speedup_batch_32": batch.ratio, "train_seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def _batches(data: Any, together: int) -> list[dict[str, np.ndarray]]:
+    """Inputs by so many, for compile to measure on."""
+    return [{"x": x.numpy()} for x in data.x[: 8 * together].split(together)]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -270,7 +307,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{result['machine'].get('processor', '').strip()}; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        + f"; {result['seconds']} s in all.",
+        + f"; a run of all takes {result['seconds']} s.",
         "",
         head,
         "|" + "---|" * 12,

@@ -183,6 +183,8 @@ class _Found:
                 self.quantizers[site.name] = grids[origin]
             after = site
             if site.op == "placeholder":
+                # What comes in stays what was observed, and a gradient of it would cost one through the first layer.
+                grids[origin].log_scale.requires_grad_(False)
                 after = [n for n in self._graph.nodes if n.op == "placeholder"][-1]
             with self._graph.inserting_after(after):
                 call = self._graph.call_module(paths[origin], (site,))

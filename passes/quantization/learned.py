@@ -15,7 +15,7 @@ import torch
 
 # The smallest normal float32: steps never get below.
 TINY = float(np.finfo(np.float32).tiny)
-# What a norm multiplies a dead channel by is taken to be this, so that it can be divided by.
+# The factor of a norm is taken to be no smaller in a dead channel, so that it can be divided by.
 _LEAST = 1e-8
 
 
@@ -96,20 +96,22 @@ class _RoundFolded(torch.autograd.Function):
     def forward(
         ctx: Any, w: torch.Tensor, t: torch.Tensor, gamma: torch.Tensor | None, std: torch.Tensor, high: int, axis: int
     ) -> torch.Tensor:  # fmt: skip
-        f = (std.reciprocal() if gamma is None else gamma / std).abs_().clamp_min_(_LEAST)
-        s = t.exp().clamp_min_(TINY).div_(f)
-        v = w / spread(s, axis, w.ndim)
-        ctx.save_for_backward(v, s, gamma, f.mul_(std))
+        size = torch.ones_like(std) if gamma is None else gamma.abs().clamp_min_(_LEAST)
+        s = t.exp().mul_(std).div_(size).clamp_min_(TINY)
+        along = spread(s, axis, w.ndim)
+        v = w / along
+        ctx.save_for_backward(v, s, gamma, size)
         ctx.high, ctx.axis, ctx.share = high, axis, _share(w, t, high)
-        return v.round().clamp_(-high, high).mul_(spread(s, axis, w.ndim))
+        return v.round().clamp_(-high, high).mul_(along)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         v, s, gamma, size = ctx.saved_tensors
         gw, gs = _gradients(grads[0], v, -ctx.high, ctx.high, ctx.axis)
         # d/dt = s d/ds; log s falls as log |gamma| rises, whose share is the plain gradient.
-        gs = gs * s
-        return gw, gs * ctx.share, None if gamma is None else -gs * gamma.sign() / size, None, None, None
+        gs = gs.mul_(s)
+        turned = None if gamma is None else torch.mul(gs, gamma.sign()).div_(size).neg_()
+        return gw, gs.mul_(ctx.share), turned, None, None, None
 
 
 def _share(x: torch.Tensor, t: torch.Tensor, high: int) -> float:

@@ -15,7 +15,8 @@ class QuantizeAware(TorchPass):
     Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, eq. 1 to 3 and section 2.2: the step size of
     each quantizer is trained by gradient, scaled by ``1 / sqrt(values * largest integer)``.
     Differs from the paper: the logarithm of the step is what is trained, so that an optimizer such as Adam, whose steps
-    do not shrink with the gradient, moves it by a share of itself; zero points stay as observed before training.
+    do not shrink with the gradient, moves it by a share of itself; zero points stay as observed before training, and so do
+    the steps of the module's own inputs, which no training changes.
 
     Pairs go where ``quantize-static`` would put them: the placement's rows are read on the exported graph.
     A batch norm behind a layer is folded into the weights that are quantized while it goes on learning (Jacob et al.

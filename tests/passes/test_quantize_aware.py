@@ -555,3 +555,19 @@ def test_a_relu_in_place_whose_input_others_read_stays():
     with torch.no_grad():
         # Sums of rectified values: of others, they would be far off.
         torch.testing.assert_close(module(x), expected, rtol=0, atol=0.1)
+
+
+def test_the_range_of_what_comes_in_stays_as_observed_and_asks_for_no_gradient():
+    module, x = _made("signal")
+    session = optkit.training(module, _recipe(), example=(x,), steps=3)
+    grids = {n: m for n, m in module.named_modules() if isinstance(m, FakeQuantize)}
+    before = {n: float(m.scale.detach()) for n, m in grids.items()}
+    assert [n for n, m in grids.items() if not m.log_scale.requires_grad] == ["optkit.grid_x"]
+    assert all(p is not grids["optkit.grid_x"].log_scale for p in session.parameters())
+    seen = []
+    module.a.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
+    _train(session, module, x, 2, rate=1.0)
+    assert seen == [False, False]
+    moved = {n for n, m in grids.items() if float(m.scale.detach()) != before[n]}
+    assert "optkit.grid_x" not in moved
+    assert moved
