@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optkit.evaluate import Comparison, Fidelity
 
 # Rounds of the measurement that ranks, and the CPU seconds that it may take.
-RANK = (9, 1.5)
+RANK = (9, 2.0)
 # Of the range of an output: a step of int8.
 STEP = 1 / 255
 # One must win by this factor to be taken for faster: below, the difference is noise.

@@ -27,7 +27,7 @@ _FINAL = (40, 3.0)
 _ALIKE = 1 + NOISE
 # What the ranking puts this close to the fastest is timed once more: so many at most, all in turn, over so many rounds, in so
 # many CPU seconds, as long as their files together have no more bytes than that.
-_CLOSE, _RACERS, _RACE, _TOGETHER = 1.1, 4, (30, 4.0), 1 << 30
+_CLOSE, _RACERS, _RACE, _TOGETHER = 1.1, 4, (30, 6.0), 1 << 30
 # Other options are taken when they are faster by this factor: they cost nothing.
 _WORTH = 1 + NOISE / 2
 # What is below this share of the fastest so far is not timed further.

@@ -44,6 +44,11 @@ def clock(monkeypatch):
 FEEDS = [{"x": i} for i in range(3)]
 
 
+def _counted(times):
+    """What calls take of which ``times`` count: two that warm up, and one before each that counts."""
+    return [1.0, 1.0, *itertools.chain.from_iterable((1.0, t) for t in times)]
+
+
 def test_every_callable_runs_once_a_round_on_the_same_feeds(clock):
     runs = {name: clock.callable(name, 1.0) for name in "abc"}
     times = interleave(runs, FEEDS, rounds=7, warmup=2)
@@ -111,8 +116,8 @@ def test_the_ratio_is_the_median_of_the_ratios_within_rounds(clock):
     reference = [4.0, 9.0, 10.0, 8.0, 100.0]
     candidate = [2.0, 3.0, 5.0, 4.0, 50.0]
     found = speedup(
-        clock.callable("a", [1.0, 1.0, *reference]),
-        clock.callable("b", [1.0, 1.0, *candidate]),
+        clock.callable("a", _counted(reference)),
+        clock.callable("b", _counted(candidate)),
         FEEDS,
         rounds=5,
     )
@@ -128,7 +133,7 @@ def test_what_is_hopeless_in_every_round_is_timed_no_further(clock, candidate, r
     # A single round that is not below 0.8 keeps it in.
     found = speedup(
         clock.callable("a", [1.0]),
-        clock.callable("b", [1.0, 1.0, *candidate * 8]),
+        clock.callable("b", _counted(candidate * 8)),
         FEEDS,
         rounds=8,
         hopeless=0.8,
@@ -155,8 +160,8 @@ def test_the_interval_holds_the_true_ratio_and_shrinks_with_rounds(clock):
         for rounds in (10, 40):
             a, b = 2 * random.lognormal(0, 0.1, rounds), random.lognormal(0, 0.1, rounds)
             found = speedup(
-                clock.callable("a", [1, 1, *a]),
-                clock.callable("b", [1, 1, *b]),
+                clock.callable("a", _counted(a)),
+                clock.callable("b", _counted(b)),
                 FEEDS,
                 rounds=rounds,
                 seed=trial,
@@ -187,5 +192,9 @@ def test_a_race_gives_each_its_ratio_to_the_reference_from_the_same_rounds(clock
     found = race(reference, candidates, FEEDS, rounds=8)
     assert [s.ratio for s in found] == [2.0, 3.0]
     assert [s.candidate.median for s in found] == [3.0, 2.0]
-    rounds = [sorted(name for name, _ in clock.calls[i : i + 3]) for i in range(6, len(clock.calls), 3)]
-    assert rounds == [["a", "b", "reference"]] * 8
+    rounds = [[name for name, _ in clock.calls[i : i + 6]] for i in range(6, len(clock.calls), 6)]
+    assert len(rounds) == 8
+    for calls in rounds:
+        # Each right behind a call of its own, which finds the caches as others left them.
+        assert calls[::2] == calls[1::2]
+        assert sorted(calls[::2]) == ["a", "b", "reference"]
