@@ -279,7 +279,13 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
         shipped = record.model_copy(update={"verdict": "shipped"})
         return _settled(asked, [shipped, _record("float", floor, "slower", "")], slow, strict)
     shipped = _record("float", floor, "shipped", "the best that keeps the limits")
-    return _settled(floor, [record, shipped], reasons + slow, strict)
+    choice = _settled(floor, [record, shipped], reasons + slow, strict)
+    judged = asked.accuracy is not None or asked.fidelity is not None
+    if judged and not recipe.repair and losses(asked, recipe, strict=strict):
+        choice.advice.append(
+            "with --set repair=true the layers that hurt most would go back to float, and the others stay quantized"
+        )
+    return choice
 
 
 def _unquantized(

@@ -574,6 +574,7 @@ def test_one_that_loses_too_much_gives_way_to_its_exact_passes_and_is_missed(tmp
     assert [p.name for p in choice.best.recipe.passes] == ["remove-dead"]
     assert _verdicts(choice) == {"recipe": "missed", "float": "shipped"}
     assert "drop 0.2000" in choice.missed[0]
+    assert "--set repair=true" in choice.advice[0]
 
 
 def test_one_that_cannot_be_judged_gives_way_too(tmp_path):
