@@ -231,6 +231,7 @@ def test_products_in_eight_bits_read_what_norms_and_activations_put_onto_their_g
     assert np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2)) < (0.02 if stored == "int8" else 0.08)
 
 
+@pytest.mark.needs("triton")
 def test_floats_of_eight_bits_are_refused_where_the_card_has_none(tmp_path, capsys):
     code, out = quantized(tmp_path, "a100", "triton-fp8")
     assert code == 4

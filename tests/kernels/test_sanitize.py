@@ -64,6 +64,7 @@ def test_the_command_reports_accesses(capsys):
     assert all(m["fault"] == "" for m in found)
 
 
+@pytest.mark.needs("triton")
 def test_without_the_sanitizer_the_line_that_installs_it_is_told(monkeypatch):
     monkeypatch.setattr("optkit.kernels.numerics.sanitizer", lambda: False)
     with pytest.raises(BackendUnavailableError) as caught:
