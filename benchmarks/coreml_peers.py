@@ -151,7 +151,9 @@ def _caught(
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    # Torch adds where in Python the node is from, which is a path of this machine.
+    said = str(error).partition("Original traceback:")[0]
+    return f"{type(error).__name__}: {' '.join(said.split())[:300]}"
 
 
 def _prepare(kind: str, name: str, folder: Path) -> dict[str, Any]:
