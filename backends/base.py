@@ -248,8 +248,13 @@ class Backend(ABC):
         return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
     def fit(self, options: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
-        """``options`` for inputs that usually have ``shapes``; None where they have no usual shape."""
-        return options
+        """``options`` for inputs that usually have ``shapes``; None where they have no usual shape.
+
+        An option ``usual`` that is empty takes them.
+        """
+        if shapes is None or getattr(options, "usual", True):
+            return options
+        return options.model_copy(update={"usual": dict(shapes)})
 
     def parallel(self, options: Any, *, threads: int, streams: int) -> Any | None:
         """``options`` for ``streams`` requests at the same time on ``threads`` threads in all; None where that cannot be set."""

@@ -10,8 +10,6 @@ the outputs. Nothing is timed but the translation: this runtime says nothing abo
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,10 +22,10 @@ import numpy as np
 from optkit.backends import BACKENDS
 from optkit.benchmarks import suite
 from optkit.benchmarks.coreml import difference
-from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.suite import EVALUATORS, SUITE
+from optkit.benchmarks.tables import table
 from optkit.data import CalibrationData
-from optkit.errors import OptkitError, UnknownNameError
+from optkit.errors import OptkitError
 from optkit.evaluate import load_python
 from optkit.frontend import load
 from optkit.legalize import legalize
@@ -37,7 +35,6 @@ from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 
-RESULTS = Path(__file__).parent / "results"
 RECIPES = ("coreai-fp32", "coreai-fp16", "coreai-w8")
 # As for the model families: what may differ in float32 by roundings, or by twice what ONNX Runtime's own rewrites move.
 _ROUNDING, _ALIKE = 1e-4, 2
@@ -120,28 +117,7 @@ def _cells(cell: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m optkit.benchmarks.coreai",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a model of the suite; may be repeated"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for coreai.{json,md}")
-    options = parser.parse_args(arguments)
-    for name in options.only or ():
-        if name not in SUITE:
-            raise UnknownNameError("model", name, SUITE)
-    models = []
-    for name in options.only or SUITE:
-        print(name, file=sys.stderr, flush=True)
-        models.append(measure(name))
-    result = {"schema": 1, "machine": {"processor": processor(), "versions": versions()}, "models": models}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "coreai.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    (options.out / "coreai.md").write_text(markdown(result), "utf-8")
-    print(markdown(result), end="")
+    table("coreai", __doc__, arguments, known=tuple(SUITE), measure=measure, markdown=markdown)
     return 0
 
 

@@ -12,9 +12,7 @@ times to ONNX Runtime's own, one after the other, the shortest of some rounds ea
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import shutil
 import sys
 import tempfile
@@ -36,10 +34,10 @@ from optkit.backends.coreml.session import ReferenceSession as PackageSession
 from optkit.benchmarks import suite
 from optkit.benchmarks.fetch import cache, digest, unpack_wheel
 from optkit.benchmarks.lines import lines, tensor, words
-from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.photos import crops
 from optkit.benchmarks.suite import EVALUATORS, SUITE
-from optkit.errors import OptkitError, UnknownNameError
+from optkit.benchmarks.tables import table
+from optkit.errors import OptkitError
 from optkit.evaluate import load_python
 from optkit.frontend import load
 from optkit.graph import graphs
@@ -50,7 +48,6 @@ from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 
-RESULTS = Path(__file__).parent / "results"
 TARGET = "iphone15"
 FORMS = ("fp32", "fp16")
 _BATCHES, _ROUNDS = 3, 3
@@ -398,40 +395,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; exit code 1 where a model fails."""
-    parser = argparse.ArgumentParser(
-        prog="python -m optkit.benchmarks.coreml",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    models = table(
+        "coreml",
+        __doc__,
+        arguments,
+        known=(*SUITE, *MADE),
+        measure=lambda name: measure(name) if name in SUITE else measure_made(name),
+        markdown=markdown,
+        more=lambda: {"foreign_error": float(f"{compared():.2g}")},
     )
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="NAME",
-        help="a model; may be repeated; the other rows stay as they are",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for coreml.{json,md}")
-    options = parser.parse_args(arguments)
-    known = [*SUITE, *MADE]
-    for name in options.only or ():
-        if name not in known:
-            raise UnknownNameError("model", name, known)
-    place = options.out / "coreml.json"
-    kept = json.loads(place.read_text("utf-8"))["models"] if options.only and place.is_file() else []
-    rows = {m["name"]: m for m in kept}
-    for name in options.only or known:
-        print(name, file=sys.stderr)
-        rows[name] = measure(name) if name in SUITE else measure_made(name)
-    models = [rows[name] for name in known if name in rows]
-    result = {
-        "schema": 1,
-        "foreign_error": float(f"{compared():.2g}"),
-        "machine": {"processor": processor(), "versions": versions()},
-        "models": models,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "coreml.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    (options.out / "coreml.md").write_text(markdown(result), "utf-8")
-    print(markdown(result), end="")
     return int(not all(row["passed"] for m in models for row in m["forms"].values()))
 
 

@@ -12,8 +12,6 @@ Free axes have the sizes of the data; texts are padded to a multiple of 32 words
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,10 +27,10 @@ from optkit.backends.sizes import inputs, keys
 from optkit.bench import speedup
 from optkit.benchmarks import suite
 from optkit.benchmarks.coreml import difference
-from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.suite import EVALUATORS, SUITE
+from optkit.benchmarks.tables import table
 from optkit.data import CalibrationData
-from optkit.errors import OptkitError, UnknownNameError
+from optkit.errors import OptkitError
 from optkit.evaluate import Budget, Evaluator, compare, load_python
 from optkit.frontend import load
 from optkit.legalize import legalize
@@ -42,7 +40,6 @@ from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 
-RESULTS = Path(__file__).parent / "results"
 TARGET = "android-cpu"
 _BATCHES, _LARGEST = 3, 48
 # Made of linear layers; integers from layer to layer are for convolutions.
@@ -182,28 +179,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m optkit.benchmarks.litert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a model of the suite; may be repeated"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for litert.{json,md}")
-    options = parser.parse_args(arguments)
-    for name in options.only or ():
-        if name not in SUITE:
-            raise UnknownNameError("model", name, SUITE)
-    models = []
-    for name in options.only or SUITE:
-        print(name, file=sys.stderr, flush=True)
-        models.append(measure(name))
-    result = {"schema": 1, "machine": {"processor": processor(), "versions": versions()}, "models": models}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "litert.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    (options.out / "litert.md").write_text(markdown(result), "utf-8")
-    print(markdown(result), end="")
+    table("litert", __doc__, arguments, known=tuple(SUITE), measure=measure, markdown=markdown)
     return 0
 
 

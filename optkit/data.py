@@ -43,6 +43,24 @@ class TensorSpec:
         axes = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.name}: {self.dtype.name}[{axes}]"
 
+    def told(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype.name,
+            "shape": None if self.shape is None else list(self.shape),
+        }
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> TensorSpec:
+        """What ``told`` gave."""
+        shape = told["shape"]
+        return cls(
+            name=told["name"],
+            dtype=np.dtype(told["dtype"]),
+            shape=None if shape is None else tuple(shape),
+        )
+
     @classmethod
     def of(cls, value: ir.Value) -> TensorSpec:
         """The spec of an input or output of a graph."""

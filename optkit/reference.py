@@ -122,8 +122,9 @@ def session_options(*, threads: int, optimize: bool = True, large: bool = False)
 
 
 def first_line(error: Exception) -> str:
-    """The part of ONNX Runtime's message that a reader can use."""
-    return str(error).strip().splitlines()[0].removeprefix("[ONNXRuntimeError] : ")[:500]
+    """The part of a runtime's message that a reader can use."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].removeprefix("[ONNXRuntimeError] : ")[:500]
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

@@ -21,6 +21,7 @@ from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.coreai.program import products
 from optkit.backends.coreai.session import FUNCTION, INTERFACE, MODEL, CoreAiSession, quietly
 from optkit.backends.sizes import fixed, inputs, signatures
+from optkit.data import TensorSpec
 from optkit.errors import ModelError, UnsupportedOpError, UsageError
 from optkit.graph import describe, walk
 from optkit.rewrite import Names, register, substitute
@@ -61,12 +62,6 @@ class CoreAi(Backend):
     def available(self) -> str | None:
         """None: the packages bring writer and runtime."""
         return None
-
-    def fit(self, options: CoreAiOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> CoreAiOptions:
-        """With the usual shapes, where the options name none."""
-        if shapes is None or options.usual:
-            return options
-        return options.model_copy(update={"usual": dict(shapes)})
 
     def sizes(self, model: ir.Model, options: CoreAiOptions) -> Mapping[str, int]:
         """Those of the inputs, as far as they are known without data."""
@@ -113,8 +108,8 @@ class CoreAi(Backend):
         program.save_asset(path / MODEL)
         _date(path / MODEL / "metadata.json")
         told = {
-            "inputs": [_port(v) for v in inputs(sized)],
-            "outputs": [_port(v) for v in sized.graph.outputs],
+            "inputs": [TensorSpec.of(v).told() for v in inputs(sized)],
+            "outputs": [TensorSpec.of(v).told() for v in sized.graph.outputs],
         }
         (path / INTERFACE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
@@ -185,9 +180,3 @@ def _floats_of_int32(model: ir.Model) -> ir.Model:
         substitute(node.outputs[0], register(model.graph, names.new(f"{stored.name}/floats"), floats))
         model.graph.remove(node, safe=True)
     return model
-
-
-def _port(value: ir.Value) -> dict[str, Any]:
-    assert value.dtype is not None
-    shape = None if value.shape is None else [d if isinstance(d, int) else None for d in value.shape]
-    return {"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape}

@@ -18,6 +18,7 @@ from optkit.backends.base import Session
 from optkit.backends.quiet import without
 from optkit.data import TensorSpec
 from optkit.errors import DataError, ModelError
+from optkit.reference import first_line
 
 MODEL, INTERFACE, FUNCTION = "model.aimodel", "interface.json", "main"
 # Core AI has no types of 64 bits: integers must fit into 32, and floats are rounded.
@@ -41,8 +42,8 @@ class CoreAiSession(Session):
     def __init__(self, folder: Path) -> None:
         self._file = folder / MODEL
         told = json.loads((folder / INTERFACE).read_text(encoding="utf-8"))
-        self.inputs = tuple(_spec(p) for p in told["inputs"])
-        self.outputs = tuple(_spec(p) for p in told["outputs"])
+        self.inputs = tuple(TensorSpec.read(p) for p in told["inputs"])
+        self.outputs = tuple(TensorSpec.read(p) for p in told["outputs"])
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="Core AI", daemon=True)
         self._thread.start()
@@ -53,7 +54,7 @@ class CoreAiSession(Session):
                 self._function = self._wait(self._open())
         except (OSError, RuntimeError, ValueError) as error:
             self.close()
-            raise ModelError(f"{self._file.name}: Core AI cannot load it: {_first(error)}") from error
+            raise ModelError(f"{self._file.name}: Core AI cannot load it: {first_line(error)}") from error
 
     async def _open(self) -> Any:
         model = await self._stack.enter_async_context(AIModelAsset.load(self._file).executable())
@@ -77,7 +78,7 @@ class CoreAiSession(Session):
             with self._lock:
                 found = self._wait(self._call(given))
         except (RuntimeError, ValueError) as error:
-            raise ModelError(f"Core AI stopped: {_first(error)}") from error
+            raise ModelError(f"Core AI stopped: {first_line(error)}") from error
         return {s.name: found[s.name].astype(s.dtype, copy=False) for s in self.outputs}
 
     async def _call(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -114,14 +115,3 @@ def _narrowed(value: np.ndarray, spec: TensorSpec) -> np.ndarray:
     if narrow.kind in "iu" and not np.array_equal(small, array):
         raise DataError(f"input {spec.name!r} holds numbers that need 64 bits, and Core AI has 32")
     return small
-
-
-def _spec(port: Mapping[str, Any]) -> TensorSpec:
-    shape = port["shape"]
-    return TensorSpec(
-        name=port["name"], dtype=np.dtype(port["dtype"]), shape=None if shape is None else tuple(shape)
-    )
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -87,12 +87,6 @@ class CoreMl(Backend):
         """The same in float32."""
         return options.model_copy(update={"precision": "fp32"})
 
-    def fit(self, options: CoreMlOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> CoreMlOptions:
-        """With the usual shapes, where the options name none."""
-        if shapes is None or options.usual:
-            return options
-        return options.model_copy(update={"usual": dict(shapes)})
-
     def sizes(self, model: ir.Model, options: CoreMlOptions) -> Mapping[str, int]:
         """Those that are fixed, the first that are listed, and the defaults of ranges."""
         asked = axes(model, options.shapes, options.usual)

@@ -59,12 +59,6 @@ class LiteRt(Backend):
         """None: the package brings writer and runtime."""
         return None
 
-    def fit(self, options: LiteRtOptions, shapes: Mapping[str, tuple[int, ...]] | None) -> LiteRtOptions:
-        """With the usual shapes, where the options name none."""
-        if shapes is None or options.usual:
-            return options
-        return options.model_copy(update={"usual": dict(shapes)})
-
     def sizes(self, model: ir.Model, options: LiteRtOptions) -> Mapping[str, int]:
         """Those of the first signature, as far as they are known without data."""
         return signatures(model, options.shapes, options.usual, partial=True)[0].sizes

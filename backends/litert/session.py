@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from optkit.backends.base import Session
 from optkit.backends.litert.quiet import interpreter, silence
 from optkit.data import TensorSpec
 from optkit.errors import DataError, ModelError
+from optkit.reference import first_line
 
 MODEL, INTERFACE = "model.tflite", "interface.json"
 
@@ -28,8 +28,8 @@ class LiteRtSession(Session):
     def __init__(self, folder: Path, threads: int | None) -> None:
         self._file = folder / MODEL
         told = json.loads((folder / INTERFACE).read_text(encoding="utf-8"))
-        self.inputs = tuple(_spec(p) for p in told["inputs"])
-        self.outputs = tuple(_spec(p) for p in told["outputs"])
+        self.inputs = tuple(TensorSpec.read(p) for p in told["inputs"])
+        self.outputs = tuple(TensorSpec.read(p) for p in told["outputs"])
         self._keys = {tuple(map(tuple, shapes)): key for key, shapes in told["signatures"].items()}
         try:
             self._interpreter = interpreter(str(self._file), threads)
@@ -40,7 +40,7 @@ class LiteRtSession(Session):
                 with silence():
                     self._runners[key](**{s.name: np.zeros(shape, s.dtype) for s, shape in empty})
         except (RuntimeError, ValueError) as error:
-            raise ModelError(f"{self._file.name}: LiteRT cannot load it: {_first(error)}") from error
+            raise ModelError(f"{self._file.name}: LiteRT cannot load it: {first_line(error)}") from error
         self._lock = threading.Lock()
 
     def key(self, feeds: Mapping[str, np.ndarray]) -> str:
@@ -92,18 +92,10 @@ class LiteRtSession(Session):
             with self._lock:
                 found = self._runners[key](**arrays)
         except (RuntimeError, ValueError) as error:
-            raise ModelError(f"LiteRT stopped: {_first(error)}") from error
+            raise ModelError(f"LiteRT stopped: {first_line(error)}") from error
         return {spec.name: found[spec.name] for spec in self.outputs}
 
     def close(self) -> None:
         """Free the model."""
         self._runners = {}
         del self._interpreter
-
-
-def _spec(port: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(name=port["name"], dtype=np.dtype(port["dtype"]), shape=tuple(port["shape"]))
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -72,12 +73,13 @@ class _OntoGrid(Kernel):
             return match.fail("an output of the graph, or not what is normalized", x)
         return self._free(match, root, node)
 
+    @abstractmethod
     def _free(self, match: Match, root: ir.Node, node: ir.Node) -> Match:
         """Whether ``node`` may be computed at the place of ``root``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _onto(self, op: Any, root: ir.Node, x: ir.Value) -> Any:
-        raise NotImplementedError
+        """The call in place of ``root`` and of what computes ``x``."""
 
 
 def _quantizer(op_type: str) -> Any:
