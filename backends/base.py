@@ -284,6 +284,19 @@ class Backend(ABC):
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
         return options
 
-    def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[Any]:
-        """Other options worth measuring for this graph; may be empty."""
+    def variants(
+        self,
+        model: ir.Model,
+        target: Target,
+        options: Any,
+        path: Path,
+        feeds: Sequence[Mapping[str, np.ndarray]],
+    ) -> Sequence[Any]:
+        """Other options worth measuring; may be empty.
+
+        Args:
+            model: The graph.
+            path: What it was lowered to, with ``options``.
+            feeds: What timing runs on, at least one.
+        """
         return ()

@@ -110,14 +110,12 @@ def _compiled(work: Work, name: str, options: Mapping[str, Any]) -> Variant:
     artifact, report = optkit.compile(work.model, target="cpu", out=out, **options)
     shipped = next((c.name for c in report.candidates if c.verdict == "shipped"), "")
     notes = [shipped if shipped != "recipe" else "", *report.missed, *report.inconclusive]
-    engine = BACKENDS[artifact.manifest.backend]()
-    settings = engine.options.model_validate(artifact.manifest.options)
     return Variant(
         name=name,
         run=artifact.session(threads=1).run,
         bytes=sum(f.bytes for f in artifact.manifest.files),
         note="; ".join(filter(None, notes)),
-        executed=lambda feeds: engine.executed(out, target("cpu"), settings, feeds),
+        executed=lambda feeds: artifact.backend.executed(out, target("cpu"), artifact.options, feeds),
     )
 
 

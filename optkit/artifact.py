@@ -22,7 +22,7 @@ from optkit.targets import target
 if TYPE_CHECKING:
     import numpy as np
 
-    from optkit.backends.base import Session
+    from optkit.backends.base import Backend, Options, Session
 
 MANIFEST, RECIPE, REPORT, PAGE = "manifest.json", "recipe.yaml", "report.json", "report.html"
 # What was found on the device afterwards; the manifest names no file of it.
@@ -55,11 +55,24 @@ class Artifact:
         try:
             return Manifest.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ": ".join((str(file), *filter(None, [".".join(str(p) for p in first["loc"])])))
-            raise UsageError(
-                f"{place}: {first['msg'].lower()}", hint="it was edited, or written by another version"
-            ) from error
+            raise _unreadable(file, error) from error
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Whose files it holds."""
+        return BACKENDS[self.manifest.backend]()  # type: ignore[no-any-return]
+
+    @cached_property
+    def options(self) -> Options:
+        """The backend's, as the manifest holds them.
+
+        Raises:
+            UsageError: The backend has no such options.
+        """
+        try:
+            return self.backend.options.model_validate(self.manifest.options)
+        except ValidationError as error:
+            raise _unreadable(self.folder / MANIFEST, error, "options") from error
 
     def verify(self) -> None:
         """Check that every file is the one that the manifest names.
@@ -86,12 +99,11 @@ class Artifact:
             streams: Requests at the same time, on one thread each, instead of what the options say.
             predict: Give the numbers that the target gives, where this machine's differ; slower.
         """
-        backend = BACKENDS[self.manifest.backend]()
-        options = backend.options.model_validate(self.manifest.options)
+        options = self.options
         if streams is not None:
-            options = backend.parallel(options, threads=streams, streams=streams) or options
-        opened = backend.predict if predict else backend.load
-        return opened(self.folder, target(self.manifest.target), options, threads=threads)  # type: ignore[no-any-return]
+            options = self.backend.parallel(options, threads=streams, streams=streams) or options
+        opened = self.backend.predict if predict else self.backend.load
+        return opened(self.folder, target(self.manifest.target), options, threads=threads)
 
     def on_device(self) -> Session:
         """Load it on the GPU that it is for, where ``session`` opens what stands in for it on a processor.
@@ -100,21 +112,17 @@ class Artifact:
             BackendUnavailableError: There is no such device or driver here, or a package is missing.
             UsageError: The device is another one, or the backend has no runtime for it.
         """
-        backend = BACKENDS[self.manifest.backend]()
-        options = backend.options.model_validate(self.manifest.options)
-        return backend.on_device(self.folder, target(self.manifest.target), options)  # type: ignore[no-any-return]
+        return self.backend.on_device(self.folder, target(self.manifest.target), self.options)
 
     @cached_property
     def streams(self) -> int:
         """How many requests it is meant to run at the same time."""
-        backend = BACKENDS[self.manifest.backend]()
-        return int(backend.parallelism(backend.options.model_validate(self.manifest.options))[1])
+        return self.backend.parallelism(self.options)[1]
 
     @property
     def prediction(self) -> str | None:
         """What ``session(predict=True)`` does to give the target's numbers on this machine; None where nothing is needed."""
-        backend = BACKENDS[self.manifest.backend]()
-        return backend.prediction(target(self.manifest.target))  # type: ignore[no-any-return]
+        return self.backend.prediction(target(self.manifest.target))
 
     @cached_property
     def _session(self) -> Session:
@@ -157,3 +165,13 @@ def load(folder: str | Path, *, verify: bool = True) -> Artifact:
     if verify:
         artifact.verify()
     return artifact
+
+
+def _unreadable(file: Path, error: ValidationError, *inside: str) -> UsageError:
+    """What a manifest says that this version does not know."""
+    first = error.errors()[0]
+    place = ".".join((*inside, *(str(p) for p in first["loc"])))
+    return UsageError(
+        f"{': '.join(filter(None, (str(file), place)))}: {first['msg'].lower()}",
+        hint="it was edited, or written by another version",
+    )

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from optkit.artifact import DEVICE, MANIFEST, load
-from optkit.backends import BACKENDS
-from optkit.backends.base import Backend, Finished
+from optkit.backends.base import Finished
 from optkit.passes.base import Progress, Silent
 from optkit.report import dump
 from optkit.targets import target
@@ -32,9 +31,8 @@ def finalize(folder: str | Path, *, force: bool = False, progress: Progress | No
     """
     artifact = load(folder)
     manifest = artifact.manifest
-    backend: Backend = BACKENDS[manifest.backend]()
+    backend, options = artifact.backend, artifact.options
     where = target(manifest.target)
-    options = backend.options.model_validate(manifest.options)
     task = (progress or Silent()).task
 
     def mark(name: str, there: bool) -> None:

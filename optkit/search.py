@@ -362,7 +362,8 @@ def _tune(work: Compilation, built: Built) -> None:
         return
     engine = work.engine(built.recipe)
     model, _, _, _ = work.prepare(work.exact(built.recipe))
-    others = engine.variants(model, work.target, engine.options.model_validate(built.recipe.options))
+    options = engine.options.model_validate(built.recipe.options)
+    others = engine.variants(model, work.target, options, built.folder, work.feeds)
     if not others:
         return
     recipes = [built.recipe.model_copy(update={"options": o.model_dump(mode="json")}) for o in others]

@@ -253,6 +253,16 @@ def test_a_manifest_that_is_none_is_refused_with_its_name(compiled, tmp_path, te
     assert ": :" not in str(caught.value)
 
 
+def test_options_that_the_backend_does_not_know_are_refused_with_their_place(compiled, tmp_path):
+    folder = _copy(compiled, tmp_path / "o")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["options"]["threads"] = "many"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"manifest\.json: options\.threads: ") as caught:
+        optkit.load(folder).run({})
+    assert "another version" in caught.value.hint
+
+
 def test_a_folder_that_is_no_artifact_is_refused(tmp_path):
     with pytest.raises(UsageError, match="not an artifact"):
         optkit.load(tmp_path)

@@ -84,7 +84,7 @@ class _Engine:
     def exact(self, options):
         return options
 
-    def variants(self, model, target, options):
+    def variants(self, model, target, options, path, feeds):
         count = len(self._work.plans[model].variants)
         return [options.model_copy(update={"threads": i + 1}) for i in range(count)]
 
@@ -99,6 +99,7 @@ class _Work:
         self.loaded = type("Loaded", (), {"name": "model.onnx"})
         self.target = target("cpu")
         self.evaluation_seconds = 1e3
+        self.feeds: list[dict[str, np.ndarray]] = []
         self.races: list[list[str]] = []
         self.race_fails: Exception | None = None
 

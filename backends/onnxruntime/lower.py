@@ -145,7 +145,14 @@ class OnnxRuntime(Backend):
         session = ort.InferenceSession(model, session_options(threads=1), providers=["CPUExecutionProvider"])
         return partial(session.run, None, dict(feeds))
 
-    def variants(self, model: ir.Model, target: Target, options: Any) -> Sequence[OnnxRuntimeOptions]:
+    def variants(
+        self,
+        model: ir.Model,
+        target: Target,
+        options: Any,
+        path: Path,
+        feeds: Sequence[Mapping[str, np.ndarray]],
+    ) -> Sequence[OnnxRuntimeOptions]:
         """SkipLayerNormFusion on, where the graph has layer norms that it could take."""
         if not any(node.op_type == "LayerNormalization" for node in walk(model)):
             return ()

@@ -16,7 +16,7 @@ from pydantic import Field
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.openvino import cache
 from optkit.backends.openvino.convert import convert
-from optkit.backends.openvino.kernels import Kernels, proposed
+from optkit.backends.openvino.kernels import Kernel, Layer, available, fastest, layers, times
 from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import products, read_runtime, runtime_nodes
 from optkit.backends.openvino.quiet import core, ov
@@ -48,8 +48,8 @@ class OpenVinoOptions(Options):
         threads: Of all streams together; 0 leaves it to OpenVINO (one for each core).
         shapes: Of all inputs, as they usually are: they run in a compiled model without free axes. None takes them from the
             calibration data where most batches are alike; inputs of other shapes run all the same.
-        kernels: Of convolutions: ``default`` is OpenVINO's choice, ``jit`` prefers oneDNN's older ones, which compute the same
-            and are faster on some processors.
+        kernels: Of convolutions, by the layer's name: which of oneDNN's implementations comes before OpenVINO's choice, as
+            measured on this machine.
         cache: Keep the compiled model of a finished artifact in ``$OPTKIT_CACHE``.
     """
 
@@ -58,7 +58,7 @@ class OpenVinoOptions(Options):
     streams: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
     shapes: dict[str, tuple[int, ...]] | None = None
-    kernels: Kernels = "default"
+    kernels: dict[str, Kernel] = Field(default_factory=dict)
     cache: bool = True
 
 
@@ -139,7 +139,7 @@ class OpenVino(Backend):
     ) -> Session:
         """Open the files with the options."""
         chosen = settings(options, threads)
-        machine = f"{ov.get_version()} {core().get_property('CPU', 'FULL_DEVICE_NAME')} {options.kernels}"
+        machine = f"{ov.get_version()} {core().get_property('CPU', 'FULL_DEVICE_NAME')} {sorted(options.kernels.items())}"
         if options.cache and (kept := cache.folder(path, (MODEL, WEIGHTS), machine)) is not None:
             chosen["CACHE_DIR"] = str(kept)
         return OpenVinoSession(path / MODEL, chosen, options.shapes, options.kernels)
@@ -151,14 +151,31 @@ class OpenVino(Backend):
         return options.model_copy(update={"shapes": dict(shapes)})
 
     def variants(
-        self, model: ir.Model, target: Target, options: OpenVinoOptions
+        self,
+        model: ir.Model,
+        target: Target,
+        options: OpenVinoOptions,
+        path: Path,
+        feeds: Sequence[Mapping[str, np.ndarray]],
     ) -> Sequence[OpenVinoOptions]:
-        """The older kernels of convolutions, on processors that have them."""
-        if options.kernels != "default" or not proposed(features()):
+        """Other kernels for convolutions, where the counters of the layers say that they are faster here."""
+        names = [] if options.kernels else layers(path / MODEL)
+        families = available(features())
+        if not names or not families:
             return ()
-        if not any(node.op_type == "Conv" for node in walk(model)):
-            return ()
-        return (options.model_copy(update={"kernels": "jit"}),)
+
+        fitting = (f for f in feeds if options.shapes in (None, {k: x.shape for k, x in f.items()}))
+        usual = next(fitting, feeds[0])
+
+        def measure(kernels: Mapping[str, Kernel]) -> Mapping[str, Layer]:
+            counted = settings(options, 1) | {"PERF_COUNT": "YES"}
+            session = OpenVinoSession(path / MODEL, counted, options.shapes, kernels)
+            try:
+                return times(partial(session.run, usual), session.counters)
+            finally:
+                session.close()
+
+        return [options.model_copy(update={"kernels": k}) for k in fastest(names, families, measure)]
 
     def runner(
         self, model: bytes, feeds: Mapping[str, np.ndarray], precision: str

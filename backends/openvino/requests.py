@@ -70,6 +70,10 @@ class Request:
         """Copies of what the last run computed."""
         return {spec.name: self._output(k).copied(spec.dtype) for k, spec in enumerate(self._specs)}
 
+    def counters(self) -> list[Any]:
+        """OpenVINO's ``ProfilingInfo`` of the layers in the last run."""
+        return list(self._request.get_profiling_info())
+
     def _owned(self, index: int, port: Any) -> np.ndarray | None:
         """Memory for an input that is copied."""
         if not port.partial_shape.is_static or port.element_type == ov.Type.bf16:

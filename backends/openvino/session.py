@@ -11,7 +11,7 @@ import numpy as np
 
 from optkit.backends.base import Session
 from optkit.backends.openvino.convert import SUFFIX
-from optkit.backends.openvino.kernels import Kernels, preferring
+from optkit.backends.openvino.kernels import Kernel, preferring
 from optkit.backends.openvino.messages import reason
 from optkit.backends.openvino.quiet import core, ov
 from optkit.backends.openvino.requests import BFLOAT16, Request
@@ -26,7 +26,11 @@ class _Compiled:
     """The model compiled, on demand, with its requests that are free."""
 
     def __init__(
-        self, file: Path, settings: Mapping[str, object], shape: Mapping[int, list[int]], kernels: Kernels
+        self,
+        file: Path,
+        settings: Mapping[str, object],
+        shape: Mapping[int, list[int]],
+        kernels: Mapping[str, Kernel],
     ) -> None:
         self._file, self._settings, self._shape, self._kernels = file, settings, shape, kernels
         self._lock = threading.Lock()
@@ -52,7 +56,7 @@ class _Compiled:
     def _compile(self) -> Any:
         try:
             # By its path it is found in the cache without being read.
-            if not self._shape and self._kernels == "default":
+            if not self._shape and not self._kernels:
                 return core().compile_model(str(self._file), "CPU", self._settings)
             model = _read(self._file, self._kernels)
             if self._shape:
@@ -72,7 +76,7 @@ class OpenVinoSession(Session):
     Args:
         usual: Shapes of all inputs that get a compiled model without free axes, which runs faster; the one that takes any
             shape is compiled when another comes.
-        kernels: Of convolutions.
+        kernels: That convolutions prefer, by the layer's name.
 
     Raises:
         ModelError: OpenVINO does not take the file.
@@ -83,9 +87,9 @@ class OpenVinoSession(Session):
         file: Path,
         settings: Mapping[str, object],
         usual: Mapping[str, tuple[int, ...]] | None = None,
-        kernels: Kernels = "default",
+        kernels: Mapping[str, Kernel] | None = None,
     ) -> None:
-        self._file = file
+        self._file, kernels = file, kernels or {}
         self._any = _Compiled(file, dict(settings), {}, kernels)
         ports = self._read() if usual else self._any.model
         self.inputs = tuple(_spec(port, file) for port in ports.inputs)
@@ -100,6 +104,7 @@ class OpenVinoSession(Session):
         _ = self._fixed.model
         self._fit: set[tuple[tuple[int, ...], ...]] = set()
         self._graph: Any = None
+        self._latest: Request | None = None
         self._lock = threading.Lock()
 
     @property
@@ -141,7 +146,12 @@ class OpenVinoSession(Session):
         except RuntimeError as error:
             raise ModelError(f"OpenVINO stopped: {reason(error)}") from error
         where.idle.append(request)
+        self._latest = request
         return outputs
+
+    def counters(self) -> list[Any]:
+        """Of the layers in the latest run, where the settings ask for them."""
+        return [] if self._latest is None else self._latest.counters()
 
     def _shapes(self, arrays: list[np.ndarray]) -> str:
         return ", ".join(f"{s.name} {list(a.shape)}" for s, a in zip(self.inputs, arrays, strict=True))
@@ -166,13 +176,13 @@ class OpenVinoSession(Session):
         """Free the model."""
         self._any.reset()
         self._fixed.reset()
-        self._graph = None
+        self._graph = self._latest = None
 
 
-def _read(file: Path, kernels: Kernels = "default") -> Any:
-    if kernels == "default":
+def _read(file: Path, kernels: Mapping[str, Kernel] | None = None) -> Any:
+    if not kernels:
         return core().read_model(str(file))
-    return core().read_model(preferring(file), file.with_suffix(".bin").read_bytes())
+    return core().read_model(preferring(file, kernels), file.with_suffix(".bin").read_bytes())
 
 
 def _spec(port: Any, file: Path) -> TensorSpec:

@@ -59,10 +59,9 @@ def opened(
     """
     if Path(model).is_dir():
         from optkit.artifact import load
-        from optkit.backends import BACKENDS
 
         artifact = load(model)
-        if timed and BACKENDS[artifact.manifest.backend].stands_in:
+        if timed and artifact.backend.stands_in:
             where = artifact.manifest.target
             raise UsageError(
                 f"{model} is for {where}: what can be run of it here is no measure of its speed there",

@@ -92,10 +92,10 @@ def test_options_are_checked(options):
 
 def test_a_layer_norm_makes_the_fusion_that_may_slow_it_down_worth_timing(tmp_path):
     backend, options = OnnxRuntime(), OnnxRuntimeOptions()
-    assert backend.variants(parse(TYPES), CPU, options) == ()
-    (variant,) = backend.variants(parse(NORM), CPU, options)
+    assert backend.variants(parse(TYPES), CPU, options, tmp_path, []) == ()
+    (variant,) = backend.variants(parse(NORM), CPU, options, tmp_path, [])
     assert variant.disabled_optimizers == ()
-    assert backend.variants(parse(NORM), CPU, variant) == ()
+    assert backend.variants(parse(NORM), CPU, variant, tmp_path, []) == ()
 
 
 def test_disabled_optimizers_stay_off(tmp_path):

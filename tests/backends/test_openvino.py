@@ -13,7 +13,7 @@ import pytest
 import optkit
 from optkit.backends import BACKENDS
 from optkit.backends.openvino.cache import folder as cache_folder
-from optkit.backends.openvino.kernels import proposed
+from optkit.backends.openvino.kernels import available, layers
 from optkit.backends.openvino.messages import refused
 from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import read_runtime, runtime_nodes
@@ -490,52 +490,63 @@ def _kernels(folder: Path, options) -> tuple[set[str], np.ndarray]:
 
 
 @needs_openvino
-@pytest.mark.skipif(not proposed(features()), reason="the processor has no such kernels, or AMX")
+@pytest.mark.skipif(not available(features()), reason="the processor has no kernels beside OpenVINO's choice")
 @pytest.mark.parametrize("usual", [None, {"x": (2, 3, 16, 16)}])
-def test_the_older_kernels_of_convolutions_compute_the_same(tmp_path, usual):
+@pytest.mark.parametrize("kernel", available(features()))
+def test_other_kernels_of_convolutions_compute_the_same(tmp_path, usual, kernel):
     model = _quantized(_mobile(), "conv")
     backend, options = _lower(model, tmp_path)
-    (jit,) = backend.variants(model, CPU, options.model_copy(update={"shapes": usual}))
-    assert jit.kernels == "jit" and jit.shapes == usual
-    assert not backend.variants(model, CPU, jit)
+    names = layers(tmp_path / "model.xml")
+    assert len(names) == 2
+    other = options.model_copy(update={"shapes": usual, "kernels": dict.fromkeys(names, kernel)})
     usual_kernels, expected = _kernels(tmp_path, options)
     assert all("brg" in n for n in usual_kernels)
-    kernels, found = _kernels(tmp_path, jit)
-    assert kernels and all(n.startswith("jit_avx512") for n in kernels)
+    kernels, found = _kernels(tmp_path, other)
+    # Too few channels for AMX: OpenVINO's choice stands.
+    assert kernels and all(n.startswith((kernel, "brg") if "amx" in kernel else kernel) for n in kernels)
     np.testing.assert_array_equal(found, expected)
-    assert {
-        e.format for e in backend.executed(tmp_path, CPU, jit, random_feeds(_mobile(), size=2)) if e.macs
-    } == {
-        e.format for e in backend.executed(tmp_path, CPU, options, random_feeds(_mobile(), size=2)) if e.macs
+    feeds = random_feeds(_mobile(), size=2)
+    assert {e.format for e in backend.executed(tmp_path, CPU, other, feeds) if e.macs} == {
+        e.format for e in backend.executed(tmp_path, CPU, options, feeds) if e.macs
     }
 
 
 @needs_openvino
-def test_older_kernels_are_not_proposed_for_a_graph_without_convolutions(tmp_path):
-    model = parse(HEAD + "g (float[N] x) => (float[N] y) { y = Relu(x) }")
-    backend, options = _lower(model, tmp_path)
-    assert not backend.variants(model, CPU, options)
+@pytest.mark.skipif(not available(features()), reason="the processor has no kernels beside OpenVINO's choice")
+def test_counters_of_layers_name_the_kernels_of_every_convolution(tmp_path, monkeypatch):
+    backend, options = _lower(_quantized(_mobile(), "conv"), tmp_path)
+    seen = []
+
+    def planted(names, families, measure):
+        seen.extend([set(names), measure({}), measure(dict.fromkeys(names, "jit_avx512"))])
+        return [{names[0]: "jit_avx512"}]
+
+    monkeypatch.setattr("optkit.backends.openvino.lower.fastest", planted)
+    feeds = [random_feeds(_mobile(), size=2, seed=k) for k in range(2)]
+    (found,) = backend.variants(_mobile(), CPU, options, tmp_path, feeds)
+    names, usual, other = seen
+    assert names <= usual.keys() & other.keys()
+    assert all(usual[n].seconds > 0 and "brg" in usual[n].kernel for n in names)
+    assert {other[n].kernel.split("_1x1")[0].rsplit("_", 1)[0] for n in names} <= {"jit_avx512", "jit"}
+    assert list(found.kernels.values()) == ["jit_avx512"]
+    # What is chosen stays.
+    assert not backend.variants(_mobile(), CPU, found, tmp_path, feeds)
 
 
 @needs_openvino
-def test_with_older_kernels_too_a_broken_file_is_a_clear_error(tmp_path):
+def test_kernels_are_not_timed_for_a_graph_without_convolutions(tmp_path, monkeypatch):
+    model = parse(HEAD + "g (float[N] x) => (float[N] y) { y = Relu(x) }")
+    backend, options = _lower(model, tmp_path)
+    monkeypatch.setattr("optkit.backends.openvino.lower.times", lambda *_: pytest.fail("timed"))
+    assert not backend.variants(model, CPU, options, tmp_path, [{"x": np.ones(2, np.float32)}])
+
+
+@needs_openvino
+def test_with_chosen_kernels_too_a_broken_file_is_a_clear_error(tmp_path):
     backend, options = _lower(_mobile(), tmp_path)
     (tmp_path / "model.xml").write_text("<net")
     with pytest.raises(ModelError, match=r"model\.xml: is no XML"):
-        backend.load(tmp_path, CPU, options.model_copy(update={"kernels": "jit"}), threads=1)
-
-
-@pytest.mark.parametrize(
-    ("features", "expected"),
-    [
-        ({"avx2", "fma"}, False),
-        ({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}, True),
-        ({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "amx_int8"}, False),
-        ({"asimd", "asimddp"}, False),
-    ],
-)
-def test_older_kernels_are_proposed_for_processors_that_have_them_and_no_better_ones(features, expected):
-    assert proposed(frozenset(features)) is expected
+        backend.load(tmp_path, CPU, options.model_copy(update={"kernels": {"c": "jit_avx512"}}), threads=1)
 
 
 @needs_openvino
