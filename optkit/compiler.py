@@ -25,7 +25,7 @@ from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, race, speedup
 from optkit.candidate import Built
-from optkit.data import CalibrationData, specs, trial_sizes
+from optkit.data import CalibrationData, specs, spelled, trial_sizes
 from optkit.errors import (
     BackendUnavailableError,
     DataError,
@@ -953,11 +953,10 @@ def _latency(
         return None
     # The ceilings are those of one thread.
     reached = _reached(built, work, executed, s.candidate.median, peaks) if s.threads == 1 else None
-    shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in work.feeds[0].items())
     return Latency(
         reference_ms=s.reference.median * 1e3, candidate_ms=s.candidate.median * 1e3, candidate_p99_ms=s.candidate.p99 * 1e3,
         wall_reference_ms=s.reference.wall * 1e3, wall_candidate_ms=s.candidate.wall * 1e3, speedup=s.ratio, ci95=s.ci95,
-        runs=s.candidate.runs, threads=s.threads, loaded=s.loaded, inputs=shapes, roofline=reached,
+        runs=s.candidate.runs, threads=s.threads, loaded=s.loaded, inputs=spelled(work.feeds[0]), roofline=reached,
     )  # fmt: skip
 
 

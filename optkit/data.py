@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Feeds = dict[str, np.ndarray]
 
+# Inputs that a line of a report names.
+_SPELLED = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
@@ -643,3 +646,11 @@ def _bound(value: ir.Value) -> int | None:
         elif node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape") and index == 0:
             bounds.append(_bound(node.outputs[0]))
     return min((b for b in bounds if b), default=None)
+
+
+def spelled(batch: Mapping[str, np.ndarray]) -> str:
+    """``x [1, 3, 224, 224]``; of many inputs, such as caches, the first and how many there are beside."""
+    shown = [f"{name} {list(array.shape)}" for name, array in batch.items()]
+    if len(shown) > _SPELLED + 1:
+        shown[_SPELLED:] = [f"{len(shown) - _SPELLED} more"]
+    return ", ".join(shown)

@@ -14,7 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optkit.data import CalibrationData, Feeds, TensorSpec, draw, load_function, specs, trial_sizes, validate
+from optkit.data import (
+    CalibrationData,
+    Feeds,
+    TensorSpec,
+    draw,
+    load_function,
+    specs,
+    spelled,
+    trial_sizes,
+    validate,
+)
 from optkit.errors import DataError
 
 MODEL = """
@@ -498,3 +508,10 @@ def test_batches_beyond_the_bound_are_made_anew():
     data = _counted(calls).remembered(most=16)
     assert [sum(1 for _ in data) for _ in range(2)] == [3, 3]
     assert len(calls) == 2
+
+
+def test_of_many_inputs_the_first_are_spelled_and_the_others_counted():
+    assert spelled({"x": np.ones((1, 3)), "n": np.ones(())}) == "x [1, 3], n []"
+    five = {f"in_{k}": np.ones(k) for k in range(5)}
+    assert spelled(five) == "in_0 [0], in_1 [1], in_2 [2], in_3 [3], in_4 [4]"
+    assert spelled({**five, "in_5": np.ones(5)}) == "in_0 [0], in_1 [1], in_2 [2], in_3 [3], 2 more"

@@ -77,7 +77,8 @@ def bench(
     from optkit import sentences
     from optkit.bench import interleave, speedup, timing
     from optkit.cli.render import table
-    from optkit.cli.running import feeds, opened, spelled
+    from optkit.cli.running import feeds, opened
+    from optkit.data import spelled
 
     if scenario.lower() not in _SCENARIOS:
         raise UnknownNameError("scenario", scenario, _SCENARIOS)
@@ -157,7 +158,8 @@ def _offline(
     from optkit import sentences
     from optkit.bench import median_ratio, rates, samples
     from optkit.cli.render import table
-    from optkit.cli.running import opened, spelled
+    from optkit.cli.running import opened
+    from optkit.data import spelled
     from optkit.targets.host import cores
 
     count = streams or cores()

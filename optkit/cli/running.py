@@ -214,8 +214,3 @@ def feeds(
     note = f"; free axes set to {', '.join(f'{a} = {n}' for a, n in sizes.items())}" if sizes else ""
     names = ", ".join(str(s) for s in specs(loaded.model)[0])
     return list(data), f"drawn at random for {names}{note}"
-
-
-def spelled(batch: Mapping[str, np.ndarray]) -> str:
-    """``x [1, 3, 224, 224]``."""
-    return ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items())
