@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import platform
 import sys
@@ -152,16 +153,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for c in CASES
         if not asked.steps and c.net in nets and (not asked.recipes or c.recipe in asked.recipes)
     ]
-    rows = {(r["net"], r["recipe"], r["label"]): r for r in kept["rows"]}
     floats = dict[str, nn.Module]()
     for name in dict.fromkeys(n for c in cases for n in (c.net, c.student) if n):
         torch.manual_seed(asked.seed)
         floats[name] = known[name].train(known[name].make(), known[name].data, known[name].epochs)
+    marks = {name: _mark(net) for name, net in floats.items()}
+    # What was measured with another float network says nothing beside this one.
+    rows = {
+        (r["net"], r["recipe"], r["label"]): r
+        for r in kept["rows"]
+        if all(marks.get(n, mark) == mark for n, mark in r.get("floats", {}).items())
+    }
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
         files = {n: _file(net, known[n].data, Path(folder) / f"{n}.onnx") for n, net in floats.items()}
         for case in cases:
             torch.manual_seed(asked.seed)
             row = _row(case, known, floats, files, Path(folder))
+            row["floats"] = {n: marks[n] for n in (case.net, case.student) if n}
             rows[case.net, case.recipe, case.label] = row
             print(_line(row), file=sys.stderr, flush=True)
     ratios = dict(kept["step_over_plain_step"])
@@ -191,6 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (RESULTS / "training.md").write_text(page(result), encoding="utf-8")
     print(page(result))
     return 0
+
+
+def _mark(net: nn.Module) -> str:
+    """Tells one float network from another."""
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _file(net: nn.Module, data: Any, path: Path) -> Path:

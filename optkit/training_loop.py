@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optkit.errors import UsageError
 from optkit.passes.base import Progress, Silent
+from optkit.progress import on
 from optkit.training_session import Trained
 from optkit.training_start import need_torch, training
 
@@ -85,7 +87,7 @@ def finetune(
     fit: Fit | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     **options: Any,
 ) -> Finetuned:
     """Train ``module`` by ``recipe`` and finish it.
@@ -99,7 +101,7 @@ def finetune(
         evaluate: A metric of the module, higher is better, after each epoch.
         wrap: Gives what is called in training in place of the module: ``torch.compile``, or ``DistributedDataParallel`` or
             ``fully_shard``, for which the loader gives each process its own part of the data.
-        progress: Where to say how far it is.
+        progress: Where to say how far it is; True: a bar on stderr, or lines where that is no terminal.
         options: For ``optkit.training``: ``target``, ``teacher``, ``overrides`` …
 
     Raises:
@@ -118,6 +120,8 @@ def finetune(
         raise UsageError("the loader is empty")
     if fit.patience is not None and evaluate is None:
         raise UsageError("patience needs evaluate=: without a metric no epoch is better than another")
+    if isinstance(progress, bool):
+        progress = on(sys.stderr) if progress else Silent()
     device = device_of(module)
     steps = fit.epochs * len(loader)
     seen = first_batches(loader, device, 4)
@@ -135,7 +139,7 @@ def finetune(
         if best.over:
             break
         run.module.train()
-        with (progress or Silent()).task(f"epoch {epoch + 1} of {fit.epochs}", len(loader)) as task:
+        with progress.task(f"epoch {epoch + 1} of {fit.epochs}", len(loader)) as task:
             run.epoch(loader, loss, task.advance)
         if evaluate is not None:
             run.module.eval()

@@ -72,10 +72,13 @@ class Run:
             if self._fit.clip is not None:
                 self._scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self._session.parameters(), self._fit.clip)
+            made = self._session.steps
             self._scaler.step(self.optimizer)
             self._scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            self._schedule.step()
+            # A scaler leaves out steps whose gradients are infinite.
+            if self._session.steps > made:
+                self._schedule.step()
             total, count = total + value.detach(), count + 1
             advance()
         mean = float(total) / max(count, 1)

@@ -94,8 +94,8 @@ class Terminal:
     @functools.cached_property
     def progress(self) -> Progress:
         """A bar on a terminal, lines elsewhere, silence with ``-q``."""
-        from optkit.cli.progress import Bar, Lines
         from optkit.passes.base import Silent
+        from optkit.progress import Bar, Lines
 
         if self.verbosity < 0:
             return Silent()

@@ -32,10 +32,11 @@ class Labels:
         self._parent: list[int] = []
         self._size: list[int] = []
         self._frozen: dict[int, str] = {}
+        self._roots: np.ndarray | None = None  # of all labels, until more are made or joined
 
     def fresh(self, n: int) -> np.ndarray:
         """New labels for an axis of ``n`` positions."""
-        start = len(self._parent)
+        start, self._roots = len(self._parent), None
         self._parent.extend(range(start, start + n))
         self._size.extend([1] * n)
         return np.arange(start, start + n)
@@ -50,7 +51,11 @@ class Labels:
 
     def roots(self, axis: np.ndarray) -> np.ndarray:
         """The roots of an axis."""
-        return np.fromiter((self.root(int(i)) for i in axis), np.int64, len(axis))
+        if self._roots is None:
+            every = range(len(self._parent))
+            self._roots = np.fromiter(map(self.root, every), np.int64, len(every))
+        found: np.ndarray = self._roots[axis]
+        return found
 
     def join(self, a: Axis, b: Axis, why: str = "") -> None:
         """Position ``i`` of one axis goes with position ``i`` of the other; with an unknown one, both stay."""
@@ -84,6 +89,7 @@ class Labels:
         x, y = self.root(x), self.root(y)
         if x == y:
             return
+        self._roots = None
         if self._size[x] < self._size[y]:
             x, y = y, x
         self._parent[y] = x

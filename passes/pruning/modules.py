@@ -63,18 +63,23 @@ def attach(options: PruneStructured, module: nn.Module, context: Context) -> Att
             model, found, groups, importance, wanted=options.speedup, multiple=multiple, least=options.least
         )
     cut = Cut(module, model, found, training.batches[0])
-    parts = [g for g in groups if not gone.isdisjoint(g.units)]
-    reason = cut.try_all(parts, gone)
-    if reason is not None:
-        for group in parts:
-            reason = cut.try_all([group], gone)
-            if reason is not None and options.speedup is not None:
-                raise PassError(
-                    f"{group.name} cannot lose what the speed-up takes: {reason}",
-                    hint=f"ignore: [{group.name}]",
-                )
-            if reason is not None:
-                logger.warning("%s stays whole: %s", group.name, reason)
+    reason, waiting = None, [[g for g in groups if not gone.isdisjoint(g.units)]]
+    while waiting:
+        parts = waiting.pop()
+        reason = cut.try_all(parts, gone)
+        if reason is None:
+            continue
+        if len(parts) > 1:
+            # Which of them it is: halves that can follow are cut as one.
+            half = len(parts) // 2
+            waiting += [parts[half:], parts[:half]]
+            continue
+        if options.speedup is not None:
+            raise PassError(
+                f"{parts[0].name} cannot lose what the speed-up takes: {reason}",
+                hint=f"ignore: [{parts[0].name}]",
+            )
+        logger.warning("%s stays whole: %s", parts[0].name, reason)
     if not cut.done:
         raise PassError(
             f"pruned 0 of {len(groups)} groups: {type(module).__name__} cannot follow what its weights lose ({reason})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -10,7 +11,8 @@ import onnx_ir as ir
 from optkit.graph import attribute, constant
 from optkit.inference import infer
 from optkit.passes.pruning.dependencies import Dependencies
-from optkit.passes.pruning.vectors import edit, settle
+from optkit.passes.pruning.labels import Product
+from optkit.passes.pruning.vectors import edit, scale, settle
 from optkit.rewrite import Names, register
 
 # Of a value's axes, which positions stay; axes that stay whole are left out.
@@ -20,12 +22,27 @@ Kept = Mapping[int, np.ndarray]
 def kept(found: Dependencies, value: ir.Value, removed: Collection[int]) -> dict[int, np.ndarray]:
     """Which positions of the axes of ``value`` stay when the units ``removed`` go."""
     result: dict[int, np.ndarray] = {}
+    gone = np.fromiter(removed, np.int64, len(removed))
     for axis, labels in enumerate(found.axes.get(value, ())):
         if not isinstance(labels, np.ndarray):
             continue
-        stay = np.fromiter((r not in removed for r in found.labels.roots(labels).tolist()), bool, len(labels))
+        stay = np.isin(found.labels.roots(labels), gone, invert=True)
         if not stay.all():
             result[axis] = np.flatnonzero(stay)
+    return result
+
+
+def _merged(found: Dependencies, value: ir.Value, removed: Collection[int]) -> dict[int, tuple[int, int]]:
+    """Of axes that several were merged into, how many positions those of known size had together, and have now."""
+    result: dict[int, tuple[int, int]] = {}
+    gone = np.fromiter(removed, np.int64, len(removed))
+    for axis, labels in enumerate(found.axes.get(value, ())):
+        if isinstance(labels, Product):
+            known = [found.labels.roots(a) for a in labels.axes if isinstance(a, np.ndarray)]
+            old = math.prod(map(len, known))
+            new = math.prod(int(np.isin(roots, gone, invert=True).sum()) for roots in known)
+            if new != old:
+                result[axis] = old, new
     return result
 
 
@@ -104,6 +121,9 @@ def _follow(graph: ir.Graph, found: Dependencies, removed: Collection[int], name
                 settle(node, 1, known | sizes, lambda x: bool(kept(found, x, removed)), names)
             if sizes:
                 edit(node, 1, sizes, names)
+            if node.op_type == "Reshape":
+                for axis, (old, new) in _merged(found, node.outputs[0], removed).items():
+                    scale(node, 1, axis, old, new, lambda x: bool(_merged(found, x, removed)), names)
         elif node.op_type == "Split":
             _split(graph, node, found, removed, names)
         elif node.op_type == "Slice":

@@ -132,6 +132,47 @@ def edit(node: ir.Node, index: int, changes: Mapping[int, int], names: Names) ->
     _join(node, index, pieces, names)
 
 
+def scale(
+    node: ir.Node, index: int, at: int, old: int, new: int, cut: Callable[[ir.Value], bool], names: Names
+) -> None:
+    """Let element ``at`` of input ``index``, which is computed as a multiple of ``old``, be as many times ``new``.
+
+    A constant there is -1, which follows by itself, and so does what is read off the shape of what is ``cut``.
+    """
+    value = node.inputs[index]
+    joined = None if value is None else value.producer()
+    if value is None or constant(value) is not None or joined is None:
+        return
+    pieces, start = list[ir.Value | None](), 0
+    for piece in joined.inputs:
+        assert piece is not None
+        assert piece.shape is not None
+        n = int(piece.shape.numpy()[0])
+        if not start <= at < start + n or constant(piece) is not None or any(map(cut, _measured(piece))):
+            pieces.append(piece)
+        else:
+            parts = [piece] if n == 1 else [_element(node, piece, i, names) for i in range(n)]
+            parts[at - start] = _times(node, parts[at - start], old, new, names)
+            pieces += parts
+        start += n
+    if pieces != list(joined.inputs):
+        _join(node, index, pieces, names)
+
+
+def _times(node: ir.Node, element: ir.Value, old: int, new: int, names: Names) -> ir.Value:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    for op, number in (("Div", old), ("Mul", new)):
+        by = register(graph, names.new(f"{node.name}/units"), np.asarray([number], np.int64))
+        step = ir.node(op, [element, by], name=names.new(f"{node.name}/{op.lower()}"))
+        out = step.outputs[0]
+        out.name, out.type, out.shape = names.new(f"{node.name}/scaled"), element.type, element.shape
+        step.metadata_props.update(node.metadata_props)
+        node.prepend(step)
+        element = out
+    return element
+
+
 def _join(node: ir.Node, index: int, pieces: Sequence[ir.Value | None], names: Names) -> None:
     """Give ``node`` a vector of its own."""
     value = node.inputs[index]

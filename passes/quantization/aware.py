@@ -140,6 +140,7 @@ class _Found:
         """Put layers and quantizers into the trace and the module."""
         layers: dict[str, QuantizedLayer] = {}
         made: dict[nn.Module, QuantizedLayer] = {}
+        outer = _outer(self._sites.model.graph, plan)
         readers: dict[fx.Node, ir.Node] = {}
         for node, row in plan.nodes.items():
             if row.role != "compute":
@@ -155,7 +156,8 @@ class _Found:
             layer, norm = self._layers[path], self._norm(call)
             if layer not in made:
                 inner = None if norm is None else self._layers[str(norm.target)]
-                made[layer] = QuantizedLayer(layer, inner, options.weight_bits)
+                bits = max(options.weight_bits, options.outer_bits) if node in outer else options.weight_bits
+                made[layer] = QuantizedLayer(layer, inner, bits)
                 if norm is not None:
                     _replace(self._module, str(norm.target), nn.Identity())
             layers[path] = made[layer]
@@ -247,6 +249,22 @@ def _chosen_from(value: ir.Value, origin: ir.Value, plan: Plan) -> bool:
     return row.keeps_grid(node) and first is not None and plan.pairs.get(first) is origin
 
 
+def _outer(graph: ir.Graph, plan: Plan) -> set[ir.Node]:
+    """The quantized layers before which there is none, and those behind which there is none."""
+    layers = {node for node, row in plan.nodes.items() if row.role == "compute"}
+    walk = [(n, n.inputs, n.outputs) for n in graph]
+    found: set[ir.Node] = set()
+    for steps in (walk, [(n, made, read) for n, read, made in reversed(walk)]):
+        reached: set[ir.Value | None] = set()
+        for node, read, made in steps:
+            there = not reached.isdisjoint(read)
+            if node in layers and not there:
+                found.add(node)
+            if node in layers or there:
+                reached.update(made)
+    return found
+
+
 def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
@@ -322,6 +340,12 @@ class _Aware(Attached):
             layer.store()
         for quantizer in self._quantizers.values():
             quantizer.store()
-        bits, grid = self._options.weight_bits, self._options.activation_bits
-        detail = f"weights in {bits} bits, activations in {f'{grid} bits' if grid else 'float'}"
-        return [Change(rule="quantize-aware", node=path, detail=detail) for path in self._layers]
+        grid = f"{bits} bits" if (bits := self._options.activation_bits) else "float"
+        return [
+            Change(
+                rule="quantize-aware",
+                node=path,
+                detail=f"weights in {layer.bits} bits, activations in {grid}",
+            )
+            for path, layer in self._layers.items()
+        ]

@@ -149,7 +149,7 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.weight: nn.Parameter = layer.weight
         self.bias: nn.Parameter | None = layer.bias
-        self.norm, self.high = norm, 2 ** (bits - 1) - 1
+        self.norm, self.bits, self.high = norm, bits, 2 ** (bits - 1) - 1
         self.axis = 1 if isinstance(layer, _TRANSPOSED) else 0
         self.groups = layer.groups if self.axis == 1 else 1
         self.settled = False  # the norm uses its running statistics

@@ -25,6 +25,8 @@ class QuantizeAware(TorchPass):
     Attributes:
         placement: Name of the backend's rows.
         weight_bits: Width of the weights, symmetric, per output channel.
+        outer_bits: The same for layers that have no other before them, or none behind them, where it is more: few weights,
+            on which the whole input or output depends (as in the paper, section 3).
         activation_bits: 8, or None to leave activations in float.
         targets: Globs, or ``re:`` expressions, of module paths or operators to quantize.
         ignore: The same, for what stays in float.
@@ -39,6 +41,7 @@ class QuantizeAware(TorchPass):
 
     placement: str = "default"
     weight_bits: Literal[8, 4] = 8
+    outer_bits: Literal[8, 4] = 8
     activation_bits: Literal[8] | None = 8
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()

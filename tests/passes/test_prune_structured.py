@@ -164,6 +164,29 @@ class _Fused(nn.Module):
         return self.head(x + self.proj(y))
 
 
+class _Merged(nn.Module):
+    """Heads merged into the batch, as fairseq had it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.embed_dim = 4, 8, 32
+        self.q, self.k, self.v, self.out = (nn.Linear(*s) for s in ((16, 32), (16, 32), (16, 32), (32, 16)))
+        self.head = nn.Linear(16, 3)
+
+    def _split(self, x):
+        n, t, _ = x.shape
+        x = x.view(n, t, self.num_heads, self.head_dim).transpose(1, 2)
+        return x.reshape(n * self.num_heads, -1, self.head_dim)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self._split(self.q(x)), self._split(self.k(x)), self._split(self.v(x))
+        y = torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1)
+        y = torch.bmm(y.view(n, self.num_heads, t, t).view(n * self.num_heads, t, t), v)
+        y = y.view(n, self.num_heads, t, self.head_dim).transpose(1, 2).reshape(n, t, self.embed_dim)
+        return self.head(x + self.out(y))
+
+
 class _Gated(nn.Module):
     """A gated feed-forward part, once as two layers and once as halves of one."""
 
@@ -219,6 +242,7 @@ CASES = {
         {"attention.q": (16, 16), "attention.k": (8, 16), "attention.out": (16, 16)},
     ),
     "fused heads": (_Fused, (2, 5, 16), {"qkv": (48, 16), "proj": (16, 16)}),
+    "heads in the batch": (_Merged, (2, 5, 16), {"q": (16, 16), "v": (16, 16), "out": (16, 16)}),
     "gated": (_Gated, (2, 5, 8), {"gate": (12, 8), "down": (8, 12), "both": (16, 8), "out": (8, 8)}),
     "temporal": (_Temporal, (2, 4, 12), {"a": (8, 4, 3), "b": (8, 8, 3)}),
     "flattened": (_Flattened, _PICTURE, {"b": (6, 4, 3, 3), "hidden": (8, 24)}),

@@ -126,7 +126,7 @@ def _train(session, module, x, steps, rate=1e-2):
 )
 def test_what_was_trained_is_what_is_deployed(kind, bits, share, tmp_path):
     module, x = _made(kind)
-    session = optkit.training(module, _recipe(weight_bits=bits), example=(x,), steps=4)
+    session = optkit.training(module, _recipe(weight_bits=bits, outer_bits=bits), example=(x,), steps=4)
     _train(session, module, x, 4)
     done = session.finish()
     other = _input(3, *x.shape[1:], seed=7)
@@ -475,6 +475,33 @@ def test_layers_that_are_named_stay_in_float():
     assert isinstance(module.a, QuantizedLayer)
     assert type(module.b) is nn.Conv1d
     assert [c.node for c in session.finish().changes["quantize-aware"]] == ["a", "head"]
+
+
+class _Branched(nn.Module):
+    """Two inputs, a layer used twice in the middle, and two results, of which one is read by a further layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.middle = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, 8)
+        self.near, self.far, self.end = (nn.Linear(8, 4) for _ in range(3))
+
+    def forward(self, a, b):
+        x = F.relu(self.left(a)) * torch.sigmoid(self.right(b))
+        x = F.relu(self.middle(F.relu(self.middle(x))))
+        return self.near(x), self.end(F.relu(self.far(x)).repeat(1, 2))
+
+
+@pytest.mark.parametrize("outer", [8, 4])
+def test_layers_without_one_before_or_behind_them_have_their_own_width(outer):
+    module = _Branched()
+    recipe = _recipe(weight_bits=4, outer_bits=outer)
+    session = optkit.training(module, recipe, example=(_input(3, 6), _input(3, 5)), steps=1)
+    bits = {p: m.bits for p, m in module.named_modules() if isinstance(m, QuantizedLayer)}
+    assert bits == {"left": outer, "right": outer, "middle": 4, "far": 4, "near": outer, "end": outer}
+    said = {c.node: c.detail for c in session.finish().changes["quantize-aware"]}
+    assert said["end"] == f"weights in {outer} bits, activations in 8 bits"
+    largest = {p: int(getattr(module, p).integers.abs().max()) for p in bits}
+    assert largest == {p: 2 ** (b - 1) - 1 for p, b in bits.items()}
 
 
 def test_weights_alone():

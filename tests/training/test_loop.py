@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import optkit
 from optkit.errors import DataError, UsageError
+from optkit.passes.base import Progress
 from optkit.training_loop import Fit
 
 
@@ -125,7 +129,9 @@ def test_an_epoch_before_the_schedule_is_complete_is_never_the_best(data):
     assert float((done.trained.module.b.weight == 0).float().mean()) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("options", [{"autocast": "bf16"}, {"clip": 0.1}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize(
+    "options", [{"autocast": "bf16"}, {"autocast": "fp16"}, {"clip": 0.1}, {"optimizer": "sgd"}]
+)
 def test_it_learns(data, options):
     module, x = _made(), data.tensors[0]
     fit = Fit(epochs=15, learning_rate=0.03, **options)
@@ -134,6 +140,47 @@ def test_it_learns(data, options):
     with torch.no_grad():
         right = (done.trained.module(x).argmax(1) == data.tensors[1]).float().mean()
     assert right > 0.75
+
+
+class _Kept(Progress):
+    """What was said of each task: its name, its length and how often it advanced."""
+
+    def __init__(self):
+        self.tasks = []
+
+    @contextlib.contextmanager
+    def task(self, what, total=None):
+        self.tasks.append([what, total, 0])
+        yield self
+
+    def advance(self, n=1):
+        self.tasks[-1][2] += n
+
+
+def test_each_epoch_says_how_far_it_is(data):
+    kept = _Kept()
+    optkit.finetune(_made(), QAT, _loader(data), F.cross_entropy, fit=Fit(epochs=2), progress=kept)
+    assert kept.tasks == [["epoch 1 of 2", 3, 3], ["epoch 2 of 2", 3, 3]]
+
+
+class _Stream(io.StringIO):
+    """Takes what is written; a terminal or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_drawn_on_a_terminal_and_lines_elsewhere(data, terminal, monkeypatch):
+    stream = _Stream(terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("optkit.progress._LINES", 0.0)
+    optkit.finetune(_made(), QAT, _loader(data), F.cross_entropy, fit=Fit(epochs=1), progress=True)
+    said = stream.getvalue()
+    assert "epoch 1 of 1" in said
+    assert ("━" in said) is terminal
+    assert ("epoch 1 of 1: 3/3\n" in said) is not terminal
 
 
 def test_what_is_wrapped_is_what_is_called(data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from optkit.passes.base import Progress
 
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 # Seconds between two lines, and between two drawings of a bar.
 _LINES, _FRAMES = 3.0, 0.1
+
+
+def on(stream: TextIO) -> Progress:
+    """A bar, or lines where ``stream`` is no terminal."""
+    if stream.isatty():
+        from rich.console import Console
+
+        return Bar(Console(file=stream))
+
+    def say(line: str) -> None:
+        stream.write(f"{line}\n")
+        stream.flush()
+
+    return Lines(say)
 
 
 class Lines(Progress):
