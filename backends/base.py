@@ -92,11 +92,13 @@ class Finished:
         device: Its name, driver, clocks.
         cosine: Lowest of any output to what the graph computes on a CPU.
         batches: One record a batch: median, spread and number of runs by the clock of the device, in milliseconds.
+        left: Of the deferred steps those that are still to be done.
     """
 
     device: Mapping[str, Any]
     cosine: float
     batches: tuple[Mapping[str, Any], ...]
+    left: tuple[str, ...] = ()
 
 
 Task = Callable[[str], AbstractContextManager[object]]
@@ -283,6 +285,10 @@ class Backend(ABC):
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
         return options
+
+    def narrows(self, options: Any) -> bool:
+        """Whether ``options`` let inputs, or what is kept between runs, hold less than the graph's types do."""
+        return False
 
     def variants(
         self,

@@ -31,6 +31,7 @@ class Built:
     Attributes:
         lossy: Its passes, or what the backend was told, changed numbers.
         rounds: The graph as it was given holds rounded activations, as after quantization-aware training.
+        narrows: Its inputs or states hold less than those of the graph.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Built:
     scheme: str
     weights: dict[str, int]
     rounds: bool = False
+    narrows: bool = False
     sqnr: float | None = None
     speedup: Speedup | None = None
     estimate: Estimate | None = None
@@ -54,7 +56,8 @@ class Built:
     @property
     def differs(self) -> bool:
         """Whether its outputs may differ from the reference's: by what was done to it, or by what the target makes of it."""
-        return self.lossy or (self.saturation is not None and bool(self.saturation.at_risk))
+        saturates = self.saturation is not None and bool(self.saturation.at_risk)
+        return self.lossy or self.narrows or saturates
 
 
 def ratio(built: Built) -> float:

@@ -326,6 +326,7 @@ class Compilation:
             scheme=scheme(model),
             weights=weights(model),
             rounds=any(n.op_type == "QuantizeLinear" for n in walk(self.loaded.model)),
+            narrows=engine.narrows(options),
             saturation=saturation(model, self.target),
         )
         with self.session(built) as session:

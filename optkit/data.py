@@ -622,16 +622,27 @@ def draw(model: ir.Model, rng: np.random.Generator, sizes: Mapping[str, int] | i
             continue
         spec = TensorSpec.of(value)
         shape = tuple(other if (size := worked_out(d, given)) is None else size for d in spec.shape or ())
-        kind = _kind(spec.dtype)
-        array: np.ndarray
-        if kind == "float":
-            array = rng.standard_normal(shape, np.float32)
-        elif kind == "integer" and "mask" not in spec.name.lower():
-            array = rng.integers(0, _bound(value) or _INDICES, shape)
-        else:
-            array = np.ones(shape)
-        feeds[spec.name] = np.asarray(array).astype(spec.dtype)
+        feeds[spec.name] = drawn(spec, rng, shape, _bound(value))
     return feeds
+
+
+def drawn(
+    spec: TensorSpec, rng: np.random.Generator, shape: tuple[int, ...], bound: int | None = None
+) -> np.ndarray:
+    """One input as ``draw`` gives it.
+
+    Args:
+        bound: All integers are below it; where it is not known they are 0 and 1.
+    """
+    kind = _kind(spec.dtype)
+    array: np.ndarray
+    if kind == "float":
+        array = rng.standard_normal(shape, np.float32)
+    elif kind == "integer" and "mask" not in spec.name.lower():
+        array = rng.integers(0, bound or _INDICES, shape)
+    else:
+        array = np.ones(shape)
+    return np.asarray(array).astype(spec.dtype)
 
 
 def _bound(value: ir.Value) -> int | None:

@@ -45,7 +45,7 @@ def finalize(folder: str | Path, *, force: bool = False, progress: Progress | No
 
     found = backend.finalize(artifact.folder, where, options, task, mark, force=force)
     _replace(artifact.folder / DEVICE, json.dumps(asdict(found), indent=2) + "\n")
-    done = set(backend.deferred(artifact.folder, where, options))
+    done = set(backend.deferred(artifact.folder, where, options)) - set(found.left)
     left = tuple(step for step in manifest.deferred if step not in done)
     manifest = manifest.model_copy(update={"deferred": left})
     _replace(artifact.folder / MANIFEST, dump(manifest))

@@ -38,7 +38,7 @@ class Port(BaseModel):
 
     Attributes:
         name: In the model.
-        feature: In the package.
+        feature: In the package; the next value of a state goes by the name of the state.
         dtype: NumPy's name of the type in the model.
         stored: The type in the package.
         shape: In the model: sizes, and names of free axes.
@@ -114,7 +114,7 @@ def describe_ports(
     """
     taken: set[str] = set()
 
-    def port(value: ir.Value, *, state: bool) -> Port:
+    def port(value: ir.Value, *, state: bool, kept_in: str | None = None) -> Port:
         if value.dtype not in _STORED:
             kind = value.dtype.name.lower() if value.dtype is not None else str(value.type)
             raise ModelError(f"{value.name!r} is of type {kind}, which no input or output of Core ML has")
@@ -122,14 +122,18 @@ def describe_ports(
             raise ModelError(f"{value.name!r} has {len(value.shape)} axes, and Core ML has at most 5")
         shape = None if value.shape is None else tuple(axes.fixed.get(str(k), k) for k in keys(value))
         return Port(
-            name=str(value.name), feature=feature(str(value.name), taken), dtype=value.dtype.numpy().name,
+            name=str(value.name), feature=kept_in or feature(str(value.name), taken), dtype=value.dtype.numpy().name,
             stored=_STORED[value.dtype], shape=shape, scalar=shape == (), state=state, picture=pictures.get(str(value.name)),
         )  # fmt: skip
 
-    inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+    inputs = [port(v, state=str(v.name) in states) for v in model.graph.inputs if not v.is_initializer()]
+    features = {p.name: p.feature for p in inputs}
+    kept = {output: features[name] for name, output in states.items()}
     return Interface(
-        inputs=tuple(port(v, state=str(v.name) in states) for v in inputs),
-        outputs=tuple(port(v, state=str(v.name) in states.values()) for v in model.graph.outputs),
+        inputs=tuple(inputs),
+        outputs=tuple(
+            port(v, state=str(v.name) in kept, kept_in=kept.get(str(v.name))) for v in model.graph.outputs
+        ),
         listed={k: tuple(v) for k, v in axes.listed.items()},
         ranged={k: (v.min, v.max) for k, v in axes.ranged.items()},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,10 +13,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from pydantic import Field
 
-from optkit.backends.base import Backend, Eligible, Executed, Options
+from optkit.backends.base import Backend, Eligible, Executed, Finished, Options
 from optkit.backends.coreml.eligibility import eligibility
 from optkit.backends.coreml.emit import ROWS
 from optkit.backends.coreml.emit.quant import stored_constant
+from optkit.backends.coreml.finalize import finalize, is_device
 from optkit.backends.coreml.halves import saturate
 from optkit.backends.coreml.interface import Picture, describe_ports
 from optkit.backends.coreml.package import DATA, PACKAGE, convert, write
@@ -30,7 +32,7 @@ from optkit.graph import describe, graphs, walk
 from optkit.inference import infer
 
 if TYPE_CHECKING:
-    from optkit.backends.base import Session
+    from optkit.backends.base import Mark, Session, Task
     from optkit.placement import Placement
     from optkit.targets import Target
 
@@ -87,6 +89,10 @@ class CoreMl(Backend):
         """The same in float32."""
         return options.model_copy(update={"precision": "fp32"})
 
+    def narrows(self, options: CoreMlOptions) -> bool:
+        """Pictures are whole numbers up to 255, and states are kept in float16 whatever the program computes in."""
+        return bool(options.pictures or options.states)
+
     def sizes(self, model: ir.Model, options: CoreMlOptions) -> Mapping[str, int]:
         """Those that are fixed, the first that are listed, and the defaults of ranges."""
         asked = axes(model, options.shapes, options.usual)
@@ -139,7 +145,7 @@ class CoreMl(Backend):
         weights = package / DATA / "weights"
         weights.mkdir(parents=True)
         with silence():
-            program, features = build(model, interface, chosen, oldest, options.states)
+            program, features = build(model, interface, chosen, oldest)
         spec = convert(program, features, oldest, fp16=options.precision == "fp16", weights=weights)
         write(spec, package, {str(k): v for k, v in options.metadata.items()})
         interface.write(path)
@@ -167,10 +173,23 @@ class CoreMl(Backend):
     def deferred(self, path: Path, target: Target, options: CoreMlOptions) -> Sequence[str]:
         """What a Mac or the device has to do: outputs so far are the reference evaluator's."""
         return (
-            f"verified by the reference evaluator, not executed on Apple hardware: on a Mac, xcrun coremlc compile {PACKAGE} .",
-            "accuracy of Core ML itself: on a Mac, optkit eval on this artifact (loads it in Core ML)",
-            f"latency and where operations run: Xcode, open {PACKAGE}, Performance, on {target.name}",
+            f"verified by the reference evaluator, not executed on Apple hardware: on a Mac, optkit finalize loads {PACKAGE} in "
+            "Core ML, compares its outputs and asks which unit runs what (itself never run on a Mac so far)",
+            *self._left(target, here=False),
         )
+
+    def _left(self, target: Target, *, here: bool) -> tuple[str, ...]:
+        """What ``finalize`` does not do."""
+        accuracy = "accuracy of Core ML itself: on a Mac, optkit eval on this artifact (loads it in Core ML)"
+        latency = f"latency and where operations run: Xcode, open {PACKAGE}, Performance, on {target.name}"
+        return (accuracy,) if here else (accuracy, latency)
+
+    def finalize(
+        self, path: Path, target: Target, options: CoreMlOptions, task: Task, mark: Mark, *, force: bool
+    ) -> Finished:
+        """Load it in Core ML on this Mac, ask for its plan, compare the outputs, measure."""
+        found = finalize(path, target, options.precision, options.units, task, mark, force=force)
+        return replace(found, left=self._left(target, here=is_device(target, found.device["device"])))
 
     def executed(
         self, path: Path, target: Target, options: CoreMlOptions, feeds: Mapping[str, np.ndarray]

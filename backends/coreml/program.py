@@ -20,14 +20,11 @@ from optkit.graph import describe, graphs
 _TYPES = {"fp32": types.fp32, "fp16": types.fp16, "int32": types.int32}
 
 
-def build(
-    model: ir.Model, interface: Interface, axes: Axes, version: int, states: Mapping[str, str]
-) -> tuple[Any, list[Any]]:
+def build(model: ir.Model, interface: Interface, axes: Axes, version: int) -> tuple[Any, list[Any]]:
     """The program, and the types of its inputs as the converter wants them.
 
     Args:
         version: Major version of the oldest iOS.
-        states: Inputs that are kept between runs, and the outputs with their next values.
 
     Raises:
         ModelError: A node turns out not to fit while it is emitted; names it.
@@ -53,13 +50,11 @@ def build(
         _note_quantized(context, model)
         _read_inputs(context, model, interface, function)
         results = dict(zip([p.name for p in interface.outputs], _body(context, model.graph), strict=True))
-        kept = {output: name for name, output in states.items()}
         outputs = []
         for port in interface.outputs:
             if port.state:
-                source = next(p for p in interface.inputs if p.name == kept[port.name])
                 value = cast(results[port.name], "fp16")
-                mb.coreml_update_state(state=function.inputs[source.feature], value=value)
+                mb.coreml_update_state(state=function.inputs[port.feature], value=value)
             else:
                 outputs.append(_output(results[port.name], port))
         function.set_outputs(outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from optkit.backends.base import Session
-from optkit.backends.coreml.interface import Interface, Port
+from optkit.backends.coreml.interface import Interface, Picture, Port
 from optkit.backends.coreml.package import PACKAGE
 from optkit.backends.coreml.quiet import ct, silence
 from optkit.backends.coreml.reference.machine import Machine, Watch
 from optkit.backends.coreml.reference.program import Package
-from optkit.errors import DataError, ModelError
+from optkit.errors import BackendUnavailableError, DataError, ModelError
 
 _KINDS = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32}
 _INT32 = np.iinfo(np.int32)
@@ -34,13 +35,21 @@ class PackageSession(Session):
     def compute(self, features: dict[str, np.ndarray]) -> Mapping[str, Any]:
         """Outputs of the package by its own names."""
 
+    @abstractmethod
+    def state(self, feature: str) -> np.ndarray:
+        """What is kept now."""
+
+    @abstractmethod
+    def keep(self, feature: str, value: np.ndarray) -> None:
+        """Let a state be ``value``, in float16."""
+
     def features(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The package's inputs.
+        """The package's inputs, and states where they are given.
 
         Raises:
             DataError: Names, types, sizes or values are not those that the package takes.
         """
-        ports = [p for p in self.interface.inputs if not p.state]
+        ports = self._ports(feeds)
         if set(feeds) != {p.name for p in ports}:
             names = ", ".join(p.name for p in ports)
             raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
@@ -48,6 +57,12 @@ class PackageSession(Session):
         found = {p.feature: self._stored(p, np.asarray(feeds[p.name]), sizes) for p in ports}
         self._check_sizes(sizes)
         return found
+
+    def _ports(self, feeds: Mapping[str, np.ndarray]) -> list[Port]:
+        """What ``feeds`` has to hold: states as well as soon as it has one of them."""
+        states = [p for p in self.interface.inputs if p.state]
+        whole = any(p.name in feeds for p in states)
+        return [p for p in self.interface.inputs if whole or not p.state]
 
     def _stored(self, port: Port, array: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
         if array.dtype != np.dtype(port.dtype):
@@ -81,13 +96,20 @@ class PackageSession(Session):
             raise DataError(f"{given} is none of the listed sizes ({known})", hint=hint)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name, in the model's own types."""
-        found = self.compute(self.features(feeds))
+        """All outputs by name, in the model's own types.
+
+        With states among ``feeds`` these are set before, and their next values are among the outputs: what the graph does.
+        """
+        features = self.features(feeds)
+        states = [p.feature for p in self._ports(feeds) if p.state]
+        for name in states:
+            self.keep(name, features.pop(name))
+        found = self.compute(features)
         outputs = {}
         for port in self.interface.outputs:
-            if port.state:
+            if port.state and not states:
                 continue
-            array = np.asarray(found[port.feature])
+            array = self.state(port.feature) if port.state else np.asarray(found[port.feature])
             array = array.reshape(()) if port.scalar else array
             outputs[port.name] = array.astype(np.dtype(port.dtype))
         return outputs
@@ -129,6 +151,14 @@ class ReferenceSession(PackageSession):
         """One run of the machine."""
         return self.machine.run(features, watch)
 
+    def state(self, feature: str) -> np.ndarray:
+        """As the machine keeps it."""
+        return self.machine.state[feature]
+
+    def keep(self, feature: str, value: np.ndarray) -> None:
+        """In the type that the program declares."""
+        self.machine.state[feature] = value.astype(self.machine.state[feature].dtype)
+
     def reset(self) -> None:
         """All states are 0 again."""
         self.machine.reset()
@@ -147,6 +177,7 @@ class MacSession(PackageSession):
 
     def __init__(self, folder: Path, units: str) -> None:
         super().__init__(folder)
+        self._pictures = {p.feature: p.picture for p in self.interface.inputs if p.picture is not None}
         try:
             with silence():
                 self._model = ct.models.MLModel(str(folder / PACKAGE), compute_units=ct.ComputeUnit[units])
@@ -159,12 +190,31 @@ class MacSession(PackageSession):
     def compute(self, features: dict[str, np.ndarray]) -> Mapping[str, Any]:
         """One prediction."""
         # Core ML frees what it is given on a thread of its own; so it gets copies that stay.
-        self._held = {k: v.copy() for k, v in features.items()}
+        self._held = {k: self._given(k, v) for k, v in features.items()}
         try:
             found: Mapping[str, Any] = self._model.predict(self._held, state=self._state)
         except Exception as error:
             raise ModelError(f"Core ML stopped: {error}") from error
         return found
+
+    def _given(self, feature: str, array: np.ndarray) -> Any:
+        picture = self._pictures.get(feature)
+        return array.copy() if picture is None else _image(array, picture)
+
+    def state(self, feature: str) -> np.ndarray:
+        """As Core ML keeps it."""
+        assert self._state is not None
+        return np.asarray(self._state.read_state(feature))
+
+    def keep(self, feature: str, value: np.ndarray) -> None:
+        """In float16, which states have."""
+        assert self._state is not None
+        self._state.write_state(feature, value.astype(np.float16))
+
+    @property
+    def compiled(self) -> str:
+        """Where Core ML put the compiled model, as long as this is open."""
+        return str(self._model.get_compiled_model_path())
 
     def reset(self) -> None:
         """A state of zeros."""
@@ -174,6 +224,21 @@ class MacSession(PackageSession):
     def close(self) -> None:
         """Free the model."""
         del self._model
+
+
+def _image(pixels: np.ndarray, picture: Picture) -> Any:
+    """``pixels [1, C, H, W]`` as the picture that Core ML takes: grey, or red first whatever the network wants first."""
+    try:
+        pillow = importlib.import_module("PIL.Image")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "pictures are handed to Core ML through pillow, which is missing", hint="pip install pillow"
+        ) from error
+    whole = pixels[0].astype(np.uint8)
+    if picture.color == "G":
+        return pillow.fromarray(whole[0])
+    order = [2, 1, 0] if picture.color == "BGR" else [0, 1, 2]
+    return pillow.fromarray(np.ascontiguousarray(whole[order].transpose(1, 2, 0)))
 
 
 def has_core_ml() -> bool:

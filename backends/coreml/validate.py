@@ -128,7 +128,7 @@ def _operation(op: Operation, opset: str, known: set[str], constants: set[str]) 
     if signature is None:
         yield f"{op}: there is no such operation in {opset}"
         return
-    given = set(op.inputs) | (set(op.attributes) - {"name"} if op.kind.startswith("constexpr_") else set())
+    given = set(op.inputs) | (set(op.attributes) if op.kind.startswith("constexpr_") else set())
     for parameter in sorted(given - set(signature)):
         yield f"{op}: {opset} has no parameter {parameter!r}"
     for parameter, wanted in signature.items():

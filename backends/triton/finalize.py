@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optkit import golden
+from optkit.backends import records
 from optkit.backends.base import Finished
 from optkit.backends.triton import bundle
 from optkit.backends.triton.runtime import Call, DeviceSession, open_device
@@ -53,7 +53,7 @@ def finalize(
 def tuned(path: Path, device: Device, rest: Place) -> dict[int, str]:
     """What was chosen for this code on this device: programs by the index of their launch; empty where nothing was."""
     bundle.read(path)
-    found = _record(path, TUNED, _made_with(path, device.facts(), rest))
+    found = records.read(path / TUNED, _made_with(path, device.facts(), rest))
     return {} if found is None else {int(index): name for index, name in found["choices"].items()}
 
 
@@ -75,17 +75,19 @@ def _finish(
     files = sorted((path / golden.FOLDER).glob("*.npz"))
     if not files:
         raise ModelError(f"{golden.FOLDER} has no batches", hint="compile again")
-    chosen = {} if force else _record(path, TUNED, made_with)
+    chosen = {} if force else records.read(path / TUNED, made_with)
     with task("time the finalists of each kernel"):
-        chosen = _tune(session, batch(files[0])[0], dict(chosen or {}), _writer(path / TUNED, made_with))
+        chosen = _tune(
+            session, batch(files[0])[0], dict(chosen or {}), records.writer(path / TUNED, made_with)
+        )
     session.choices = [chosen["choices"][str(i)] for i in range(len(session.launches))]
     made_with = {**made_with, "choices": hashlib.sha256("\n".join(session.choices).encode()).hexdigest()}
-    verified = None if force else _record(path, VERIFIED, made_with)
+    verified = None if force else records.read(path / VERIFIED, made_with)
     if verified is None:
         mark("ran_on_device", False)
         with task("compare with the golden outputs"):
             verified = verify(session.run, path / golden.FOLDER, bundle.read(path)["min_cosine"])
-        _writer(path / VERIFIED, made_with)(verified)
+        records.writer(path / VERIFIED, made_with)(verified)
     if not verified["met"]:
         worst = min(verified["outputs"], key=lambda o: (o["finite"], o["cosine"]))
         raise ModelError(
@@ -94,12 +96,12 @@ def _finish(
             hint=f"all of them are in {VERIFIED}; optkit kernels check tells whether a kernel is wrong by itself",
         )
     mark("ran_on_device", True)
-    timed = None if force else _record(path, TIMED, made_with)
+    timed = None if force else records.read(path / TIMED, made_with)
     if timed is None:
         mark("timed_on_device", False)
         with task("measure the latency"):
             timed = {"batches": [_bench(session, batch(file)[0]) for file in files]}
-        _writer(path / TIMED, made_with)(timed)
+        records.writer(path / TIMED, made_with)(timed)
     mark("timed_on_device", True)
     return Finished(
         device={key: facts[key] for key in sorted(facts)},
@@ -184,27 +186,3 @@ def _digest(path: Path) -> str:
     for file in (path / bundle.LAUNCHES, *sorted((path / bundle.FOLDER).iterdir())):
         total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
-
-
-def _record(path: Path, name: str, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a step wrote, if it did so with this code on this device."""
-    file = path / name
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_bytes())
-    return found["found"] if found.get("made_with") == made_with else None
-
-
-def _writer(file: Path, made_with: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """Writes a record whole or not at all."""
-    kept = dict(made_with)
-
-    def write(found: Mapping[str, Any]) -> None:
-        part = file.with_name(f".{file.name}.part")
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps({"made_with": kept, "found": found}, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-
-    return write

@@ -11,6 +11,9 @@ import typer
 from optkit.cli import options
 from optkit.cli.terminal import Terminal, command
 
+# What else a result depends on, as backends call it and as it is said.
+_SYSTEMS = {"cuda_driver": "CUDA driver", "macos": "macOS"}
+
 
 @command
 def finalize(
@@ -24,7 +27,7 @@ def finalize(
     ] = False,
     json: options.Json = False,
 ) -> int:
-    """Do on the device what compile left: build the engine, compare it with the golden outputs, measure.
+    """Do on the device what compile left: build the engine, compare its outputs, measure.
 
     It can be interrupted and started again. What was found goes into device.json, the evidence into the manifest.
     """
@@ -36,7 +39,8 @@ def finalize(
     if json:
         terminal.json({"artifact": str(artifact), **asdict(found)})
         return 0
-    terminal.say(f"measured on {found.device['device']}, CUDA driver {found.device['cuda_driver']}")
+    named = (f"{said} {found.device[key]}" for key, said in _SYSTEMS.items() if key in found.device)
+    terminal.say(", ".join((f"measured on {found.device['device']}", *named)))
     rows = [
         (
             ", ".join(f"{name} {shape}" for name, shape in batch["inputs"].items()),
@@ -46,5 +50,7 @@ def finalize(
     ]  # fmt: skip
     terminal.say(table(("Inputs", ">Median ms", ">99th percentile", ">Deviation", ">Runs"), rows))
     terminal.say(f"lowest cosine to the outputs on a CPU: {found.cosine:.6f}; all of it is in {DEVICE}")
+    for step in found.left:
+        terminal.say(f"still to be done: {step}")
     terminal.result(str(artifact))
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from optkit.backends.coreml.reference.halves import halves, widened
 from optkit.backends.coreml.reference.ops import OPERATIONS
 from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output, Type
 from optkit.errors import DataError, ModelError
@@ -29,7 +30,11 @@ _PICKS = _MOVES | {
     "abs", "clip", "max_pool", "maximum", "minimum", "reduce_max", "reduce_min", "relu", "relu6", "select", "threshold", "topk",
 }  # fmt: skip
 # Elements of weights in float16 from which on they are not kept in float32 beside.
-_SMALL = 1 << 14
+_SMALL = 1 << 12
+# Weights that operations themselves widen, some rows at a time.
+_ROWS = {("conv", "weight"), ("linear", "weight"), ("matmul", "y")} | {
+    (kind, f"weight_{which}") for kind in ("lstm", "gru", "rnn") for which in ("ih", "hh", "ih_back", "hh_back")
+}  # fmt: skip
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
 
@@ -165,8 +170,7 @@ class Machine:
             elif op.kind.startswith("constexpr_"):
                 arguments = self._step(op, []).fixed
                 for parameter, value in op.attributes.items():
-                    if parameter != "name":
-                        arguments[parameter] = _argument(_read(value))
+                    arguments[parameter] = _argument(_read(value))
                 for output, value in zip(op.outputs, self._call(op, arguments), strict=True):
                     # Decompressed it is no larger than the program declares it.
                     narrow = value.astype(output.type.dtype, copy=False)
@@ -197,7 +201,8 @@ class Machine:
     def _arguments(self, step: _Step, values: Mapping[str, Any]) -> dict[str, Any]:
         arguments = dict(step.fixed)
         for parameter, array in step.heavy:
-            arguments[parameter] = widened(array)
+            by_rows = (step.op.kind, parameter) in _ROWS
+            arguments[parameter] = array if by_rows else widened(array)
         for parameter, names, several in step.moving:
             found = [_argument(self._value(n, values), wide=step.wide) for n in names]
             arguments[parameter] = found if several else found[0]
@@ -310,73 +315,3 @@ def _rounded(op: Operation, output: Output, value: Any, given: list[np.ndarray])
         return array
     own = array.flags.writeable and not any(np.may_share_memory(array, a) for a in given)
     return halves(array, place=own)
-
-
-# In float32: the bits of the sign and of the exponent, the smallest and the largest of float16's exponents, and what is added to one for
-# 1.5 times 2^13 times as much.
-_SIGN, _EXPONENT, _NORMAL, _LAST, _ABOVE = (
-    np.uint32(n) for n in (0x80000000, 0x7F800000, 0x38800000, 0x47000000, 0x06C00000)
-)
-# Elements at a time, so that what is between stays in cache and takes no memory to speak of.
-_PIECE = 1 << 15
-
-
-def halves(array: np.ndarray, *, place: bool = False) -> np.ndarray:
-    """Rounded to float16's numbers, to nearest with ties to even, and kept in float32, which is what is computed with.
-
-    Converting there and back one element at a time took more than the arithmetic; here the bits of many are rounded at once.
-
-    Args:
-        place: Whether the result may take the place of ``array``.
-    """
-    wide = np.ascontiguousarray(array, np.float32)
-    result = wide if place or not np.may_share_memory(wide, array) else np.empty_like(wide)
-    source, rounded = wide.reshape(-1), result.reshape(-1)
-    if wide.size <= _PIECE:
-        _round(source, rounded)
-        return result
-    for start in range(0, wide.size, _PIECE):
-        _round(source[start : start + _PIECE], rounded[start : start + _PIECE])
-    return result
-
-
-def _round(wide: np.ndarray, place: np.ndarray) -> None:
-    """Adding 1.5 times what is 13 powers of two above a number leaves float32 as many bits for it as float16 has.
-
-    ``place`` may be ``wide`` itself.
-    """
-    bits, rounded = wide.view(np.uint32), place.view(np.uint32)
-    far = np.bitwise_and(bits, _EXPONENT)
-    if np.maximum.reduce(far, initial=0) >= _LAST:
-        place[:] = wide.astype(np.float16)
-        return
-    np.maximum(far, _NORMAL, out=far)
-    np.add(far, _ABOVE, out=far)
-    sign = np.bitwise_and(bits, _SIGN)
-    np.add(wide, far.view(np.float32), out=place)
-    np.subtract(place, far.view(np.float32), out=place)
-    # Zeros keep their signs.
-    np.bitwise_or(rounded, sign, out=rounded)
-
-
-# A float16's bits moved to where float32 has them are the number without what their exponents begin at.
-_SHIFT, _SIGN_AND_REST, _BIAS = 13, np.int32(-0x70000001), np.float32(2.0**112)
-_UNENDING = np.int16(0x7C00)
-
-
-def widened(array: np.ndarray) -> np.ndarray:
-    """float16 in float32, faster than NumPy converts."""
-    narrow = np.ascontiguousarray(array).reshape(-1)
-    result = np.empty(narrow.size, np.float32)
-    for start in range(0, narrow.size, _PIECE):
-        some, place = narrow[start : start + _PIECE], result[start : start + _PIECE]
-        bits = some.view(np.int16)
-        if ((bits & _UNENDING) == _UNENDING).any():
-            place[:] = some
-            continue
-        moved = place.view(np.int32)
-        moved[:] = bits
-        moved <<= _SHIFT
-        moved &= _SIGN_AND_REST
-        place *= _BIAS
-    return result.reshape(array.shape)

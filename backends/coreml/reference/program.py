@@ -67,7 +67,7 @@ class Operation:
 
     Attributes:
         inputs: By parameter: names, or values that stand in place; a list where the parameter takes several.
-        attributes: The same for what is no input: the value of a constant, and the older compressed constants.
+        attributes: The same for what is no input, but its name: the value of a constant, and the older compressed constants.
     """
 
     kind: str
@@ -155,36 +155,48 @@ class Package:
                 f"{path.name}: holds a {kind or 'model of unknown type'}, and ML Programs alone are read"
             )
         self.blobs = Blobs(path / _FOLDER / "weights" / "weight.bin")
+        # What is said many times is held once: of a small model the text is more than its weights.
+        self._shared: dict[Any, Any] = {}
         self.functions = {name: self._function(name, f) for name, f in self.spec.mlProgram.functions.items()}
 
     def _function(self, name: str, proto: Any) -> Function:
         if proto.opset not in proto.block_specializations:
             raise ModelError(f"{self.path.name}: function {name!r} has no block for {proto.opset}")
         return Function(
-            name=name, opset=proto.opset, inputs=[_output(v) for v in proto.inputs],
+            name=name, opset=proto.opset, inputs=[self._output(v) for v in proto.inputs],
             block=self._block(proto.block_specializations[proto.opset]),
         )  # fmt: skip
 
     def _block(self, proto: Any) -> Block:
         return Block(
-            inputs=[_output(v) for v in proto.inputs], outputs=list(proto.outputs),
+            inputs=[self._output(v) for v in proto.inputs], outputs=[self._once(n) for n in proto.outputs],
             operations=[self._operation(o) for o in proto.operations],
         )  # fmt: skip
 
     def _operation(self, proto: Any) -> Operation:
         return Operation(
-            kind=proto.type, name=proto.outputs[0].name if proto.outputs else proto.type,
-            inputs={k: [self._binding(b) for b in a.arguments] for k, a in proto.inputs.items()},
-            attributes={k: self._value(v) for k, v in proto.attributes.items()},
-            outputs=[_output(v) for v in proto.outputs], blocks=[self._block(b) for b in proto.blocks],
+            kind=self._once(proto.type), name=self._once(proto.outputs[0].name if proto.outputs else proto.type),
+            inputs={self._once(k): [self._binding(b) for b in a.arguments] for k, a in proto.inputs.items()},
+            attributes={self._once(k): self._value(v) for k, v in proto.attributes.items() if k != "name"},
+            outputs=[self._output(v) for v in proto.outputs], blocks=[self._block(b) for b in proto.blocks],
         )  # fmt: skip
 
+    def _once(self, value: Any) -> Any:
+        """``value``, or the one equal to it that there is."""
+        return self._shared.setdefault(value, value)
+
+    def _output(self, proto: Any) -> Output:
+        return Output(name=self._once(proto.name), type=self._once(_type(proto.type)))
+
     def _binding(self, proto: Any) -> Any:
-        return Name(proto.name) if proto.WhichOneof("binding") == "name" else self._value(proto.value)
+        if proto.WhichOneof("binding") != "name":
+            return self._value(proto.value)
+        return self._once(Name(self._once(proto.name)))
 
     def _value(self, proto: Any) -> Any:
         if proto.WhichOneof("value") == "blobFileValue":
-            return Lazy(blobs=self.blobs, offset=proto.blobFileValue.offset, type=_type(proto.type))
+            kind = self._once(_type(proto.type))
+            return Lazy(blobs=self.blobs, offset=proto.blobFileValue.offset, type=kind)
         held = proto.immediateValue
         if held.WhichOneof("value") == "list":
             return [self._value(v) for v in held.list.values]
@@ -208,10 +220,6 @@ def _type(proto: Any) -> Type:
     ]
     known = len(dims) == tensor.rank or not tensor.rank
     return Type(kind=kind, dtype=dtype, shape=tuple(dims) if known else None, state=state)
-
-
-def _output(proto: Any) -> Output:
-    return Output(name=proto.name, type=_type(proto.type))
 
 
 def _tensor(proto: Any, kind: Type) -> Any:

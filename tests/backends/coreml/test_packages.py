@@ -295,6 +295,33 @@ def test_states_are_kept_between_runs(tmp_path):
         np.testing.assert_array_equal(session.run({"x": x})["y"], x * x)
 
 
+def test_states_that_are_given_are_set_and_their_next_values_come_back(tmp_path):
+    """So that a package with states can be held against the graph, which is given them."""
+    text = """g (float[4] x, float[4] a, float[4] b) => (float[4] y, float[4] c, float[4] d) {
+      c = Add(x, a) d = Mul(x, b) y = Sub(c, d) }"""
+    x, a, b = (np.arange(4, dtype=np.float32) + n for n in (0, 1, 2))
+    with _lower(parse(HEAD + text), tmp_path, states={"a": "c", "b": "d"}) as session:
+        found = session.run({"x": x, "a": a, "b": b})
+        assert list(found) == ["y", "c", "d"] and found["c"].dtype == np.float32
+        np.testing.assert_array_equal(found["c"], x + a)
+        np.testing.assert_array_equal(found["d"], x * b)
+        # What is not given goes on from there.
+        np.testing.assert_array_equal(session.run({"x": x})["y"], (x + a + x) - x * b * x)
+        with pytest.raises(DataError, match="the inputs are x, a, b; given: x, a"):
+            session.run({"x": x, "a": a})
+
+
+def test_compile_takes_a_decoder_with_states_and_compares_it_step_by_step(tmp_path):
+    text = "g (float[2, 8] x, float[2, 8] k) => (float[2, 8] y, float[2, 8] l) { l = Add(x, k) y = Relu(l) }"
+    artifact, report = optkit.compile(
+        parse(HEAD + text), target="iphone15", recipe="coreml-fp32", overrides=["options.states={k: l}"], out=tmp_path / "out"
+    )  # fmt: skip
+    assert report.manifest.fidelity is not None and report.manifest.fidelity.cosine > 0.9999
+    x = np.full((2, 8), 0.5, np.float32)
+    model = optkit.load(artifact.folder)
+    assert [model.run({"x": x})["y"][0, 0] for _ in range(3)] == [0.5, 1.0, 1.5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -372,7 +372,7 @@ def test_basic_pitch_as_spotify_converted_it_computes_what_its_onnx_twin_does():
 
 
 def test_rounding_to_halves_is_that_of_numpy_for_every_half_every_tie_and_random_bits():
-    from optkit.backends.coreml.reference.machine import halves
+    from optkit.backends.coreml.reference.halves import halves
 
     every = np.arange(0x10000, dtype=np.uint16).view(np.float16).astype(np.float32)
     finite = np.sort(every[np.isfinite(every)]).astype(np.float64)
@@ -411,7 +411,8 @@ def test_the_share_below_a_point_is_that_of_the_error_function_in_float64():
 
 
 def test_operations_that_are_not_rounded_give_numbers_that_need_no_rounding():
-    from optkit.backends.coreml.reference.machine import _MOVES, _PICKS, halves
+    from optkit.backends.coreml.reference.halves import halves
+    from optkit.backends.coreml.reference.machine import _MOVES, _PICKS
     from optkit.backends.coreml.reference.ops import OPERATIONS
 
     a, b = (
@@ -432,7 +433,7 @@ def test_operations_that_are_not_rounded_give_numbers_that_need_no_rounding():
 
 
 def test_float16_widens_to_what_numpy_says_for_every_number():
-    from optkit.backends.coreml.reference.machine import widened
+    from optkit.backends.coreml.reference.halves import widened
 
     every = np.arange(0x10000, dtype=np.uint16).view(np.float16)
     for values in (every, every[np.isfinite(every)], every.reshape(256, 256).T):
@@ -474,6 +475,64 @@ def test_convolutions_in_parts_are_those_in_one_piece(monkeypatch):
     # An infinity is far from most windows, and takes the way that multiplies no zeros.
     x[0, 0, 0, 0] = np.inf
     np.testing.assert_allclose(linear.conv(**deep)[0, 1:], bands[0, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["conv", "conv of one element", "grouped conv", "linear", "matmul", "transposed", "lstm", "gru", "rnn"],
+)
+def test_weights_in_float16_are_widened_some_rows_at_a_time(kind, monkeypatch):
+    """The numbers are those of the weights in float32 at once, up to the order of sums."""
+    from optkit.backends.coreml.reference.ops import OPERATIONS, linear
+
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return random.normal(size=shape).astype(np.float32)
+
+    cells = {"x": draw(5, 2, 6), "initial_h": draw(2, 8)}
+    weights = lambda gates: {"weight_ih": draw(gates * 8, 6), "weight_hh": draw(gates * 8, 8)}  # noqa: E731
+    given, narrow = {
+        "conv": ({"x": draw(2, 3, 9, 7)}, {"weight": draw(10, 3, 3, 2)}),
+        "conv of one element": ({"x": draw(2, 3, 9, 7)}, {"weight": draw(10, 3, 1, 1)}),
+        "grouped conv": ({"x": draw(2, 6, 9, 7), "groups": 2}, {"weight": draw(10, 3, 3, 2)}),
+        "linear": ({"x": draw(2, 5, 6), "bias": draw(10)}, {"weight": draw(10, 6)}),
+        "matmul": ({"x": draw(2, 5, 6)}, {"y": draw(6, 10)}),
+        "transposed": ({"x": draw(2, 6, 5), "transpose_x": True, "transpose_y": True}, {"y": draw(10, 6)}),
+        "lstm": (cells | {"initial_c": draw(2, 8), "bias": draw(32), "output_sequence": True}, weights(4)),
+        "gru": (cells | {"output_sequence": True}, weights(3)),
+        "rnn": (cells | {"bias": draw(8), "output_sequence": True}, weights(1)),
+    }[kind]
+    halves = {k: v.astype(np.float16) for k, v in narrow.items()}
+    run = OPERATIONS[
+        kind.split()[-1] if kind == "grouped conv" else {"transposed": "matmul"}.get(kind, kind.split()[0])
+    ]
+    expected = run(**given, **{k: v.astype(np.float32) for k, v in halves.items()})
+    monkeypatch.setattr(linear, "_WIDENED", 1)
+    monkeypatch.setattr(linear, "_LEAST", 1)
+    found = run(**given, **halves)
+    for a, b in zip(expected, found, strict=True) if isinstance(expected, list) else [(expected, found)]:
+        assert b.dtype == np.float32
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_path):
+    import tracemalloc
+
+    weight = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
+    model = parse(HEAD + "g (float[1, 512] x) => (float[1, 4096] y) { y = MatMul(x, w) }", w=weight)
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision="fp16"), tmp_path)
+    feeds = random_feeds(model)
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        session.run(feeds)
+        tracemalloc.start()
+        try:
+            session.run(feeds)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < weight.nbytes / 16
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from optkit.backends.coreml.reference.halves import wide, widened
 from optkit.backends.coreml.reference.ops.elementwise import along
 from optkit.backends.coreml.reference.ops.table import operation
 
@@ -19,17 +20,36 @@ Array = np.ndarray
 _UNFOLDED, _BLOCK = 1 << 18, 1 << 15
 # Elements of padded input that are in memory at a time.
 _PADDED = 1 << 17
+# Where activations are smaller than these, as many elements as they have, but no fewer than pay for a step of its own.
+_LEAST = 1 << 13
+# Elements of weights in float16 that are in float32 at a time, where activations have fewer.
+_WIDENED = 1 << 15
 # Columns of the output that one banded matrix gives: more multiply more zeros, fewer make more products.
 _COLUMNS = 14
 # So many times wider than high, and bands along the height are the faster ones.
 _WIDE = 2
 
 
+def _by_rows(rows: Array, size: int) -> Iterator[tuple[slice, Array]]:
+    """Rows of a matrix in float32, half as many at a time as there are elements of activations, ``size``, beside them."""
+    if rows.dtype != np.float16:
+        yield slice(0, len(rows)), rows
+        return
+    step = max(1, max(_WIDENED, size // 2) // max(1, rows[:1].size))
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        yield some, widened(rows[some])
+
+
 @operation("linear")
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """``x W^T + b``."""
     # One product of matrices, whatever comes before the last axis.
-    out = np.matmul(x.reshape(-1, x.shape[-1]), weight.T).reshape(*x.shape[:-1], len(weight))
+    flat = x.reshape(-1, x.shape[-1])
+    out = np.empty((len(flat), len(weight)), np.float32)
+    for some, rows in _by_rows(weight, max(x.size, out.size)):
+        np.matmul(flat, rows.T, out=out[:, some])
+    out = out.reshape(*x.shape[:-1], len(weight))
     return out if bias is None else _add(out, bias)
 
 
@@ -37,6 +57,9 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
     """The product, of the last two axes."""
     x = np.swapaxes(x, -1, -2) if transpose_x and x.ndim > 1 else x
+    if y.ndim == 2 and y.dtype == np.float16 and x.ndim > 1:
+        return linear(x, y if transpose_y else y.T)
+    x, y = wide(x), wide(y)
     y = np.swapaxes(y, -1, -2) if transpose_y and y.ndim > 1 else y
     return np.matmul(x, y)
 
@@ -136,7 +159,7 @@ def conv(
     batch, channels, total = x.shape[0], x.shape[1], weight.shape[0]
     # One channel alone is read by all kernels: a product like any other.
     if groups == channels > 1 and weight.shape[1] == 1:
-        out = _depthwise(x, weight, steps, spread, pads, sizes)
+        out = _depthwise(x, wide(weight), steps, spread, pads, sizes)
     else:
         out = np.empty((batch, total, *sizes), np.float32)
         each, rows = channels // groups, total // groups
@@ -158,18 +181,39 @@ def _dense(
 ) -> None:  # fmt: skip
     kernel = weight.shape[2:]
     matrix = weight.reshape(len(weight), -1)
+    activations = max(x.size, out.size)
     if all(k == 1 for k in kernel):
         x = padded(x, pads)
         x = _spatial(x, [slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)])
-        for image, place in zip(x, out, strict=True):
-            # All channels of an image are in one piece, so this is a view.
-            np.matmul(matrix, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
+        for some, rows in _by_rows(matrix, activations):
+            for image, place in zip(x, out[:, some], strict=True):
+                # All channels of an image are in one piece, so this is a view.
+                np.matmul(rows, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
         return
+    for some, rows in _by_rows(matrix, activations):
+        for image, place, columns in _unfolded(
+            x, kernel, strides, dilations, pads, sizes, _room(_UNFOLDED, activations)
+        ):
+            # Whole rows of the output lie in one piece, so this is a view.
+            np.matmul(rows, columns, out=out[image, some, place].reshape(len(rows), -1))
+            del columns  # before the next are made
+
+
+def _room(most: int, activations: int) -> int:
+    """Elements that a step may hold beside its activations."""
+    return min(most, max(_LEAST, activations))
+
+
+def _unfolded(
+    x: Array, kernel: Sequence[int], strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
+    room: int,
+) -> Iterator[tuple[int, slice, Array]]:  # fmt: skip
+    """For each image some rows of the output at a time: what each of its elements is computed from, in a column."""
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    # [in, *out, *kernel] becomes [in, *kernel, *out]; a few rows of the output at a time.
-    axes = len(sizes)
+    # [in, *out, *kernel] becomes [in, *kernel, *out].
+    axes, high = len(sizes), x.shape[1] * math.prod(kernel)
     order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
-    rows = max(1, _UNFOLDED // max(1, matrix.shape[1] * math.prod(sizes[1:])))
+    rows = max(1, room // max(1, high * math.prod(sizes[1:])))
     (before, _), step = pads[0], strides[0]
     for image, start in itertools.product(range(len(x)), range(0, sizes[0], rows)):
         count = min(rows, sizes[0] - start)
@@ -180,8 +224,7 @@ def _dense(
         some = padded(x[image : image + 1, :, first:last], [ends, *pads[1:]])[0]
         windows = sliding_window_view(some, spans, axis=tuple(range(1, 1 + axes)))
         part = _spatial(windows, [slice(None, None, s) for s in (*strides, *dilations)]).transpose(order)
-        columns = part.reshape(matrix.shape[1], -1)
-        out[image, :, start : start + count] = (matrix @ columns).reshape(len(matrix), -1, *sizes[1:])
+        yield image, slice(start, start + count), part.reshape(high, -1)
 
 
 def _depthwise(
@@ -194,31 +237,33 @@ def _depthwise(
     kernels = weight.reshape(channels, times, *weight.shape[2:])
     # Zeros of a band would turn infinities beside a window into NaN.
     banded = len(sizes) <= 2 and all(d == 1 for d in dilations) and bool(np.isfinite(x).all())
-    block = max(1, _PADDED // max(1, math.prod(x.shape[2:])))
+    inside = [n + sum(p) for n, p in zip(x.shape[2:], pads, strict=True)]
+    room = _room(_PADDED, max(x.size, out.size))
+    block = max(1, room // max(1, math.prod(inside)))
     for image, low in itertools.product(range(batch), range(0, channels, block)):
         some = slice(low, low + block)
         part = padded(x[image : image + 1, some], pads)[0]
         for t in range(times):
             if banded:
-                _by_bands(part, kernels[some, t], strides, out[image, some, t])
+                _by_bands(part, kernels[some, t], strides, out[image, some, t], room)
             else:
                 _by_taps(part, kernels[some, t], strides, dilations, sizes, out[image, some, t])
     return out.reshape(batch, channels * times, *sizes)
 
 
-def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array, room: int) -> None:
     """Products with banded matrices, for each channel one of its rows or of its columns."""
     if len(strides) == 1:
         x, kernels, out, strides = x[:, None], kernels[:, None], out[:, None], [1, *strides]
     height, width = out.shape[1:]
     # A matrix is as large as what it is multiplied with where a picture is low and wide.
     if height <= _COLUMNS and _WIDE * height <= width:
-        _low(x, kernels, strides, out)
+        _low(x, kernels, strides, out, room)
     else:
         _high(x, kernels, strides, out)
 
 
-def _low(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+def _low(x: Array, kernels: Array, strides: list[int], out: Array, room: int) -> None:
     """One matrix ``[height, taps * rows]`` for each channel, with the input once for each column of the kernel."""
     channels, rows, taps = kernels.shape
     (down, right), (height, width) = strides, out.shape[1:]
@@ -227,7 +272,7 @@ def _low(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
     for row in range(height):
         bands[:, row, :, row * down : row * down + rows] = kernels.swapaxes(1, 2)
     bands = bands.reshape(channels, height, taps * span)
-    block = max(1, _PADDED // (span * width * taps))
+    block = max(1, room // (span * width * taps))
     for low in range(0, channels, block):
         some = slice(low, low + block)
         under = np.empty((len(x[some]), taps, span, width), np.float32)

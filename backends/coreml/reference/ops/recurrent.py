@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from optkit.backends.coreml.reference.halves import wide
 from optkit.backends.coreml.reference.ops.elementwise import sigmoid_of
+from optkit.backends.coreml.reference.ops.linear import linear
 from optkit.backends.coreml.reference.ops.table import operation
 
 Array = np.ndarray
@@ -28,7 +30,7 @@ def _lstm_way(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gates in the order i f o z."""
     gate, cell, out = functions
-    inputs = np.matmul(x, w.T) + (0 if bias is None else bias)
+    inputs, r = linear(x, w, bias), wide(r)
     units = h.shape[-1]
     states = np.empty((len(x), *h.shape), np.float32)
     for t in _steps(len(x), backwards):
@@ -74,7 +76,7 @@ def gru(
 ) -> list[Array]:  # fmt: skip
     """Gated recurrent unit, gates in the order r o z, by the formulas of iOS 15."""
     gate, out = _ACTIVATIONS[recurrent_activation], _ACTIVATIONS[activation]
-    inputs = np.matmul(x, weight_ih.T) + (0 if bias is None else bias)
+    inputs, weight_hh = linear(x, weight_ih, bias), wide(weight_hh)
     h, units = initial_h, initial_h.shape[-1]
     states = np.empty((len(x), *h.shape), np.float32)
     for t in _steps(len(x), direction == "reverse"):
@@ -94,7 +96,7 @@ def rnn(
 ) -> list[Array]:  # fmt: skip
     """The plain recurrent cell."""
     out, h = _ACTIVATIONS[activation], initial_h
-    inputs = np.matmul(x, weight_ih.T) + (0 if bias is None else bias)
+    inputs, weight_hh = linear(x, weight_ih, bias), wide(weight_hh)
     states = np.empty((len(x), *h.shape), np.float32)
     for t in _steps(len(x), direction == "reverse"):
         h = out(inputs[t] + h @ weight_hh.T)
