@@ -148,9 +148,10 @@ _BODY = (
     "rest = Constant <value_ints = [-1]> () axes = Constant <value_ints = [1, 2, 3]> () origin = Constant <value_int = 0> () "
     "step = Constant <value_int = 1> () nothing = Constant <value_float = 0.0> () tiny = Constant <value_float = 1e-30> () "
     "lowest = Constant <value_float = -1e30> () count = Constant <value_int: int = @pages> () pages = Unsqueeze (count, first) "
-    # Rows of the table are filled up to whole parts.
-    "minus = Neg (most) short = Mod (minus, pages) fill = Concat <axis = 0> (batch, short) zero = Cast <to = 6> (origin) "
-    "more = Expand (zero, fill) full = Concat <axis = 1> (table, more) width = Mul (pages, page) "
+    # Rows of the table are filled up to whole parts, by pages that lie behind all keys.
+    "minus = Neg (most) short = Mod (minus, pages) filled = Add (most, short) size = Squeeze (filled) "
+    "place = Range (origin, size, step) again = Mod (place, most) turned = Transpose <perm = [1, 0]> (table) "
+    "longer = Gather <axis = 0> (turned, again) full = Transpose <perm = [1, 0]> (longer) width = Mul (pages, page) "
     "form = Concat <axis = 0> (batch, groups, rest, width, depth) asked = Concat <axis = 0> (batch, groups, one, rest, depth) "
     "wk = CastLike (keys, q) wv = CastLike (values, q) gk = Gather <axis = 0> (wk, full) gv = Gather <axis = 0> (wv, full) "
     "tk = Transpose <perm = [0, 2, 1, 3, 4]> (gk) tv = Transpose <perm = [0, 2, 1, 3, 4]> (gv) k = Reshape (tk, form) "
