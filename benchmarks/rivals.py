@@ -32,8 +32,8 @@ class Rival:
     compute: _Compute
 
 
-def _int_mm(x: Any, w: Any, scale: Any, bias: Any) -> Any:
-    return torch._int_mm(x, w.t()).float().mul_(scale).add_(bias).to(bias.dtype)
+def _int_mm(x: Any, w: Any, scale: Any, shift: Any, bias: Any) -> Any:
+    return torch._int_mm(x, w.t()).add_(shift).float().mul_(scale).add_(bias).to(bias.dtype)
 
 
 def _sdpa(q: Any, k: Any, v: Any, mask: Any = None, *, scale: float = 1.0) -> Any:

@@ -457,7 +457,12 @@ def scheme(model: ir.Model) -> str:
                 kinds.add("activations uint8 per tensor, asymmetric, computed in each run")
             elif node.domain == DOMAIN:
                 for value in node.inputs:
-                    if value is not None and value.dtype in _NARROW:
+                    # A single number is the zero point of a grid.
+                    if (
+                        value is not None
+                        and value.dtype in _NARROW
+                        and (value.shape is None or len(value.shape))
+                    ):
                         role = "weights" if value.is_initializer() else "activations"
                         kinds.add(f"{role} {value.dtype.name.lower()} in {node.op_type}")
     return "; ".join(sorted(kinds, reverse=True)) or "no integers: float throughout"

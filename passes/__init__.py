@@ -52,6 +52,7 @@ PASSES = Registry(
         "quantize-embedding": "optkit.passes.quantization.embedding:QuantizeEmbedding",
         "quantize-weights": "optkit.passes.quantization.weights:QuantizeWeights",
         "palettize-weights": "optkit.passes.quantization.palette:PalettizeWeights",
+        "quantize-blocks": "optkit.passes.quantization.blocks:QuantizeBlocks",
         "quantize-dynamic": "optkit.passes.quantization.dynamic:QuantizeDynamic",
     },
     group="optkit.passes",

@@ -402,8 +402,9 @@ def test_fidelity_is_measured_on_batches_that_calibration_has_not_seen(
 def test_integers_inside_of_kernels_are_no_floats():
     graph = parse(
         """<ir_version: 10, opset_import: ["" : 21, "optkit" : 1]>
-        g (int8[N, 32] q) => (float16[N, 16] y) { y = optkit.LinearInt8 (q, w, s, b) }""",
-        w=np.ones((16, 32), np.int8), s=np.ones(16, np.float32), b=np.zeros(16, np.float16),
+        g (int8[N, 32] q, float16[N, 32] x) => (float16[N, 16] y, int8[N, 32] k) <float step = {0.1}, int8 zero = {3}> {
+          y = optkit.LinearInt8 (q, w, s, m, b) k = optkit.Quantize (x, step, zero) }""",
+        w=np.ones((16, 32), np.int8), s=np.ones(16, np.float32), m=np.zeros(16, np.int32), b=np.zeros(16, np.float16),
     )  # fmt: skip
     assert scheme(graph) == "weights int8 in LinearInt8; activations int8 in LinearInt8"
 

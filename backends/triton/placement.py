@@ -9,11 +9,11 @@ from optkit.placement import Placement, Row, rows
 # In front of products with constant matrices: the kernel takes integers in and gives floats out.
 DEFAULT = Placement(
     name="default",
-    activation="s8",
+    activation="s8-asym",
     weight="s8",
     bias=False,
     rows=rows(Row(op="MatMul", output=False, max_rank=2)),
-    source="optkit.LinearInt8: no zero points, weights per output channel, activations per tensor",
+    source="optkit.LinearInt8: weights per output channel around 0; activations per tensor, whose zero point costs nothing",
 )
 
 # The same in floats of 8 bits, from sm_89 on.

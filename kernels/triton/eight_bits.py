@@ -11,6 +11,7 @@ import onnx_ir as ir
 from optkit.graph import attribute, constant, scalar
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES
+from optkit.kernels.triton.quantize import grid_miss
 from optkit.rewrite import Match, Rule
 
 # Rows, columns and depth of a tile, warps and stages, by architecture: a depth of 128 bytes fills a line of the cache.
@@ -30,7 +31,7 @@ class _Product(Kernel):
         return self.formats[0]
 
     def problem(self, node: ir.Node) -> Problem | str:
-        w, bias = node.inputs[1], node.inputs[3]
+        w, bias = node.inputs[1], node.inputs[-1]
         out = format_of(bias)
         if out not in self.outs or any(format_of(v) != self.fmt for v in (node.inputs[0], w)):
             return f"no formats of {self.name}"
@@ -44,20 +45,25 @@ class _Product(Kernel):
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
         columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
         m, n, k, warps, stages = _TILES[capability]
-        kinds = (
-            ("x", self.fmt, "input:0"),
-            ("w", self.fmt, "input:1"),
-            ("scale", "fp32", "input:2"),
-            ("bias", out, "input:3"),
-            ("y", out, "output:0"),
-        )
+        integers = self.fmt == "int8"
+        kinds = [
+            ("x", self.fmt),
+            ("w", self.fmt),
+            ("scale", "fp32"),
+            *[("shift", "i32")] * integers,
+            ("bias", out),
+        ]
         return Program(
             function="optkit.kernels.triton.device.eight_bits:linear",
             arguments=(
-                *(Argument(name=a, type=pointer(kind), binds=b, aligned=True) for a, kind, b in kinds),
+                *(Argument(name=a, type=pointer(f), binds=f"input:{i}", aligned=True) for i, (a, f) in enumerate(kinds)),
+                Argument(name="y", type=pointer(out), binds="output:0", aligned=True),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
-            constants={"COLUMNS": columns, "DEPTH": depth, "M": m, "N": n, "K": k, "GROUP": _GROUP},
+            constants={
+                **({} if integers else {"shift": None}),
+                "COLUMNS": columns, "DEPTH": depth, "M": m, "N": n, "K": k, "GROUP": _GROUP,
+            },
             grid=(f"cdiv(rows, {m}) * {-(-columns // n)}", "1", "1"),
             warps=warps, stages=stages, products=self.fmt,
         )  # fmt: skip
@@ -73,7 +79,7 @@ class _Product(Kernel):
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         columns, depth = int(problem["columns"]), int(problem["depth"])
-        return [(rows, depth), (columns, depth), (columns,), (columns,)]
+        return [(rows, depth), (columns, depth), *[(columns,)] * (3 if self.fmt == "int8" else 2)]
 
     def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
         m = _TILES[capability][0]
@@ -81,12 +87,13 @@ class _Product(Kernel):
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         random = np.random.default_rng(seed)
-        x, w, scale, bias = self.shapes(problem, rows)
+        x, w, scale, *shift, bias = self.shapes(problem, rows)
         # Products of full range, scaled to about 1.
-        unit = 1 / (73.0**2 * int(problem["depth"]) ** 0.5)
+        size = 73.0**2 * int(problem["depth"]) ** 0.5
         return [
             *(random.integers(-127, 128, shape).astype(DTYPES[self.fmt]) for shape in (x, w)),
-            (random.uniform(0.5, 2, scale) * unit).astype(np.float32),
+            (random.uniform(0.5, 2, scale) / size).astype(np.float32),
+            *(random.integers(-int(size), int(size), shape, np.int32) for shape in shift),
             random.standard_normal(bias).astype(np.float32).astype(DTYPES[str(problem["output"])]),
         ]
 
@@ -96,8 +103,8 @@ class _Product(Kernel):
         return {"fp16": 0.55, "bf16": 0.55, "fp32": 2.5}[str(problem["output"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        x, w, scale, bias = (a.astype(np.float64) for a in inputs if a is not None)
-        return [x @ w.T * scale + bias]
+        x, w, scale, *shift, bias = (a.astype(np.float64) for a in inputs if a is not None)
+        return [(x @ w.T + sum(shift)) * scale + bias]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         rows, depth = shapes[0]
@@ -128,8 +135,11 @@ class _Product(Kernel):
         q, s, z = given
         if format_of(q) != self.fmt or format_of(w) != self.fmt:
             return match.fail(f"not known to be {self.fmt}", q)
-        if scalar(s) is None or any((known := constant(zero)) is None or known.any() for zero in (z, o)):
-            return match.fail("activations with a zero point or a scale that is not constant", q)
+        zeros = constant(o)
+        if why := grid_miss(s, z, self.fmt):
+            return match.fail(why, q)
+        if zeros is None or zeros.any():
+            return match.fail("weights with a zero point", w)
         array, scales = constant(w), constant(v)
         if array is None or array.ndim != 2 or scales is None or scales.size not in (1, array.shape[1]):
             return match.fail("not a constant matrix with a scale for each output", w)
@@ -159,12 +169,18 @@ class _Product(Kernel):
     ) -> Any:
         given = _given(x)
         assert given is not None
-        q, s, _ = given
-        array, scales = constant(w), constant(v)
-        assert array is not None and scales is not None and root.outputs[0].dtype is not None
+        q, s, z = given
+        array, scales, zero = constant(w), constant(v), constant(z)
+        assert array is not None and scales is not None and zero is not None
+        assert root.outputs[0].dtype is not None
         scale = np.broadcast_to(scales.reshape(-1) * np.float32(scalar(s)), array.shape[1]).astype(np.float32)
         added = np.zeros(array.shape[1], root.outputs[0].dtype.numpy()) if bias is None else bias
-        (y,) = op.node(self.op, [q, np.ascontiguousarray(array.T), scale, added], domain=DOMAIN)
+        more = []
+        if self.fmt == "int8":
+            # What the zero point adds to each sum is the same for all rows.
+            more.append((-int(zero.item()) * array.astype(np.int64).sum(0)).astype(np.int32))
+        operands = [q, np.ascontiguousarray(array.T), scale, *more, added]
+        (y,) = op.node(self.op, operands, domain=DOMAIN)
         y.type = root.outputs[0].type
         return y
 
@@ -211,11 +227,12 @@ _SCALED = "s = Mul (f, scale) b = Cast <to = 1> (bias) a = Add (s, b) y = CastLi
 
 
 class LinearInt8(_Product):
-    """``y = (x @ w^T) * scale + bias`` of int8 rows and int8 weights ``[outputs, inputs]``, a scale for each output.
+    """``y = (x @ w^T + shift) * scale + bias`` of int8 rows and int8 weights ``[outputs, inputs]``, a scale for each output.
 
     Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
-    arXiv:1712.05877, section 2.2, without zero points: sums of products in 32 bits are exact, and scaled once, in float32.
-    ``scale`` is that of the activations times that of the weights.
+    arXiv:1712.05877, section 2.3, with weights around 0: sums of products in 32 bits are exact, and scaled once, in float32.
+    ``scale`` is that of the activations times that of the weights, and ``shift`` what the zero point ``z`` of the activations
+    takes from each sum, ``-z * sum(w)``: int32, known before.
     """
 
     name, op = "linear-int8", "LinearInt8"
@@ -225,8 +242,8 @@ class LinearInt8(_Product):
     examples: ClassVar[tuple[Problem, ...]] = ({"format": "int8", **_EXAMPLE},)
     small: ClassVar[tuple[Problem, ...]] = tuple({"format": "int8", **e} for e in _SMALL)
     body: ClassVar[str] = (
-        f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, bias) => (y) {{ '
-        f"t = Transpose <perm = [1, 0]> (w) p = MatMulInteger (x, t) f = Cast <to = 1> (p) {_SCALED}"
+        f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, w, scale, shift, bias) => (y) {{ '
+        f"t = Transpose <perm = [1, 0]> (w) p = MatMulInteger (x, t) m = Add (p, shift) f = Cast <to = 1> (m) {_SCALED}"
     )
 
 

@@ -54,23 +54,29 @@ class _Gated(Kernel):
         fmt = str(problem["format"])
         warps, reads = BLOCKS[capability]
         block = warps * 32 * reads * 16 // BYTES[fmt]
-        names = ("gate", "up") if self.paired else ("gate",)
-        out = str(problem.get("stored", fmt))
+        names, grid = ("gate", "up") if self.paired else ("gate",), self.grid(problem)
+        arguments = (
+            *(Argument(name=n, type=pointer(fmt), binds=f"input:{i}", aligned=True) for i, n in enumerate(names)),
+            *grid,
+            Argument(name="y", type=pointer(str(problem.get("stored", fmt))), binds="output:0", aligned=True),
+            # A multiple of 16, as its last axis is one.
+            Argument(name="n", type="i32", binds="n", aligned=True),
+        )  # fmt: skip
+        given = [a.name for a in arguments]
         return Program(
             function="optkit.kernels.triton.device.gated:gated",
-            arguments=(
-                *(Argument(name=n, type=pointer(fmt), binds=f"input:{i}", aligned=True) for i, n in enumerate(names)),
-                Argument(name="y", type=pointer(out), binds="output:0", aligned=True),
-                # A multiple of 16, as its last axis is one.
-                Argument(name="n", type="i32", binds="n", aligned=True),
-            ),
+            arguments=arguments,
             constants={
-                **({} if self.paired else {"up": None}),
-                "BLOCK": block, "KIND": self.kind, "PAIRED": self.paired, "STEP": float(problem.get("step", 0.0)),
+                **{n: None for n in ("up", "step", "zero") if n not in given},
+                "BLOCK": block, "KIND": self.kind, "PAIRED": self.paired, "GRID": bool(grid),
             },
             grid=(f"cdiv(n, {block})", "1", "1"),
             warps=warps,
         )  # fmt: skip
+
+    def grid(self, problem: Problem) -> tuple[Argument, ...]:
+        """Step and zero point of the grid that the result is put onto; nothing where it stays a float."""
+        return ()
 
     def expressions(self, problem: Problem) -> dict[str, str]:
         return {"n": "elements(0)"}

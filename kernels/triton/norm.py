@@ -67,14 +67,15 @@ class _Norm(Kernel):
         rows = max(1, min(elements // block, 8))
         # Each thread reads 16 bytes at a time.
         warps = max(1, min(most, rows * block * BYTES[fmt] // (16 * 32)))
-        bound, step = self.bound(problem), float(problem.get("step", 0.0))
-        order = ("x", "residual", "scale", "bias", "y", "total", "q")
+        bound, stored = self.bound(problem), str(problem.get("stored", fmt))
+        order = ("x", "residual", "scale", "bias", "step", "zero", "y", "total", "q")
+        kinds = {"step": "fp32", "zero": stored, "q": stored}
         arguments = [
             Argument(
                 name=n,
-                type=pointer(str(problem["stored"]) if n == "q" else fmt),
+                type=pointer(kinds.get(n, fmt)),
                 binds=bound[n],
-                aligned=True,
+                aligned=n not in ("step", "zero"),
             )
             for n in order
             if n in bound
@@ -86,7 +87,7 @@ class _Norm(Kernel):
                 **{name: None for name in order if name not in bound},
                 "EPSILON": float(problem["epsilon"]), "COLUMNS": columns, "BLOCK": block, "ROWS": rows,
                 "CENTRED": self.centred, "RESIDUAL": self.residual, "BIAS": self.centred, "NORMAL": "y" in bound,
-                "TOTAL": "total" in bound, "STEP": step,
+                "TOTAL": "total" in bound, "GRID": "q" in bound,
             },
             grid=(f"cdiv(rows, {rows})", "1", "1"),
             warps=warps,
@@ -181,14 +182,18 @@ class _Norm(Kernel):
                 return match.fail("mean or deviation are used too", root)
         elif why := _rms_miss(x, bound["axes"], bound["epsilon"]):
             return match.fail(why, root)
-        vectors = [scale, bound["bias"]] if self.centred else [scale]
+        vectors = [v for v in (scale, bound.get("bias")) if v is not None]
         if self.residual and (why := addends(x, root, vectors)) is not None:
             return match.fail(why, x)
         return match
 
-    def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, scale: ir.Value, **bound: ir.Value) -> Any:
+    def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, scale: ir.Value, **bound: ir.Value | None) -> Any:
         epsilon = attribute(root, "epsilon", 1e-5) if self.centred else scalar(bound["epsilon"])
-        vectors = [scale, bound["bias"]] if self.centred else [scale]
+        vectors = [scale]
+        if self.centred:
+            assert x.dtype is not None
+            zeros = np.zeros(columns_of(x) or 0, x.dtype.numpy())
+            vectors.append(op.constant(zeros, "bias") if bound["bias"] is None else bound["bias"])
         attributes = {"epsilon": epsilon}
         if self.residual:
             return absorb(op, self.op, x, vectors, attributes)

@@ -10,18 +10,19 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import attribute
-from optkit.kernels.base import BYTES, DOMAIN, TYPES, Kernel, Problem, columns_of, format_of
-from optkit.kernels.triton.drawing import DTYPES
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, columns_of, format_of
+from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.gated import GeGlu, SwiGlu
 from optkit.kernels.triton.norm import RMS, AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
-from optkit.kernels.triton.quantize import on_grid
+from optkit.kernels.triton.quantize import draw_grid, grid_arguments, grid_problem, on_grid
 from optkit.rewrite import Match, Rule, remove_unused, substitute
-
-_QUANTIZERS = ("Quantize", "QuantizeFp8")
 
 
 class _OntoGrid(Kernel):
-    """What a kernel computes, rounded to its format as it would be between the two kernels, and then onto the grid."""
+    """What a kernel computes, rounded to its format as it would be between the two kernels, and then onto the grid.
+
+    Step and zero point of the grid are the last two operands.
+    """
 
     size: ClassVar[int] = 0
     """After the two that it stands for are called."""
@@ -30,40 +31,37 @@ class _OntoGrid(Kernel):
     """The operator whose result it is that goes onto the grid."""
 
     def problem(self, node: ir.Node) -> Problem | str:
-        found = super().problem(node)  # type: ignore[safe-super]
-        stored = next((name for name, kind in TYPES.items() if int(kind) == attribute(node, "to")), None)
+        found, stored = super().problem(node), grid_problem(node)  # type: ignore[safe-super]
         if isinstance(found, str):
             return found
-        if stored not in ("int8", "fp8"):
-            return f"no format of {self.name}"
-        return {**found, "stored": stored, "step": repr(float(attribute(node, "step", 1.0)))}  # type: ignore[arg-type]
+        return f"no format of {self.name}" if stored is None else {**found, "stored": stored}
 
     def output_format(self, problem: Problem, output: int = 0) -> str:
         return str(problem["format"] if output else problem["stored"])
 
-    def attributes(self, problem: Problem) -> dict[str, Any]:
-        return {
-            **super().attributes(problem),
-            "step": float(str(problem["step"])),
-            "to": int(TYPES[str(problem["stored"])]),
-        }
+    def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
+        return [*super().shapes(problem, rows), (), ()]  # type: ignore[safe-super]
+
+    def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
+        found = draw(super().shapes(problem, rows), str(problem["format"]), seed)  # type: ignore[safe-super]
+        return [*found, *draw_grid(str(problem["stored"]))]
 
     def allowed(self, problem: Problem) -> float:
         # What is next to the border between two numbers of the format, and then of the grid, may fall to either side.
         return max(1.0, super().allowed(problem))  # type: ignore[safe-super]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        value, *rest = super().reference(problem, inputs)  # type: ignore[safe-super]
+        *operands, step, zero = inputs
+        assert step is not None
+        assert zero is not None
+        value, *rest = super().reference(problem, operands)  # type: ignore[safe-super]
         rounded = value.astype(np.float32).astype(DTYPES[str(problem["format"])])
-        grid = on_grid(rounded, str(problem["step"]), str(problem["stored"]))
-        return [grid, *([value] if problem.get("normal") else []), *rest]
+        return [on_grid(rounded, step, zero), *([value] if problem.get("normal") else []), *rest]
 
     def rules(self) -> Sequence[Rule]:
-        return [
-            Rule(_quantizer(op_type), self._onto, self._behind, name=self.name) for op_type in _QUANTIZERS
-        ]
+        return [Rule(_quantizer, self._onto, self._behind, name=self.name)]
 
-    def _behind(self, root: ir.Node, x: ir.Value) -> Match:
+    def _behind(self, root: ir.Node, x: ir.Value, **_: ir.Value) -> Match:
         match, node = Match(), x.producer()
         if node is None or node.op_type != self.before or node.graph is not root.graph:
             return match.fail(f"not what {self.before} computes", x)
@@ -78,18 +76,12 @@ class _OntoGrid(Kernel):
         """Whether ``node`` may be computed at the place of ``root``."""
 
     @abstractmethod
-    def _onto(self, op: Any, root: ir.Node, x: ir.Value) -> Any:
+    def _onto(self, op: Any, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Any:
         """The call in place of ``root`` and of what computes ``x``."""
 
 
-def _quantizer(op_type: str) -> Any:
-    return lambda op, x: op.of(DOMAIN, op_type)(x)
-
-
-def _grid(root: ir.Node) -> dict[str, Any]:
-    kind = root.outputs[0].dtype
-    assert kind is not None
-    return {"step": float(attribute(root, "scale", 1.0)), "to": int(kind)}  # type: ignore[arg-type]
+def _quantizer(op: Any, x: Any, step: Any, zero: Any) -> Any:
+    return op.of(DOMAIN, "Quantize")(x, step, zero)
 
 
 class _NormOntoGrid(_OntoGrid):
@@ -104,6 +96,8 @@ class _NormOntoGrid(_OntoGrid):
 
     def bound(self, problem: Problem) -> dict[str, str]:
         found = {k: v for k, v in super().bound(problem).items() if k not in ("y", "total")}  # type: ignore[misc]
+        step = len(self.shapes(problem, 1)) - 2
+        found |= {a.name: a.binds for a in grid_arguments(str(problem["stored"]), step)}
         found["q"] = "output:0"
         if problem["normal"]:
             found["y"] = "output:1"
@@ -134,11 +128,12 @@ class _NormOntoGrid(_OntoGrid):
             return match.fail("its sum is an output of the graph", node)
         return match
 
-    def _onto(self, op: Any, root: ir.Node, x: ir.Value) -> Any:
+    def _onto(self, op: Any, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Any:
         node = x.producer()
         assert node is not None
-        attributes = {"epsilon": float(attribute(node, "epsilon", 1e-5)), **_grid(root)}  # type: ignore[arg-type]
-        q, *others = op.node(self.op, list(node.inputs), attributes, domain=DOMAIN, outputs=2 + self.residual)
+        attributes = {"epsilon": float(attribute(node, "epsilon", 1e-5))}  # type: ignore[arg-type]
+        operands = [*node.inputs, step, zero]
+        q, *others = op.node(self.op, operands, attributes, domain=DOMAIN, outputs=2 + self.residual)
         q.type, q.shape = root.outputs[0].type, x.shape
         for value, old in zip(others, node.outputs, strict=False):
             value.type, value.shape = x.type, x.shape
@@ -148,6 +143,11 @@ class _NormOntoGrid(_OntoGrid):
 
 
 class _GateOntoGrid(_OntoGrid):
+    paired: ClassVar[bool]
+
+    def grid(self, problem: Problem) -> tuple[Argument, ...]:
+        return grid_arguments(str(problem["stored"]), 1 + self.paired)
+
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         operations, moved = super().work(problem, shapes)  # type: ignore[safe-super]
         n = shapes[0][0] * shapes[0][1]
@@ -163,22 +163,19 @@ class _GateOntoGrid(_OntoGrid):
             return match.fail("Gelu by tanh", node)
         return match
 
-    def _onto(self, op: Any, root: ir.Node, x: ir.Value) -> Any:
+    def _onto(self, op: Any, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Any:
         node = x.producer()
         assert node is not None
-        (q,) = op.node(self.op, list(node.inputs), _grid(root), domain=DOMAIN)
+        (q,) = op.node(self.op, [*node.inputs, step, zero], domain=DOMAIN)
         q.type, q.shape = root.outputs[0].type, x.shape
         return q
 
 
-_END = (
-    " f = Cast <to = 1> (%s) step_ = Constant <value_float: float = @step> () o = Constant <value = int8 {0}> () "
-    "zero_ = Cast <to: int = @to> (o) q = QuantizeLinear (f, step_, zero_) }"
-)
-_HEAD = '<domain: "optkit", opset_import: ["" : %%d]> %s <step, to, epsilon: float = 1e-5> (%s) => (%s) {'
+_END = " f = Cast <to = 1> (%s) q = QuantizeLinear (f, step, zero) }"
+_HEAD = '<domain: "optkit", opset_import: ["" : %%d]> %s <epsilon: float = 1e-5> (%s, step, zero) => (%s) {'
 _LAYER = " y = LayerNormalization <axis: int = -1, epsilon: float = @epsilon> (%s, scale, bias)"
 _SOURCE = "arXiv:1712.05877, arXiv:2209.05433"
-_MORE: dict[str, Any] = {"stored": "int8", "step": "0.02"}
+_MORE: dict[str, Any] = {"stored": "int8"}
 
 
 def _small(*kept: tuple[bool, bool]) -> tuple[Problem, ...]:
@@ -187,7 +184,6 @@ def _small(*kept: tuple[bool, bool]) -> tuple[Problem, ...]:
     return tuple(
         {
             "format": fmt, "columns": columns, "total": total, "normal": normal, "epsilon": "1e-05", "stored": stored,
-            "step": "0.02",
         }
         for (fmt, columns, stored), (normal, total) in zip(kinds, kept, strict=True)
     )  # fmt: skip
@@ -271,10 +267,10 @@ class AddRmsNormQuantize(_NormOntoGrid, AddRmsNorm):
 
 
 _SMALL: tuple[Problem, ...] = tuple(
-    {"format": f, "columns": 128, "stored": s, "step": "0.02"}
+    {"format": f, "columns": 128, "stored": s}
     for f, s in (("fp16", "int8"), ("bf16", "fp8"), ("fp32", "int8"))
 )
-_GATE = '<domain: "optkit", opset_import: ["" : %%d]> %s <step, to> (%s) => (q) { %s'
+_GATE = '<domain: "optkit", opset_import: ["" : %%d]> %s (%s, step, zero) => (q) { %s'
 
 
 class SwiGluQuantize(_GateOntoGrid, SwiGlu):

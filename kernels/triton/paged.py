@@ -105,6 +105,7 @@ class _Decode(_Paged):
             ),
             constants={
                 **({} if self.stored else {"key_scale": None, "value_scale": None}),
+                "parts": None, "weights": None, "KEYS": 0,
                 "SCALE": float(str(problem["scale"])), "DEPTH": int(problem["depth"]), "PAGE": int(problem["page"]),
                 "SHARE": share, "M": max(_LEAST, power_of_two(share)), "N": _KEYS, "WINDOW": int(problem["window"]),
                 "SCALED": self.stored,
@@ -304,7 +305,8 @@ class PagedAttention(_Decode):
 
     ``table`` ``[batch, most]`` tells the pages of a sample, ``lengths`` ``[batch]`` how many keys they hold; of these the last
     ``window`` are seen (0: all). Kwon et al., "PagedAttention", 2023, arXiv:2309.06180, section 4.1; heads that share keys are
-    the rows of one product. One program walks all keys of a sample and group: few long samples do not fill a GPU.
+    the rows of one product. One program walks all keys of a sample and group: where few long samples do not fill a GPU,
+    ``paged-attention-parts`` does.
     """
 
     name, op = "paged-attention", "PagedAttention"

@@ -28,34 +28,34 @@ from optkit.rewrite import Match, Rule
 _STEP, _STORED = 16, ("int8", "fp8")
 
 
-class _Grid(Kernel):
-    stored: ClassVar[str]
-    formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
+class _OneGrid(Kernel):
+    """What both have: a grid for all elements, its step and zero point the last two operands."""
 
-    def problem(self, node: ir.Node) -> Problem | str:
-        fmt, columns = format_of(node.inputs[0]), columns_of(node.inputs[0])
-        if fmt is None or fmt not in self.formats:
-            return f"no format of {self.name}"
-        if columns is None or columns % _STEP:
-            return f"the last axis is no fixed multiple of {_STEP}"
-        return {"format": fmt, "columns": columns, "stored": self.stored, "scale": _scale(node)}
+    formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
+    entry: ClassVar[str]
 
     def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
-        fmt = str(problem["format"])
+        given, made = self._ends(problem)
         warps, reads = BLOCKS[capability]
-        block = warps * 32 * reads * 16 // BYTES[fmt]
+        block = warps * 32 * reads * 16 // BYTES[given]
+        stored = str(problem["stored"])
         return Program(
-            function="optkit.kernels.triton.device.quantize:quantize",
+            function=f"optkit.kernels.triton.device.quantize:{self.entry}",
             arguments=(
-                Argument(name="x", type=pointer(fmt), binds="input:0", aligned=True),
-                Argument(name="y", type=pointer(self.stored), binds="output:0", aligned=True),
+                Argument(name="x", type=pointer(given), binds="input:0", aligned=True),
+                *grid_arguments(stored, 1),
+                Argument(name="y", type=pointer(made), binds="output:0", aligned=True),
                 # A multiple of 16, as its last axis is one.
                 Argument(name="n", type="i32", binds="n", aligned=True),
             ),
-            constants={"SCALE": float(str(problem["scale"])), "BLOCK": block},
+            constants={**({} if stored == "int8" else {"zero": None}), "BLOCK": block},
             grid=(f"cdiv(n, {block})", "1", "1"),
             warps=warps,
         )
+
+    def _ends(self, problem: Problem) -> tuple[str, str]:
+        """Formats of what is read and of what is written."""
+        return str(problem["format"]), str(problem["stored"])
 
     def expressions(self, problem: Problem) -> dict[str, str]:
         return {"n": "elements(0)"}
@@ -64,185 +64,180 @@ class _Grid(Kernel):
         return [shapes[0]]
 
     def output_format(self, problem: Problem, output: int = 0) -> str:
-        return self.stored
+        return self._ends(problem)[1]
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
-        return [(rows, int(problem["columns"]))]
+        return [(rows, int(problem["columns"])), (), ()]
 
     def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
         block = int(self.program(problem, capability).constants["BLOCK"] or 1) // int(problem["columns"])
         return tuple(sorted({1, block - 1, block, block + 1}))
-
-    def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
-        return draw(self.shapes(problem, rows), str(problem["format"]), seed)
-
-    def allowed(self, problem: Problem) -> float:
-        return 0.0
-
-    def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        assert inputs[0] is not None
-        return [on_grid(inputs[0], str(problem["scale"]), self.stored)]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
         n = shapes[0][0] * shapes[0][1]
         return 4.0 * n, float(n * (BYTES[str(problem["format"])] + 1))
 
-    def attributes(self, problem: Problem) -> dict[str, Any]:
-        return {"scale": float(str(problem["scale"]))}
+
+def grid_arguments(stored: str, at: int) -> tuple[Argument, ...]:
+    """Step and zero point of a grid, which are the inputs ``at`` and behind it; floats have no zero point."""
+    step = Argument(name="step", type=pointer("fp32"), binds=f"input:{at}")
+    zero = Argument(name="zero", type=pointer(stored), binds=f"input:{at + 1}")
+    return (step, zero) if stored == "int8" else (step,)
+
+
+def draw_grid(stored: str) -> list[np.ndarray | None]:
+    """A step and a zero point."""
+    return [np.array(0.02, np.float32), np.array(-3 if stored == "int8" else 0, DTYPES[stored])]
+
+
+def grid_problem(node: ir.Node) -> str | None:
+    """The format of the grid that the last two operands of ``node`` are of; None where they are of none."""
+    step, zero = node.inputs[-2:]
+    stored = format_of(zero)
+    return stored if stored in _STORED and format_of(step) == "fp32" else None
+
+
+def grid_miss(step: ir.Value, zero: ir.Value, stored: str | None) -> str | None:
+    """Why a grid is none that a kernel has, or None."""
+    if stored not in _STORED:
+        return "not to int8 or e4m3"
+    if scalar(step) is None:
+        return "no constant step for all elements"
+    found = constant(zero)
+    if found is None or found.size != 1:
+        return "no constant zero point for all elements"
+    return (
+        "floats of 8 bits around another number than 0"
+        if stored == "fp8" and found.astype(np.float32).any()
+        else None
+    )
+
+
+def _wide(step: ir.Value) -> ir.Value | np.ndarray:
+    """In float32, which programs read."""
+    number = scalar(step)
+    return step if format_of(step) == "fp32" or number is None else np.array(number, np.float32)
+
+
+class _Onto(_OneGrid):
+    entry: ClassVar[str] = "quantize"
+
+    def problem(self, node: ir.Node) -> Problem | str:
+        fmt, columns, stored = format_of(node.inputs[0]), columns_of(node.inputs[0]), grid_problem(node)
+        if fmt is None or fmt not in self.formats or stored is None:
+            return f"no formats of {self.name}"
+        if columns is None or columns % _STEP:
+            return f"the last axis is no fixed multiple of {_STEP}"
+        return {"format": fmt, "columns": columns, "stored": stored}
+
+    def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
+        x = draw([self.shapes(problem, rows)[0]], str(problem["format"]), seed)
+        return [*x, *draw_grid(str(problem["stored"]))]
+
+    def allowed(self, problem: Problem) -> float:
+        return 0.0
+
+    def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        return [on_grid(*(a for a in inputs if a is not None))]
 
     def rules(self) -> Sequence[Rule]:
         return [Rule(_pattern(cast), self._rewrite, self._check, name=self.name) for cast in (True, False)]
 
-    def _check(self, root: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Match:
-        match, columns, zeros = Match(), columns_of(x), constant(zero)
+    def _check(self, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Match:
+        match, columns = Match(), columns_of(x)
         if format_of(x) not in self.formats:
             return match.fail("not known to be float32, float16 or bfloat16", x)
-        if format_of(root.outputs[0]) != self.stored or zeros is None or zeros.astype(np.float32).any():
-            return match.fail(f"not to {self.stored} around 0", root)
-        if scalar(scale) is None:
-            return match.fail("no constant scale for all elements", scale)
+        if why := grid_miss(step, zero, format_of(root.outputs[0])):
+            return match.fail(why, root)
         if columns is None or columns % _STEP:
             return match.fail(f"the last axis is no fixed multiple of {_STEP}", x)
         return match
 
-    def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
-        (y,) = op.node(self.op, [x], {"scale": float(scalar(scale) or 1.0)}, domain=DOMAIN)
-        y.type, y.shape = ir.TensorType(TYPES[self.stored]), x.shape
+    def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Any:
+        (y,) = op.node(self.op, [x, _wide(step), zero], domain=DOMAIN)
+        y.type, y.shape = root.outputs[0].type, x.shape
         return y
 
 
-def on_grid(x: np.ndarray, step: str, stored: str) -> np.ndarray:
-    """``x`` as QuantizeLinear puts it onto a grid around 0, in float64."""
-    # ONNX divides in the format of the scale, float32: in another, ties would be none.
-    quotient = x.astype(np.float32) / np.float32(step)
-    if stored == "int8":
-        return np.clip(np.rint(quotient.astype(np.float64)), -128, 127)
-    return quotient.clip(-448, 448).astype(DTYPES["fp8"]).astype(np.float64)
-
-
-def _scale(node: ir.Node) -> str:
-    return repr(float(attribute(node, "scale", 1.0)))  # type: ignore[arg-type]
+def on_grid(x: np.ndarray, step: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """``x`` as QuantizeLinear puts it onto a grid, in float64."""
+    # ONNX divides in the format of the step, float32: in another, ties would be none.
+    quotient: np.ndarray = x.astype(np.float32) / step
+    if zero.dtype == DTYPES["int8"]:
+        return np.asarray(np.clip(np.rint(quotient.astype(np.float64)) + float(zero), -128, 127))
+    return np.asarray(quotient.clip(-448, 448).astype(DTYPES["fp8"]), np.float64)
 
 
 def _pattern(cast: bool) -> Callable[..., Any]:
     if cast:
-        return lambda op, x, scale, zero: op.QuantizeLinear(op.Cast(x), scale, zero)
-    return lambda op, x, scale, zero: op.QuantizeLinear(x, scale, zero)
+        return lambda op, x, step, zero: op.QuantizeLinear(op.Cast(x), step, zero)
+    return lambda op, x, step, zero: op.QuantizeLinear(x, step, zero)
 
 
-_EXAMPLE: dict[str, int | str | bool] = {"format": "fp16", "columns": 1536, "scale": "0.02"}
-_SMALL: tuple[dict[str, int | str | bool], ...] = tuple(
-    {"format": f, "columns": 128, "scale": "0.02"} for f in ("fp16", "bf16", "fp32")
-)
-_GRID = (
-    '<domain: "optkit", opset_import: ["" : %%d]> %s <scale> (x) => (y) { '
-    "f = Cast <to = 1> (x) s = Constant <value_float: float = @scale> () o = Constant <value = int8 {0}> () "
-    "z = Cast <to = %d> (o) y = QuantizeLinear (f, s, z) }"
-)
+class Quantize(_Onto):
+    """``y = clamp(round(x / step) + zero)`` in int8, or ``clamp(x / step)`` in e4m3 (from sm_89 on), one step for all elements.
 
-
-class Quantize(_Grid):
-    """``y = clamp(round(x / scale), -128, 127)`` in int8, one scale for all elements.
-
-    Jacob et al. 2018, arXiv:1712.05877, eq. 1, without a zero point; ONNX's QuantizeLinear, ties to even. In float32.
+    Jacob et al. 2018, arXiv:1712.05877, eq. 1; Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433;
+    ONNX's QuantizeLinear, ties to even. In float32. The type of ``zero`` is that of the grid.
     """
 
-    name, op, stored = "quantize", "Quantize", "int8"
+    name, op = "quantize", "Quantize"
     size: ClassVar[int] = 2
-    source: ClassVar[str] = "arXiv:1712.05877, ONNX QuantizeLinear"
-    examples: ClassVar[tuple[Problem, ...]] = ({**_EXAMPLE, "stored": "int8"},)
-    small: ClassVar[tuple[Problem, ...]] = tuple({**e, "stored": "int8"} for e in _SMALL)
-    body: ClassVar[str] = _GRID % (op, 3)
+    source: ClassVar[str] = "arXiv:1712.05877, arXiv:2209.05433, ONNX QuantizeLinear"
+    body: ClassVar[str] = (
+        f'<domain: "optkit", opset_import: ["" : %d]> {op} (x, step, zero) => (y) {{ '
+        "f = Cast <to = 1> (x) y = QuantizeLinear (f, step, zero) }"
+    )
+    examples: ClassVar[tuple[Problem, ...]] = tuple(
+        {"format": "fp16", "columns": 1536, "stored": s} for s in _STORED
+    )
+    small: ClassVar[tuple[Problem, ...]] = tuple(
+        {"format": f, "columns": 128, "stored": s}
+        for f, s in (("fp16", "int8"), ("bf16", "fp8"), ("fp32", "int8"))
+    )
 
 
-class QuantizeFp8(_Grid):
-    """``y = clamp(x / scale, -448, 448)`` in e4m3, one scale for all elements; from sm_89 on.
+class _Back(_OneGrid):
+    entry: ClassVar[str] = "dequantize"
 
-    Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433; ONNX's QuantizeLinear, ties to even.
-    """
-
-    name, op, stored = "quantize-fp8", "QuantizeFp8", "fp8"
-    size: ClassVar[int] = 2
-    source: ClassVar[str] = "arXiv:2209.05433, ONNX QuantizeLinear"
-    examples: ClassVar[tuple[Problem, ...]] = ({**_EXAMPLE, "stored": "fp8"},)
-    small: ClassVar[tuple[Problem, ...]] = tuple({**e, "stored": "fp8"} for e in _SMALL)
-    body: ClassVar[str] = _GRID % (op, 17)
-
-
-class _Back(Kernel):
-    formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
+    def _ends(self, problem: Problem) -> tuple[str, str]:
+        return str(problem["stored"]), str(problem["format"])
 
     def problem(self, node: ir.Node) -> Problem | str:
         x = node.inputs[0]
-        kept, columns = format_of(x), columns_of(x)
+        stored, columns = format_of(x), columns_of(x)
         fmt = next((name for name, kind in TYPES.items() if int(kind) == attribute(node, "to")), None)
-        if fmt not in self.formats or kept not in _STORED:
+        if fmt not in self.formats or stored is None or stored != grid_problem(node):
             return f"no formats of {self.name}"
         if columns is None or columns % _STEP:
             return f"the last axis is no fixed multiple of {_STEP}"
-        return {"format": fmt, "stored": str(kept), "columns": columns, "scale": _scale(node)}
-
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
-        warps, reads = BLOCKS[capability]
-        block = warps * 32 * reads * 16
-        return Program(
-            function="optkit.kernels.triton.device.quantize:dequantize",
-            arguments=(
-                Argument(name="x", type=pointer(str(problem["stored"])), binds="input:0", aligned=True),
-                Argument(name="y", type=pointer(str(problem["format"])), binds="output:0", aligned=True),
-                # A multiple of 16, as its last axis is one.
-                Argument(name="n", type="i32", binds="n", aligned=True),
-            ),
-            constants={"SCALE": float(str(problem["scale"])), "BLOCK": block},
-            grid=(f"cdiv(n, {block})", "1", "1"),
-            warps=warps,
-        )
-
-    def expressions(self, problem: Problem) -> dict[str, str]:
-        return {"n": "elements(0)"}
-
-    def outputs(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        return [shapes[0]]
-
-    def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
-        return [(rows, int(problem["columns"]))]
-
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
-        block = int(self.program(problem, capability).constants["BLOCK"] or 1) // int(problem["columns"])
-        return tuple(sorted({1, block - 1, block, block + 1}))
+        return {"format": fmt, "columns": columns, "stored": stored}
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
-        random = np.random.default_rng(seed)
-        return [
-            random.integers(-127, 128, self.shapes(problem, rows)[0]).astype(DTYPES[str(problem["stored"])])
-        ]
+        random, stored = np.random.default_rng(seed), str(problem["stored"])
+        x = random.integers(-127, 128, self.shapes(problem, rows)[0]).astype(DTYPES[stored])
+        return [x, *draw_grid(stored)]
 
     def allowed(self, problem: Problem) -> float:
-        # One product, rounded once. The scale is float32.
+        # One product, rounded once. The step is float32.
         return {"fp16": 0.51, "bf16": 0.51, "fp32": 1.0}[str(problem["format"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        assert inputs[0] is not None
-        return [inputs[0].astype(np.float64) * float(str(problem["scale"]))]
-
-    def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
-        n = shapes[0][0] * shapes[0][1]
-        return 1.0 * n, float(n * (BYTES[str(problem["format"])] + 1))
+        x, step, zero = (a.astype(np.float64) for a in inputs if a is not None)
+        return [(x - zero) * step]
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
-        return {"scale": float(str(problem["scale"])), "to": int(TYPES[str(problem["format"])])}
+        return {"to": int(TYPES[str(problem["format"])])}
 
     def rules(self) -> Sequence[Rule]:
         return [Rule(_back(cast), self._rewrite, self._check, name=self.name) for cast in (True, False)]
 
-    def _check(self, root: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Match:
-        match, columns, zeros = Match(), columns_of(x), constant(zero)
-        if format_of(x) not in _STORED or constant(x) is not None:
-            return match.fail("not activations in 8 bits", x)
-        if zeros is None or zeros.astype(np.float32).any():
-            return match.fail("not around 0", root)
-        if scalar(scale) is None:
-            return match.fail("no constant scale for all elements", scale)
+    def _check(self, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Match:
+        match, columns = Match(), columns_of(x)
+        if constant(x) is not None:
+            return match.fail("no activations", x)
+        if why := grid_miss(step, zero, format_of(x)):
+            return match.fail(why, root)
         if format_of(root.outputs[0]) not in self.formats:
             return match.fail("not to float32, float16 or bfloat16", root)
         if root.op_type != "Cast" and any(n.op_type == "Cast" for n in users(root.outputs[0])):
@@ -251,38 +246,32 @@ class _Back(Kernel):
             return match.fail(f"the last axis is no fixed multiple of {_STEP}", x)
         return match
 
-    def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:
+    def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Any:
         kind = root.outputs[0].dtype
         assert kind is not None
-        attributes = {"scale": float(scalar(scale) or 1.0), "to": int(kind)}
-        (y,) = op.node(self.op, [x], attributes, domain=DOMAIN)
+        (y,) = op.node(self.op, [x, _wide(step), zero], {"to": int(kind)}, domain=DOMAIN)
         y.type, y.shape = ir.TensorType(kind), x.shape
         return y
 
 
 def _back(cast: bool) -> Callable[..., Any]:
     if cast:
-        return lambda op, x, scale, zero: op.Cast(op.DequantizeLinear(x, scale, zero))
-    return lambda op, x, scale, zero: op.DequantizeLinear(x, scale, zero)
+        return lambda op, x, step, zero: op.Cast(op.DequantizeLinear(x, step, zero))
+    return lambda op, x, step, zero: op.DequantizeLinear(x, step, zero)
 
 
 class Dequantize(_Back):
-    """``y = x * scale`` of int8 or e4m3, one scale for all elements, in the format that reads it.
+    """``y = (x - zero) * step`` of int8 or e4m3, one step for all elements, in the format that reads it.
 
-    ONNX's DequantizeLinear without a zero point. The product is rounded once.
+    ONNX's DequantizeLinear. The product is rounded once.
     """
 
     name, op = "dequantize", "Dequantize"
     size: ClassVar[int] = 2
     source: ClassVar[str] = "arXiv:1712.05877, ONNX DequantizeLinear"
-    examples: ClassVar[tuple[Problem, ...]] = (
-        {**_EXAMPLE, "stored": "int8"},
-        {**_EXAMPLE, "stored": "fp8"},
-    )
-    small: ClassVar[tuple[Problem, ...]] = tuple(
-        {**e, "stored": s} for e, s in zip(_SMALL, ("int8", "fp8", "int8"), strict=True)
-    )
+    examples: ClassVar[tuple[Problem, ...]] = Quantize.examples
+    small: ClassVar[tuple[Problem, ...]] = Quantize.small
     body: ClassVar[str] = (
-        f'<domain: "optkit", opset_import: ["" : %d]> {op} <scale, to> (x) => (y) {{ '
-        "f = Cast <to = 1> (x) s = Constant <value_float: float = @scale> () p = Mul (f, s) y = Cast <to: int = @to> (p) }"
+        f'<domain: "optkit", opset_import: ["" : %d]> {op} <to> (x, step, zero) => (y) {{ '
+        "f = DequantizeLinear (x, step, zero) y = Cast <to: int = @to> (f) }"
     )

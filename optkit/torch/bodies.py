@@ -96,13 +96,16 @@ def _cum_sum(a: Mapping[str, Any], x: torch.Tensor, axis: np.ndarray) -> torch.T
     return found - x if a.get("exclusive", 0) else found
 
 
-def _dequantize(a: Mapping[str, Any], x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _dequantize(
+    a: Mapping[str, Any], x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+) -> torch.Tensor:
     axis, block = int(a.get("axis", 1)) % x.dim(), int(a.get("block_size", 0))
     if block:
         scale = scale.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
     else:
         scale = _along(x, scale, axis)
-    return x.to(scale.dtype) * scale
+    wide = x.to(scale.dtype)
+    return (wide if zero is None else wide - _along(x, zero, axis).to(scale.dtype)) * scale
 
 
 def _along(x: torch.Tensor, value: Any, axis: int) -> Any:
@@ -178,6 +181,13 @@ def _shift(a: Mapping[str, Any], x: torch.Tensor, by: Any) -> torch.Tensor:
     return torch.bitwise_right_shift(x, by) if a["direction"] == "RIGHT" else torch.bitwise_left_shift(x, by)
 
 
+def _slice(_: Mapping[str, Any], x: torch.Tensor, *along: np.ndarray) -> torch.Tensor:
+    whole = [slice(None)] * x.dim()
+    for start, end, axis, step in zip(*(v.tolist() for v in along), strict=True):
+        whole[axis] = slice(start, end, step)
+    return x[tuple(whole)]
+
+
 def _split(a: Mapping[str, Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     parts: tuple[torch.Tensor, ...] = torch.chunk(x, int(a["num_outputs"]), int(a.get("axis", 0)))
     return parts
@@ -202,7 +212,19 @@ def _unsqueeze(_: Mapping[str, Any], x: torch.Tensor, axes: np.ndarray) -> torch
     return x
 
 
+def _max(_: Mapping[str, Any], x: torch.Tensor, y: Any) -> torch.Tensor:
+    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+
+
+def _quantized(_: Mapping[str, Any], x: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    kind = _KINDS[ir.DataType.from_numpy(zero.dtype)]
+    limits = torch.finfo(kind) if kind.is_floating_point else torch.iinfo(kind)
+    steps = x / scale if kind.is_floating_point else np.rint(x / scale) + zero
+    return np.asarray(np.clip(steps, limits.min, limits.max), zero.dtype)
+
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
+    "Abs": lambda a, x: torch.abs(x),
     "Add": lambda a, x, y: x + y,
     "And": lambda a, x, y: x & y,
     "BitShift": _shift,
@@ -215,6 +237,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "DequantizeLinear": _dequantize,
     "Div": _div,
     "Equal": lambda a, x, y: x == y,
+    "Exp": lambda a, x: torch.exp(x),
     "Expand": _expand,
     "Flatten": lambda a, x: x.flatten(int(a.get("axis", 1))),
     "Gather": _gather,
@@ -224,14 +247,17 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "LayerNormalization": _layer_norm,
     "Less": lambda a, x, y: x < y,
     "LessOrEqual": lambda a, x, y: x <= y,
+    "Log": lambda a, x: torch.log(x),
     "MatMul": lambda a, x, y: x @ y,
     "MatMulInteger": lambda a, x, y: x.to(torch.int32) @ y.to(torch.int32),
+    "Max": _max,
     "Mod": lambda a, x, y: torch.remainder(x, y),
     "Mul": lambda a, x, y: x * y,
     "Neg": lambda a, x: -x,
     "Or": lambda a, x, y: x | y,
     "Pow": lambda a, x, y: x**y,
     "QuantizeLinear": _quantize,
+    "ReduceMax": lambda a, x, axes: x.amax([int(i) for i in axes], keepdim=bool(a.get("keepdims", 1))),
     "ReduceMean": _mean,
     "ReduceSum": _sum,
     "Relu": lambda a, x: torch.relu(x),
@@ -239,6 +265,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "ScatterND": _scatter_nd,
     "Shape": _shape,
     "Sigmoid": lambda a, x: torch.sigmoid(x),
+    "Slice": _slice,
     "Softmax": lambda a, x: torch.softmax(x, int(a.get("axis", -1))),
     "SoftmaxCrossEntropyLoss": lambda a, x, y: torch.nn.functional.cross_entropy(
         x, y.long(), reduction=a["reduction"]
@@ -254,7 +281,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 }
 # Inputs that are shapes or axes, or tell a type.
 _AS_THEY_ARE = {
-    "CumSum": (1,), "Expand": (1,), "QuantizeLinear": (2,), "ReduceMean": (1,), "ReduceSum": (1,), "Reshape": (1,),
+    "CumSum": (1,), "Expand": (1,), "QuantizeLinear": (2,), "ReduceMax": (1,), "ReduceMean": (1,), "ReduceSum": (1,), "Reshape": (1,), "Slice": (1, 2, 3, 4),
     "TopK": (1,), "Unsqueeze": (1,),
 }  # fmt: skip
 # Of numbers that are known before torch runs.
@@ -263,7 +290,10 @@ _NUMBERS: dict[str, Callable[..., Any]] = {
     "Cast": lambda a, x: x.astype(ir.DataType(a["to"]).numpy()),
     "Concat": lambda a, *x: np.concatenate(x, int(a["axis"])),
     "Equal": lambda a, x, y: x == y,
+    "Mod": lambda a, x, y: x % y,
     "Mul": lambda a, x, y: x * y,
+    "Neg": lambda a, x: -x,
+    "QuantizeLinear": _quantized,
     "Reshape": lambda a, x, shape: x.reshape([int(d) for d in shape]),
     "Squeeze": lambda a, x: x.squeeze(),
     "Sub": lambda a, x, y: x - y,

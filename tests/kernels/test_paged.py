@@ -10,6 +10,10 @@ from optkit.backends.triton.bundle import refusal
 from optkit.frontend import load
 from optkit.graph import walk
 from optkit.kernels import KERNELS
+from optkit.kernels.numerics import Launch, interpret, launch
+from optkit.passes.base import Context
+from optkit.passes.lowering.kernels import CallKernels
+from optkit.reference import ReferenceSession
 from optkit.targets import target
 from optkit.testing import parse
 
@@ -95,3 +99,64 @@ def test_the_formats_of_a_cache_are_those_of_onnx():
     kernel = KERNELS["paged-attention-quantized"]()
     drawn = [kernel.draw(p, 3, seed=0)[1].dtype for p in kernel.small]
     assert [ir.DataType.from_numpy(d) for d in drawn] == [ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN]
+
+
+PARTS = [
+    ("paged-attention-parts", "paged-attention"),
+    ("paged-attention-parts-quantized", "paged-attention-quantized"),
+]
+
+
+@pytest.mark.parametrize(("name", "whole"), PARTS)
+@pytest.mark.parametrize("index", [0, 1])
+def test_parts_merged_are_the_whole(name, whole, index):
+    kernel, merge = KERNELS[name](), KERNELS["merge-parts"]()
+    problem = kernel.small[index]
+    inputs = kernel.draw(problem, 150, seed=2)
+    found = kernel.reference(problem, inputs)
+    assert found[1].shape[2] > 2
+    (merged,) = merge.reference({}, found)
+    np.testing.assert_allclose(merged, KERNELS[whole]().reference(problem, inputs)[0], atol=1e-12)
+
+
+@pytest.mark.needs("triton", "torch")
+@pytest.mark.parametrize(("name", "whole"), PARTS)
+def test_what_the_interpreter_finds_of_parts_is_the_whole_too(name, whole):
+    kernel, merge = KERNELS[name](), KERNELS["merge-parts"]()
+    for problem in kernel.small:
+        one = launch(kernel, problem, (9, 0), 150, seed=2)
+        (found,) = interpret([one])
+        to = {"format": "fp32", "output": "fp32", "depth": problem["depth"]}
+        program = merge.program(to, (9, 0))
+        (merged,) = interpret([Launch(kernel=merge, problem=to, program=program, inputs=found)])
+        (right,) = KERNELS[whole]().reference(problem, one.inputs)
+        # Shares are rounded to the format before they multiply the values.
+        np.testing.assert_allclose(merged[0], right, atol=2e-2 if problem["format"] == "bf16" else 2e-3)
+
+
+LONG = CALL.replace("int32[2, M]", "int32[2, 100]").replace("[P, ", "[300, ")
+
+
+def test_few_samples_with_long_caches_are_decoded_in_parts():
+    rng = np.random.default_rng(0)
+    feeds = {
+        "q": rng.standard_normal((2, 8, 64)).astype(np.float16),
+        **{n: rng.standard_normal((300, 2, 16, 64)).astype(np.float16) for n in "kv"},
+        "table": rng.permutation(300)[:200].reshape(2, 100).astype(np.int32),
+        "lengths": np.array([1600, 700], np.int32),
+    }
+    model = _model(LONG)
+    before = ReferenceSession(model).run(feeds)["y"]
+    CallKernels().run(model, Context(target=H100))
+    assert [n.op_type for n in model.graph] == ["PagedAttentionParts", "MergeParts"]
+    assert [v.shape.numpy() for v in model.graph[0].outputs] == [(2, 8, 4, 64), (2, 8, 4)]
+    assert all(refusal(n, H100) is None for n in model.graph)
+    after = ReferenceSession(model).run(feeds)["y"]
+    np.testing.assert_allclose(before.astype(np.float32), after.astype(np.float32), atol=2e-3)
+
+
+@pytest.mark.parametrize(("old", "new"), [("2, 100]", "2, 60]"), ("2, 100]", "2, M]"), ("[2", "[40")])
+def test_few_keys_many_samples_and_sizes_that_are_not_known_stay_whole(old, new):
+    model = _model(LONG.replace(old, new))
+    CallKernels().run(model, Context(target=H100))
+    assert [n.op_type for n in model.graph] == ["PagedAttention"]

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from optkit.graph import walk
+from optkit.kernels import KERNELS
 from optkit.passes.base import Context
 from optkit.passes.lowering.kernels import CallKernels
 from optkit.pipeline import run_passes
@@ -37,6 +38,22 @@ g (float[N, 7, 32] x) => (float[N, 7, 32] y) {
   y = LayerNormalization <axis = %s, epsilon = 0.001> (x, scale, bias)
 }
 """
+
+
+@pytest.mark.parametrize("op", ["LayerNorm", "AddLayerNorm"])
+def test_a_norm_without_a_bias_adds_nothing(op):
+    text = (LAYER % "-1").replace("(x, scale, bias)", "(x, scale)")
+    if op == "AddLayerNorm":
+        text = (
+            text.replace("float[N, 7, 32] x", "float[N, 7, 32] x, float[N, 7, 32] r")
+            .replace("y = Layer", "t = Add (x, r) y = Layer")
+            .replace("(x, scale)", "(t, scale)")
+        )
+    (node,) = walk(call(text, ops=[op]))
+    # Programs read all of their operands.
+    assert None not in node.inputs
+
+
 PRE_NORM = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (float[N, 32] x, float[N, 32] r) => (float[N, 32] y) {
@@ -298,12 +315,13 @@ INT8 = {
 ADDED = {"b": np.linspace(-1, 1, 16, dtype=np.float32)}
 
 
+@pytest.mark.parametrize("zero", [0, -7])
 @pytest.mark.parametrize("nodes", ["y = MatMul (x, m)", "p = MatMul (x, m) y = Add (p, b)"])
-def test_a_linear_layer_of_integers_is_a_kernel_and_its_weights_are_turned(nodes):
+def test_a_linear_layer_of_integers_is_a_kernel_and_its_weights_are_turned(nodes, zero):
     given = {**INT8, **(ADDED if "b)" in nodes else {})}
     after = check_pass(
         CallKernels(),
-        parse(INTEGERS % nodes, **given),
+        parse((INTEGERS % nodes).replace("int8 z = {0}", f"int8 z = {{{zero}}}"), **given),
         context=H100,
         ops=["LinearInt8"],
         atol=1e-4,
@@ -312,6 +330,9 @@ def test_a_linear_layer_of_integers_is_a_kernel_and_its_weights_are_turned(nodes
     (node,) = walk(after)
     assert node.inputs[1].const_value.shape.numpy() == (16, 32)
     np.testing.assert_allclose(node.inputs[2].const_value.numpy(), INT8["v"] * np.float32(0.02), rtol=1e-6)
+    np.testing.assert_array_equal(
+        node.inputs[3].const_value.numpy(), -zero * INT8["w"].sum(0, dtype=np.int32)
+    )
 
 
 def test_products_that_share_their_integers_are_kernels_each():
@@ -328,7 +349,7 @@ def test_products_that_share_their_integers_are_kernels_each():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("int8 z = {0}", "int8 z = {3}"),
+        ("int8[16] o = {0,", "int8[16] o = {1,"),
         ("<axis = 1> (w, v, o)", "<axis = 0> (w, u, r)"),
         ("MatMul (x, m)", "MatMul (x, t)"),
     ],
@@ -427,7 +448,7 @@ def test_other_products_of_eight_bit_floats_are_left_alone(form, old, new):
     else:
         feeds = {"halves": np.ones((3, 3, 4), np.float32)} if "halves" in text else _blocks(text)
         after = check_pass(CallKernels(), model, context=H100, atol=1e-4, rtol=1e-4, **feeds)
-    assert {n.op_type for n in walk(after) if n.domain} <= {"QuantizeFp8", "Dequantize"}
+    assert {n.op_type for n in walk(after) if n.domain} <= {"Quantize", "Dequantize"}
 
 
 FOUR = """
@@ -536,19 +557,71 @@ def test_other_turns_are_left_alone(old, new):
     assert all(n.domain == "" for n in walk(after))
 
 
+PAIRS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 4, S, 32] x, float[1, 1, S, 32] c, float[1, 1, S, 32] s) => (float[N, 4, S, 32] y)
+<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] last = {-1}, int64[1] end = {9223372036854775807},
+ int64[4] form = {0, 0, -1, 32}> {
+  l = Slice (x, zero, end, last, two) h = Slice (x, one, end, last, two) n = Neg (h) un = Unsqueeze (n, last)
+  ul = Unsqueeze (l, last) p = Concat <axis = -1> (un, ul) t = Reshape (p, form) a = Mul (x, c) b = Mul (t, s) y = Add (a, b)
+}
+"""
+HEADS_INSIDE = (("4, S, 32]", "S, 4, 32]"), ("1, S, 32]", "S, 1, 32]"), ("{0, 0, -1, 32}", "{0, -1, 4, 32}"))
+
+
+@pytest.mark.parametrize("angles", ["[1, ", "[N, "])
+@pytest.mark.parametrize("inside", [False, True])
+def test_neighbours_that_turn_are_a_kernel(angles, inside):
+    text = PAIRS.replace("[1, 1, S", f"{angles}1, S")
+    for old, new in HEADS_INSIDE if inside else ():
+        text = text.replace(old, new)
+    after = check_pass(CallKernels(), parse(text), context=H100, ops=["RotaryPairs"])
+    (node,) = walk(after)
+    found = KERNELS["rotary-pairs"]().problem(node)
+    assert (found["batch"], found["inner"]) == (angles == "[N, ", inside)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("int64[1] zero = {0}", "int64[1] zero = {1}"),
+        ("x, one, end", "x, zero, end"),
+        ("Concat <axis = -1> (un, ul)", "Concat <axis = -1> (ul, un)"),
+        ("n = Neg (h)", "k = Neg (l) n = Neg (k)"),
+        ("[1, 1, S, 32] s", "[1, 4, S, 32] s"),
+    ],
+)
+def test_neighbours_that_do_not_turn_are_left_alone(old, new):
+    text = PAIRS.replace(old, new)
+    after = check_pass(CallKernels(), parse(text), context=H100)
+    assert all(n.domain == "" for n in walk(after))
+
+
 GRID = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (float16[N, 3, 32] x) => (int8[N, 3, 32] y) <float s = {0.02}, int8 z = {0}> { f = Cast <to = 1> (x) y = QuantizeLinear (f, s, z) }
 """
 
 
-def test_quantization_of_activations_is_a_kernel():
-    check_pass(CallKernels(), parse(GRID), context=H100, ops=["Quantize"])
+@pytest.mark.parametrize("zero", [0, 3, -128])
+def test_quantization_of_activations_is_a_kernel(zero):
+    text = GRID.replace("int8 z = {0}", f"int8 z = {{{zero}}}")
+    check_pass(CallKernels(), parse(text), context=H100, ops=["Quantize"])
+
+
+def test_a_step_in_half_precision_is_read_as_float32():
+    text = GRID.replace("float s", "float16 s").replace(
+        "f = Cast <to = 1> (x) y = QuantizeLinear (f,", "y = QuantizeLinear (x,"
+    )
+    after = check_pass(CallKernels(), parse(text), context=H100, ops=["Quantize"], atol=1)
+    (node,) = walk(after)
+    assert node.inputs[1].dtype == ir.DataType.FLOAT
+    assert not isinstance(KERNELS["quantize"]().problem(node), str)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("int8 z = {0}", "int8 z = {3}"), ("32]", "24]"), ("int8", "uint8"), ("{0.02}", "{0.02, 0.03}")],
+    [("32]", "24]"), ("int8", "uint8"), ("{0.02}", "{0.02, 0.03}")],
 )
 def test_other_grids_are_left_alone(old, new):
     text = GRID.replace(old, new)

@@ -13,6 +13,7 @@ def linear(
     x,
     w,
     scale,
+    shift,
     bias,
     y,
     rows,
@@ -23,7 +24,7 @@ def linear(
     K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of ``[M, N]`` a program: rows times rows of ``w``, summed in 32 bits, scaled once.
+    """One tile of ``[M, N]`` a program: rows times rows of ``w``, summed in 32 bits, integers moved by ``shift``, scaled once.
 
     Matrix units add floats of 8 bits with fewer than 24 bits: after ``K`` of them the sum is added in float32.
     """
@@ -45,6 +46,8 @@ def linear(
         left += K
         right += K
     inside = column < COLUMNS
+    if INTEGERS:
+        sums += tl.load(shift + column, mask=inside, other=0)[None, :]
     factor = tl.load(scale + column, mask=inside, other=0.0)
     added = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     found = sums.to(tl.float32) * factor[None, :] + added[None, :]

@@ -5,24 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optkit.kernels.triton.device.quantize import to_grid
+from optkit.kernels.triton.device.quantize import onto
 
 
 @triton.jit
 def gated(
     gate,
     up,
+    step,
+    zero,
     y,
     n,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     PAIRED: tl.constexpr,
-    STEP: tl.constexpr,
+    GRID: tl.constexpr,
 ):
     """``activation(gate) * up`` in float32; one block of elements a program.
 
-    ``PAIRED``: whether there is something to be multiplied with. ``STEP``: of the grid of ``y``, onto which the result is put
-    after it was rounded to the format of ``gate``; 0 where it is stored as a float.
+    ``PAIRED``: whether there is something to be multiplied with. ``GRID``: whether the result is put onto the grid of ``y``, after
+    it was rounded to the format of ``gate``.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -31,7 +33,7 @@ def gated(
     if PAIRED:
         a *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     rounded = a.to(gate.dtype.element_ty)
-    if STEP > 0:
-        tl.store(y + at, to_grid(rounded.to(tl.float32) / STEP, y.dtype.element_ty), mask=inside)
+    if GRID:
+        tl.store(y + at, onto(rounded.to(tl.float32), step, zero, y.dtype.element_ty), mask=inside)
     else:
         tl.store(y + at, rounded, mask=inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optkit.kernels.triton.device.quantize import to_grid
+from optkit.kernels.triton.device.quantize import onto
 
 
 @triton.jit
@@ -16,6 +16,8 @@ def norm(
     bias,
     y,
     total,
+    step,
+    zero,
     q,
     rows,
     EPSILON: tl.constexpr,
@@ -27,11 +29,11 @@ def norm(
     BIAS: tl.constexpr,
     NORMAL: tl.constexpr,
     TOTAL: tl.constexpr,
-    STEP: tl.constexpr,
+    GRID: tl.constexpr,
 ):
     """Normalize ``ROWS`` rows of ``COLUMNS``; mean and variance in float32, in two passes over registers.
 
-    ``NORMAL``, ``TOTAL``: whether the result and the sum are stored. ``STEP``: of the grid of ``q``; 0 where that is not stored.
+    ``NORMAL``, ``TOTAL``, ``GRID``: whether the result, the sum, and the result on the grid of ``q`` are stored.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -58,5 +60,5 @@ def norm(
     rounded = value.to(x.dtype.element_ty)
     if NORMAL:
         tl.store(y + at, rounded, mask=inside)
-    if STEP > 0:
-        tl.store(q + at, to_grid(rounded.to(tl.float32) / STEP, q.dtype.element_ty), mask=inside)
+    if GRID:
+        tl.store(q + at, onto(rounded.to(tl.float32), step, zero, q.dtype.element_ty), mask=inside)
