@@ -2,8 +2,8 @@
 
     python -m optkit.benchmarks.cpu --only ppocr4_rec --out results/
 
-Method: batch as the evaluator gives it, one thread, all variants of a model in turn in one process, random order in
-each round, each after calls that are not counted, on inputs that no calibration saw; CPU time of the process (a busy
+Method: batch as the evaluator gives it, one thread, all variants of a model in turn, each in a process of its own, random
+order in each round, each after calls that are not counted, on inputs that no calibration saw; CPU time of the process (a busy
 machine stretches wall-clock, not CPU time), median over rounds. Speed-ups are ratios within a round to ONNX Runtime, fp32, default settings, on the file as
 published, with a 95 % interval from a bootstrap over rounds. Every quantizer gets the same calibration data. Metrics
 are compared sample by sample with the original's. A peer that fails is a row with its error. Each model has a process
@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +32,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from optkit.bench import interleave
+from optkit.bench import alternate
 from optkit.benchmarks import suite
+from optkit.benchmarks.apart import Apart, keep
 from optkit.benchmarks.bounded import bounded
 from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.peers import peers
@@ -50,9 +53,9 @@ RESULTS = Path(__file__).parent / "results"
 BUDGET = "1%"
 # Of the cosine, where weights are random: quantization noise adds up through layers that nothing trained to bear it.
 _CLOSE = "0.05"
-# Uncounted calls before a counted one: a dozen variants leave nothing of each other in the caches, and who runs one model finds
-# them warm.
-_FEEDS, _WARMUP, _SETTLE = 16, 3, 3
+# Inputs, and uncounted calls before a counted one: a dozen variants leave nothing of each other in the caches, and who runs one
+# model finds them warm.
+_FEEDS, _SETTLE = 16, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +112,7 @@ def measure(name: str, effort: Effort = FULL) -> ModelResult:
         feeds = [f for f, _ in islice(evaluator.samples(), _FEEDS)]
         _check(found, feeds[0])
         logger.info("  timing")
-        times = interleave(
-            {v.name: v.run for v in found if v.run is not None},
-            feeds,
-            rounds=effort.rounds,
-            warmup=_WARMUP,
-            settle=_SETTLE,
-            budget=effort.cpu_seconds,
-        )
+        times = _timed(found, keep(feeds, folder / "feeds.npz"), effort)
         peaks = ceilings(str(processor()["name"]))
         reached = _roofline(path, found, feeds, times, peaks)
         rows = _rows(found, times, evaluator, budget, effort.evaluation, reached)
@@ -164,6 +160,17 @@ def _check(found: Sequence[Variant], feeds: Mapping[str, np.ndarray]) -> None:
                 variant.run(feeds)
             except OptkitError as error:
                 variant.run, variant.error = None, brief(str(error))
+
+
+def _timed(found: Sequence[Variant], feeds: Path, effort: Effort) -> dict[str, np.ndarray]:
+    """``[rounds, 2]`` seconds, CPU time and wall-clock, of each variant that runs, all in turn, each in its process."""
+    with ExitStack() as stack:
+        calls = {}
+        for v in found:
+            if v.run is not None and v.open is not None:
+                one = stack.enter_context(Apart(v.open, feeds))
+                calls[v.name] = partial(one.time, settle=_SETTLE)
+        return alternate(calls, rounds=effort.rounds, budget=effort.cpu_seconds / (1 + _SETTLE))
 
 
 def _roofline(

@@ -134,7 +134,7 @@ def markdown(result: CpuResult) -> str:
         + ", ".join(f"{name} {number}" for name, number in result.machine.versions.items())
         + ".",
         "",
-        "Median CPU time of a call; variants in turn, in random order, in one process; ratios within a round to",
+        "Median CPU time of a call; variants in turn, in random order, each in its process; ratios within a round to",
         "ONNX Runtime fp32 with its default settings on the file as published. Every quantizer had the same calibration",
         "data. Written by `python -m optkit.benchmarks.cpu`, which says how.",
     ]

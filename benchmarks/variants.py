@@ -39,11 +39,13 @@ class Variant:
     """A way to run the model, or why there is none.
 
     Attributes:
+        open: Gives ``run`` once more, in another process.
         executed: What the runtime really runs for some feeds.
         seconds: CPU time that making it took.
     """
 
     name: str
+    open: Callable[[], Run] | None = None
     run: Run | None = None
     bytes: int | None = None
     note: str = ""
@@ -99,6 +101,7 @@ def _original(work: Work) -> Variant:
     (folder / "model.onnx").symlink_to(work.model.resolve())
     return Variant(
         name=REFERENCE,
+        open=partial(_reference, work.model),
         run=work.reference.run,
         bytes=work.model.stat().st_size,
         executed=partial(_executed, "onnxruntime", folder, _STOCK),
@@ -112,7 +115,8 @@ def _compiled(work: Work, name: str, options: Mapping[str, Any]) -> Variant:
     notes = [shipped if shipped != "recipe" else "", *report.missed, *report.inconclusive]
     return Variant(
         name=name,
-        run=artifact.session(threads=1).run,
+        open=partial(_artifact, out),
+        run=_artifact(out),
         bytes=sum(f.bytes for f in artifact.manifest.files),
         note="; ".join(filter(None, notes)),
         executed=lambda feeds: artifact.backend.executed(out, target("cpu"), artifact.options, feeds),
@@ -133,15 +137,32 @@ def _stock(work: Work, peer: Peer) -> Variant:
     if isinstance(file, Exception):
         raise file
     if peer.runtime == "openvino":
-        run: Run = Session(file, work.reference.outputs, peer.precision).run
+        open_: Callable[[], Run] = partial(_openvino, file, work.reference.outputs, peer.precision)
         size = file.stat().st_size + file.with_suffix(".bin").stat().st_size
         options: Mapping[str, Any] = {"precision": peer.precision or "auto"}
     else:
-        run, size, options = ReferenceSession(file).run, file.stat().st_size, _STOCK
+        size, options = file.stat().st_size, _STOCK
         file = file.rename(file.with_name("model.onnx"))
+        open_ = partial(_reference, file)
     return Variant(
-        name=peer.name, run=run, bytes=size, executed=partial(_executed, peer.runtime, file.parent, options)
+        name=peer.name,
+        open=open_,
+        run=open_(),
+        bytes=size,
+        executed=partial(_executed, peer.runtime, file.parent, options),
     )
+
+
+def _reference(file: Path) -> Run:
+    return ReferenceSession(file).run
+
+
+def _artifact(folder: Path) -> Run:
+    return optkit.load(folder).session(threads=1).run
+
+
+def _openvino(file: Path, outputs: Sequence[str], precision: str | None) -> Run:
+    return Session(file, outputs, precision).run
 
 
 def _executed(backend: str, folder: Path, options: Mapping[str, Any], feeds: Feeds) -> Sequence[Executed]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -81,35 +82,62 @@ def interleave(
     Returns:
         ``[rounds, 2]`` seconds for each name: CPU time and wall-clock.
     """
-    rng, names = np.random.default_rng(seed), list(runs)
     for _ in range(warmup):
-        for name in names:
-            runs[name](feeds[0])
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    start = time.process_time()
+        for run in runs.values():
+            run(feeds[0])
+    calls = {name: partial(clock, run, feeds, settle=settle) for name, run in runs.items()}
+    share = None if budget is None else budget / (1 + settle)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for index in range(rounds):
-            for k in rng.permutation(len(names)):
-                for _ in range(settle):
-                    runs[names[k]](feeds[index % len(feeds)])
-                times[names[k]].append(_time(runs[names[k]], feeds[index % len(feeds)]))
-            if index >= 2 and decided is not None and decided({k: np.asarray(t) for k, t in times.items()}):
-                break
-            if budget is not None and index >= 4 and time.process_time() - start > budget:
-                break
+        return alternate(calls, rounds=rounds, seed=seed, budget=share, decided=decided)
     finally:
         if collecting:
             gc.enable()
+
+
+def alternate(
+    calls: Mapping[str, Callable[[int], tuple[float, float]]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    budget: float | None = None,
+    decided: Callable[[Mapping[str, np.ndarray]], bool] | None = None,
+) -> dict[str, np.ndarray]:
+    """Call each once a round, in random order, with the number of the round; what they return, CPU time and wall-clock, as arrays.
+
+    Args:
+        budget: CPU seconds, of those returned, after which no more rounds are begun; there are at least 5.
+        decided: As for ``interleave``.
+    """
+    rng, names = np.random.default_rng(seed), list(calls)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    spent = 0.0
+    for index in range(rounds):
+        for k in rng.permutation(len(names)):
+            one = calls[names[k]](index)
+            times[names[k]].append(one)
+            spent += one[0]
+        if index >= 2 and decided is not None and decided({k: np.asarray(t) for k, t in times.items()}):
+            break
+        if budget is not None and index >= 4 and spent > budget:
+            break
     return {name: np.asarray(t) for name, t in times.items()}
 
 
-def _time(
-    run: Callable[[Mapping[str, np.ndarray]], object], feeds: Mapping[str, np.ndarray]
+def clock(
+    run: Callable[[Mapping[str, np.ndarray]], object],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    index: int,
+    *,
+    settle: int = 0,
 ) -> tuple[float, float]:
+    """CPU time and wall-clock of a call on the feeds of round ``index``, after ``settle`` calls that are not counted."""
+    given = feeds[index % len(feeds)]
+    for _ in range(settle):
+        run(given)
     wall, cpu = time.perf_counter(), time.process_time()
-    run(feeds)
+    run(given)
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
