@@ -32,6 +32,7 @@ class Built:
         lossy: Its passes, or what the backend was told, changed numbers.
         rounds: The graph as it was given holds rounded activations, as after quantization-aware training.
         narrows: Its inputs or states hold less than those of the graph.
+        tuned: Its options were compared with others of the backend.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Built:
     weights: dict[str, int]
     rounds: bool = False
     narrows: bool = False
+    tuned: bool = False
     sqnr: float | None = None
     speedup: Speedup | None = None
     estimate: Estimate | None = None

@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 _FINAL = (40, 3.0)
 # Candidates whose speeds differ by less are alike, as measurements repeat: the more accurate one is taken.
 _ALIKE = 1 + NOISE
-# What the ranking puts this close to the fastest is timed once more: so many at most, all in turn, over so many rounds, in so
-# many CPU seconds, as long as their files together have no more bytes than that.
-_CLOSE, _RACERS, _RACE, _TOGETHER = 1.1, 4, (30, 6.0), 1 << 30
+# What the ranking puts this close to the fastest is timed once more, with the backend's other options, which may gain as much:
+# so many at most, all in turn, over so many rounds, in so many CPU seconds, as long as their files together have no more bytes
+# than that.
+_CLOSE, _RACERS, _RACE, _TOGETHER = 1.25, 4, (30, 8.0), 1 << 30
 # Other options are taken when they are faster by this factor: they cost nothing.
 _WORTH = 1 + NOISE / 2
 # What is below this share of the fastest so far is not timed further.
@@ -92,7 +93,7 @@ def choose(
         reasons = []
         if one.accuracy is None and one.fidelity is None:
             try:
-                _tune(work, one)
+                _tune(work, [one])
                 work.judge(one, recipe.limits)
             except OptkitError as error:
                 # What it gives cannot be judged: NaN, or nothing that the evaluator understands.
@@ -159,7 +160,7 @@ def _judged(work: Compilation, recipe: Recipe, candidates: Sequence[Built]) -> I
     for one in candidates:
         if one.accuracy is None:
             try:
-                _tune(work, one)
+                _tune(work, [one])
                 work.judge(one, recipe.limits)
             except OptkitError as error:
                 logger.warning("%s: left out: %s", one.name, error)
@@ -220,7 +221,7 @@ def _as_given(work: Compilation, best: Built, recipe: Recipe, tried: dict[str, C
         ),
     )
     _rank(work, given, ())
-    _tune(work, given)
+    _tune(work, [given])
     given.speedup = work.measure(given, rounds=_FINAL[0], budget=_FINAL[1])
     if ratio(given) <= ratio(best):
         return best
@@ -341,36 +342,44 @@ def _rank(work: Compilation, built: Built, others: Sequence[Built]) -> None:
 
 
 def _raced(work: Compilation, order: list[Built]) -> list[Built]:
-    """The candidates in order, once those at the front were timed in turn with one another."""
+    """The candidates in order, once those at the front were tuned and timed in turn with one another."""
     front = [b for b in order if ratio(b) * _CLOSE >= ratio(order[0])][:_RACERS]
     measured = order[0].recipe.goal != "size" and all(b.speedup is not None for b in front)
-    if len(front) < 2 or not measured or sum(b.bytes for b in front) > _TOGETHER:
+    if not measured or sum(b.bytes for b in front) > _TOGETHER:
         return order
     try:
-        found = work.race(front, rounds=_RACE[0], budget=_RACE[1])
+        _tune(work, front)
     except OptkitError as error:
         logger.warning("%s: the ranking stands: %s", " and ".join(b.name for b in front), error)
         return order
-    for one, speedup in zip(front, found, strict=True):
-        one.speedup = speedup
     return sorted(order, key=lambda b: -ratio(b))
 
 
-def _tune(work: Compilation, built: Built) -> None:
-    """Time the other options that the backend proposes for the graph, in turn; take those that are faster."""
-    if built.speedup is None:
-        return
+def _tune(work: Compilation, front: Sequence[Built]) -> None:
+    """Time what is not tuned yet, with the other options that the backends propose, in turn; each takes those that are faster."""
+    front = [b for b in front if b.speedup is not None and not b.tuned]
+    entries = [[one, *_others(work, one)] for one in front]
+    if sum(map(len, entries)) > 1:
+        found = iter(work.race([e for es in entries for e in es], rounds=_RACE[0], budget=_RACE[1]))
+        for one, several in zip(front, entries, strict=True):
+            speeds = [next(found) for _ in several]
+            best = max(range(len(speeds)), key=lambda k: speeds[k].ratio)
+            if speeds[best].ratio <= _WORTH * speeds[0].ratio:
+                best = 0
+            one.speedup, one.recipe = speeds[best], several[best].recipe
+    for one in front:
+        one.tuned = True
+
+
+def _others(work: Compilation, built: Built) -> list[Built]:
+    """The same with the other options that its backend proposes."""
     engine = work.engine(built.recipe)
     model, _, _, _ = work.prepare(work.exact(built.recipe))
     options = engine.options.model_validate(built.recipe.options)
-    others = engine.variants(model, work.target, options, built.folder, work.feeds)
-    if not others:
-        return
-    recipes = [built.recipe.model_copy(update={"options": o.model_dump(mode="json")}) for o in others]
-    found = work.race([built, *(replace(built, recipe=r) for r in recipes)], rounds=_RACE[0], budget=_RACE[1])
-    best = max(range(len(recipes)), key=lambda k: found[1 + k].ratio)
-    if found[1 + best].ratio > _WORTH * found[0].ratio:
-        built.speedup, built.recipe = found[1 + best], recipes[best]
+    return [
+        replace(built, recipe=built.recipe.model_copy(update={"options": o.model_dump(mode="json")}))
+        for o in engine.variants(model, work.target, options, built.folder, work.feeds)
+    ]
 
 
 def _next(work: Compilation, order: Sequence[Built]) -> Built:

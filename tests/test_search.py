@@ -85,7 +85,7 @@ class _Engine:
         return options
 
     def variants(self, model, target, options, path, feeds):
-        count = len(self._work.plans[model].variants)
+        count = len(self._work.plans[path.name.partition("-")[2]].variants)
         return [options.model_copy(update={"threads": i + 1}) for i in range(count)]
 
 
@@ -170,12 +170,7 @@ class _Work:
         return recipe.passes
 
     def prepare(self, passes):
-        # The variants of the one whose turn it is; the engine asks the graph, which here is the name.
-        return self.log[-1][1] if self.log[-1][0] != "closeness" else self._asked(), [], {}, {}
-
-    def _asked(self):
-        names = [name for what, name in self.log if what == "closeness"]
-        return max(names, key=lambda n: self.plans[n].sqnr)
+        return None, [], {}, {}
 
     def asked(self, what):
         return [name for kind, name in self.log if kind == what]
@@ -257,7 +252,7 @@ def test_those_close_to_the_fastest_are_timed_in_turn_and_that_decides(tmp_path)
         "first": _Plan(2.1, sqnr=90, raced=1.9),
         "second": _Plan(2.0, sqnr=10, raced=2.05),
         "third": _Plan(1.95, sqnr=50, raced=2.03),
-        "far": _Plan(1.8, sqnr=99),
+        "far": _Plan(1.6, sqnr=99),
     }
     choice, work = _choose(tmp_path, plans)
     assert work.races == [["first", "second", "third"]]
@@ -266,7 +261,7 @@ def test_those_close_to_the_fastest_are_timed_in_turn_and_that_decides(tmp_path)
 
 
 def test_one_that_is_alone_ahead_is_not_timed_in_turn(tmp_path):
-    _, work = _choose(tmp_path, {"fp32": _Plan(1.0), "a": _Plan(3.0), "b": _Plan(2.5)})
+    _, work = _choose(tmp_path, {"fp32": _Plan(1.0), "a": _Plan(3.0), "b": _Plan(2.3)})
     assert not work.races
 
 
@@ -374,18 +369,27 @@ def test_where_that_contradicts_the_ranking_the_reason_says_what_was_found_then(
     assert reasons["fp32"] == "b is faster and keeps the limits"
 
 
-def test_options_that_are_faster_are_taken_for_the_candidate_whose_turn_it_is(tmp_path):
-    class Turn(_Work):
-        def prepare(self, passes):
-            return "int8", [], {}, {}
-
+def test_options_that_are_faster_are_taken(tmp_path):
     for variants, threads in (([2.02], 0), ([2.5, 2.3], 1), ([1.0, 2.5], 2)):
         folder = tmp_path / str(variants)
         folder.mkdir()
-        work = Turn(folder, {"fp32": _Plan(1.0), "int8": _Plan(2.0, variants=variants)})
-        recipe = Recipe.load({"recipe": 1, "limits": {"max_drop": "1%"}})
-        best = choose(work, recipe, [("fp32", EXACT), ("int8", LOSSY)], strict=False).best
-        assert best.recipe.options.get("threads", 0) == threads
+        choice, work = _choose(folder, {"fp32": _Plan(1.0), "int8": _Plan(2.0, variants=variants)})
+        assert choice.best.recipe.options.get("threads", 0) == threads
+        assert len(work.races) == 1
+
+
+def test_one_close_behind_goes_ahead_by_its_options(tmp_path):
+    plans = {"fp32": _Plan(1.0), "a": _Plan(2.4), "b": _Plan(2.0, variants=[2.6])}
+    choice, work = _choose(tmp_path, plans)
+    assert choice.best.name == "b" and choice.best.recipe.options["threads"] == 1
+    assert work.races == [["a", "b", "b"]]
+
+
+def test_one_far_behind_takes_its_options_when_its_turn_comes(tmp_path):
+    plans = {"fp32": _Plan(1.0), "a": _Plan(2.4, drop=0.1), "b": _Plan(1.5, variants=[1.7])}
+    choice, work = _choose(tmp_path, plans)
+    assert choice.best.name == "b" and choice.best.recipe.options["threads"] == 1
+    assert work.races == [["b", "b"]]
 
 
 # Limits

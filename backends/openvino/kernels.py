@@ -85,7 +85,7 @@ def fastest(
     families: Sequence[Kernel],
     measure: Callable[[Mapping[str, Kernel]], Mapping[str, Layer]],
 ) -> list[dict[str, Kernel]]:
-    """Choices of kernels worth a comparison as a whole: the fastest for each layer, and those that are faster in all.
+    """Choices of kernels worth a comparison as a whole: the fastest for each layer, and one for all that is faster in all.
 
     Args:
         names: Of the convolutions.
@@ -93,8 +93,9 @@ def fastest(
 
     Layers beside convolutions count in the whole: kernels differ in the layouts that they want.
     """
-    usual, mixed, found = measure({}), dict[str, Kernel](), list[dict[str, Kernel]]()
-    best = dict(usual)
+    usual = measure({})
+    best, mixed = dict(usual), dict[str, Kernel]()
+    least, uniform = _total(usual), dict[str, Kernel]()
     for family in families:
         alone = dict.fromkeys(names, family)
         times = measure(alone)
@@ -104,9 +105,9 @@ def fastest(
                 continue
             if one.seconds < _WORTH * usual[name].seconds and one.seconds < other.seconds:
                 best[name], mixed[name] = one, family
-        if _total(times) < _total(usual):
-            found.append(alone)
-    return [mixed, *(f for f in found if f != mixed)] if mixed else found
+        if _total(times) < least:
+            least, uniform = _total(times), alone
+    return [found for found in (mixed, uniform if uniform != mixed else {}) if found]
 
 
 def times(run: Callable[[], object], counters: Callable[[], Sequence[Any]]) -> dict[str, Layer]:
