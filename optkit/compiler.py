@@ -725,11 +725,12 @@ def recipe_for(precision: str | None) -> str:
         ("fp16", False): "fp16",
         ("bf16", False): "bf16",
         ("fp8", False): "fp8",
+        ("w4a16", False): "w4a16",
     }.get((wanted.base, wanted.dynamic))
     if name is None or wanted.group is not None or wanted.symmetric is not None or name not in shipped():
         raise UsageError(
             f"precision {precision!r}: no backend of this version makes it",
-            hint=f"available: fp32, int8, int8-dyn; recipes: {', '.join(shipped())}",
+            hint=f"available: fp32, int8, int8-dyn, w4a16; recipes: {', '.join(shipped())}",
         )
     return name
 

@@ -447,6 +447,7 @@ def test_a_list_of_lossy_candidates_has_float_as_its_floor(model, tmp_path):
         ({"precision": "nvfp4"}, UsageError, ["no backend of this version makes it"]),
         ({"precision": "int8-sym"}, UsageError, ["no backend of this version makes it"]),
         ({"precision": "int8-g128"}, UsageError, ["no backend of this version makes it"]),
+        ({"precision": "w4a16-g128"}, UsageError, ["no backend of this version makes it", "w4a16"]),
         ({"target": "cpus"}, UnknownNameError, ["unknown target 'cpus'", "cpu"]),
         ({"backend": "onnxruntim"}, UnknownNameError, ["unknown backend 'onnxruntim'", "onnxruntime"]),
         ({"precision": "fp32", "max_drop": "1%"}, UsageError, ["max-drop needs an evaluator"]),

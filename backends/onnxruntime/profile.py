@@ -25,7 +25,7 @@ _CONV = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInt
 _MATMUL = frozenset(
     {
         "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "TransposeMatMul", "QLinearMatMul", "MatMulInteger",
-        "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "GemmFloat8",
+        "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "GemmFloat8", "MatMulNBits",
     }
 )  # fmt: skip
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"})
@@ -107,7 +107,9 @@ def read_profile(
         inputs, outputs = arguments.get("input_type_shape", []), arguments.get("output_type_shape", [])
         kinds = {next(iter(e)) for e in (*inputs[:1], *outputs[:1]) if e}
         fmt = (
-            "int8"
+            "int4"
+            if op == "MatMulNBits"
+            else "int8"
             if op in _INT8 or (kinds and kinds <= {"int8", "uint8"})
             else "fp16"
             if "float16" in kinds

@@ -50,6 +50,9 @@ class OnnxRuntimeSession(Session):
         settings = session_options(
             threads=options.threads if threads is None else threads, large=not options.prepacking
         )
+        settings.add_session_config_entry(
+            "session.qdq_matmulnbits_accuracy_level", str(options.accuracy_level)
+        )
         if precise:
             # Products of u8 by u8, which widen before they multiply: slower, and exact on every x86.
             settings.add_session_config_entry("session.x64quantprecision", "1")

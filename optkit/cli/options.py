@@ -51,7 +51,7 @@ Precision = Annotated[
         "--precision",
         "-p",
         metavar="NAME",
-        help="fp32, fp16, fp8, int8, int8-dyn: the recipe that stands for it.",
+        help="fp32, fp16, fp8, int8, int8-dyn, w4a16: the recipe that stands for it.",
         show_default=False,
     ),
 ]

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.backends.onnxruntime.lower import OnnxRuntimeOptions
 from optkit.errors import DataError, ModelError
+from optkit.passes.base import Context
+from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession, with_outputs
 from optkit.targets import target
 from optkit.testing import parse
@@ -84,7 +86,9 @@ def test_a_file_that_is_no_model_is_refused_with_its_name(tmp_path, content):
         OnnxRuntime().load(tmp_path, CPU, OnnxRuntimeOptions(), threads=1)
 
 
-@pytest.mark.parametrize("options", [{"thread": 1}, {"threads": -1}, {"prepacking": "often"}])
+@pytest.mark.parametrize(
+    "options", [{"thread": 1}, {"threads": -1}, {"prepacking": "often"}, {"accuracy_level": 2}]
+)
 def test_options_are_checked(options):
     with pytest.raises(ValidationError):
         OnnxRuntimeOptions.model_validate(options)
@@ -115,6 +119,46 @@ def test_disabled_optimizers_stay_off(tmp_path):
         ran[options.disabled_optimizers] = [e.op for e in backend.executed(tmp_path, CPU, options, feeds)]
     assert ran["SkipLayerNormFusion",] == ["Add", "LayerNormalization"]
     assert ran[()] == ["SkipLayerNormalization"]
+
+
+def _four_bits(tmp_path, level):
+    """A product by weights in 4 bits as ``onnxruntime-w4`` leaves it: kernels and their formats, and the output."""
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(256, 128)).astype(np.float32)
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 256] x) => (float[N, 128] y) {\n'
+        "m = MatMul(x, w)\ny = Add(m, b)\n}",
+        w=weights, b=random.normal(size=128).astype(np.float32),
+    )  # fmt: skip
+    recipe = Recipe.load("onnxruntime-w4")
+    (found,) = (p for p in recipe.passes if p.name == "quantize-weights")
+    found.run(model, Context(target=CPU))
+    assert isinstance(recipe.options, dict)
+    options = OnnxRuntimeOptions.model_validate({**recipe.options, "accuracy_level": level})
+    feeds = {"x": random.normal(size=(3, 256)).astype(np.float32)}
+    backend = OnnxRuntime()
+    backend.lower(model, CPU, options, tmp_path)
+    with backend.load(tmp_path, CPU, options, threads=1) as session:
+        y = session.run(feeds)["y"]
+    ran = {e.op: (e.format, e.macs) for e in backend.executed(tmp_path, CPU, options, feeds) if e.macs}
+    # The same integers, multiplied in float64.
+    q, scale = (
+        i.const_value.numpy() for i in (model.graph.initializers["w/q"], model.graph.initializers["w/scale"])
+    )
+    exact = feeds["x"].astype(np.float64) @ (q.astype(np.float64) * np.repeat(scale, 32, 0))
+    return ran, y, exact + model.graph.initializers["b"].const_value.numpy()
+
+
+@pytest.mark.parametrize(("level", "error"), [(1, 1e-5), (4, 2e-2)])
+def test_products_with_weights_in_four_bits_are_one_kernel_and_keep_them(tmp_path, level, error):
+    ran, y, exact = _four_bits(tmp_path, level)
+    assert ran == {"MatMulNBits": ("int4", 3 * 256 * 128)}
+    worst = np.abs(y - exact).max() / np.abs(exact).max()
+    assert worst < error
+    # At level 4 the activations are rounded, and the option is known to ask for that.
+    assert (worst > 1e-4) == (level == 4)
+    options = OnnxRuntimeOptions(accuracy_level=level)
+    assert (OnnxRuntime().exact(options) == options) == (level == 1)
 
 
 # The reference
