@@ -65,6 +65,14 @@ def test_an_error_names_no_folder() -> None:
 
 
 def test_the_ratio_comes_with_its_interval() -> None:
-    middle, (low, high) = _ratio(np.array([1.9, 2.0, 2.0, 2.0, 2.1]))
+    middle, (low, high) = _ratio(np.array([1.9, 2.0, 2.0, 2.0, 2.1]), np.zeros(5))
     assert middle == 2.0
     assert 1.9 <= low <= 2.0 <= high <= 2.1
+
+
+def test_the_interval_of_a_ratio_holds_what_differs_between_processes() -> None:
+    ratios = np.repeat([1.8, 2.0, 2.2, 2.0], 10) + np.tile(np.linspace(-0.01, 0.01, 10), 4)
+    _, (low, high) = _ratio(ratios, np.repeat(range(4), 10))
+    assert low < 1.95 and high > 2.05
+    _, (low, high) = _ratio(ratios, np.tile(range(4), 10))
+    assert low > 1.9 and high < 2.1
