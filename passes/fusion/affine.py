@@ -87,7 +87,8 @@ class FoldAffine(GraphPass):
     padded to its input; where they are, ``s * x + t`` leaves the addition of ``t / s``. Chains that no layer can take in
     become as short as they can be.
 
-    Exact but for rounding: constants are computed in float64 and rounded once.
+    Exact but for rounding: constants are computed in float64 and rounded once. What sines are taken of stays as it is, but for
+    factors of powers of two: rounding the weights of an angle of many turns once more moves it as far as its sum does.
     """
 
     name: ClassVar[str] = "fold-affine"
@@ -155,6 +156,8 @@ def _fold(graph: ir.Graph, names: Names) -> Iterator[Change]:
     for node in tuple(graph):
         if node.graph is graph and (first := affine_of(node)) is not None and not _continues(first.x, graph):
             chain = _chain(first)
+            if _is_angle(chain):
+                continue
             change = fold_before(chain, names) or fold_behind(chain, names)
             for index, part in enumerate(chain[:-1]):
                 if change is None and part.nodes[0].op_type == "BatchNormalization":
@@ -162,6 +165,15 @@ def _fold(graph: ir.Graph, names: Names) -> Iterator[Change]:
             change = change or _shorten(chain, names)
             if change is not None:
                 yield change
+
+
+def _is_angle(chain: Sequence[Affine]) -> bool:
+    """Whether sines alone read what a chain gives, and the constants that would take it in would be rounded."""
+    readers = users(chain[-1].y)
+    if not readers or any(reader.op_type not in ("Sin", "Cos") for reader in readers):
+        return False
+    total = _joined(chain)
+    return total is None or bool(np.any(np.frexp(np.abs(total.scale))[0] != 0.5) or total.shifts)
 
 
 def _continues(x: ir.Value, graph: ir.Graph) -> bool:

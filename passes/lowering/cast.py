@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -41,6 +41,14 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 
+# From powers to their logarithms there are sums, scales and filters.
+_SPANNING = frozenset(
+    {
+        "Abs", "Add", "Clip", "Div", "Gemm", "MatMul", "Max", "Mul", "Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Reshape",
+        "Sqrt", "Squeeze", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+
 # Inputs that the standard fixes at float32 whatever the data's type is.
 _FIXED = {"Resize": frozenset({1, 2})}
 # Their type is an attribute or follows from nothing that is cast.
@@ -66,7 +74,8 @@ class CastFloats(GraphPass):
     one of its values exceeds the largest float16 divided by ``margin``. Without data the values are those on inputs
     drawn from the input specification. A call of a kernel reads and writes the format where the kernel has it, whatever it
     computes in: norms that kernels compute are called before. Sines and cosines of places, with all that leads to them, stay
-    in float32 as well: float16 has no whole numbers beyond 2048, and an angle of so many turns is then any angle.
+    in float32 as well: float16 has no whole numbers beyond 2048, and an angle of so many turns is then any angle. So does what
+    logarithms are taken of: a power of sound spans more than float16 does, and what is below its smallest number would be 0.
 
     Attributes:
         to: The format.
@@ -86,8 +95,10 @@ class CastFloats(GraphPass):
         if (why := context.target.lacks.get(self.to)) is not None:
             raise BackendUnavailableError(why, hint="choose another --precision")
         dtype = ir.DataType.FLOAT16 if self.to == "fp16" else ir.DataType.BFLOAT16
-        angles = {n for g in graphs(model) for n in g if n.op_type in ("Cos", "Sin") for n in _of_places(n)}
-        chosen = [n for g in graphs(model) for n in g if n not in angles and self._suits(n)]
+        apart = {n for g in graphs(model) for n in g if n.op_type in ("Cos", "Sin") for n in _of_places(n)}
+        if self.to == "fp16":
+            apart |= _logged(n for g in graphs(model) for n in g if n.op_type == "Log")
+        chosen = [n for g in graphs(model) for n in g if n not in apart and self._suits(n)]
         if self.to == "fp16" and chosen:
             chosen = self._in_range(model, chosen, context)
         taken = dict.fromkeys(chosen)
@@ -173,6 +184,19 @@ def _of_places(root: ir.Node) -> set[ir.Node]:
         integers = [v for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_integer()]
         ahead = [v for v in node.inputs if v is not None and v not in integers and constant(v) is None]
         open_ += [p for v in ahead if (p := v.producer()) is not None]
+    return found
+
+
+def _logged(logarithms: Iterable[ir.Node]) -> set[ir.Node]:
+    """What gives the values that logarithms are taken of, as far as small values stay small on the way there."""
+    found, open_ = set[ir.Node](), list(logarithms)
+    while open_:
+        for value in open_.pop().inputs:
+            before = value.producer() if value is not None else None
+            if before is not None and before not in found:
+                found.add(before)
+                if before.op_type in _SPANNING and before.domain == "":
+                    open_.append(before)
     return found
 
 

@@ -31,7 +31,8 @@ def small(monkeypatch):
 
 
 def test_tools_get_one_network_and_are_judged_by_what_it_computes(small, tmp_path):
-    assert small._prepare("vision", "small", tmp_path) == {}
+    assert small._prepare("vision", "small", tmp_path) == {"against": "float64", "rounding": 0.0}
+    assert [a.dtype for a in small._arrays(tmp_path / "expected.npz")] == ["float64"]
     ours, theirs = (small._WORK[t]("vision", "small", tmp_path) for t in ("optkit", "coremltools"))
     assert ours["error"] < 1e-6
     assert theirs.get("error", 1) < 1e-6, theirs
@@ -69,10 +70,12 @@ def test_the_page_names_what_peers_do_better():
         "rows": [
             row("even", good, good), row("worse", worse, good), row("lost", {"failed": "no <such> thing"}, good),
             row("wrong", good, {"error": 0.5, "seconds": 1.0}),
+            row("as far as its reference", worse, good) | {"against": "ONNX Runtime", "rounding": 6e-5},
         ],
     })  # fmt: skip
     assert "it alone converts lost." in page
-    assert "ours more than 1e-05, at worse." in page
-    assert "right to 0.001: 3 by optkit, 3 by coremltools, 0 by onnx2coreml" in page
-    assert "more than its at 0 of 2" in page
+    assert "move a file that is published as one, at worse." in page
+    assert "right to 0.001: 4 by optkit, 4 by coremltools, 0 by onnx2coreml" in page
+    assert "more than its at 0 of 3" in page
+    assert "| even ¹ |" in page and "| as far as its reference |" in page
     assert "* **lost**, optkit: no ‹such› thing" in page

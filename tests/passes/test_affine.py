@@ -20,6 +20,34 @@ def floats(*shape: int) -> np.ndarray:
     return RANDOM.standard_normal(shape).astype(np.float32)
 
 
+ANGLE = """
+g (float[N, 3, 4] x) => (float[N, 3, 6] y) <float s = {%s}, float one = {1}, float[6] v = {1, 2, 3, 4, 5, 6}> { %s }
+"""
+
+
+@pytest.mark.parametrize(
+    ("factor", "body", "ops"),
+    [
+        (
+            "6.2831855",
+            "a = MatMul(x, w) z = Mul(a, s) b = Sin(z) c = Cos(z) y = Add(b, c)",
+            ["MatMul", "Mul", "Sin", "Cos", "Add"],
+        ),
+        ("0.1", "a = MatMul(x, w) p = Mul(a, s) z = Add(p, one) y = Sin(z)", ["MatMul", "Mul", "Add", "Sin"]),
+        # Rounds nothing.
+        ("-0.25", "a = MatMul(x, w) z = Mul(a, s) y = Cos(z)", ["MatMul", "Cos"]),
+        # Somebody else reads it, or is all that does.
+        ("6.2831855", "a = MatMul(x, w) z = Mul(a, s) b = Sin(z) y = Add(b, z)", ["MatMul", "Sin", "Add"]),
+        ("6.2831855", "a = MatMul(x, w) y = Mul(a, s)", ["MatMul"]),
+        ("6.2831855", "a = MatMul(x, w) z = Mul(a, s) y = Tanh(z)", ["MatMul", "Tanh"]),
+    ],
+)
+def test_factors_of_what_sines_are_taken_of_stay_unless_they_are_powers_of_two(factor, body, ops):
+    check_pass(
+        FoldAffine(), parse(HEADER + ANGLE % (factor, body), w=floats(4, 6)), ops=ops, rtol=1e-4, atol=1e-5
+    )
+
+
 CONV = """
 g (float[N, 6, 9, 9] x) => (float[A, B, C, D] y) <float s = {0.5}, float[1] t = {-1.5}> { %s y = Relu(z) }
 """

@@ -96,6 +96,42 @@ def test_sines_of_what_layers_compute_are_cast():
     assert sine.outputs[0].dtype == ir.DataType.FLOAT16
 
 
+POWERS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 4] x) => (float[N, 3] y) <float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float half = {0.5}, float tiny = {1e-10}> {
+  h = Mul (x, half)
+  r = Relu (h)
+  p = Mul (r, r)
+  f = MatMul (p, w)
+  t = Max (f, tiny)
+  l = %s (t)
+  y = Mul (l, half)
+}
+"""
+
+
+def test_what_logarithms_are_taken_of_is_computed_in_float32():
+    # Powers of 1e-4 are 1e-8, of which float16 leaves 0; Relu, which they are of, is the last that could lose them.
+    ops = ["Cast", "Mul", "Cast", "Relu", "Mul", "MatMul", "Max", "Log", "Cast", "Mul", "Cast"]
+    x = np.array([[2e-4, 4e-4, 1e-3, 2.0], [2e-4, 2e-4, 2e-4, 2e-4]], np.float32)
+    check_pass(CastFloats(), POWERS % "Log", ops=ops, x=x, **HALF)
+
+
+def test_what_no_logarithm_is_taken_of_is_cast():
+    check_pass(
+        CastFloats(keep=()),
+        POWERS % "Sqrt",
+        ops=["Cast", "Mul", "Relu", "Mul", "MatMul", "Max", "Sqrt", "Mul", "Cast"],
+        **HALF,
+    )
+
+
+def test_bfloat16_has_the_range_of_logarithms():
+    model = parse(POWERS % "Log")
+    CastFloats(to="bf16").run(model, Context(target=target("cpu")))
+    assert next(n for n in model.graph if n.op_type == "MatMul").outputs[0].dtype == ir.DataType.BFLOAT16
+
+
 NORM = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (float[N, 32] x, float[N, 32] r) => (float[N, 32] y) {

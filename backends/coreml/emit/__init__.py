@@ -24,6 +24,9 @@ from optkit.backends.coreml.emit import (
     quant as quant,
 )
 from optkit.backends.coreml.emit import (
+    random as random,
+)
+from optkit.backends.coreml.emit import (
     recurrent as recurrent,
 )
 from optkit.backends.coreml.emit import (

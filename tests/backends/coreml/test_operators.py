@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from optkit.errors import UnsupportedOpError
 from optkit.graph import walk
 from optkit.legalize import legalize
 from optkit.reference import ReferenceSession
@@ -418,4 +419,37 @@ def test_every_operator_of_the_emitters_is_compared():
     from optkit.backends.coreml.emit import ROWS
 
     compared = {node.op_type for name in CASES for node in walk(_model(name))}
-    assert set(ROWS) - compared == {"SimplifiedLayerNormalization"}
+    random = {f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")}
+    assert set(ROWS) - compared == {"SimplifiedLayerNormalization"} | random
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("source", ["Like<%s>(x)", "<%s, shape = [3, 4096]>()"])
+def test_random_numbers_have_the_distribution_that_is_asked_for(source, precision, tmp_path):
+    """Within five standard errors of mean and deviation; others in each run, and the same where there is a seed."""
+    from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
+
+    normal, uniform, seeded = (
+        source % options for options in ("mean = 2.0, scale = 0.5", "low = -1.0, high = 3.0", "seed = 7.0")
+    )
+    text = f"""(float[N, 4096] x) => (float[] a, float[] b, float[] c) {{
+      r = RandomNormal{normal} s = RandomUniform{uniform} t = RandomUniform{seeded} a = Add(x, r) b = Add(x, s) c = Add(x, t) }}"""
+    model, backend, options = parse(HEAD % (21, text)), CoreMl(), CoreMlOptions(precision=precision)
+    backend.lower(model, PHONE, options, tmp_path)
+    feeds = {"x": np.zeros((3, 4096), np.float32)}
+    with backend.load(tmp_path, PHONE, options) as session:
+        one, other = session.run(feeds), session.run(feeds)
+    count = feeds["x"].size
+    for name, mean, deviation in (("a", 2, 0.5), ("b", 1, 4 / 12**0.5), ("c", 0.5, 1 / 12**0.5)):
+        assert abs(one[name].mean() - mean) < 5 * deviation / count**0.5
+        assert abs(one[name].std() - deviation) < 5 * deviation / count**0.5
+    assert (one["a"] != other["a"]).any() and (one["b"] != other["b"]).any()
+    np.testing.assert_array_equal(one["c"], other["c"])
+
+
+def test_random_numbers_in_float64_are_refused():
+    from optkit.backends.coreml.lower import CoreMl
+
+    model = parse(HEAD % (21, "(float[2] x) => (double[2] y) { y = RandomNormalLike<dtype = 11>(x) }"))
+    with pytest.raises(UnsupportedOpError, match="random numbers of type double"):
+        legalize(model, CoreMl(), PHONE, name="model")

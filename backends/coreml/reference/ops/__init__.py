@@ -18,6 +18,9 @@ from optkit.backends.coreml.reference.ops import (
     norm as norm,
 )
 from optkit.backends.coreml.reference.ops import (
+    random as random,
+)
+from optkit.backends.coreml.reference.ops import (
     recurrent as recurrent,
 )
 from optkit.backends.coreml.reference.ops import (
