@@ -20,6 +20,7 @@ from optkit.cli import (
     finalize,
     inspect,
     kernels,
+    plan,
     prune,
     quantize,
     recipe,
@@ -44,6 +45,7 @@ for _name, _command, _help in (
     ("bench", bench.bench, "Time a run, alone or in turn with another model."),
     ("finalize", finalize.finalize, "Finish an artifact on the device that it is for."),
     ("inspect", inspect.inspect, "Show what is in a model or artifact."),
+    ("plan", plan.plan, "Say what a model would take on a target, and cost there."),
     ("targets", targets.targets, "List the hardware that can be compiled for."),
     ("doctor", doctor.doctor, "Check this machine, and a model."),
 ):

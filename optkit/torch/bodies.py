@@ -249,7 +249,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "LessOrEqual": lambda a, x, y: x <= y,
     "Log": lambda a, x: torch.log(x),
     "MatMul": lambda a, x, y: x @ y,
-    "MatMulInteger": lambda a, x, y: x.to(torch.int32) @ y.to(torch.int32),
+    "MatMulInteger": lambda a, x, y, zx=0, zy=0: (x.to(torch.int32) - zx) @ (y.to(torch.int32) - zy),
     "Max": _max,
     "Mod": lambda a, x, y: torch.remainder(x, y),
     "Mul": lambda a, x, y: x * y,

@@ -33,13 +33,19 @@ pytestmark = pytest.mark.needs("triton")
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21]>
-g (float16[B, S, 64] x, float16[B, 4, S, 16] q, bool[1] turned) => (float16[B, S, 64] y, float16[B, 4, S, 16] a) {
+g (float16[B, S, 64] x, float16[B, 4, S, 16] q, bool[1] turned) => (float16[B, S, 64] y, float16[B, 4, S, 16] a, float[B, S, 64] e)
+<float step = {0.02}, int8 zero = {-3}> {
   h = MatMul (x, w)
   c = Add (h, s)
   t = Add (x, c)
   n = LayerNormalization <axis = -1> (t, s, s)
   z = MatMul (n, w)
   y = Add (t, z)
+  u = Cast <to = 1> (y)
+  grid = QuantizeLinear (u, step, zero)
+  back = DequantizeLinear (grid, step, zero)
+  eight = DequantizeLinear <axis = 1> (weights, steps, zeros)
+  e = MatMul (back, eight)
   k = Transpose <perm = [0, 1, 3, 2]> (q)
   scores = MatMul (q, k)
   shares = Softmax <axis = -1> (scores)
@@ -58,7 +64,8 @@ def artifact(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         model = parse(
-            TEXT, w=(random.standard_normal((64, 64)) / 8).astype(np.float16), s=np.linspace(0.5, 1.5, 64).astype(np.float16)
+            TEXT, w=(random.standard_normal((64, 64)) / 8).astype(np.float16), s=np.linspace(0.5, 1.5, 64).astype(np.float16),
+            weights=random.integers(-127, 128, (64, 64)).astype(np.int8), steps=np.full(64, 0.01, np.float32), zeros=np.zeros(64, np.int8),
         )  # fmt: skip
         CallKernels().run(model, Context(target=H100))
         folder = tmp_path_factory.mktemp("plugins")
@@ -78,7 +85,9 @@ def test_the_graph_calls_plugins_by_name_and_program(artifact):
         "OptkitAddLayerNorm",
         "OptkitAttention",
         "OptkitLinear",
+        "OptkitLinearInt8",
         "OptkitMatMul",
+        "OptkitQuantize",
     ]
     rows = bundle.read(artifact)["launches"]
     for node in found:
@@ -139,7 +148,7 @@ class Nothing:
         return 1
 
 
-TYPES = {"FLOAT": 0, "FLOAT16": 1, "INT8": 2}
+TYPES = {"FLOAT": 0, "FLOAT16": 1, "INT8": 2, "INT32": 3}
 
 
 @pytest.mark.parametrize(("b", "s"), [(1, 1), (2, 5), (3, 200)])
@@ -159,7 +168,7 @@ def test_plugins_answer_and_launch_as_the_runtime_does(artifact, host, b, s):
         kinds = (
             "".join(letters.get(code.record["signature"][p], "p") for p in code.record["parameters"]) + "pp"
         )
-        dims = ",".join("x".join(map(str, shape)) for shape in given)
+        dims = ",".join("x".join(map(str, shape)) or "-" for shape in given)
         arguments = [node.op_type, node.attributes["program"].as_string(), dims, kinds]
         done = subprocess.run([host, *arguments], capture_output=True, text=True, check=True)
         said, launched, after = (json.loads(line) for line in done.stdout.splitlines())
@@ -168,7 +177,8 @@ def test_plugins_answer_and_launch_as_the_runtime_does(artifact, host, b, s):
         assert said["outputs"] == [
             [TYPES[o["type"]], *(evaluate(d, known) for d in o["shape"])] for o in outputs
         ]
-        assert said["accepted"] == [1] * (len(given) + len(outputs))
+        types = [v.dtype.name for v in node.inputs] + [o["type"] for o in outputs]
+        assert said["accepted"] == [TYPES[kind] for kind in types]
         sizes = {name: evaluate(text, known) for name, text in row["sizes"].items()}
         asked = []
 

@@ -35,6 +35,7 @@ COMMANDS = (
     "bench",
     "finalize",
     "inspect",
+    "plan",
     "targets",
     "recipe",
     "doctor",

@@ -87,7 +87,7 @@ int main(int, char** argv)
     {
         Dims found{};
         std::stringstream sizes(one);
-        for (std::string size; std::getline(sizes, size, 'x');)
+        for (std::string size; one != "-" && std::getline(sizes, size, 'x');)
         {
             found.d[found.nbDims++] = std::stoll(size);
         }
