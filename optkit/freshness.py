@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from optkit.data import Feeds, TensorSpec
+from optkit.data import Feeds, TensorSpec, spelled
 from optkit.errors import ModelError, OptkitError
 from optkit.evaluate import Run
 
@@ -47,7 +47,7 @@ class Trial:
     decided: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {list(array.shape)}" for name, array in self.feeds.items())
+        return spelled(self.feeds)
 
 
 def trials(
