@@ -33,6 +33,7 @@ PASSES = Registry(
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "linear-to-convolution": "optkit.passes.lowering.convolution:LinearToConvolution",
+        "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
         "join-axes": "optkit.passes.lowering.joining:JoinAxes",
         "split-heads": "optkit.passes.lowering.attention:SplitHeads",
         "chunk-attention": "optkit.passes.lowering.attention:ChunkAttention",

@@ -7,8 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from optkit.passes.base import Context
+from optkit.passes.cleanup.layout import CancelLayout
 from optkit.passes.lowering.attention import ChunkAttention, SplitHeads
 from optkit.passes.lowering.convolution import LinearToConvolution
+from optkit.passes.lowering.norm import NormOverChannels
 from optkit.pipeline import run_passes
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
@@ -78,9 +80,119 @@ def test_a_sum_with_what_is_no_vector_stays_behind_the_convolution():
     assert [n.op_type for n in after.graph][-1] == "Add"
 
 
-@pytest.mark.parametrize("pass_", [LinearToConvolution(), SplitHeads(), ChunkAttention(rows=16)])
+NORM = (
+    HEAD
+    + "g (float[%s] x) => (float[%s] y) { n = %s<axis = -1, epsilon = 1e-3>(x, w%s) y = Transpose<perm = %s>(n) }"
+)
+THREE, FOUR = ("N, T, 8", "N, 8, T"), ("2, 5, 7, 8", "2, 8, 5, 7")
+
+
+def _vectors(*names: str) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {n: random.normal(size=8).astype(np.float32) for n in names}
+
+
+def _norm(shapes: tuple[str, str], kind: str, bias: bool, order: str) -> ir.Model:
+    return parse(
+        NORM % (*shapes, kind, ", b" if bias else "", order), **_vectors("w", *(["b"] if bias else []))
+    )
+
+
+_MEAN, _POWER = ["ReduceMean", "Sub"], ["Mul", "ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Mul"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "bias", "order", "ops"),
+    [
+        (FOUR, "LayerNormalization", True, "[0, 3, 1, 2]", ["Transpose", *_MEAN, *_POWER, "Add", "Transpose", "Transpose"]),
+        (THREE, "LayerNormalization", False, "[0, 2, 1]", ["Transpose", "Unsqueeze", *_MEAN, *_POWER, "Squeeze", "Transpose", "Transpose"]),
+        (THREE, "RMSNormalization", False, "[0, 2, 1]", ["Transpose", "Unsqueeze", *_POWER, "Squeeze", "Transpose", "Transpose"]),
+    ],
+)  # fmt: skip
+def test_a_norm_is_computed_over_the_second_axis(shapes, kind, bias, order, ops):
+    model = _norm(shapes, kind, bias, order)
+    if kind.startswith("RMS"):
+        model.opset_imports[""] = 23
+    check_pass(NormOverChannels(), model, ops=ops, context=ENGINE, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("axis = -1", "axis = 1"),
+        ("perm = [0, 3, 1, 2]", "perm = [0, 3, 2, 1]"),
+        ("y = Transpose<perm = [0, 3, 1, 2]>(n)", "y = Relu(n)"),
+        ("=> (float[2, 8, 5, 7] y)", "=> (float[2, 8, 5, 7] y, float[2, 5, 7, 8] n)"),
+        ("x, w, b", "x, w, v"),
+        ("(x, w, b) y =", "(x, w, b) z = Relu(n) y ="),
+    ],
+    ids=[
+        "two axes",
+        "another order",
+        "nothing moved",
+        "an output",
+        "a bias that is fed",
+        "read in the order that it has",
+    ],
+)
+def test_other_norms_stay(change):
+    text = NORM % (*FOUR, "LayerNormalization", ", b", "[0, 3, 1, 2]")
+    text = text.replace(*change)
+    if "Relu(n)" in change[1] and "y = Relu" in text:
+        text = text.replace("2, 8, 5, 7] y", "2, 5, 7, 8] y")
+    if "z = " in text:
+        text = text.replace("] y)", "] y, float[2, 5, 7, 8] z)")
+    if "v)" in text:
+        text = text.replace("] x)", "] x, float[8] v)")
+    if "axis = 1" in text:
+        text = text.replace("g (float[2, 5, 7, 8] x)", "g (float[2, 1, 1, 8] x)").replace(
+            "2, 8, 5, 7] y", "2, 8, 1, 1] y"
+        )
+    model = parse(text, **_vectors("w", "b"))
+    assert NormOverChannels().run(model, ENGINE) == []
+
+
+@pytest.mark.needs("coremltools")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_core_ml_has_one_operation_for_a_norm_over_channels(precision, tmp_path):
+    from optkit.backends import BACKENDS
+    from optkit.backends.coreml.reference.program import Package
+
+    text = (
+        HEAD
+        + """g (float[2, 6, 5, 7] x) => (float[2, 4, 5, 7] y) {
+      c = Conv(x, k) t = Transpose<perm = [0, 2, 3, 1]>(c) n = LayerNormalization<axis = -1>(t, w, b)
+      u = Transpose<perm = [0, 3, 1, 2]>(n) y = Conv(u, l) }"""
+    )
+    random = np.random.default_rng(1)
+    kernels = {
+        n: random.normal(size=s).astype(np.float32) for n, s in (("k", (8, 6, 1, 1)), ("l", (4, 8, 1, 1)))
+    }
+    model, backend = parse(text, **_vectors("w", "b"), **kernels), BACKENDS.get("coreml")()
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model, optimize=False).run(feeds)["y"]
+    run_passes(model, [NormOverChannels(), CancelLayout()], ENGINE)
+    options = backend.options.model_validate({"precision": precision})
+    backend.lower(model, ENGINE.target, options, tmp_path)
+    block = Package(tmp_path / "model.mlpackage").functions["main"].block
+    kinds = [o.kind for o in block.operations if o.kind not in ("const", "cast", "identity")]
+    # coremltools fuses the vectors into one operation as well.
+    assert kinds == ["conv", "layer_norm", "batch_norm", "conv"]
+    assert {o.outputs[0].type.kind for o in block.operations if o.kind == "layer_norm"} == {
+        f"FLOAT{precision[2:]}"
+    }
+    with backend.load(tmp_path, ENGINE.target, options) as session:
+        np.testing.assert_allclose(
+            session.run(feeds)["y"], expected, atol=4e-5 if precision == "fp32" else 3e-2
+        )
+
+
+@pytest.mark.parametrize(
+    "pass_", [LinearToConvolution(), SplitHeads(), ChunkAttention(rows=16), NormOverChannels()]
+)
 def test_elsewhere_nothing_changes(pass_):
     for text, weights in (
+        (NORM % (*FOUR, "LayerNormalization", ", b", "[0, 3, 1, 2]"), _vectors("w", "b")),
         (LINEAR % ("2, 40", "2, 40", "Add(m, b)"), _matrices()),
         (ATTENTION % ("40, 24", "b, mask"), {}),
     ):

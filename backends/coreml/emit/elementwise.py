@@ -40,8 +40,14 @@ _BINARY = {
 _VARIADIC = {"Max": "maximum", "Min": "minimum", "Sum": "add", "Mean": "add"}
 
 
+def _is_reciprocal(node: ir.Node) -> bool:
+    return node.op_type == "Reciprocal" and node.domain == ""
+
+
 @emits(*_UNARY)
 def _unary(c: Context, node: ir.Node) -> Any:
+    if node.op_type == "Sqrt" and all(_is_reciprocal(u.node) for u in node.outputs[0].uses()):
+        return None
     x = wide(c.input(node, 0))
     if node.op_type == "Relu" and not is_float(x):
         return mb.maximum(x=x, y=np.int32(0))
@@ -139,6 +145,11 @@ def _log(c: Context, node: ir.Node) -> Any:
 
 @emits("Reciprocal")
 def _reciprocal(c: Context, node: ir.Node) -> Any:
+    value = node.inputs[0]
+    root = value.producer() if value is not None and value not in c.variables else None
+    if root is not None and root.op_type == "Sqrt":
+        x = c.input(root, 0)
+        return mb.rsqrt(x=x, epsilon=like(x, 0))
     x = c.input(node, 0)
     # Not `inverse`, whose epsilon is 1e-4 unless told otherwise.
     return mb.real_div(x=like(x, 1), y=x)

@@ -353,6 +353,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         d = ScatterND<reduction = "max">(x, n, u) }""",
         {},
     ),
+    "roots below one": (
+        """(float[N, 4] x) => (float[N, 4] y, float[N, 4] z) <float one = {1}> {
+        p = Mul(x, x) q = Add(p, one) r = Sqrt(q) y = Reciprocal(r) s = Exp(x) t = Sqrt(s) u = Reciprocal(t) z = Add(t, u) }""",
+        {},
+    ),
     "one of two": (
         """(float[N, 4] x) => (float[N, 4] y) <float zero = {0}> { s = ReduceSum<keepdims = 0>(x) c = Greater(s, zero)
         y = If(c)<then_branch = t () => (float[N, 4] a) { a = Exp(x) }, else_branch = e () => (float[N, 4] b) { b = Neg(x) }> }""",
