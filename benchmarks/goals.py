@@ -1,4 +1,4 @@
-"""What optkit has to reach on x86 processors with VNNI and without AMX, and what it does: a row a model.
+"""What optkit has to reach on x86 processors with VNNI, and what it does: a row a model.
 
     python -m optkit.benchmarks.goals
 

@@ -131,8 +131,8 @@ def times(run: Callable[[], object], counters: Callable[[], Sequence[Any]]) -> d
     return {name: Layer(kernels[name], float(np.percentile(t, _LOW))) for name, t in taken.items()}
 
 
-def _total(layers: Mapping[str, Layer]) -> float:
-    return sum(layer.seconds for layer in layers.values())
+def _total(times: Mapping[str, Layer]) -> float:
+    return sum(layer.seconds for layer in times.values())
 
 
 def _parsed(file: Path) -> ElementTree.Element:
