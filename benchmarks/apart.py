@@ -26,14 +26,11 @@ _PATIENCE = 300.0
 
 
 class Apart:
-    """A context in which a model can be timed.
+    """A context in which a model can be timed; several may be opened at the same time.
 
     Args:
         open_: Gives the callable; a function of a module, or a ``partial`` of one.
         feeds: A file of ``keep``.
-
-    Raises:
-        OptkitError: It cannot be opened.
     """
 
     def __init__(self, open_: Callable[[], Run], feeds: Path) -> None:
@@ -42,26 +39,36 @@ class Apart:
         self._process = context.Process(target=_serve, args=(theirs, open_, feeds), daemon=True)
         self._process.start()
         theirs.close()
+        self._ready = False
 
     def __enter__(self) -> Apart:
-        try:
-            self._answer()
-        except BaseException:
-            self._end()
-            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._ours.close()
+        self._process.join(1)
+        self._process.kill()
+        self._process.join()
+
+    def wait(self) -> None:
+        """Until it is open.
+
+        Raises:
+            OptkitError: It cannot be opened.
+        """
+        if not self._ready:
+            self._answer()
+            self._ready = True
 
     def time(self, index: int, *, settle: int = 0) -> tuple[float, float]:
         """As ``optkit.bench.clock``.
 
         Raises:
-            OptkitError: The run fails, or the process is gone.
+            OptkitError: It cannot be opened, the run fails, or the process is gone.
         """
+        self.wait()
         self._ours.send((index, settle))
         cpu, wall = self._answer()
         return cpu, wall
@@ -77,12 +84,6 @@ class Apart:
         if isinstance(answer, str):
             raise OptkitError(answer)
         return answer
-
-    def _end(self) -> None:
-        self._ours.close()
-        self._process.join(1)
-        self._process.kill()
-        self._process.join()
 
 
 def keep(feeds: Sequence[Mapping[str, np.ndarray]], file: Path) -> Path:

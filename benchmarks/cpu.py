@@ -172,11 +172,15 @@ def _timed(found: Sequence[Variant], feeds: Path, effort: Effort) -> tuple[dict[
     taken: list[dict[str, np.ndarray]] = []
     for seed in range(_SEATINGS):
         with ExitStack() as stack:
-            calls = {}
-            for v in found:
-                if v.run is not None and v.open is not None:
-                    one = stack.enter_context(Apart(v.open, feeds))
-                    calls[v.name] = partial(_later, one, sum(len(t[REFERENCE]) for t in taken))
+            apart = {
+                v.name: stack.enter_context(Apart(v.open, feeds))
+                for v in found
+                if v.run is not None and v.open is not None
+            }
+            for one in apart.values():
+                one.wait()
+            before = sum(len(t[REFERENCE]) for t in taken)
+            calls = {name: partial(_later, one, before) for name, one in apart.items()}
             budget = effort.cpu_seconds / (1 + _SETTLE) / _SEATINGS
             rounds = math.ceil(effort.rounds / _SEATINGS)
             taken.append(alternate(calls, rounds=rounds, budget=budget, seed=seed))

@@ -36,14 +36,17 @@ def test_a_model_is_timed_in_another_process_on_the_feeds_of_the_round(feeds, tm
 
 
 def test_what_cannot_be_opened_fails_or_dies_is_said(feeds):
-    with pytest.raises(OptkitError, match=r"NameError: .*nothing"), Apart(partial(eval, "nothing"), feeds):
-        pytest.fail("opened")
+    with (
+        pytest.raises(OptkitError, match=r"NameError: .*nothing"),
+        Apart(partial(eval, "nothing"), feeds) as one,
+    ):
+        one.wait()
     with Apart(partial(eval, FAILS_AT_ONE), feeds) as one:
         one.time(0)
         with pytest.raises(OptkitError, match="ZeroDivisionError: "):
             one.time(1)
     with (
         pytest.raises(OptkitError, match="its process died with exit code 3"),
-        Apart(partial(eval, DIES), feeds),
+        Apart(partial(eval, DIES), feeds) as one,
     ):
-        pytest.fail("opened")
+        one.time(0)
