@@ -15,14 +15,16 @@ Writes ``benchmarks/results/training.json`` and ``.md``. Needs optkit[torch], sc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
+import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +47,8 @@ from optkit.training_loop import Fit
 from optkit.training_session import TrainingSession
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_NETS = ("separable", "reader", "residual")
+# The quickest first.
+_NETS = ("separable", "residual", "reader")
 # Recipes whose steps are compared with plain ones.
 _STEPS = ("int8-qat", "prune-2-4", "prune-gradual")
 
@@ -62,9 +65,19 @@ class Case:
     rate: float = 1e-3
     student: str | None = None
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Tells it from the others."""
+        return self.net, self.recipe, self.label
+
+    @property
+    def networks(self) -> list[str]:
+        """Of which it needs the float one."""
+        return [self.net, self.student] if self.student else [self.net]
+
 
 CASES = (
-    Case("separable", "int8-qat", "QAT int8", 8),
+    Case("separable", "int8-qat", "QAT int8", 8, rate=3e-4),
     Case("separable", "int4-qat", "QAT w4a8", 12),
     Case("reader", "int8-qat", "QAT int8", 2, rate=3e-4),
     Case("reader", "int4-qat", "QAT w4a8", 3, rate=1e-3),
@@ -85,9 +98,9 @@ CASES = (
     Case("residual", "prune-2-4", "2:4, SparseGPT", 4),
     Case("residual", "lottery-ticket", "80 % zeros, lottery ticket", 24, rate=3e-3),
     Case("residual", "self-distil", "average of itself as teacher", 4),
-    Case("residual", "distil", "separable student, outputs", 12, rate=3e-3, student="separable"),
+    Case("residual", "distil", "separable student, outputs", 40, rate=3e-3, student="separable"),
     Case(
-        "residual", "distil-feature", "separable student, outputs and features", 12,
+        "residual", "distil-feature", "separable student, outputs and features", 40,
         ("passes.distil-features.layers=[a=a2, c=b2]",), 3e-3, "separable",
     ),
 )  # fmt: skip
@@ -117,9 +130,9 @@ def tasks() -> dict[str, Task]:
     pictures, texts = digits.Digits.load(), words.Words.load()
     found = {
         name: Task(
-            make, pictures, digits.Loader, F.cross_entropy, digits.train, digits.right, lambda out, y: float(out[0].argmax() == y), 12
+            make, pictures, digits.Loader, F.cross_entropy, digits.train, digits.right, lambda out, y: float(out[0].argmax() == y), epochs
         )
-        for name, make in (("residual", digits.Residual), ("separable", digits.Separable))
+        for name, make, epochs in (("residual", digits.Residual, 12), ("separable", digits.Separable, 40))
     }  # fmt: skip
     found["reader"] = Task(
         words.Reader, texts, words.batches, words.loss, words.train, words.right, lambda out, y: float((words.read(out)[0] == y).all()), 10
@@ -128,12 +141,15 @@ def tasks() -> dict[str, Task]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all cases, or those whose network or recipe is named; other rows stay as they are."""
+    """Run all cases, or those whose network or recipe is named; other rows from this machine stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("recipes", nargs="*", help="recipes to run; all without")
     parser.add_argument("--net", default=",".join(_NETS), help="networks to run them on, with commas between")
     parser.add_argument(
         "--steps", action="store_true", help="measure what a training step costs, and nothing else"
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="leave out what was measured on this machine before"
     )
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
@@ -141,64 +157,102 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [n for n in nets if n not in _NETS]:
         parser.error(f"no network is called {', '.join(unknown)}; there are {', '.join(_NETS)}")
     torch.set_num_threads(1)
-    start, place = time.perf_counter(), RESULTS / "training.json"
-    kept: dict[str, Any] = (
-        json.loads(place.read_text())
-        if place.exists()
-        else {"rows": [], "step_over_plain_step": {}, "seconds": 0}
-    )
+    results = _Results(RESULTS, asked.seed)
     known = tasks()
-    cases = [
-        c
-        for c in CASES
-        if not asked.steps and c.net in nets and (not asked.recipes or c.recipe in asked.recipes)
-    ]
-    floats = dict[str, nn.Module]()
-    for name in dict.fromkeys(n for c in cases for n in (c.net, c.student) if n):
-        torch.manual_seed(asked.seed)
-        floats[name] = known[name].train(known[name].make(), known[name].data, known[name].epochs)
-    marks = {name: _mark(net) for name, net in floats.items()}
-    # What was measured with another float network says nothing beside this one.
-    rows = {
-        (r["net"], r["recipe"], r["label"]): r
-        for r in kept["rows"]
-        if all(marks.get(n, mark) == mark for n, mark in r.get("floats", {}).items())
-    }
+    cases = [c for c in CASES if not asked.steps and c.net in nets and (not asked.recipes or c.recipe in asked.recipes)]  # fmt: skip
+    cases.sort(key=lambda c: _NETS.index(c.net))
+    if asked.missing:
+        cases = [c for c in cases if c.key not in results.rows]
+    floats, files = dict[str, nn.Module](), dict[str, Path]()
     with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
-        files = {n: _file(net, known[n].data, Path(folder) / f"{n}.onnx") for n, net in floats.items()}
         for case in cases:
+            for name in case.networks:
+                if name in floats:
+                    continue
+                torch.manual_seed(asked.seed)
+                with results.timed(f"float {name}"):
+                    floats[name] = known[name].train(known[name].make(), known[name].data, known[name].epochs)
+                results.trained(name, _mark(floats[name]))
+                files[name] = _file(floats[name], known[name].data, Path(folder) / f"{name}.onnx")
             torch.manual_seed(asked.seed)
-            row = _row(case, known, floats, files, Path(folder))
-            row["floats"] = {n: marks[n] for n in (case.net, case.student) if n}
-            rows[case.net, case.recipe, case.label] = row
+            with results.timed(" ".join(case.key)):
+                row = _row(case, known, floats, files, Path(folder))
+            results.take(case, row)
             print(_line(row), file=sys.stderr, flush=True)
-    ratios = dict(kept["step_over_plain_step"])
     for net in nets if asked.steps or not asked.recipes else ():
         for recipe in _STEPS:
+            name = f"{net}, {recipe}"
+            if asked.missing and name in results.ratios:
+                continue
             # What it weighs has no part in what a step costs.
-            ratios[f"{net}, {recipe}"] = round(overhead(known[net].make(), recipe, known[net]), 3)
-            print(
-                f"{net}, {recipe}: {ratios[f'{net}, {recipe}']:.2f}x a plain step",
-                file=sys.stderr,
-                flush=True,
-            )
-    whole = len(cases) == len(CASES)
-    result = {
-        "schema": 1,
-        "step_over_plain_step": ratios,
-        "seed": asked.seed,
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "onnxruntime", "scikit-learn")}
-        | {"optkit": optkit.__version__},
-        "python": platform.python_version(),
-        "seconds": round(time.perf_counter() - start) if whole else kept["seconds"],
-        "rows": [r for c in CASES if (r := rows.get((c.net, c.recipe, c.label))) is not None],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "training.md").write_text(page(result), encoding="utf-8")
-    print(page(result))
+            with results.timed(f"step {name}"):
+                ratio = overhead(known[net].make(), recipe, known[net])
+            results.step(name, ratio)
+            print(f"{name}: {ratio:.2f}x a plain step", file=sys.stderr, flush=True)
+    print((RESULTS / "training.md").read_text(encoding="utf-8"))
     return 0
+
+
+class _Results:
+    """The files, written anew with every row. What another machine measured is not kept.
+
+    Attributes:
+        rows: By network, recipe and label.
+        ratios: What a step costs.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._folder, self._place, self._seed = folder, folder / "training.json", seed
+        kept: dict[str, Any] = json.loads(self._place.read_text()) if self._place.exists() else {}
+        if kept.get("machine") != machine() or kept.get("seed") != seed:
+            kept = {}
+        self.rows: dict[tuple[str, str, str], dict[str, Any]] = {
+            (r["net"], r["recipe"], r["label"]): r for r in kept.get("rows", ())
+        }
+        self.ratios: dict[str, float] = kept.get("step_over_plain_step", {})
+        self._marks: dict[str, str] = kept.get("floats", {})
+        self._seconds: dict[str, int] = kept.get("seconds_each", {})
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count CPU time, with that of processes that are started: what it takes where nothing else runs."""
+        before = sum(os.times()[:4])
+        yield
+        self._seconds[what] = round(sum(os.times()[:4]) - before)
+
+    def trained(self, name: str, mark: str) -> None:
+        """A float network: rows that were measured beside another one go."""
+        if self._marks.get(name, mark) != mark:
+            self.rows = {k: r for k, r in self.rows.items() if name not in (r["net"], r["student"])}
+        self._marks[name] = mark
+
+    def take(self, case: Case, row: dict[str, Any]) -> None:
+        """A row."""
+        self.rows[case.key] = row
+        self._write()
+
+    def step(self, name: str, ratio: float) -> None:
+        """What a step of a network with a recipe costs."""
+        self.ratios[name] = round(ratio, 3)
+        self._write()
+
+    def _write(self) -> None:
+        result = {
+            "schema": 1,
+            "step_over_plain_step": self.ratios,
+            "seed": self._seed,
+            "machine": machine(),
+            "versions": {name: version(name) for name in ("torch", "onnxruntime", "scikit-learn")}
+            | {"optkit": optkit.__version__},
+            "python": platform.python_version(),
+            "floats": self._marks,
+            "seconds": sum(self._seconds.values()),
+            "seconds_each": self._seconds,
+            "rows": [self.rows[c.key] for c in CASES if c.key in self.rows],
+        }
+        self._folder.mkdir(exist_ok=True)
+        self._place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (self._folder / "training.md").write_text(page(result), encoding="utf-8")
 
 
 def _mark(net: nn.Module) -> str:

@@ -314,18 +314,19 @@ def _compare(
     module: nn.Module, model: ir.Model, found: Dependencies, gone: set[int], batch: Batch
 ) -> str | None:
     """Hold the module against its graph, cut alike and run by ONNX Runtime."""
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            # First, because it fails within a moment where sizes do not fit.
+            given = call(module, batch)
+    finally:
+        module.train(was)
     other = remove_from_copy(model, found, gone)
     try:
         expected = list(ReferenceSession(other).run(feeds(other, batch)).values())
     except ModelError as error:
         return str(error)
-    was = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            given = call(module, batch)
-    finally:
-        module.train(was)
     found_outputs = [x.float().cpu().numpy() for x in tensors(given)]
     for a, b in zip(found_outputs, expected, strict=True):
         if a.shape != b.shape:

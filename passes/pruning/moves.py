@@ -168,6 +168,18 @@ def _gather(work: Labelling, node: ir.Node) -> None:
     work.axes[node.outputs[0]] = [*x[:axis], *index, *x[axis + 1 :]]
 
 
+def _gather_parts(work: Labelling, node: ir.Node) -> None:
+    x, index = work.of(node.inputs[0]), work.of(node.inputs[1])
+    assert node.inputs[1] is not None and node.inputs[1].shape is not None
+    depth = node.inputs[1].shape[-1]
+    if attribute(node, "batch_dims", 0) or not isinstance(depth, int):
+        work.unknown(node)
+        return
+    for axis in x[:depth]:
+        work.labels.freeze(axis, "chosen by index")
+    work.axes[node.outputs[0]] = [*index[:-1], *x[depth:]]
+
+
 def _pad(work: Labelling, node: ir.Node) -> None:
     _touch_all(work, node, work.of(node.inputs[0]))
 
@@ -201,6 +213,7 @@ RULES: dict[str, Callable[[Labelling, ir.Node], None]] = {
     "Squeeze": _squeeze,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_parts,
     "Pad": _pad,
     "Resize": _resize,
 }

@@ -201,6 +201,27 @@ class _Gated(nn.Module):
         return x + self.out(F.silu(a) * b)
 
 
+class _Bank(nn.Module):
+    """Weights of four experts."""
+
+    def __init__(self, outs, ins):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, outs, ins))
+
+
+class _Experts(nn.Module):
+    """A feed-forward part whose weights are chosen for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = _Bank(24, 8), _Bank(8, 24)
+
+    def forward(self, x):
+        chosen = x[..., :4].argmax(-1)
+        y = F.relu(self.up.weight[chosen] @ x[..., None])
+        return x + (self.down.weight[chosen] @ y)[..., 0]
+
+
 class _Temporal(nn.Module):
     def __init__(self):
         super().__init__()
@@ -244,6 +265,7 @@ CASES = {
     "fused heads": (_Fused, (2, 5, 16), {"qkv": (48, 16), "proj": (16, 16)}),
     "heads in the batch": (_Merged, (2, 5, 16), {"q": (16, 16), "v": (16, 16), "out": (16, 16)}),
     "gated": (_Gated, (2, 5, 8), {"gate": (12, 8), "down": (8, 12), "both": (16, 8), "out": (8, 8)}),
+    "experts": (_Experts, (2, 5, 8), {"up": (4, 12, 8), "down": (4, 8, 12)}),
     "temporal": (_Temporal, (2, 4, 12), {"a": (8, 4, 3), "b": (8, 8, 3)}),
     "flattened": (_Flattened, _PICTURE, {"b": (6, 4, 3, 3), "hidden": (8, 24)}),
 }  # fmt: skip
