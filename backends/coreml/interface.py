@@ -15,6 +15,8 @@ from optkit.data import TensorSpec
 from optkit.errors import ModelError
 
 FILE = "interface.json"
+# What a classifier gives: the name of the likeliest class, and a dictionary of all.
+LABEL, SCORES = "classLabel", "classLabel_probs"
 
 _STORED = {
     ir.DataType.FLOAT: "fp32", ir.DataType.DOUBLE: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BOOL: "int32",
@@ -45,6 +47,7 @@ class Port(BaseModel):
         scalar: Whether the model has no axes and the package one of size 1.
         state: Whether it is kept inside between runs.
         picture: How values become pixels, where the package takes a picture.
+        labels: Names of the classes in order, where the package gives a dictionary.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +60,7 @@ class Port(BaseModel):
     scalar: bool = False
     state: bool = False
     picture: Picture | None = None
+    labels: tuple[str, ...] = ()
 
     @property
     def spec(self) -> TensorSpec:
@@ -105,14 +109,14 @@ def feature(name: str, taken: set[str]) -> str:
 
 
 def describe_ports(
-    model: ir.Model, axes: Axes, states: dict[str, str], pictures: dict[str, Picture]
-) -> Interface:
+    model: ir.Model, axes: Axes, states: dict[str, str], pictures: dict[str, Picture], labels: dict[str, tuple[str, ...]]
+) -> Interface:  # fmt: skip
     """The interface of ``model``.
 
     Raises:
         ModelError: An input or output has a type that Core ML has not.
     """
-    taken: set[str] = set()
+    taken: set[str] = {LABEL, SCORES} if labels else set()
 
     def port(value: ir.Value, *, state: bool, kept_in: str | None = None) -> Port:
         if value.dtype not in _STORED:
@@ -124,6 +128,7 @@ def describe_ports(
         return Port(
             name=str(value.name), feature=kept_in or feature(str(value.name), taken), dtype=value.dtype.numpy().name,
             stored=_STORED[value.dtype], shape=shape, scalar=shape == (), state=state, picture=pictures.get(str(value.name)),
+            labels=labels.get(str(value.name), ()),
         )  # fmt: skip
 
     inputs = [port(v, state=str(v.name) in states) for v in model.graph.inputs if not v.is_initializer()]

@@ -19,7 +19,7 @@ from optkit.backends.coreml.emit import ROWS
 from optkit.backends.coreml.emit.quant import stored_constant
 from optkit.backends.coreml.finalize import finalize, is_device
 from optkit.backends.coreml.halves import saturate
-from optkit.backends.coreml.interface import Picture, describe_ports
+from optkit.backends.coreml.interface import Picture, Port, describe_ports
 from optkit.backends.coreml.package import DATA, PACKAGE, convert, write
 from optkit.backends.coreml.placement import PLACEMENTS
 from optkit.backends.coreml.program import build
@@ -49,6 +49,8 @@ class CoreMlOptions(Options):
         shapes: By free axis of the inputs, its size, a list of sizes, or ``{min, max, default}``; else 1 to 4096.
         usual: Shapes of inputs in the calibration data; they are the defaults of ranges, which the Neural Engine runs at.
         pictures: Inputs that take pictures; the network gets ``pixel * scale + bias``.
+        labels: The output with the probabilities of classes, and their names: an application gets the likeliest, and a
+            dictionary of all.
         states: Inputs that Core ML keeps between runs, and the outputs with their next values (iOS 18 on).
         units: What a Mac runs it on.
         metadata: ``author``, ``license``, ``version`` and ``description``, kept in the package.
@@ -59,6 +61,7 @@ class CoreMlOptions(Options):
     shapes: dict[str, Size] = Field(default_factory=dict)
     usual: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     pictures: dict[str, Picture] = Field(default_factory=dict)
+    labels: dict[str, tuple[str, ...]] = Field(default_factory=dict, max_length=1)
     states: dict[str, str] = Field(default_factory=dict)
     units: Literal["ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"] = "ALL"
     metadata: dict[Literal["author", "license", "version", "description"], str] = Field(default_factory=dict)
@@ -132,7 +135,10 @@ class CoreMl(Backend):
         chosen = axes(model, options.shapes, options.usual)
         _check(model, options, oldest, several=len(chosen.listed) > 0)
         _refuse_newer(model, target, oldest)
-        interface = describe_ports(model, chosen, options.states, options.pictures)
+        interface = describe_ports(model, chosen, options.states, options.pictures, options.labels)
+        classified = next((p for p in interface.outputs if p.labels), None)
+        if classified is not None:
+            _check_labels(classified)
         model = model.clone()
         if model.functions:
             InlinePass()(model)
@@ -146,7 +152,14 @@ class CoreMl(Backend):
         weights.mkdir(parents=True)
         with silence():
             program, features = build(model, interface, chosen, oldest)
-        spec = convert(program, features, oldest, fp16=options.precision == "fp16", weights=weights)
+        spec = convert(
+            program,
+            features,
+            oldest,
+            fp16=options.precision == "fp16",
+            weights=weights,
+            classified=classified,
+        )
         write(spec, package, {str(k): v for k, v in options.metadata.items()})
         interface.write(path)
         if found := problems(package):
@@ -242,6 +255,7 @@ def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: boo
     outputs = {str(v.name): v for v in model.graph.outputs}
     for option, names, known in (
         ("states", options.states, inputs), ("pictures", options.pictures, inputs), ("states", options.states.values(), outputs),
+        ("labels", options.labels, outputs),
     ):  # fmt: skip
         for name in names:
             if name not in known:
@@ -258,6 +272,18 @@ def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: boo
     if several and len(free) > 1 and oldest < 18:
         raise UsageError(
             f"options.shapes: lists of sizes for {len(free)} inputs ({', '.join(free)}) need iOS 18, the package is for iOS {oldest}"
+        )
+
+
+def _check_labels(port: Port) -> None:
+    names = port.labels
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UsageError(f"options.labels: {', '.join(twice)} is there twice")
+    if port.shape is None or [d for d in port.shape if d != 1] != [len(names)]:
+        told = list(port.shape) if port.shape is not None else "of unknown rank"
+        raise UsageError(
+            f"options.labels: {len(names)} names for {port.name!r}, which is {told}",
+            hint="it has to be one row with a number for each name; options.shapes fixes free axes",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from optkit.backends.coreml.interface import LABEL, Port
 from optkit.backends.coreml.quiet import ct, silence
 
 PACKAGE = "model.mlpackage"
@@ -35,6 +36,7 @@ def convert(
     *,
     fp16: bool,
     weights: Path,
+    classified: Port | None = None,
 ) -> Any:
     """Run coremltools' own passes over a program and serialize it; its weights go into the folder ``weights``.
 
@@ -45,6 +47,7 @@ def convert(
         fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
             are taken of stays in float32, and so do squares up to the root of what they become.
         weights: An empty folder.
+        classified: The output that becomes a label and a dictionary.
 
     Returns:
         The model's protobuf.
@@ -55,6 +58,9 @@ def convert(
         mil_convert_to_proto,
     )
 
+    named = None
+    if classified is not None:
+        named = ct.ClassifierConfig(list(classified.labels), LABEL, classified.feature)
     with silence():
         pipeline = ct.PassPipeline()
         pipeline.remove_passes(_NEVER)
@@ -69,7 +75,7 @@ def convert(
             ]
         spec, _ = mil_convert_to_proto(
             program, "milinternal", "mlprogram", ConverterRegistry, main_pipeline=pipeline, inputs=features, outputs=None,
-            classifier_config=None, debug=False, specification_version=getattr(ct.target, f"iOS{version}"),
+            classifier_config=named, debug=False, specification_version=getattr(ct.target, f"iOS{version}"),
             use_default_fp16_io=False, states=[], weights_dir=str(weights),
         )  # fmt: skip
         _reset_conversion_state()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from optkit.backends.base import Session
-from optkit.backends.coreml.interface import Interface, Picture, Port
+from optkit.backends.coreml.interface import SCORES, Interface, Picture, Port
 from optkit.backends.coreml.package import PACKAGE
 from optkit.backends.coreml.quiet import ct, silence
 from optkit.backends.coreml.reference.machine import Machine, Watch
@@ -109,7 +109,7 @@ class PackageSession(Session):
         for port in self.interface.outputs:
             if port.state and not states:
                 continue
-            array = self.state(port.feature) if port.state else np.asarray(found[port.feature])
+            array = self.state(port.feature) if port.state else _array(port, found)
             array = array.reshape(()) if port.scalar else array
             outputs[port.name] = array.astype(np.dtype(port.dtype))
         return outputs
@@ -124,6 +124,13 @@ class PackageSession(Session):
 
     def reset(self) -> None:
         """Forget the state, where the package keeps one."""
+
+
+def _array(port: Port, found: Mapping[str, Any]) -> np.ndarray:
+    if not port.labels:
+        return np.asarray(found[port.feature])
+    scores = found[SCORES]
+    return np.asarray([scores[name] for name in port.labels]).reshape([int(d or 1) for d in port.shape or ()])
 
 
 def _pixels(port: Port, array: np.ndarray) -> np.ndarray:

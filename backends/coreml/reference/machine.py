@@ -257,7 +257,8 @@ class Machine:
 
     def _classify(self, op: Operation, values: dict[str, Any]) -> list[Any]:
         scores = np.asarray(self._value(op.inputs["probabilities"][0].name, values)).reshape(-1)
-        classes = _read(op.inputs["classes"][0])
+        bound = op.inputs["classes"][0]
+        classes = self._value(bound.name, values) if isinstance(bound, Name) else _read(bound)
         names = [v if isinstance(v, str) else np.asarray(v).item() for v in classes]
         return [names[int(np.argmax(scores))], dict(zip(names, scores.tolist(), strict=True))]
 

@@ -346,6 +346,40 @@ def test_a_picture_is_what_the_network_gets_after_scale_and_bias(tmp_path):
     assert _description(tmp_path).input[0].type.WhichOneof("Type") == "imageType"
 
 
+CLASSES = "g (float[%s, 8] x) => (float[%s, 3] p, float[%s, 3] z) { z = MatMul(x, w) p = Softmax(z) }"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_classes_have_names_and_the_numbers_stay_those_of_the_model(precision, tmp_path):
+    weight = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    model, names = parse(HEAD + CLASSES % ("n", "n", "n"), w=weight), ("cat", "dog", "bird")
+    x = np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32)
+    with _lower(model, tmp_path, labels={"p": names}, shapes={"n": 1}, precision=precision) as session:
+        _same(model, session, {"x": x}, tolerance=1e-5 if precision == "fp32" else 1e-2)
+        found = session.compute(session.features({"x": x}))
+    expected = ReferenceSession(model, optimize=False).run({"x": x})["p"][0]
+    assert found["classLabel"] == names[int(expected.argmax())]
+    description = _description(tmp_path)
+    assert description.predictedFeatureName == "classLabel"
+    kinds = {f.name: f.type.WhichOneof("Type") for f in description.output}
+    assert kinds == {"classLabel": "stringType", "classLabel_probs": "dictionaryType", "z": "multiArrayType"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        ("n", {"p": ("a", "b", "c")}, r"3 names for 'p', which is \['n', 3\]"),
+        ("1", {"p": ("a", "b")}, r"2 names for 'p', which is \[1, 3\]"),
+        ("1", {"p": ("a", "b", "a")}, "a is there twice"),
+        ("1", {"q": ("a", "b", "c")}, "options.labels: the model has no 'q'"),
+    ],
+)
+def test_names_that_do_not_fit_the_classes_are_refused(rows, labels, message, tmp_path):
+    model = parse(HEAD + CLASSES % (rows, rows, rows), w=np.ones((8, 3), np.float32))
+    with pytest.raises(UsageError, match=message):
+        _lower(model, tmp_path, labels=labels)
+
+
 def test_metadata_is_kept(tmp_path):
     _lower(
         _linear(), tmp_path, metadata={"author": "A", "license": "MIT", "version": "3", "description": "D"}
