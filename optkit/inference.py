@@ -202,9 +202,9 @@ class _Walk:
         """What is known about the elements of a short integer vector or scalar."""
         if value is None:
             return None
-        if value not in self.known and value.const_value is not None and value.const_value.size <= _SMALL:
+        if value not in self.known and (value.const_value is None or value.const_value.size <= _SMALL):
             array = constant(value)
-            if array is not None and array.dtype.kind in "iub" and array.ndim <= 1:
+            if array is not None and array.dtype.kind in "iub" and array.ndim <= 1 and array.size <= _SMALL:
                 self.known[value] = array.astype(object)
         return self.known.get(value)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optkit.dims import divide, minus, plus, quotient, remainder, shape_of, times
 from optkit.graph import text
-from optkit.inference import infer, infer_node
+from optkit.inference import at_shapes, infer, infer_node
 from optkit.testing import parse
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -256,3 +256,15 @@ def test_weights_in_constant_nodes_are_not_copied():
     model.graph.insert_after(model.graph[0], [constant, product])
     infer(model)
     assert shape_of(product.outputs[0]) == ("N", 64)
+
+
+def test_sizes_from_constants_that_are_attributes_are_known():
+    model = parse(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 12, S, 32] x) => (float[A, B, C, D] y) {
+          zero = Constant <value_ints = [0]> () rest = Constant <value_ints = [-1, 0]> ()
+          few = Shape <start = 1, end = 2> (x) form = Concat <axis = 0> (zero, few, rest) y = Reshape (x, form) }"""
+    )
+    model.graph.outputs[0].shape = None
+    fixed = at_shapes(model, {"x": (8, 12, 51, 32)})
+    assert fixed.graph.outputs[0].shape.numpy() == (8, 12, 51, 32)
