@@ -118,7 +118,7 @@ def _follow(graph: ir.Graph, found: Dependencies, removed: Collection[int], name
                 sizes = {axis - missing: n for axis, n in sizes.items() if axis >= missing}
             elif (shape := node.outputs[0].shape) is not None:
                 known = {axis: d for axis, d in enumerate(shape) if isinstance(d, int)}
-                settle(node, 1, known | sizes, lambda x: bool(kept(found, x, removed)), names)
+                settle(node, 1, known | sizes, sizes, lambda x: bool(kept(found, x, removed)), names)
             if sizes:
                 edit(node, 1, sizes, names)
             if node.op_type == "Reshape":

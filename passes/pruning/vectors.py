@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -26,11 +26,17 @@ def editable(value: ir.Value | None) -> bool:
 
 
 def settle(
-    node: ir.Node, index: int, sizes: Mapping[int, int], cut: Callable[[ir.Value], bool], names: Names
+    node: ir.Node,
+    index: int,
+    sizes: Mapping[int, int],
+    changed: Collection[int],
+    cut: Callable[[ir.Value], bool],
+    names: Names,
 ) -> None:
-    """Let elements of input ``index`` that are read off the shape of what is ``cut`` be ``sizes``, where those are known.
+    """Let elements of input ``index`` be ``sizes``, where those are known and the elements are read off other shapes.
 
-    Exporters take sizes from wherever they were computed first: the heads of one attention from those of another.
+    Exporters take sizes from wherever they were computed first: the heads of one attention from those of another, of
+    which either may have lost some: those ``changed``, or what is ``cut``.
     """
     value, graph = node.inputs[index], node.graph
     joined = None if value is None else value.producer()
@@ -42,9 +48,9 @@ def settle(
         if piece is None or piece.shape is None or not piece.shape.is_static():
             return
         n = int(piece.shape.numpy()[0])
-        if constant(piece) is not None or not any(i in sizes for i in range(start, start + n)) or not any(
-            cut(x) for x in _measured(piece)
-        ):  # fmt: skip
+        here = range(start, start + n)
+        moved = any(i in changed for i in here) or any(map(cut, _measured(piece)))
+        if constant(piece) is not None or not moved or not any(i in sizes for i in here):
             pieces.append(piece)
         else:
             for i in range(n):

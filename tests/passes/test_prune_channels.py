@@ -111,7 +111,36 @@ g (float[N, T, 8] x) => (float[N, T, 8] y, float[N, T, 4, 2] z)
 }
 """
 )
+# The other way round: the sizes are those of what stays whole. Heads are merged with the batch in between.
+LENT = (
+    _HEADER
+    + """
+g (float[N, T, 8] x) => (float[N, T, 8] y, float[N, 4, T, 2] z)
+<int64[4] split = {0, 0, 4, 2}, int64[3] join = {0, 0, 8}, int64[1] none = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] rest = {-1}> {
+  u = Reshape(x, split)
+  t = Transpose<perm = [0, 2, 1, 3]>(u)
+  z = Relu(t)
+  n = Shape(t)
+  first = Slice(n, none, two)
+  m = Shape(x)
+  long = Slice(m, one, two)
+  a = MatMul(x, w1)
+  b = Reshape(a, split)
+  c = Transpose<perm = [0, 2, 1, 3]>(b)
+  flat = Concat<axis = 0>(rest, long, two)
+  d = Reshape(c, flat)
+  e = Transpose<perm = [0, 2, 1]>(d)
+  sizes = Concat<axis = 0>(first, two, long)
+  f = Reshape(e, sizes)
+  s = Softmax<axis = 2>(f)
+  h = Transpose<perm = [0, 3, 1, 2]>(s)
+  j = Reshape(h, join)
+  y = MatMul(j, w2)
+}
+"""
+)
 _SHAPES = {
+    "lent": {"w1": (8, 8), "w2": (8, 8)},
     "borrowed": {"w1": (8, 8), "w2": (8, 8), "w3": (8, 8)},
     "convs": {"w1": (8, 3, 3, 3), "b1": (8,), "w2": (4, 8, 3, 3)},
     "residual": {
@@ -139,6 +168,7 @@ CASES = {
     # The concatenation turns the order round: channel 0 is input 5 of the second convolution.
     "sliced": (SLICED, {"w1": {0: [0, 3, 4, 6]}, "w3": {1: [5, 0, 1, 3]}}),
     # Heads of two features: heads 1 and 2 of four.
+    "lent": (LENT, {"w1": {1: [2, 3, 4, 5]}, "w2": {0: [2, 3, 4, 5]}}),
     "borrowed": (BORROWED, {"w1": {1: [0, 1, 6, 7]}, "w2": {0: [0, 1, 6, 7]}}),
     "heads": (HEADS, {"wq": {1: [2, 3, 4, 5]}, "wk": {1: [2, 3, 4, 5]}, "wv": {1: [2, 3, 4, 5]}, "wo": {0: [2, 3, 4, 5]}}),
 }  # fmt: skip
