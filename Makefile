@@ -4,6 +4,7 @@
 # make bench  the tables of the README, with torch: about three quarters of an hour
 # make bench-training  every recipe for training, on handwritten digits and rendered words: about a quarter of an hour
 # make bench-families  every model family through every stage: about half an hour
+# make bench-nvidia  real models through TensorRT-RTX and our kernels, without a GPU: about an hour
 # make bench-gpu  every kernel and whole models on the GPU of this machine; refused where there is none
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 EVAL   := benchmarks/evaluators/ppocr4_rec.py
 
-.PHONY: demo test lint bench bench-training bench-families bench-gpu clean
+.PHONY: demo test lint bench bench-training bench-families bench-nvidia bench-gpu clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optkit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -54,6 +55,14 @@ $(VENV)/.families: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 bench-families: $(VENV)/.families
 	$(BIN)/python -m optkit.benchmarks.families
+
+$(VENV)/.nvidia: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmarks,triton,tensorrt]'
+	touch $@
+
+bench-nvidia: $(VENV)/.nvidia
+	$(BIN)/python -m optkit.benchmarks.kernels --write
+	$(BIN)/python -m optkit.benchmarks.nvidia
 
 $(VENV)/.gpu: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[torch,triton]' onnxruntime-gpu

@@ -18,6 +18,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
         ("coreml", "coremltools"),
         ("coreml_compressed", "coremltools"),
         ("coreml_peers", "coremltools"),
+        ("nvidia", "torch"),
     ],
 )
 def test_the_page_is_what_the_results_say(name, package):
