@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from optkit.backends.coreml.emit.base import Context, emits, integer, ints, refused, through_ints
 from optkit.backends.coreml.quiet import mb, types
-from optkit.graph import scalar, subgraphs
+from optkit.graph import constant, scalar, subgraphs
 
 
 def _refuse_if(node: ir.Node) -> str | None:
@@ -53,7 +53,19 @@ def _refuse_loop(node: ir.Node) -> str | None:
     carried = len(node.inputs) - 2
     if len(body.outputs) - 1 > carried:
         return "its scan outputs: Core ML has no tensors that grow"
+    if node.inputs[0] is None and _stays_true(body):
+        return "it has neither a count nor a condition that changes, and never ends"
     return None
+
+
+def _stays_true(body: ir.Graph) -> bool:
+    """Whether the condition of a Loop comes out as it went in, or as a constant that holds."""
+    condition = body.outputs[0]
+    while (node := condition.producer()) is not None and node.op_type == "Identity":
+        assert node.inputs[0] is not None
+        condition = node.inputs[0]
+    held = constant(condition)
+    return condition is body.inputs[1] or (held is not None and bool(held.all()))
 
 
 @emits("Loop", refuse=_refuse_loop)

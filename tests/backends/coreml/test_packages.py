@@ -451,6 +451,62 @@ def test_what_cannot_be_written_is_said(graph, message, tmp_path):
         _lower(parse(HEAD + graph, **big), tmp_path)
 
 
+ENDLESS = """g (float[4] x, bool on) => (float[4] y) <bool yes = {1}> {
+  y = Loop(%s, on, x)<body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w) { %s w = Add(v, v) }> }"""
+
+
+@pytest.mark.parametrize("condition", ["d = Identity(c)", "e = Identity(yes) d = Identity(e)"])
+def test_a_loop_without_an_end_is_refused(condition):
+    backend = BACKENDS.get("coreml")()
+    with pytest.raises(UnsupportedOpError, match="neither a count nor a condition that changes"):
+        legalize(parse(HEAD + ENDLESS % ("", condition)), backend, PHONE, name="model")
+    # Not so where data may end it.
+    legalize(
+        parse(HEAD + ENDLESS % ("", "s = ReduceMax<keepdims = 0>(v) z = Abs(s) d = Less(s, z)")),
+        backend,
+        PHONE,
+        name="model",
+    )
+
+
+def test_the_evaluator_ends_a_loop_whose_condition_never_fails(tmp_path, monkeypatch):
+    from optkit.backends.coreml.reference import machine
+
+    monkeypatch.setattr(machine, "_ROUNDS", 10)
+    text = ENDLESS % ("", "s = ReduceMax<keepdims = 0>(v) z = Abs(s) d = LessOrEqual(s, z)")
+    with (
+        _lower(parse(HEAD + text), tmp_path) as session,
+        pytest.raises(ModelError, match="goes on after 10 rounds"),
+    ):
+        session.run({"x": np.ones(4, np.float32), "on": np.array(True)})
+
+
+MISSING = """
+import json, sys
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "coremltools":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Missing())
+from optkit.backends import BACKENDS
+from optkit.errors import BackendUnavailableError
+try:
+    BACKENDS["coreml"]
+except BackendUnavailableError as error:
+    print(json.dumps([str(error), error.hint, error.exit_code]))
+"""
+
+
+def test_without_the_package_it_is_refused_with_what_to_install():
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=False)
+    said = [
+        "backend 'coreml' needs the package 'coremltools', which is not installed",
+        "pip install 'optkit[coreml]'",
+        4,
+    ]
+    assert json.loads(done.stdout) == said, done.stderr
+
+
 def test_a_loop_that_collects_values_is_refused():
     model = parse(
         HEAD
