@@ -40,13 +40,16 @@ _BINARY = {
 _VARIADIC = {"Max": "maximum", "Min": "minimum", "Sum": "add", "Mean": "add"}
 
 
-def _is_reciprocal(node: ir.Node) -> bool:
-    return node.op_type == "Reciprocal" and node.domain == ""
+def _for_reciprocals(root: ir.Value) -> bool:
+    """Whether nothing else reads the root, whose reciprocal is an operation of its own."""
+    readers = [u.node for u in root.uses()]
+    alone = all(r.op_type == "Reciprocal" and r.domain == "" for r in readers)
+    return bool(readers) and alone and not root.is_graph_output()
 
 
 @emits(*_UNARY)
 def _unary(c: Context, node: ir.Node) -> Any:
-    if node.op_type == "Sqrt" and all(_is_reciprocal(u.node) for u in node.outputs[0].uses()):
+    if node.op_type == "Sqrt" and _for_reciprocals(node.outputs[0]):
         return None
     x = wide(c.input(node, 0))
     if node.op_type == "Relu" and not is_float(x):

@@ -353,6 +353,10 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         d = ScatterND<reduction = "max">(x, n, u) }""",
         {},
     ),
+    "a root beside its reciprocal": (
+        "(float[N, 7] x) => (float[N, 7] r, float[N, 7] y) { p = Exp(x) r = Sqrt(p) y = Reciprocal(r) }",
+        {},
+    ),
     "roots below one": (
         """(float[N, 4] x) => (float[N, 4] y, float[N, 4] z) <float one = {1}> {
         p = Mul(x, x) q = Add(p, one) r = Sqrt(q) y = Reciprocal(r) s = Exp(x) t = Sqrt(s) u = Reciprocal(t) z = Add(t, u) }""",
