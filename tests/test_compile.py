@@ -508,6 +508,14 @@ def test_a_model_with_nothing_to_quantize_says_so(tmp_path):
         compile(plain, recipe=yaml.safe_load(INT8), data=[{"x": np.ones(2, np.float32)}], out=tmp_path / "o")
 
 
+@pytest.mark.parametrize("recipe", ["onnxruntime-w4", "int8-dynamic"])
+def test_a_shipped_recipe_that_finds_nothing_says_so(tmp_path, recipe):
+    """An option that only products with such weights heed is no change of the numbers."""
+    plain = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Exp(x) }')
+    with pytest.raises(OptkitError, match="nothing in model was changed"):
+        compile(plain, recipe=recipe, out=tmp_path / "o")
+
+
 def test_a_candidate_whose_outputs_are_no_numbers_is_left_out(model, tmp_path, evaluator, caplog):
     """A score that the candidate's outputs make NaN is the candidate's fault, not the evaluator's."""
     first = ReferenceSession(model).run(_batches(1, seed=2)[0])["classes"]

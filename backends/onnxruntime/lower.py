@@ -82,10 +82,6 @@ class OnnxRuntime(Backend):
         """Open the file with the options."""
         return OnnxRuntimeSession(path / MODEL, options, threads=threads)
 
-    def exact(self, options: OnnxRuntimeOptions) -> OnnxRuntimeOptions:
-        """The same with products in float32."""
-        return options.model_copy(update={"accuracy_level": 1})
-
     def parallel(self, options: OnnxRuntimeOptions, *, threads: int, streams: int) -> OnnxRuntimeOptions:
         """A session runs any number of requests, each on the threads of one operator: the caller's thread among them."""
         return options.model_copy(update={"threads": max(1, threads // streams), "streams": streams})
