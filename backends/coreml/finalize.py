@@ -27,15 +27,16 @@ from optkit.backends.coreml.package import DATA, PACKAGE
 from optkit.backends.coreml.quiet import ct, silence
 from optkit.backends.coreml.reference.program import Package
 from optkit.backends.coreml.session import MacSession, ReferenceSession, has_core_ml
+from optkit.backends.records import TIMED, VERIFIED
 from optkit.closeness import closeness, spread
 from optkit.data import drawn
-from optkit.errors import BackendUnavailableError, ModelError, UsageError
+from optkit.errors import BackendUnavailableError, UsageError
 
 if TYPE_CHECKING:
     from optkit.backends.base import Mark, Task
     from optkit.targets import Target
 
-PLAN, VERIFIED, TIMED = "plan.json", "verified.json", "bench.json"
+PLAN = "plan.json"
 # What a program that keeps states is asked in a row.
 _STEPS = 4
 _FIRST, _RUNS = 20, 200
@@ -78,27 +79,20 @@ def finalize(
         if force or records.read(path / PLAN, made_with) is None:
             with task("ask which unit runs what"):
                 records.writer(path / PLAN, made_with)(_plan(path, session.compiled, units))
-        verified = None if force else records.read(path / VERIFIED, made_with)
-        if verified is None:
-            mark("ran_on_device", False)
-            with task("compare with the reference evaluator"):
-                verified = _verify(path, session, precision)
-            records.writer(path / VERIFIED, made_with)(verified)
-        if not verified["met"]:
-            worst = min(verified["outputs"], key=lambda o: (o["finite"], o["cosine"]))
-            raise ModelError(
-                f"Core ML does not compute what the program says: output {worst['output']!r} of batch {worst['batch']} has "
-                f"cosine {worst['cosine']:.5f}, at least {verified['min_cosine']:g} is asked for",
-                hint=f"all of them are in {VERIFIED}; --set options.units=CPU_ONLY tells whether one of the units is it",
-            )
-        mark("ran_on_device", here)
-        timed = None if force else records.read(path / TIMED, made_with)
-        if timed is None:
-            mark("timed_on_device", False)
-            with task("measure the latency"):
-                timed = {"batches": [_bench(session, steps[0]) for steps in _batches(path)]}
-            records.writer(path / TIMED, made_with)(timed)
-        mark("timed_on_device", here)
+        verified, timed = records.proved(
+            lambda name: None if force else records.read(path / name, made_with),
+            lambda: records.writer(path / VERIFIED, made_with)(_verify(path, session, precision)),
+            lambda: records.writer(path / TIMED, made_with)(
+                {"batches": [_bench(session, steps[0]) for steps in _batches(path)]}
+            ),
+            task=task,
+            mark=mark,
+            against="the reference evaluator",
+            wrong="Core ML does not compute what the program says",
+            hint="--set options.units=CPU_ONLY tells whether one of the units is it",
+            batch="batch",
+            here=here,
+        )
     return Finished(
         device=facts, cosine=min(o["cosine"] for o in verified["outputs"]), batches=tuple(timed["batches"])
     )

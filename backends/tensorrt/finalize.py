@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optkit.backends.base import Finished
+from optkit.backends.records import TIMED, VERIFIED, proved
 from optkit.backends.tensorrt import bundle
 from optkit.errors import BackendUnavailableError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from optkit.backends.base import Mark, Task
 
-VERIFIED, TIMED = "verified.json", "bench.json"
 _PACKAGES = {"tensorrt": "pip install tensorrt-cu13", "tensorrt_rtx": "pip install 'optkit[tensorrt]'"}
 # What the records name the device by; with the engine's digest it decides whether a record is of this very pair.
 _DEVICE = ("device", "cuda_driver", "major", "minor")
@@ -47,29 +47,16 @@ def finalize(path: Path, task: Task, mark: Mark, *, force: bool) -> Finished:
         with task("build the engine"):
             _run(path, "build_engine.py", *(["--force"] if force else []))
         mark("compiled", True)
-    verified = None if force else _record(path, VERIFIED, device)
-    if verified is None:
-        mark("ran_on_device", False)
-        with task("compare with the golden outputs"):
-            _run(path, "verify.py", fails=True)
-        verified = _record(path, VERIFIED, device)
-        assert verified is not None
-    if not verified["met"]:
-        worst = min(verified["outputs"], key=lambda o: (o["finite"], o["cosine"]))
-        raise ModelError(
-            f"the engine does not compute what the graph computes: output {worst['output']!r} of golden batch "
-            f"{worst['batch']} has cosine {worst['cosine']:.5f}, at least {verified['min_cosine']:g} is asked for",
-            hint=f"all of them are in {VERIFIED}; try another --precision",
-        )
-    mark("ran_on_device", True)
-    timed = None if force else _record(path, TIMED, device)
-    if timed is None:
-        mark("timed_on_device", False)
-        with task("measure the latency"):
-            _run(path, "bench.py")
-        timed = _record(path, TIMED, device)
-        assert timed is not None
-    mark("timed_on_device", True)
+    verified, timed = proved(
+        lambda name: None if force else _record(path, name, device),
+        lambda: _written(path, VERIFIED, device, "verify.py", fails=True),
+        lambda: _written(path, TIMED, device, "bench.py"),
+        task=task,
+        mark=mark,
+        against="the golden outputs",
+        wrong="the engine does not compute what the graph computes",
+        hint="try another --precision",
+    )
     return Finished(
         device={key: device[key] for key in sorted(device)},
         cosine=min(o["cosine"] for o in verified["outputs"]),
@@ -96,6 +83,16 @@ def _run(path: Path, program: str, *arguments: str, fails: bool = False) -> None
         raise ModelError(
             f"{program}: {last}", hint=f"python {program} in the artifact's folder shows all of it"
         )
+
+
+def _written(
+    path: Path, name: str, device: dict[str, Any], program: str, *, fails: bool = False
+) -> dict[str, Any]:
+    """What one of the artifact's programs wrote."""
+    _run(path, program, fails=fails)
+    found = _record(path, name, device)
+    assert found is not None
+    return found
 
 
 def _start(path: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

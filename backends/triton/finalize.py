@@ -14,6 +14,7 @@ import numpy as np
 from optkit import golden
 from optkit.backends import records
 from optkit.backends.base import Finished
+from optkit.backends.records import TIMED, VERIFIED
 from optkit.backends.triton import bundle
 from optkit.backends.triton.runtime import Call, DeviceSession, open_device
 from optkit.closeness import batch, closeness, spread, verify
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from optkit.backends.triton.rest import Place
     from optkit.kernels.cuda import Device
 
-TUNED, VERIFIED, TIMED = "tuned.json", "verified.json", "bench.json"
+TUNED = "tuned.json"
 # Launches between two events, and how often they are timed.
 _TOGETHER, _ROUNDS = 20, 11
 _RUNS, _FIRST = 200, 50
@@ -82,27 +83,20 @@ def _finish(
         )
     session.choices = [chosen["choices"][str(i)] for i in range(len(session.launches))]
     made_with = {**made_with, "choices": hashlib.sha256("\n".join(session.choices).encode()).hexdigest()}
-    verified = None if force else records.read(path / VERIFIED, made_with)
-    if verified is None:
-        mark("ran_on_device", False)
-        with task("compare with the golden outputs"):
-            verified = verify(session.run, path / golden.FOLDER, bundle.read(path)["min_cosine"])
-        records.writer(path / VERIFIED, made_with)(verified)
-    if not verified["met"]:
-        worst = min(verified["outputs"], key=lambda o: (o["finite"], o["cosine"]))
-        raise ModelError(
-            f"the kernels do not compute what the graph computes: output {worst['output']!r} of golden batch "
-            f"{worst['batch']} has cosine {worst['cosine']:.5f}, at least {verified['min_cosine']:g} is asked for",
-            hint=f"all of them are in {VERIFIED}; optkit kernels check tells whether a kernel is wrong by itself",
-        )
-    mark("ran_on_device", True)
-    timed = None if force else records.read(path / TIMED, made_with)
-    if timed is None:
-        mark("timed_on_device", False)
-        with task("measure the latency"):
-            timed = {"batches": [_bench(session, batch(file)[0]) for file in files]}
-        records.writer(path / TIMED, made_with)(timed)
-    mark("timed_on_device", True)
+    verified, timed = records.proved(
+        lambda name: None if force else records.read(path / name, made_with),
+        lambda: records.writer(path / VERIFIED, made_with)(
+            verify(session.run, path / golden.FOLDER, bundle.read(path)["min_cosine"])
+        ),
+        lambda: records.writer(path / TIMED, made_with)(
+            {"batches": [_bench(session, batch(file)[0]) for file in files]}
+        ),
+        task=task,
+        mark=mark,
+        against="the golden outputs",
+        wrong="the kernels do not compute what the graph computes",
+        hint="optkit kernels check tells whether a kernel is wrong by itself",
+    )
     return Finished(
         device={key: facts[key] for key in sorted(facts)},
         cosine=min(o["cosine"] for o in verified["outputs"]),
@@ -114,7 +108,7 @@ def _tune(
     session: DeviceSession,
     feeds: Mapping[str, np.ndarray],
     found: dict[str, Any],
-    write: Callable[[Mapping[str, Any]], None],
+    write: Callable[[records.Record], object],
 ) -> dict[str, Any]:
     """The fastest program of each call, by kernel and sizes; what ``found`` has is not timed again.
 
