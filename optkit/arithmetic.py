@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from optkit.graph import walk
+from optkit.microscaling import format_of
 from optkit.ops import spec
 
 _INTEGER_PRODUCTS = frozenset({"MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul"})
@@ -40,6 +41,8 @@ def _grid(value: ir.Value | None) -> str | None:
         if node.op_type == "DequantizeLinear":
             source = node.inputs[0]
             return None if source is None or source.dtype is None else _GRIDS.get(source.dtype)
+        if (blocks := format_of(node)) is not None:
+            return blocks.name
         if node.op_type not in _KEEPING:
             return None
         value = node.inputs[0]
@@ -55,8 +58,8 @@ def stored(value: ir.Value | None) -> ir.Value | None:
         producer = value.producer()
         if producer is None or producer.op_type == "Gather":
             return None
-        row = spec(producer)
-        if producer.op_type not in ("DequantizeLinear", "Cast") and (row is None or row.family != "shape"):
+        row, back = spec(producer), producer.op_type in ("DequantizeLinear", "Cast")
+        if not back and format_of(producer) is None and (row is None or row.family != "shape"):
             return None
         value = producer.inputs[0]
     return value

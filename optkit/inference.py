@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from optkit.dims import INFERRED, Dim, is_name, shape_of
 from optkit.graph import OPSET, constant, graphs, subgraphs
+from optkit.microscaling import is_call
 from optkit.propagation import Known, evaluate, shape
 
 logger = logging.getLogger(__name__)
@@ -230,6 +231,8 @@ class _Walk:
                 dims = shape_of(first)
             else:
                 dims = shape(node, self.of)
+        elif is_call(node) and first is not None and first.shape is not None:
+            dims = shape_of(first)
         for index, (output, found) in enumerate(zip(node.outputs, _outputs(node, OPSET), strict=False)):
             if index or dims is None:
                 self._set(output, found, None)

@@ -15,7 +15,7 @@ FOLDERS = {name: ROOT / name for name in ("passes", "backends", "kernels", "reci
 LAYERS = {
     1: ["errors", "registry"],
     2: [
-        "graph", "origin", "ops", "formats", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
+        "graph", "origin", "ops", "formats", "microscaling", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
         "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding",
     ],
     3: ["kernels", "training_sharded"],
