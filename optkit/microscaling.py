@@ -283,3 +283,9 @@ def format_of(node: ir.Node) -> BlockFormat | None:
     if node.domain != DOMAIN:
         return None
     return next((f for f in BLOCK_FORMATS.values() if f.dequantize == node.op_type), None)
+
+
+def numbers_of(value: ir.Value) -> ir.DataType | None:
+    """The type of the numbers that the constant ``value`` holds for a call here; None where it holds none."""
+    found = (format_of(use.node) for use in value.uses() if use.idx == 0)
+    return next((fmt.numbers for fmt in found if fmt is not None), None)

@@ -54,6 +54,7 @@ PASSES = Registry(
         "quantize-weights": "optkit.passes.quantization.weights:QuantizeWeights",
         "palettize-weights": "optkit.passes.quantization.palette:PalettizeWeights",
         "quantize-blocks": "optkit.passes.quantization.blocks:QuantizeBlocks",
+        "quantize-microscaling": "optkit.passes.quantization.microscaling:QuantizeMicroscaling",
         "quantize-dynamic": "optkit.passes.quantization.dynamic:QuantizeDynamic",
     },
     group="optkit.passes",
