@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import operator
 import platform
 import resource
@@ -42,6 +43,7 @@ from optkit.frontend import Loaded, is_torch, read
 from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, walk, weight_bytes
 from optkit.kernels.base import DOMAIN
 from optkit.legalize import legalize
+from optkit.microscaling import format_of, is_call, numbers_of
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
@@ -455,7 +457,13 @@ def scheme(model: ir.Model) -> str:
             elif node.op_type == "MatMulInteger":
                 kinds.add("weights int8 per channel, symmetric")
                 kinds.add("activations uint8 per tensor, asymmetric, computed in each run")
-            elif node.domain == DOMAIN:
+            elif (blocks := format_of(node)) is not None:
+                still = node.inputs[0] is not None and node.inputs[0].is_initializer()
+                kinds.add(
+                    f"{'weights' if still else 'activations'} {blocks.name} per block of {blocks.size}, symmetric"
+                    + ("" if still else ", scales computed in each run")
+                )
+            elif node.domain == DOMAIN and not is_call(node):
                 for value in node.inputs:
                     # A single number is the zero point of a grid.
                     if (
@@ -473,9 +481,12 @@ def weights(model: ir.Model) -> dict[str, int]:
     found: dict[str, int] = {}
     for graph in graphs(model):
         for value in graph.initializers.values():
-            if value.const_value is not None:
-                kind = value.const_value.dtype.name.lower()
-                found[kind] = found.get(kind, 0) + value.const_value.nbytes
+            if (tensor := value.const_value) is not None:
+                # Numbers of 4 bits are held in 8 where ONNX has to run them.
+                own = numbers_of(value)
+                size = tensor.nbytes if own is None else math.ceil(tensor.size * own.itemsize)
+                kind = (own or tensor.dtype).name.lower()
+                found[kind] = found.get(kind, 0) + size
     return found
 
 
@@ -725,6 +736,8 @@ def recipe_for(precision: str | None) -> str:
         ("fp16", False): "fp16",
         ("bf16", False): "bf16",
         ("fp8", False): "fp8",
+        ("nvfp4", False): "tensorrt-nvfp4",
+        ("mxfp8", False): "tensorrt-mxfp8",
         ("w4a16", False): "w4a16",
     }.get((wanted.base, wanted.dynamic))
     if name is None or wanted.group is not None or wanted.symmetric is not None or name not in shipped():

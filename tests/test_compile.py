@@ -444,7 +444,7 @@ def test_a_list_of_lossy_candidates_has_float_as_its_floor(model, tmp_path):
     [
         ({"recipe": "fp32", "precision": "int8"}, UsageError, ["a recipe and a precision"]),
         ({"precision": "int7"}, UnknownNameError, ["unknown precision 'int7'", "int8"]),
-        ({"precision": "nvfp4"}, UsageError, ["no backend of this version makes it"]),
+        ({"precision": "mxfp4"}, UsageError, ["no backend of this version makes it"]),
         ({"precision": "int8-sym"}, UsageError, ["no backend of this version makes it"]),
         ({"precision": "int8-g128"}, UsageError, ["no backend of this version makes it"]),
         ({"precision": "w4a16-g128"}, UsageError, ["no backend of this version makes it", "w4a16"]),

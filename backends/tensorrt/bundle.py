@@ -10,6 +10,8 @@ from optkit import closeness
 from optkit.kernels import cuda
 
 MODEL, BUNDLE, ENGINE = "model.onnx", "bundle.json", "engine.plan"
+# The same graph in words that TensorRT alone reads, where there are such.
+SPELLED = "tensorrt.onnx"
 # What only the mode that builds on the device needs.
 _BUILD = ("build_engine.py",)
 _PROGRAMS = ("device.py", "closeness.py", "engine.py", "verify.py", "bench.py")
@@ -27,16 +29,18 @@ def write(
     min_cosine: float,
     tf32: bool,
     rtx: bool,
+    source: str = MODEL,
 ) -> None:
     """Write ``bundle.json`` and the programs into ``path``.
 
     Args:
         min_cosine: How close outputs on the device have to be to the golden ones.
         rtx: Whether the engine is TensorRT-RTX's and there already; else TensorRT builds it on the device.
+        source: The file that TensorRT reads.
     """
     facts = {
         "target": target, "arch": arch, "profile": {k: [list(s) for s in v] for k, v in profile.items()},
-        "min_cosine": min_cosine, "tf32": tf32, "runtime": "tensorrt_rtx" if rtx else "tensorrt",
+        "min_cosine": min_cosine, "tf32": tf32, "runtime": "tensorrt_rtx" if rtx else "tensorrt", "source": source,
     }  # fmt: skip
     (path / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in (*_PROGRAMS, *(() if rtx else _BUILD)):

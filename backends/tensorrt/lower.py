@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 from pydantic import Field
 
 from optkit import golden
@@ -21,7 +20,8 @@ from optkit.backends.tensorrt.placement import PLACEMENTS
 from optkit.backends.tensorrt.profiles import Range, profile, ranges, seen
 from optkit.backends.tensorrt.refusals import refusal
 from optkit.backends.tensorrt.session import TypedGraphSession
-from optkit.backends.tensorrt.verdict import Record
+from optkit.backends.tensorrt.spelling import inline, spelled
+from optkit.backends.tensorrt.verdict import FLOATS, Record
 from optkit.data import specs
 from optkit.errors import BackendUnavailableError, ModelError, UnsupportedOpError, UsageError
 from optkit.graph import describe, walk
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EXTRA = "pip install 'optkit[tensorrt]'"
-_FLOATS = frozenset({"fp32", "fp16", "bf16"})
 
 
 class TensorRtOptions(Options):
@@ -133,38 +132,42 @@ class TensorRt(Backend):
             ModelError: The graph has Q/DQ pairs and yet no quantized product, or TensorRT-RTX fails.
         """
         self.ready(target, options)
-        if model.functions:
-            model = model.clone()
-            InlinePass()(model)
+        model = inline(model)
         native = mode(target, options) == "rtx-engine"
         inputs, _ = specs(model)
         sizes = ranges(inputs, options.sizes)
         shapes = profile(inputs, sizes)
         counted = products(model)
-        pairs = any(node.op_type == "QuantizeLinear" for node in walk(model))
-        if pairs and not set(counted) - _FLOATS:
+        own = spelled(model)
+        pairs = own is not None or any(node.op_type == "QuantizeLinear" for node in walk(model))
+        if pairs and not set(counted) - FLOATS:
             raise ModelError("the graph has Q/DQ pairs, but not one product with weights is quantized")
         save(model, path / bundle.MODEL)
+        source = bundle.MODEL if own is None else bundle.SPELLED
+        if own is not None:
+            save(own, path / source)
         usual, least = ({name: r[which] for name, r in sizes.items()} for which in (1, 0))
         wanted = [usual, least] if usual != least else [usual]
         apart = golden.write(path / bundle.MODEL, path / golden.FOLDER, model, wanted, seed=0)
         bundle.write(
             path, target=target.name, arch=target.arch, profile=shapes, min_cosine=golden.limit(tuple(counted), apart),
-            tf32=options.tf32, rtx=native,
+            tf32=options.tf32, rtx=native, source=source,
         )  # fmt: skip
         if native:
             found = rtx.capability(target)
             assert found is not None
-            self._compile(model, path, path / bundle.ENGINE, found, options.tf32, shapes)
+            self._compile(model, path / source, path / bundle.ENGINE, found, options.tf32, shapes)
         elif options.proxy and rtx.installed():
             with tempfile.TemporaryDirectory(prefix=".proxy-", dir=path) as folder:
                 engine = Path(folder) / bundle.ENGINE
-                self._compile(model, path, engine, rtx.proxy(target), options.tf32, shapes, proxy=True)
+                self._compile(
+                    model, path / source, engine, rtx.proxy(target), options.tf32, shapes, proxy=True
+                )
 
     def _compile(
         self,
         model: ir.Model,
-        path: Path,
+        source: Path,
         engine: Path,
         capability: str,
         tf32: bool,
@@ -173,7 +176,7 @@ class TensorRt(Backend):
         proxy: bool = False,
     ) -> None:
         """Let TensorRT-RTX build, read its plan, and keep what it said."""
-        said = rtx.build(path / bundle.MODEL, engine, [capability], shapes, tf32=tf32)
+        said = rtx.build(source, engine, [capability], shapes, tf32=tf32)
         if said.refused:
             nodes = {str(node.name): describe(node) for node in walk(model)}
             raise UnsupportedOpError(
@@ -190,18 +193,36 @@ class TensorRt(Backend):
             logger.warning(
                 "as a proxy, TensorRT-RTX %s built nothing for %s: %s", said.version, capability, said.message
             )
-        names = [str(n.name) for n in walk(model) if (s := spec(n)) is not None and s.macs is not None]
-        record = Record.of(said, engine, names, capability=capability, proxy=proxy)
+        formats = {
+            str(n.name): product_format(n)
+            for n in walk(model)
+            if (s := spec(n)) is not None and s.macs is not None
+        }
+        record = Record.of(said, engine, formats, capability=capability, proxy=proxy)
+        if record.unused:
+            shown = ", ".join(sorted({record.products[n] for n in formats if n in record.products}))
+            what = (
+                f"TensorRT-RTX {said.version} multiplies nothing in {record.unused} for {capability}: it reads the numbers and "
+                f"computes in {shown}"
+            )
+            if not proxy:
+                raise ModelError(
+                    what,
+                    hint="--set options.mode=bundle leaves building to TensorRT on the device; or choose another --precision",
+                )
+            logger.warning("as a proxy, %s", what)
         if record.built and not record.operations:
             logger.warning(
                 "the plan of TensorRT-RTX %s is not readable: formats are the graph's", said.version
             )
-        record.save(path)
+        record.save(source.parent)
 
     def size(self, path: Path) -> int:
         """Of the engine; where it is built on the device, of the typed graph."""
-        engine = path / bundle.ENGINE
-        files = [engine] if engine.is_file() else path.glob(f"{bundle.MODEL}*")
+        engine, source = path / bundle.ENGINE, path / bundle.SPELLED
+        if not source.is_file():
+            source = path / bundle.MODEL
+        files = [engine] if engine.is_file() else path.glob(f"{source.name}*")
         return sum(f.stat().st_size for f in files)
 
     def load(
@@ -257,6 +278,8 @@ class TensorRt(Backend):
             first = f"build the engine with TensorRT 11 (python build_engine.py); not tried here: {_EXTRA}"
         else:
             tried = f"built nothing: {record.message}" if record.message else "built it"
+            if record.unused:
+                tried += f", with no product in {record.unused}"
             first = (
                 "build the engine with TensorRT 11 (python build_engine.py); as a proxy, TensorRT-RTX "
                 f"{record.version} for {record.capability} {tried}"

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import constant
+from optkit.microscaling import format_of
 from optkit.targets import Target
 
 # TensorRT's parser has no importer for integer arithmetic spelled as operators; only Q/DQ pairs are read.
@@ -39,6 +40,8 @@ def refusal(node: ir.Node, target: Target) -> str | None:
         return "TensorRT's parser has no importer for it"
     if node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return _pair(node, target)
+    if (blocks := format_of(node)) is not None:
+        return target.refusal(blocks.name)
     for value in node.inputs:
         if (
             value is not None

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from optkit.backends.tensorrt import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
     from optkit.backends.tensorrt.rtx import Verdict
 
 FILE = "rtx.json"
+FLOATS = frozenset({"fp32", "fp16", "bf16"})
 
 
 class Record(BaseModel):
@@ -28,6 +29,7 @@ class Record(BaseModel):
         sha256: Of the engine.
         operations: Launches by their kind, as the plan shows them; empty where it is not readable.
         products: ONNX nodes with products -> what the plan multiplies them in; those that it does not name are missing.
+        unused: What the graph has its quantized products in, where the plan shows none of them in anything but floats.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,16 +43,22 @@ class Record(BaseModel):
     sha256: str
     operations: dict[str, int]
     products: dict[str, str]
+    unused: str = ""
 
     @classmethod
-    def of(cls, said: Verdict, engine: Path, names: Sequence[str], *, capability: str, proxy: bool) -> Record:
-        """What was said, with what the plan in ``engine`` shows of the nodes ``names``."""
+    def of(
+        cls, said: Verdict, engine: Path, formats: Mapping[str, str], *, capability: str, proxy: bool
+    ) -> Record:
+        """What was said, with what the plan in ``engine`` shows of the products whose ``formats`` the graph has by name."""
         found = plan.read(engine.read_bytes()) if said.built else []
         kinds = Counter(operation.kind for operation in found if not operation.nested)
+        products = plan.product_formats(found, list(formats))
+        shown = {n: fmt for n, fmt in products.items() if formats[n] not in FLOATS}
+        idle = bool(shown) and set(shown.values()) <= FLOATS
         return cls(
             version=said.version, capability=capability, proxy=proxy, built=said.built, message=said.message,
             bytes=said.bytes, sha256=said.sha256, operations=dict(sorted(kinds.items())),
-            products=plan.product_formats(found, names),
+            products=products, unused=", ".join(sorted({formats[n] for n in shown})) if idle else "",
         )  # fmt: skip
 
     @classmethod

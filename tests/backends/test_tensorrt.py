@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import ml_dtypes
@@ -20,10 +21,12 @@ from optkit.backends.tensorrt.profiles import profile, ranges, seen
 from optkit.backends.tensorrt.refusals import refusal
 from optkit.cli.app import main
 from optkit.data import TensorSpec
-from optkit.errors import ModelError, RecipeError, UsageError
+from optkit.errors import BackendUnavailableError, ModelError, PassError, RecipeError, UsageError
 from optkit.formats import FORMATS as NUMBERS
 from optkit.graph import walk
 from optkit.ops import OPS
+from optkit.passes.base import Context
+from optkit.passes.quantization.microscaling import QuantizeMicroscaling
 from optkit.reference import ReferenceSession
 from optkit.targets import TARGETS, target
 from optkit.testing import parse
@@ -394,3 +397,94 @@ def test_recurrent_products_count_among_the_formats(tmp_path):
     )  # fmt: skip
     # 10 steps of 32 x (6 + 8), and 10 rows of 8 x 4.
     assert artifact.manifest.achieved.formats["int8"] == pytest.approx(320 / (4480 + 320), abs=1e-4)
+
+
+# Formats with block scales
+
+BLOCKS = (
+    HEAD
+    + """g (float[N, 32] x) => (float[N, 64] y) {
+  [first] h = MatMul(x, w0)
+  [bias] b = Add(h, b0)
+  [relu] r = Relu(b)
+  [second] y = Gemm<transB = 1>(r, w1)
+}
+"""
+)
+# Numbers of 4 bits are a tenth away on average, and random weights forgive nothing.
+ROUGH = ("limits.min_cosine=0.95",)
+# What stands for a product of each format: of activations first, then of weights.
+WORDS = {
+    "nvfp4": {"TRT_FP4DynamicQuantize": 2, "DequantizeLinear": 8},
+    "mxfp8": {"TRT_MXFP8DynamicQuantize": 2, "TRT_MXFP8DequantizeLinear": 4},
+}
+
+
+@pytest.fixture
+def wide() -> ir.Model:
+    random = np.random.default_rng(0)
+    shapes = {"w0": (32, 64), "b0": (64,), "w1": (64, 64)}
+    return parse(BLOCKS, **{k: (random.normal(size=s) / 8).astype(np.float32) for k, s in shapes.items()})
+
+
+@pytest.mark.parametrize("precision", WORDS)
+def test_a_bundle_has_the_graph_in_words_of_tensorrt_beside_the_one_that_runs_here(
+    without_rtx, wide, batches, tmp_path, precision
+):
+    artifact, report = _compile(
+        wide, batches, tmp_path / "out", name="b200", precision=precision, overrides=ROUGH
+    )
+    assert report.exit_code == 0 and artifact.manifest.achieved.formats == {precision: 1.0}
+    assert f"weights {precision} per block of" in artifact.manifest.achieved.scheme
+    numbers, width = ("float4e2m1", 0.5) if precision == "nvfp4" else ("float8e4m3fn", 1)
+    assert artifact.manifest.achieved.weights[numbers] == (32 * 64 + 64 * 64) * width
+    assert json.loads((artifact.folder / bundle.BUNDLE).read_text())["source"] == "tensorrt.onnx"
+    own, here = (ir.load(artifact.folder / name) for name in ("tensorrt.onnx", "model.onnx"))
+    found = Counter(n.op_type for n in own.graph)
+    assert {op: found[op] for op in WORDS[precision]} == WORDS[precision] and not own.functions
+    assert {n.domain for n in own.graph} == {"", "trt"} == set(own.opset_imports)
+    # Numbers and scales are the same in both files; those of 4 bits lie packed, two to a byte.
+    for name, value in here.graph.initializers.items():
+        same = own.graph.initializers[name].const_value.numpy()
+        np.testing.assert_array_equal(same.astype(np.float32), value.const_value.numpy().astype(np.float32))
+    weights = own.graph.initializers["w0/q"].const_value
+    assert weights.nbytes == 32 * 64 * width
+    onnx.checker.check_model(onnx.load(artifact.folder / "model.onnx"), full_check=True)
+
+
+def test_products_in_mxfp8_read_half_precision_without_a_cast_between(without_rtx, wide, batches, tmp_path):
+    artifact, _ = _compile(wide, batches, tmp_path / "out", name="b200", precision="mxfp8")
+    own = ir.load(artifact.folder / "tensorrt.onnx")
+    for product in (n for n in own.graph if n.name in ("first", "second")):
+        made = [v.producer() for v in product.inputs[:2]]
+        assert [n.op_type for n in made] == ["TRT_MXFP8DequantizeLinear"] * 2
+        assert {n.attributes.get_int("output_dtype") for n in made} == {int(ir.DataType.FLOAT16)}
+
+
+@pytest.mark.parametrize("precision", WORDS)
+def test_a_graph_in_blocks_is_refused_by_cards_without_the_format(wide, precision):
+    QuantizeMicroscaling(format=precision).run(wide, Context(target=target("b200")))
+    said = {refusal(n, target("l4")) for n in wide.graph if n.op_type.endswith("Dequantize")}
+    assert said == {f"{precision} starts with sm_100 and sm_120; l4 is sm_89"}
+    assert all(refusal(n, target("gb10")) is None for n in walk(wide))
+
+
+@pytest.mark.parametrize("precision", WORDS)
+def test_a_precision_is_refused_by_cards_without_it(without_rtx, wide, batches, tmp_path, precision):
+    with pytest.raises(BackendUnavailableError, match=f"{precision} starts with sm_100 and sm_120; h100 is"):
+        _compile(wide, batches, tmp_path / "out", precision=precision)
+    with pytest.raises(UsageError, match="NVIDIA's GPUs; the target is cpu"):
+        _compile(wide, batches, tmp_path / "out", name="cpu", precision=precision)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", WORDS)
+def test_half_precision_around_no_quantized_product_is_not_what_was_asked_for(
+    without_rtx, batches, tmp_path, precision
+):
+    # Blocks of no size divide 17.
+    text = HEAD + "g (float[N, 32] x, float[N, 17] z) => (float[N, 160] y) { s = Exp(x) y = MatMul(z, w) }"
+    narrow = parse(text, w=np.ones((17, 160), np.float32))
+    data = [batch | {"z": np.ones((len(batch["x"]), 17), np.float32)} for batch in batches]
+    with pytest.raises(PassError, match="quantize-microscaling: nothing in model was changed"):
+        _compile(narrow, data, tmp_path / "out", name="b200", precision=precision)

@@ -14,7 +14,7 @@ import optkit
 from optkit.backends import BACKENDS
 from optkit.backends.tensorrt import plan
 from optkit.backends.tensorrt.verdict import Record
-from optkit.errors import UnsupportedOpError
+from optkit.errors import ModelError, UnsupportedOpError
 from optkit.page import page
 from optkit.targets import target
 from optkit.testing import parse
@@ -225,3 +225,77 @@ def test_weights_of_4_bits_stay_packed_in_the_engine_and_products_run_in_float16
     # Half a byte and 1/64 of a float16 scale a weight, where float16 has two bytes.
     weights = 2 * 512 * 512
     assert fp16.size.after - w4.size.after > weights
+
+
+BLOCKS = (
+    HEAD
+    + """g (float[N, 5, 128] x) => (float[N, 5, 64] y) {
+  [first] h = MatMul(x, w0)
+  [bias] b = Add(h, b0)
+  [relu] r = Relu(b)
+  [second] y = MatMul(r, w1)
+}
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def linear() -> ir.Model:
+    random = np.random.default_rng(0)
+    shapes = {"w0": (128, 256), "b0": (256,), "w1": (256, 64)}
+    return parse(BLOCKS, **{k: (random.normal(size=s) / 12).astype(np.float32) for k, s in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(1)
+    return [{"x": random.normal(size=(4, 5, 128)).astype(np.float32)} for _ in range(4)]
+
+
+# Numbers of 4 bits are a tenth away on average, and random weights forgive nothing.
+ROUGH = ("limits.min_cosine=0.95",)
+
+
+@pytest.mark.parametrize("name", ["rtx5090", "gb10"])
+def test_products_in_nvfp4_are_multiplied_in_four_bits_by_the_engine(linear, tokens, tmp_path, name):
+    artifact, _ = optkit.compile(
+        linear, target=name, data=tokens, precision="nvfp4", overrides=ROUGH, out=tmp_path / "out"
+    )
+    manifest = artifact.manifest
+    assert manifest.achieved.formats == {"nvfp4": 1.0}
+    assert Record.load(artifact.folder).products == {"first": "nvfp4", "second": "nvfp4"}
+    found = plan.read((artifact.folder / "engine.plan").read_bytes())
+    # The scales of both operands are read with the numbers.
+    products = [o.formats for o in found if o.kind == "fully_connected"]
+    assert products == [("nvfp4", "nvfp4", "fp32", "fp32", "fp8", "fp8")] * 2
+    done = {k for k, v in manifest.evidence.model_dump().items() if v}
+    assert done == {"emitted", "compiled", "inspected", "executed_cpu"}
+
+
+def test_an_engine_that_would_multiply_mxfp8_in_half_precision_is_not_made(linear, tokens, tmp_path):
+    with pytest.raises(ModelError, match="multiplies nothing in mxfp8 for SM120") as error:
+        optkit.compile(linear, target="rtx5090", data=tokens, precision="mxfp8", out=tmp_path / "out")
+    assert "computes in fp16" in str(error.value) and "options.mode=bundle" in error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_in_mxfp8_says_what_the_proxy_made_of_it(linear, tokens, tmp_path, caplog):
+    artifact, _ = optkit.compile(linear, target="b200", data=tokens, precision="mxfp8", out=tmp_path / "out")
+    assert Record.load(artifact.folder).unused == "mxfp8"
+    assert (
+        "as a proxy, TensorRT-RTX" in caplog.text and "multiplies nothing in mxfp8 for SM120" in caplog.text
+    )
+    assert "for SM120 built it, with no product in mxfp8" in artifact.manifest.deferred[0]
+    assert artifact.manifest.achieved.formats == {"fp16": 1.0}
+
+
+def test_a_card_of_another_architecture_refuses_numbers_of_four_bits(linear, tokens, tmp_path):
+    from optkit.backends.tensorrt import rtx
+
+    artifact, _ = optkit.compile(
+        linear, target="b200", data=tokens, precision="nvfp4", overrides=ROUGH, out=tmp_path / "out"
+    )
+    assert Record.load(artifact.folder).products == {"first": "nvfp4", "second": "nvfp4"}
+    shapes = json.loads((artifact.folder / "bundle.json").read_text())["profile"]
+    said = rtx.build(artifact.folder / "tensorrt.onnx", tmp_path / "engine.plan", ["SM89"], shapes)
+    assert not said.built and "HW-specific datatypes: fp4_e2m1" in said.message

@@ -323,7 +323,7 @@ _MISTAKES = {
     "recipe": (["{given}/model.onnx", "-r", "int8-statik"], "unknown recipe 'int8-statik'", "did you mean 'int8-static'?"),
     "recipe file": (["{given}/model.onnx", "-r", "./mine.yaml"], "mine.yaml: no such recipe file", "shipped recipes"),
     "precision": (["{given}/model.onnx", "-p", "int9"], "unknown precision 'int9'", "did you mean 'int8'?"),
-    "precision not made": (["{given}/model.onnx", "-p", "nvfp4"], "precision 'nvfp4': no backend", "available"),
+    "precision not made": (["{given}/model.onnx", "-p", "mxfp4"], "precision 'mxfp4': no backend", "available"),
     "both": (["{given}/model.onnx", *_RECIPE, "-p", "int8"], "a recipe and a precision were given", "leave one out"),
     "key": (["{given}/model.onnx", "-r", "key.yaml"], "key.yaml: unknown key 'pases'", "did you mean 'passes'?"),
     "option": (["{given}/model.onnx", *_RECIPE, "--set", "passes.quantize-static.metod=mse"], "passes.1: quantize-static: unknown option 'metod'", "did you mean 'method'?"),

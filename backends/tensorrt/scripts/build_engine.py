@@ -2,7 +2,7 @@
 
     python build_engine.py
 
-Precision comes from the types and the Q/DQ pairs of model.onnx alone. The timing cache is kept beside the engine, so that a
+Precision comes from the types and the Q/DQ pairs of the graph alone. The timing cache is kept beside the engine, so that a
 rebuild takes the same kernels. Nothing is done where the engine is there already (--force builds it anew).
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import tensorrt as trt
 
 HERE = Path(__file__).resolve().parent
-BUNDLE, MODEL, ENGINE, CACHE = "bundle.json", "model.onnx", "engine.plan", "timing.cache"
+BUNDLE, ENGINE, CACHE = "bundle.json", "engine.plan", "timing.cache"
 
 
 class Log(trt.ILogger):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class Log(trt.ILogger):  # type: ignore[misc]
 
 def key(bundle: dict[str, object]) -> str:
     """What an engine is built from: another model, profile or version makes another engine."""
-    digest = hashlib.sha256((HERE / MODEL).read_bytes())
+    digest = hashlib.sha256((HERE / str(bundle["source"])).read_bytes())
     for data in sorted(HERE.glob("*.data")):
         digest.update(data.read_bytes())
     digest.update(json.dumps([bundle["profile"], bundle["tf32"], trt.__version__], sort_keys=True).encode())
@@ -55,7 +55,7 @@ def build(*, force: bool = False) -> Path:
     builder: trt.Builder = trt.Builder(log)
     network: trt.INetworkDefinition = builder.create_network(0)
     parser: trt.OnnxParser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(HERE / MODEL)):
+    if not parser.parse_from_file(str(HERE / bundle["source"])):
         for index in range(parser.num_errors):
             print(parser.get_error(index), file=sys.stderr)
         raise SystemExit("TensorRT's parser refuses the model")
