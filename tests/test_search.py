@@ -798,6 +798,17 @@ def test_a_recipe_whose_passes_leave_nothing_out_is_not_repaired(tmp_path):
     assert repair(work, recipe, built, strict=False, faster_than=0.0) is None
 
 
+def test_layers_in_half_precision_go_back_to_it(tmp_path):
+    """What casts floats leaves no layer out, and need not."""
+    halves = Recipe.load({"recipe": 1, "passes": ["cast"]}).passes
+    recipe = STATIC.model_copy(update={"passes": (*STATIC.passes, *halves)})
+    choice = carry_out(_real(tmp_path), recipe, strict=False)
+    assert choice.best.name == "recipe-mixed-1"
+    assert (
+        choice.best.recipe.passes[-1] == halves[0] and "ignore" in choice.best.recipe.passes[-2].model_dump()
+    )
+
+
 def test_an_explicit_recipe_that_misses_is_repaired_and_ships_repaired(tmp_path):
     choice = carry_out(_real(tmp_path), STATIC, strict=False)
     assert choice.best.name == "recipe-mixed-1"
