@@ -30,6 +30,7 @@ from optkit.kernels.gates import failures
 from optkit.kernels.numerics import Launch, errors, launch
 from optkit.kernels.placed import place
 from optkit.targets import TARGETS, Target, target
+from optkit.targets.gpu import Capability
 from optkit.workbench import chosen
 
 _BASELINES = Path(__file__).resolve().parent / "baselines"
@@ -191,7 +192,7 @@ def goal(record: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def numerics_record(device: Device, kernel: Kernel, capability: tuple[int, int]) -> dict[str, Any]:
+def numerics_record(device: Device, kernel: Kernel, capability: Capability) -> dict[str, Any]:
     """The worst error of a kernel's small problems around the edges of blocks, against float64."""
     steps, allowed, count = 0.0, 0.0, 0
     for problem in kernel.small:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from optkit.graph import OPSET
 from optkit.kernels.expressions import evaluate, of_shapes
-from optkit.targets.nvidia import ARCHITECTURES, formats
+from optkit.targets.gpu import ARCHITECTURES, Capability, formats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,10 +118,10 @@ class Kernel(ABC):
         """What is to be compiled for a call, or why nothing can be."""
 
     @abstractmethod
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         """The specialization for an architecture, by the kernel's configuration table."""
 
-    def finalists(self, problem: Problem, capability: tuple[int, int]) -> Sequence[Program]:
+    def finalists(self, problem: Problem, capability: Capability) -> Sequence[Program]:
         """All specializations that are worth a try on a device, the likeliest first: it picks by time.
 
         Those whose machine code does not pass its gates are left out. Where matrix units wait for memory, how many loads are
@@ -164,14 +164,14 @@ class Kernel(ABC):
         """Of the inputs; ``rows`` is the size of the free axis."""
 
     @abstractmethod
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         """Sizes of the free axis that are worth a test: 1 and those around a block."""
 
     @abstractmethod
     def allowed(self, problem: Problem) -> float:
         """Greatest error of an output that its arithmetic explains in Triton's interpreter, in steps of the format."""
 
-    def unsupported(self, problem: Problem, capability: tuple[int, int]) -> str | None:
+    def unsupported(self, problem: Problem, capability: Capability) -> str | None:
         """Why an architecture cannot compute a problem, by its number formats; None where it can."""
         limits = ARCHITECTURES[capability]
         for fmt in {str(problem[k]) for k in ("format", "stored", "output") if k in problem}:

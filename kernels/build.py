@@ -19,6 +19,7 @@ from typing import Any
 
 from optkit.errors import BackendUnavailableError, ModelError
 from optkit.kernels.base import Program
+from optkit.targets.gpu import Capability
 
 HINT = "pip install 'optkit[triton]'"
 _PARTS = ("cubin", "ttir", "json")
@@ -75,7 +76,7 @@ def _sources() -> str:
     return text.hexdigest()
 
 
-def key(program: Program, capability: tuple[int, int]) -> str:
+def key(program: Program, capability: Capability) -> str:
     """What a compiled program is filed under."""
     facts = json.dumps([_sources(), program.digest(), *capability])
     return hashlib.sha256(facts.encode()).hexdigest()[:24]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optkit.kernels.occupancy import occupancy
-from optkit.targets.nvidia import ARCHITECTURES, formats
+from optkit.targets.gpu import ARCHITECTURES, formats
 
 # Matrix instructions by format of the operands and major compute capability: mma.sync below 9.0 and on 12.x, wgmma on 9.0,
 # tcgen05 on 10.x. A tile with fewer than 64 rows has neither of these two: then it is mma.sync everywhere.

@@ -17,6 +17,7 @@ from optkit.errors import BackendUnavailableError, ModelError
 from optkit.kernels.base import Kernel, Problem, Program
 from optkit.kernels.build import child, need_triton
 from optkit.kernels.expressions import evaluate
+from optkit.targets.gpu import Capability
 
 # Bits of the fraction, and the unit of the last place of 1.
 _STEP = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7, "fp8e4nv": 2.0**-3}
@@ -70,7 +71,7 @@ class Error:
     found: np.ndarray
 
 
-def launch(kernel: Kernel, problem: Problem, capability: tuple[int, int], rows: int, seed: int = 0) -> Launch:
+def launch(kernel: Kernel, problem: Problem, capability: Capability, rows: int, seed: int = 0) -> Launch:
     """The program for an architecture with random inputs."""
     return Launch(
         kernel=kernel,
@@ -104,7 +105,7 @@ def sanitizer() -> bool:
     return importlib.util.find_spec("ttsem") is not None
 
 
-def sanitize(launches: Sequence[Launch], capability: tuple[int, int]) -> list[Verdict]:
+def sanitize(launches: Sequence[Launch], capability: Capability) -> list[Verdict]:
     """Where each launch reads and writes, and what its blocks do to each other; nothing lies behind its tensors.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from optkit.targets.nvidia import Architecture
+    from optkit.targets.gpu import Architecture, Capability
 
 # cuda_occupancy.h for compute capability 7.0 on: registers go to warps in steps of 256, in each of four partitions;
 # shared memory goes to blocks in steps of 128 bytes, of 256 before 8.0, with one KiB for the system from 8.0 on.
@@ -30,7 +30,7 @@ class Occupancy:
 
 
 def occupancy(
-    limits: Architecture, capability: tuple[int, int], *, registers: int, shared: int, warps: int
+    limits: Architecture, capability: Capability, *, registers: int, shared: int, warps: int
 ) -> Occupancy:
     """Of a kernel with ``registers`` a thread, ``shared`` bytes and ``warps`` a block."""
     most = {
@@ -60,7 +60,7 @@ def _by_registers(available: int, registers: int, warps: int) -> int:
     return available // _PARTITIONS // each * _PARTITIONS // warps
 
 
-def _by_shared(limits: Architecture, capability: tuple[int, int], shared: int) -> int:
+def _by_shared(limits: Architecture, capability: Capability, shared: int) -> int:
     if shared > limits.shared:
         return 0
     ampere = capability >= (8, 0)

@@ -15,7 +15,7 @@ from optkit.kernels.build import build
 from optkit.kernels.gates import Gate, gates
 from optkit.kernels.numerics import errors, interpret, launch, sanitize
 from optkit.kernels.occupancy import Occupancy, occupancy
-from optkit.targets.nvidia import ARCHITECTURES
+from optkit.targets.gpu import ARCHITECTURES, Capability
 
 if TYPE_CHECKING:
     from optkit.backends.base import Estimate
@@ -143,7 +143,7 @@ class Numerics:
     allowed: float
 
 
-def numerics(names: Sequence[str], capability: tuple[int, int]) -> list[Numerics]:
+def numerics(names: Sequence[str], capability: Capability) -> list[Numerics]:
     """The small problems of kernels, at sizes around a block's, in the interpreter.
 
     Raises:
@@ -189,7 +189,7 @@ class Memory:
     steps: float | None
 
 
-def memory(names: Sequence[str], capability: tuple[int, int]) -> list[Memory]:
+def memory(names: Sequence[str], capability: Capability) -> list[Memory]:
     """The small problems of kernels, at the least and the most rows that are worth a test.
 
     Raises:

@@ -5,7 +5,7 @@ import pytest
 from optkit.backends import BACKENDS
 from optkit.errors import UnknownNameError
 from optkit.targets import TARGETS, target
-from optkit.targets.nvidia import ARCHITECTURES
+from optkit.targets.gpu import ARCHITECTURES
 
 GPUS = [t for t in TARGETS.values() if t.vendor == "nvidia"]
 

@@ -27,6 +27,7 @@ from optkit.kernels.triton.scores import (
 )
 from optkit.masks import sight
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ class _Attention(Kernel):
             found |= {"mask": axes, "mask_format": str(format_of(node.inputs[3]))}
         return found
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, depth = str(problem["format"]), int(problem["depth"])
         t = self._tile(problem, capability)
         axes = str(problem.get("mask", ""))
@@ -126,7 +127,7 @@ class _Attention(Kernel):
             warps=t.warps, stages=t.stages, products=fmt, low=t is _FEW,
         )  # fmt: skip
 
-    def _tile(self, problem: Problem, capability: tuple[int, int]) -> _Tile:
+    def _tile(self, problem: Problem, capability: Capability) -> _Tile:
         if problem.get("few"):
             return _FEW
         kind = ("q" in str(problem.get("mask", ""))) + 2 * self.causal
@@ -149,7 +150,7 @@ class _Attention(Kernel):
             found.append((*(full[a] if a in axes else 1 for a in "bhq"), keys))
         return found
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         m = self._tile(problem, capability).queries
         # With few queries, it is keys that go over a block.
         return (1, m - 1, m, _FEW.keys + 1) if problem.get("few") else (1, m - 1, m, m + 1)

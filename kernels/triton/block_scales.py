@@ -14,6 +14,7 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.kernels.triton.eight_bits import behind
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Rows and columns of a tile, warps and stages, by architecture.
 _TILES = {
@@ -38,7 +39,7 @@ class _Product(Kernel):
             return f"{columns} x {depth} are no multiples of {_STEP} and {_BLOCK}"
         return {"format": "fp8", "columns": columns, "depth": depth, "output": out}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
         m, n, warps, stages = _TILES[capability]
         kinds = (("x", "fp8"), ("w", "fp8"), ("x_scale", "fp32"), ("w_scale", "fp32"), ("bias", out))
@@ -68,7 +69,7 @@ class _Product(Kernel):
         blocks = depth // _BLOCK
         return [(rows, depth), (columns, depth), (rows, blocks), (blocks, columns), (columns,)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         m = _TILES[capability][0]
         return (1, m - 1, m, m + 1)
 

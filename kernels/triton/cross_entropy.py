@@ -23,6 +23,7 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Columns of a step, at most: with 4 warps, 32 bytes a thread in float16.
 _BLOCK, _WARPS, _STEP = 2048, 4, 16
@@ -41,7 +42,7 @@ class _Loss(Kernel):
             return f"the last axis is no fixed multiple of {_STEP}"
         return {"format": fmt, "columns": columns}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns = str(problem["format"]), int(problem["columns"])
         return Program(
             function="optkit.kernels.triton.device.cross_entropy:cross_entropy",
@@ -64,7 +65,7 @@ class _Loss(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         return [(rows, int(problem["columns"])), (rows,)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         # A row is a program: what is around a block is the number of columns, in ``small``.
         return (1, 2, 5)
 

@@ -14,6 +14,7 @@ from optkit.graph import attribute, constant, users
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Outputs of a block, and its warps: a window is read from the cache, whose lines neighbours share.
 _BLOCK, _WARPS = 512, 4
@@ -39,7 +40,7 @@ class _Depthwise(Kernel):
         found = {name: _joined(attribute(node, name, ())) for name in ("strides", "pads")}
         return {"format": fmt, "window": _joined(window), **found}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, window, strides, pads = (
             str(problem["format"]),
             *(_split(problem[k]) for k in ("window", "strides", "pads")),
@@ -81,7 +82,7 @@ class _Depthwise(Kernel):
         height = max(1, (rows - 1) * strides[0] + window[0] - pads[0] - pads[2])
         return [(_BATCH, _CHANNELS, height, _WIDTH), (_CHANNELS, 1, *window), (_CHANNELS,)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         across = self.outputs(problem, self.shapes(problem, 1))[0][3]
         rows = -(-_BLOCK // (_BATCH * _CHANNELS * across))
         return tuple(sorted({1, rows - 1, rows, rows + 1}))

@@ -13,6 +13,7 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.kernels.triton.quantize import grid_miss
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Rows, columns and depth of a tile, warps and stages, by architecture: a depth of 128 bytes fills a line of the cache.
 _LARGE = (128, 128, 128, 8, 3)
@@ -42,7 +43,7 @@ class _Product(Kernel):
             return f"{columns} x {depth} are no multiples of {_STEP}"
         return {"format": self.fmt, "columns": columns, "depth": depth, "output": out}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
         m, n, k, warps, stages = _TILES[capability]
         integers = self.fmt == "int8"
@@ -81,7 +82,7 @@ class _Product(Kernel):
         columns, depth = int(problem["columns"]), int(problem["depth"])
         return [(rows, depth), (columns, depth), *[(columns,)] * (3 if self.fmt == "int8" else 2)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         m = _TILES[capability][0]
         return (1, m - 1, m, m + 1)
 

@@ -24,6 +24,7 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Warps of a block and 16-byte reads of a thread, by architecture: enough bytes in flight for the memory of each.
 BLOCKS = {
@@ -50,7 +51,7 @@ class _Gated(Kernel):
             return f"the last axis is no fixed multiple of {_STEP}"
         return {"format": fmt, "columns": columns}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt = str(problem["format"])
         warps, reads = BLOCKS[capability]
         block = warps * 32 * reads * 16 // BYTES[fmt]
@@ -87,7 +88,7 @@ class _Gated(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         return [(rows, int(problem["columns"]))] * (1 + self.paired)
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         block = int(self.program(problem, capability).constants["BLOCK"] or 1) // int(problem["columns"])
         return tuple(sorted({1, block - 1, block, block + 1}))
 

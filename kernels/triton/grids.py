@@ -25,6 +25,7 @@ from optkit.kernels.base import (
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.norm import BLOCKS, fits
 from optkit.rewrite import Match, Rule, substitute
+from optkit.targets.gpu import Capability
 
 MOST = {"int8": 127.0, "fp8": 448.0}
 LEAST = 1e-30
@@ -43,7 +44,7 @@ class _Blocks(Kernel):
             return f"the last axis is no fixed multiple of {block}"
         return fits(block) or {"format": fmt, "columns": block, "stored": stored}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, stored, columns = str(problem["format"]), str(problem["stored"]), int(problem["columns"])
         elements, most = BLOCKS[capability]
         block = power_of_two(columns)
@@ -75,7 +76,7 @@ class _Blocks(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         return [(rows, 2 * int(problem["columns"]))]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         rows = int(self.program(problem, capability).constants["ROWS"] or 1)
         return tuple(sorted({1, max(1, rows // 2 - 1), max(1, rows // 2), rows // 2 + 1}))
 

@@ -21,6 +21,7 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Rule
+from optkit.targets.gpu import Capability
 
 # Rows, columns and depth of a tile, warps and stages: low, as each expert has few rows, but high enough for wgmma.
 _TILE = (64, 128, 64, 4, 3)
@@ -46,7 +47,7 @@ class _Grouped(Kernel):
             return f"{experts} matrices are more than {_MOST}"
         return {"format": fmt, "columns": columns, "depth": depth, "experts": experts}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns, depth, experts = (
             str(problem["format"]),
             *(int(problem[k]) for k in ("columns", "depth", "experts")),
@@ -79,7 +80,7 @@ class _Grouped(Kernel):
         # Each row goes to two experts.
         return [(-(-rows // 2), depth), (experts, depth, columns), (rows,), (experts,)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         m = _TILE[0]
         return (1, m - 1, m, 2 * m + 1)
 

@@ -14,6 +14,7 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.gated import activated
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class _Product(Kernel):
             return f"{depth} x {columns} are no multiples of {_STEP}"
         return {"format": fmt, "columns": columns, "depth": depth}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
         t = self._tile(capability)
         binds = [("x", "input:0"), ("w", "input:1")]
@@ -84,7 +85,7 @@ class _Product(Kernel):
             warps=t.warps, stages=t.stages, products=fmt,
         )  # fmt: skip
 
-    def _tile(self, capability: tuple[int, int]) -> _Tile:
+    def _tile(self, capability: Capability) -> _Tile:
         return (_GELU_TILES if self.kind == "gelu" else _TILES)[capability]
 
     def expressions(self, problem: Problem) -> dict[str, str]:
@@ -97,7 +98,7 @@ class _Product(Kernel):
         columns, depth = int(problem["columns"]), int(problem["depth"])
         return [(rows, depth), (depth, columns), *([(columns,)] if self.bias else [])]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         m = self._tile(capability).m
         return (1, m - 1, m, m + 1)
 

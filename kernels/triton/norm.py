@@ -24,6 +24,7 @@ from optkit.kernels.base import (
 from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.residual import absorb, addends
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Elements that one block has in registers, and its most warps, by architecture. A block is small where few threads fit
 # a multiprocessor, so that several hide each other's latency.
@@ -60,7 +61,7 @@ class _Norm(Kernel):
             "epsilon": str(attribute(node, "epsilon", 1e-5)),
         }  # fmt: skip
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns = str(problem["format"]), int(problem["columns"])
         elements, most = BLOCKS[capability]
         block = power_of_two(columns)
@@ -124,7 +125,7 @@ class _Norm(Kernel):
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         return draw(self.shapes(problem, rows), str(problem["format"]), seed)
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         block = int(self.program(problem, capability).constants["ROWS"] or 1)
         return tuple(sorted({1, max(1, block - 1), block, block + 1}))
 

@@ -25,6 +25,7 @@ from optkit.kernels.base import (
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.scores import DEPTHS
 from optkit.rewrite import Rule
+from optkit.targets.gpu import Capability
 
 # Keys of a step, warps and stages; heads that share keys are the rows of a product, at least 16 of them.
 _KEYS, _WARPS, _STAGES = 64, 4, 2
@@ -88,7 +89,7 @@ class _Decode(_Paged):
         scale = float(attribute(node, "scale", 1.0))  # type: ignore[arg-type]
         return {**found, "share": share, "window": window, "scale": repr(scale)}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, kept, share = str(problem["format"]), self._kept(problem), int(problem["share"])
         kinds = [
             ("q", fmt, "input:0"), ("keys", kept, "input:1"), ("values", kept, "input:2"), ("table", "i32", "input:3"),
@@ -127,7 +128,7 @@ class _Decode(_Paged):
         scales: list[tuple[int, ...]] = [(_GROUPS,)] * (2 * self.stored)
         return [(_BATCH, share * _GROUPS, depth), cache, cache, (_BATCH, most), (_BATCH,), *scales]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         return (1, _KEYS - 1, _KEYS, _KEYS + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
@@ -187,7 +188,7 @@ class _Write(_Paged):
     def problem(self, node: ir.Node) -> Problem | str:
         return self._pages(node, node.inputs[0], 5)
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, kept, depth = str(problem["format"]), self._kept(problem), int(problem["depth"])
         rows = _BLOCK // depth
         kinds = [
@@ -226,7 +227,7 @@ class _Write(_Paged):
         scales: list[tuple[int, ...]] = [(_GROUPS,)] * (2 * self.stored)
         return [new, new, angles, angles, (rows,), cache, cache, *scales]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         tokens = _BLOCK // int(problem["depth"]) // _GROUPS
         return (1, tokens - 1, tokens, tokens + 1)
 

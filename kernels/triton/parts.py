@@ -16,6 +16,7 @@ from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.paged import PagedAttention, PagedAttentionQuantized
 from optkit.kernels.triton.scores import DEPTHS
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Keys of a part, and blocks of a GPU that need no more of them.
 _KEYS, _ENOUGH = 512, 64
@@ -36,7 +37,7 @@ class _InParts(Kernel):
             return found
         return {**found, "pages": pages} if isinstance(pages, int) and pages > 0 else "no pages in a part"
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         whole = super().program(problem, capability)  # type: ignore[safe-super]
         kept = {k: v for k, v in whole.constants.items() if k not in ("parts", "weights")}
         made = [
@@ -228,7 +229,7 @@ class _Merge(Kernel):
             )
         return {"format": "fp32", "output": out, "depth": int(parts[3])}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         kinds = (
             ("parts", "fp32", "input:0"),
             ("weights", "fp32", "input:1"),
@@ -261,7 +262,7 @@ class _Merge(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         return [(2, 3, rows, int(problem["depth"])), (2, 3, rows)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         return (1, _TOGETHER - 1, _TOGETHER, _TOGETHER + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:

@@ -24,6 +24,7 @@ from optkit.kernels.base import (
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.gated import BLOCKS
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 _STEP, _STORED = 16, ("int8", "fp8")
 
@@ -34,7 +35,7 @@ class _OneGrid(Kernel):
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
     entry: ClassVar[str]
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         given, made = self._ends(problem)
         warps, reads = BLOCKS[capability]
         block = warps * 32 * reads * 16 // BYTES[given]
@@ -69,7 +70,7 @@ class _OneGrid(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         return [(rows, int(problem["columns"])), (), ()]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         block = int(self.program(problem, capability).constants["BLOCK"] or 1) // int(problem["columns"])
         return tuple(sorted({1, block - 1, block, block + 1}))
 

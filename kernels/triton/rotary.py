@@ -22,6 +22,7 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Elements of a block, and its warps, by architecture: enough bytes in flight for the memory of each.
 _BLOCKS = {
@@ -59,7 +60,7 @@ class _Turned(Kernel):
         assert cos is not None and cos.shape is not None
         return {"format": fmt, "depth": depth, "batch": cos.shape[0] != 1, "inner": layout == "inner"}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, depth = str(problem["format"]), int(problem["depth"])
         elements, warps = _BLOCKS[capability]
         rows = elements // depth
@@ -99,7 +100,7 @@ class _Turned(Kernel):
             return [(_BATCH, rows, _HEADS, depth), *[(batch, rows, 1, depth)] * 2]
         return [(_BATCH, _HEADS, rows, depth), *[(batch, 1, rows, depth)] * 2]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         rows = int(self.program(problem, capability).constants["ROWS"] or 1)
         return (1, rows - 1, rows, rows + 1)
 

@@ -23,6 +23,7 @@ from optkit.kernels.base import (
 from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.norm import BLOCKS, fits
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 
 class _Rows(Kernel):
@@ -42,7 +43,7 @@ class _Rows(Kernel):
             return "the last axis is not fixed"
         return fits(columns) or {"format": fmt, "columns": columns}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns = str(problem["format"]), int(problem["columns"])
         elements, most = BLOCKS[capability]
         block = power_of_two(columns)
@@ -69,7 +70,7 @@ class _Rows(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         return [(rows, int(problem["columns"]))]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         block = int(self.program(problem, capability).constants["ROWS"] or 1)
         return tuple(sorted({1, max(1, block - 1), block, block + 1}))
 

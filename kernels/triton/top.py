@@ -24,6 +24,7 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.rewrite import Match, Rule, substitute
+from optkit.targets.gpu import Capability
 
 # Scores of a step, and warps; a row is walked once for every bit of a score, which it stays in the cache for.
 _BLOCK, _WARPS = 1024, 8
@@ -45,7 +46,7 @@ class _Top(Kernel):
         k = int(attribute(node, "k", 0))  # type: ignore[call-overload]
         return _misfit(shape[-1 - self.decode :], k) or {"format": fmt, "k": k}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, k = str(problem["format"]), int(problem["k"])
         kinds = [("x", fmt, "input:0"), ("values", fmt, "output:0"), ("places", "i64", "output:1")]
         if self.decode:
@@ -82,7 +83,7 @@ class _Top(Kernel):
             return [(_BATCH, -(-count // _CLASSES), _CLASSES), (_BATCH, -(-count // _CLASSES), 4)]
         return [(_BATCH, count)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         rest = _BLOCK - int(problem["k"])
         return tuple(sorted({1, rest - 1, rest, rest + 1}))
 

@@ -15,6 +15,7 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.eight_bits import behind
 from optkit.rewrite import Match, Rule
+from optkit.targets.gpu import Capability
 
 # Rows and columns of a tile, warps and stages, by architecture. Weights are what takes time where there are few rows, so
 # that tiles are low; wgmma wants 64 rows.
@@ -49,7 +50,7 @@ class _Product(Kernel):
         block = list(attribute(node, "blocks"))[1]  # type: ignore[call-overload]
         return {"format": fmt, "columns": 2 * pairs, "depth": depth, "block": block}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
         m, n, warps, stages = _TILES[capability]
         kinds = (
@@ -80,7 +81,7 @@ class _Product(Kernel):
         columns, depth, block = (int(problem[k]) for k in ("columns", "depth", "block"))
         return [(rows, depth), (depth, columns // 2), (depth // block, columns), (columns,)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         m = _TILES[capability][0]
         return (1, m - 1, m, m + 1)
 
@@ -189,7 +190,7 @@ class _Decode(_Product):
         block = list(attribute(node, "blocks"))[2]  # type: ignore[call-overload]
         return {"format": fmt, "columns": columns, "depth": 2 * pairs, "block": block}
 
-    def program(self, problem: Problem, capability: tuple[int, int]) -> Program:
+    def program(self, problem: Problem, capability: Capability) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
         n, k, warps, stages = _FEW_TILE
         kinds = (("x", fmt), ("w", "int8"), ("scale", fmt), ("bias", fmt))
@@ -209,7 +210,7 @@ class _Decode(_Product):
         columns, depth, block = (int(problem[k]) for k in ("columns", "depth", "block"))
         return [(min(rows, _FEW), depth), (columns, depth // 2), (columns, depth // block), (columns,)]
 
-    def edges(self, problem: Problem, capability: tuple[int, int]) -> tuple[int, ...]:
+    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         return (1, 2, _FEW - 1, _FEW)
 
     def allowed(self, problem: Problem) -> float:

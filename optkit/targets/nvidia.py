@@ -6,59 +6,10 @@ with sums in float16, which no runtime here uses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from optkit.targets.gpu import ARCHITECTURES, Capability, formats
 from optkit.targets.spec import Target
 
-# Opt-in shared memory of a block and shared memory of a multiprocessor, KiB; threads, blocks and registers of a
-# multiprocessor: NVIDIA CCCL 13.3, cuda/__device/arch_traits.h.
-_TERA, _GIGA, _MIB, _KIB, _GIB = 1e12, 1e9, 2**20, 2**10, 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """Limits of a compute capability that decide how many blocks run at a time.
-
-    Attributes:
-        arch: As ``ptxas`` writes it; with an ``a`` where kernels use instructions of this architecture alone.
-        shared: Bytes of shared memory that one block may ask for.
-        shared_unit: Bytes of shared memory of a multiprocessor.
-        threads: Of a multiprocessor.
-        blocks: Of a multiprocessor.
-    """
-
-    arch: str
-    shared: int
-    shared_unit: int
-    threads: int
-    blocks: int
-    registers: int = 65536
-
-
-ARCHITECTURES: dict[tuple[int, int], Architecture] = {
-    (7, 5): Architecture(arch="sm_75", shared=64 * _KIB, shared_unit=64 * _KIB, threads=1024, blocks=16),
-    (8, 0): Architecture(arch="sm_80", shared=163 * _KIB, shared_unit=164 * _KIB, threads=2048, blocks=32),
-    (8, 6): Architecture(arch="sm_86", shared=99 * _KIB, shared_unit=100 * _KIB, threads=1536, blocks=16),
-    (8, 7): Architecture(arch="sm_87", shared=163 * _KIB, shared_unit=164 * _KIB, threads=1536, blocks=16),
-    (8, 9): Architecture(arch="sm_89", shared=99 * _KIB, shared_unit=100 * _KIB, threads=1536, blocks=24),
-    (9, 0): Architecture(arch="sm_90a", shared=227 * _KIB, shared_unit=228 * _KIB, threads=2048, blocks=32),
-    (10, 0): Architecture(arch="sm_100a", shared=227 * _KIB, shared_unit=228 * _KIB, threads=2048, blocks=32),
-    (12, 0): Architecture(arch="sm_120", shared=99 * _KIB, shared_unit=100 * _KIB, threads=1536, blocks=24),
-    (12, 1): Architecture(arch="sm_121", shared=99 * _KIB, shared_unit=100 * _KIB, threads=1536, blocks=24),
-}
-
-
-def formats(capability: tuple[int, int]) -> frozenset[str]:
-    """Number formats with matrix instructions, or that weights may be stored in."""
-    found = {"fp32", "fp16", "int8", "w8a16"}
-    if capability >= (8, 0):
-        found |= {"bf16", "w4a16"}
-    if capability >= (8, 9):
-        found |= {"fp8"}
-    if capability >= (10, 0):
-        found |= {"nvfp4", "mxfp4", "mxfp8"}
-    return frozenset(found)
-
+_TERA, _GIGA, _MIB, _GIB = 1e12, 1e9, 2**20, 2**30
 
 # What the first architecture with a format is: the PTX ISA's tables for mma, wgmma and tcgen05, and what TensorRT-RTX
 # 1.7.1 answers when it is asked to build ("model contains HW-specific datatypes").
@@ -75,7 +26,7 @@ _FIRST = {
 
 def _gpu(
     name: str,
-    capability: tuple[int, int],
+    capability: Capability,
     *,
     units: int,
     gib: float,

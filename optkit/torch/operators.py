@@ -19,6 +19,7 @@ from optkit.errors import UnknownNameError, UsageError
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN
 from optkit.kernels.expressions import evaluate
+from optkit.targets.gpu import Capability
 from optkit.torch import bodies
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def launch(
     kernel: Kernel,
     inputs: Sequence[torch.Tensor],
     attributes: Mapping[str, Any],
-    capability: tuple[int, int],
+    capability: Capability,
 ) -> list[torch.Tensor]:
     """Start the kernel's program for ``capability`` on tensors of the device; the outputs.
 

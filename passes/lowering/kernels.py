@@ -12,7 +12,7 @@ from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, FLOATS, Kernel, format_of
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Change, Match, Rule, apply, remove_unused
-from optkit.targets.nvidia import ARCHITECTURES, formats
+from optkit.targets.gpu import ARCHITECTURES, Capability, formats
 
 
 class CallKernels(GraphPass):
@@ -51,7 +51,7 @@ class CallKernels(GraphPass):
         return changes
 
 
-def _legal(rule: Rule, capability: tuple[int, int]) -> Rule:
+def _legal(rule: Rule, capability: Capability) -> Rule:
     """The rule, where the architecture has the formats of all that it matches."""
     known, limits, check = formats(capability), ARCHITECTURES[capability], rule.check
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from optkit.kernels.occupancy import occupancy
-from optkit.targets.nvidia import ARCHITECTURES
+from optkit.targets.gpu import ARCHITECTURES
 
 _PROGRAM = r"""
 #include <cstdio>
