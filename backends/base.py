@@ -141,6 +141,7 @@ class Backend(ABC):
         packages: Distributions whose versions the manifest names, besides optkit's own requirements.
         stands_in: Whether what ``load`` opens computes the same in another runtime, so that its time means nothing.
         generic: Whether quantized recipes that name no backend are candidates for it.
+        floor: The recipe of exact passes that ships where no other candidate keeps the limits.
     """
 
     name: ClassVar[str]
@@ -149,6 +150,7 @@ class Backend(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     stands_in: ClassVar[bool] = False
     generic: ClassVar[bool] = True
+    floor: ClassVar[str] = "fp32"
 
     @abstractmethod
     def available(self) -> str | None:

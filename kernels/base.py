@@ -52,7 +52,7 @@ class Program:
         arguments: Of the launch.
         constants: Compile-time arguments, by name.
         grid: Blocks along three axes, expressions of the sizes and ``cdiv``.
-        warps: Of a block, as asked for.
+        warps: Of a block, as asked for, with 32 threads each: an architecture whose warps have 64 makes half as many of it.
         stages: Of the software pipeline.
         products: Format whose matrix instructions the machine code has to have; None for none.
         low: Whether its tiles have fewer than 64 rows: then these instructions are those of a warp on every architecture.
@@ -186,6 +186,11 @@ class Kernel(ABC):
     def attributes(self, problem: Problem) -> dict[str, Any]:
         """Of the call that stands for ``problem``."""
         return {}
+
+
+def code_kind(arch: str) -> str:
+    """The ending of files with machine code for an architecture."""
+    return "hsaco" if arch.startswith("gfx") else "cubin"
 
 
 def power_of_two(n: int) -> int:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from optkit.errors import BackendUnavailableError, ModelError
-from optkit.kernels.base import Program
-from optkit.targets.gpu import Capability
+from optkit.kernels.base import Program, code_kind
+from optkit.targets.gpu import ARCHITECTURES, Capability
 
 HINT = "pip install 'optkit[triton]'"
-_PARTS = ("cubin", "ttir", "json")
+# Beside the machine code; the record last: it says that the others are whole.
+_PARTS = ("ttir", "json")
 # A child has this long, and more for each of its jobs: machines that compile are often full.
 _SECONDS, _EACH = 600, 20
 # Contraction of a * b + c: the default of Triton changes between versions.
@@ -35,12 +36,12 @@ class Built:
 
     Attributes:
         record: What the worker read from it; see ``optkit.kernels.triton.worker``.
-        cubin: The file, in the cache.
+        code: The file, in the cache.
         cached: Whether it was there already.
     """
 
     record: Mapping[str, Any]
-    cubin: Path
+    code: Path
     cached: bool
 
 
@@ -82,33 +83,39 @@ def key(program: Program, capability: Capability) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
-def build(jobs: Sequence[tuple[Program, tuple[int, int]]], *, fresh: bool = False) -> list[Built]:
+def build(jobs: Sequence[tuple[Program, Capability]], *, fresh: bool = False) -> list[Built]:
     """Each program for its architecture, in order.
 
     Args:
-        jobs: Programs with compute capabilities.
+        jobs: Programs with architectures.
         fresh: Compile also what is in the cache.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
-        ModelError: Triton or ptxas refuses a program; says which and why.
+        ModelError: Triton or the assembler refuses a program; says which and why.
     """
     need_triton()
     keys = [key(*job) for job in jobs]
     folder = root()
     folder.mkdir(parents=True, exist_ok=True)
-    have = {k: not fresh and all((folder / f"{k}.{part}").is_file() for part in _PARTS) for k in keys}
+    names = {k: _files(k, job[1]) for k, job in zip(keys, jobs, strict=True)}
+    have = {k: not fresh and all((folder / name).is_file() for name in names[k]) for k in keys}
     missing = {k: job for k, job in zip(keys, jobs, strict=True) if not have[k]}
     if missing:
         _compile(missing, folder)
     found = []
     for k in keys:
         record = json.loads((folder / f"{k}.json").read_bytes())
-        found.append(Built(record=record, cubin=folder / f"{k}.cubin", cached=have[k]))
+        found.append(Built(record=record, code=folder / names[k][0], cached=have[k]))
     return found
 
 
-def _compile(jobs: Mapping[str, tuple[Program, tuple[int, int]]], folder: Path) -> None:
+def _files(key: str, capability: Capability) -> list[str]:
+    """The machine code first."""
+    return [f"{key}.{part}" for part in (code_kind(ARCHITECTURES[capability].arch), *_PARTS)]
+
+
+def _compile(jobs: Mapping[str, tuple[Program, Capability]], folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as name:
         work = Path(name)
         rows = [{"key": k, "program": p.record(), "capability": list(c)} for k, (p, c) in jobs.items()]
@@ -121,10 +128,10 @@ def _compile(jobs: Mapping[str, tuple[Program, tuple[int, int]]], folder: Path) 
             file = work / f"{k}.json"
             record = json.loads(file.read_bytes()) if file.is_file() else {"error": "nothing was written"}
             if "error" in record:
-                refused.append(f"{program.function} for {capability[0]}.{capability[1]}: {record['error']}")
+                refused.append(f"{program.function} for {ARCHITECTURES[capability].arch}: {record['error']}")
                 continue
-            for part in _PARTS:  # the record last: it says that the others are whole
-                shutil.move(work / f"{k}.{part}", folder / f"{k}.{part}")
+            for name in _files(k, capability):
+                shutil.move(work / name, folder / name)
         if refused:
             raise ModelError("Triton does not compile " + "; ".join(refused))
 

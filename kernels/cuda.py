@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,23 +35,36 @@ class CudaError(RuntimeError):
 class Device:
     """One GPU with its primary context; close it, or use it in a ``with``."""
 
+    attributes: ClassVar[Mapping[str, int]] = _ATTRIBUTES
+    vendor: ClassVar[str] = "CUDA"
+    driver: ClassVar[str] = "cuda_driver"
+    unasked: ClassVar[int] = _SHARED_UNASKED
+
     def __init__(self, index: int = 0) -> None:
-        library = os.environ.get("OPTKIT_LIBCUDA", "libcuda.so.1")
-        try:
-            self._library = ctypes.CDLL(library)
-        except OSError as error:
-            raise CudaError(_NOT_FOUND) from error
+        self._library = self._library_found()
         self._memory: set[int] = set()
         self._modules: list[ctypes.c_void_p] = []
         self._call("cuInit", ctypes.c_uint(0))
         self._device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(index))
         self._context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._retain()
         self.use()
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
         self.stream = int(stream.value or 0)
+
+    def _library_found(self) -> ctypes.CDLL:
+        try:
+            return ctypes.CDLL(os.environ.get("OPTKIT_LIBCUDA", "libcuda.so.1"))
+        except OSError as error:
+            raise CudaError(_NOT_FOUND) from error
+
+    def _retain(self) -> None:
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+
+    def _release(self) -> None:
+        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)
@@ -74,7 +87,7 @@ class Device:
             self._call("cuModuleUnload", module)
         self._modules.clear()
         self._call("cuStreamDestroy_v2", ctypes.c_void_p(self.stream))
-        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+        self._release()
 
     def use(self) -> None:
         """Make it the device of the thread that calls: each thread has to, once."""
@@ -86,12 +99,12 @@ class Device:
         self._call("cuDeviceGetName", name, ctypes.c_int(128), self._device)
         driver = ctypes.c_int()
         self._call("cuDriverGetVersion", ctypes.byref(driver))
-        found: dict[str, Any] = {"device": name.value.decode(), "cuda_driver": driver.value}
-        for key, number in _ATTRIBUTES.items():
+        found: dict[str, Any] = {"device": name.value.decode(), self.driver: driver.value}
+        for key, number in self.attributes.items():
             value = ctypes.c_int()
             self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(number), self._device)
             found[key] = value.value
-        return found
+        return {**found, "arch": f"sm_{found['major']}{found['minor']}"}
 
     def empty(self, size: int) -> int:
         """The address of ``size`` bytes."""
@@ -146,7 +159,7 @@ class Device:
         self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
         self._modules.append(module)
         self._call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(entry.encode()))
-        if shared > _SHARED_UNASKED:
+        if shared > self.unasked:
             self._call(
                 "cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), ctypes.c_int(shared)
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optkit.kernels.occupancy import occupancy
-from optkit.targets.gpu import ARCHITECTURES, formats
+from optkit.targets.gpu import ARCHITECTURES, formats, is_amd
 
 # Matrix instructions by format of the operands and major compute capability: mma.sync below 9.0 and on 12.x, wgmma on 9.0,
 # tcgen05 on 10.x. A tile with fewer than 64 rows has neither of these two: then it is mma.sync everywhere.
@@ -19,6 +19,14 @@ _PRODUCTS: dict[str, dict[int, str]] = {
     "int8": {8: "IMMA", 9: "IGMMA", 10: "UTCIMMA", 12: "IMMA"},
     "fp8": {8: "QMMA", 9: "QGMMA", 10: "UTCQMMA", 12: "QMMA"},
 }
+# On AMD's GPUs they are called by what they add up and multiply.
+_AMD_PRODUCTS = {
+    "fp16": re.compile(r"v_mfma_f32_\w+_f16"),
+    "bf16": re.compile(r"v_mfma_f32_\w+_bf16"),
+    "int8": re.compile(r"v_mfma_i32_\w+_i8"),
+}
+_AMD_WIDE = re.compile(r"^(global|buffer|flat)_load_dwordx4\b")
+_AMD_READ = re.compile(r"^(global|buffer|flat)_load_")
 _WIDE = re.compile(r"^(LDG\.E(\.\w+)*\.(128|ENL2\.256)|LDGSTS\.E(\.\w+)*\.128|UTMALDG|UBLKCP)")
 _READ = re.compile(r"^(LDG|LDGSTS|UTMALDG|UBLKCP)\b")
 
@@ -62,13 +70,19 @@ def gates(record: Mapping[str, Any]) -> tuple[Gate, ...]:
         ("stack", f"{record['stack']} bytes", record["stack"] == 0),
         ("occupancy", f"{running.blocks} blocks, {running.share:.0%} of the warps", running.blocks > 0),
     ]
+    amd = is_amd((major, minor))
     if program["products"] is not None:
-        wanted = _PRODUCTS[program["products"]][8 if program["low"] else major]
-        count = sum(n for name, n in mix.items() if name.split(".")[0] == wanted)
+        if amd:
+            wanted, named = "MFMA", _AMD_PRODUCTS[program["products"]]
+            count = sum(n for name, n in mix.items() if named.fullmatch(name))
+        else:
+            wanted = _PRODUCTS[program["products"]][8 if program["low"] else major]
+            count = sum(n for name, n in mix.items() if name.split(".")[0] == wanted)
         rows.append(("matrix instructions", f"{count} {wanted}", count > 0))
     if program["wide"]:
-        wide = sum(n for name, n in mix.items() if _WIDE.match(name))
-        all_ = sum(n for name, n in mix.items() if _READ.match(name))
+        broad, any_ = (_AMD_WIDE, _AMD_READ) if amd else (_WIDE, _READ)
+        wide = sum(n for name, n in mix.items() if broad.match(name))
+        all_ = sum(n for name, n in mix.items() if any_.match(name))
         rows.append(("128-bit loads", f"{wide} of {all_} reads of global memory", wide > 0))
     waived = program["waived"]
     return tuple(Gate(name=n, found=f, passed=ok, waived=waived.get(n, "")) for n, f, ok in rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optkit.errors import ModelError, UsageError
+from optkit.kernels.base import code_kind
 from optkit.kernels.cuda import CudaError, Device
 from optkit.kernels.expressions import evaluate
 
@@ -27,27 +28,32 @@ class Code:
     Attributes:
         name: Of its files.
         record: What was read from it; see ``optkit.kernels.triton.worker``.
-        cubin: The machine code.
+        machine: The machine code.
     """
 
     name: str
     record: Mapping[str, Any]
-    cubin: bytes
+    machine: bytes
 
 
 def read(folder: Path, name: str) -> Code:
-    """What lies in ``folder`` as ``<name>.cubin`` and ``<name>.json``.
+    """What lies in ``folder`` as ``<name>.json`` and ``<name>.cubin`` or ``<name>.hsaco``.
 
     Raises:
         ModelError: A file is missing, or the record is of other code.
     """
-    files = [folder / f"{name}.{kind}" for kind in ("json", "cubin")]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelError(f"{', '.join(missing)} is missing", hint="compile again")
-    record, cubin = json.loads(files[0].read_bytes()), files[1].read_bytes()
-    if hashlib.sha256(cubin).hexdigest() != record["sha256"]:
-        raise ModelError(f"{name}.cubin is not the code that {name}.json describes", hint="compile again")
-    return Code(name=name, record=record, cubin=cubin)
+    record = json.loads(_bytes(folder / f"{name}.json"))
+    file = folder / f"{name}.{code_kind(record['arch'])}"
+    machine = _bytes(file)
+    if hashlib.sha256(machine).hexdigest() != record["sha256"]:
+        raise ModelError(f"{file.name} is not the code that {name}.json describes", hint="compile again")
+    return Code(name=name, record=record, machine=machine)
+
+
+def _bytes(file: Path) -> bytes:
+    if not file.is_file():
+        raise ModelError(f"{file.name} is missing", hint="compile again")
+    return file.read_bytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,18 +101,18 @@ class Function:
         self.code, self.device = code, device
         record = code.record
         facts = device.facts()
-        if [facts["major"], facts["minor"]] != list(record["capability"]):
+        if facts["arch"] != record["arch"].rstrip("a"):
             raise UsageError(
                 f"{code.name} is code for {record['arch']}, the device is {facts['device']} "
-                f"(sm_{facts['major']}{facts['minor']}): machine code runs on the architecture that it is for alone",
+                f"({facts['arch']}): machine code runs on the architecture that it is for alone",
                 hint="compile for the target that has this device: optkit targets lists them",
             )
         try:
-            self._function = device.load(code.cubin, record["entry"], shared=record["shared"])
+            self._function = device.load(code.machine, record["entry"], shared=record["shared"])
         except CudaError as error:
             raise ModelError(
                 f"{code.name} does not load: {error}",
-                hint=f"CUDA driver {facts['cuda_driver']} may be older than the code, "
+                hint=f"{device.vendor} driver {facts[device.driver]} may be older than the code, "
                 f"which Triton {record['triton']} made: update the driver",
             ) from error
 
@@ -158,7 +164,7 @@ class Function:
         for each in (record["scratch"], record["profile_scratch"]):
             arguments.append(ctypes.c_uint64(allocate(blocks * each) if blocks * each else 0))
         return Prepared(
-            function=self._function, grid=(grid[0], grid[1], grid[2]), threads=32 * record["warps"],
+            function=self._function, grid=(grid[0], grid[1], grid[2]), threads=record["lanes"] * record["warps"],
             shared=record["shared"], arguments=tuple(arguments),
         )  # fmt: skip
 

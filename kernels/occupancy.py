@@ -1,17 +1,18 @@
-"""How many blocks of a kernel run on a multiprocessor at a time; equal to NVIDIA's ``cuda_occupancy.h``."""
+"""How many blocks of a kernel run on a multiprocessor at a time; equal to NVIDIA's ``cuda_occupancy.h`` and to what LLVM says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from optkit.targets.gpu import Architecture, Capability
+from optkit.targets.gpu import Architecture, Capability, is_amd
 
 # cuda_occupancy.h for compute capability 7.0 on: registers go to warps in steps of 256, in each of four partitions;
 # shared memory goes to blocks in steps of 128 bytes, of 256 before 8.0, with one KiB for the system from 8.0 on.
 _REGISTER_STEP, _PARTITIONS, _MOST_REGISTERS, _WARP = 256, 4, 255, 32
 _RESERVED = 1024
+# LLVM's AMDGPUBaseInfo for gfx942: each of four units has 512 registers a lane, given to waves in steps of 8, and shared memory
+# is given to blocks in steps of 512 bytes. How many blocks there may be is about those of several waves.
+_AMD_REGISTERS, _AMD_REGISTER_STEP, _AMD_SHARED_STEP = 512, 8, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +34,26 @@ def occupancy(
     limits: Architecture, capability: Capability, *, registers: int, shared: int, warps: int
 ) -> Occupancy:
     """Of a kernel with ``registers`` a thread, ``shared`` bytes and ``warps`` a block."""
-    most = {
-        "registers": _by_registers(limits.registers, registers, warps),
-        "shared memory": _by_shared(limits, capability, shared),
-        "warps": limits.threads // _WARP // warps,
-        "blocks": limits.blocks,
-    }
-    if warps * _WARP > 1024:
+    held = limits.threads // limits.lanes
+    if is_amd(capability):
+        most = {
+            "registers": _AMD_REGISTERS // _up(max(1, registers), _AMD_REGISTER_STEP) * _PARTITIONS // warps,
+            "shared memory": limits.shared_unit // _up(max(1, shared), _AMD_SHARED_STEP),
+            "warps": held // warps,
+            "blocks": limits.blocks if warps > 1 else held,
+        }
+    else:
+        most = {
+            "registers": _by_registers(limits.registers, registers, warps),
+            "shared memory": _by_shared(limits, capability, shared),
+            "warps": held // warps,
+            "blocks": limits.blocks,
+        }
+    if warps * limits.lanes > 1024:
         most["warps"] = 0
     limit = min(most, key=lambda name: most[name])
     blocks = most[limit]
-    return Occupancy(blocks=blocks, share=blocks * warps / (limits.threads // _WARP), limit=limit)
+    return Occupancy(blocks=blocks, share=blocks * warps / held, limit=limit)
 
 
 def _up(n: int, step: int) -> int:

@@ -40,7 +40,7 @@ class Placed:
 
     def __init__(self, device: Device, one: Launch, built: Built) -> None:
         self._device, self._one = device, one
-        code = Code(name=built.record["entry"], record=built.record, cubin=built.cubin.read_bytes())
+        code = Code(name=built.record["entry"], record=built.record, machine=built.code.read_bytes())
         shapes = [() if a is None else a.shape for a in one.inputs]
         self._held: list[int] = []
         inputs = [None if a is None else self._keep(device.put(a)) for a in one.inputs]

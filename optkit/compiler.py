@@ -774,7 +774,7 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
         "goal": plan.goal,
     }
     found: list[tuple[str, Recipe]] = []
-    for name in plan.candidates:
+    for name in (engine.floor if name == "fp32" else name for name in plan.candidates):
         candidate = Recipe.load(name)
         if candidate.candidates:
             raise RecipeError(f"candidates: {name} has candidates itself", hint="name those instead")
@@ -790,8 +790,8 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
         found.append((name, candidate.model_copy(update={**shared, "options": options})))
     if found and not all(p.exact for p in found[0][1].passes):
         # What ships where nothing keeps the limits.
-        floor = Recipe.load("fp32").model_copy(update={**shared, "options": plan.options})
-        found = [("fp32", floor), *((n, r) for n, r in found if n != "fp32")]
+        floor = Recipe.load(engine.floor).model_copy(update={**shared, "options": plan.options})
+        found = [(engine.floor, floor), *((n, r) for n, r in found if n != engine.floor)]
     # A recipe for any backend and one for this backend may say the same.
     said = {repr((r.backend or engine.name, r.passes, r.options)): n for n, r in reversed(found)}
     return [(n, r) for n, r in found if n in said.values()]

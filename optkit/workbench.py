@@ -76,7 +76,7 @@ def sheets(
     for target in targets:
         if target.capability is None or target.capability < (8, 0):
             raise UsageError(
-                f"kernels are compiled for NVIDIA's GPUs from sm_80 on; {target.name} is {target.arch}",
+                f"kernels are compiled for NVIDIA's GPUs from sm_80 on and for AMD's gfx942; {target.name} is {target.arch}",
                 hint="choose another --target",
             )
     wanted = [

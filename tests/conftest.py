@@ -61,10 +61,21 @@ def golden(request: pytest.FixtureRequest):
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that pretends to be CUDA's driver, on the memory of the host; ``backends/device/libcuda.c``."""
+    return _library(tmp_path_factory.mktemp("driver"), "libcuda")
+
+
+@pytest.fixture(scope="session")
+def hip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of HIP's runtime, compiled with AMD's header; ``backends/device/libhip.c``."""
+    triton = pytest.importorskip("triton", reason="needs the package triton")
+    headers = Path(triton.__file__).parent / "backends" / "amd" / "include"
+    return _library(tmp_path_factory.mktemp("driver"), "libhip", f"-I{headers}")
+
+
+def _library(folder: Path, name: str, *options: str) -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so"
-    source = _ROOT / "tests" / "backends" / "device" / "libcuda.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
-    return library
+    source = _ROOT / "tests" / "backends" / "device" / f"{name}.c"
+    subprocess.run([compiler, "-shared", "-fPIC", *options, "-o", folder / f"{name}.so", source], check=True)
+    return folder / f"{name}.so"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from optkit.backends.triton.schedule import Segment, schedule
 from optkit.errors import ModelError, UnsupportedOpError
 from optkit.graph import describe, rank, walk
 from optkit.kernels import KERNELS
-from optkit.kernels.base import DOMAIN, TYPES
+from optkit.kernels.base import DOMAIN, TYPES, code_kind
 from optkit.kernels.build import build
 from optkit.kernels.expressions import symbols
 from optkit.kernels.gates import failures, gates
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optkit.targets import Target
 
 MODEL, LAUNCHES, FOLDER = "model.onnx", "launches.json", "kernels"
-VERSION = 2
+VERSION = 3
 
 
 def kernels() -> dict[str, Kernel]:
@@ -84,7 +84,7 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
     for digest in dict.fromkeys(digest for found in fit for digest in found):
         one = built[digest]
         name = names[digest] = f"{one.record['entry']}-{digest[:12]}"
-        shutil.copyfile(one.cubin, folder / f"{name}.cubin")
+        shutil.copyfile(one.code, folder / f"{name}{one.code.suffix}")
         verdicts = [
             {"gate": g.name, "found": g.found, "passed": g.passed, "waived": g.waived}
             for g in gates(one.record)
@@ -127,6 +127,11 @@ def _row(node: ir.Node, kernel: Kernel, problem: Problem, names: list[str]) -> d
         "inputs": [None if v is None else v.name for v in node.inputs], "outputs": outputs,
         "sizes": kernel.expressions(problem),
     }  # fmt: skip
+
+
+def code(path: Path, names: Iterable[str]) -> list[Path]:
+    """The files with the machine code of programs."""
+    return [path / FOLDER / f"{name}.{code_kind(read(path)['arch'])}" for name in names]
 
 
 def ask(path: Path, min_cosine: float) -> None:

@@ -29,7 +29,7 @@ TUNED = "tuned.json"
 # Launches between two events, and how often they are timed.
 _TOGETHER, _ROUNDS = 20, 11
 _RUNS, _FIRST = 200, 50
-_DEVICE = ("device", "cuda_driver", "major", "minor")
+_DEVICE = ("device", "cuda_driver", "hip_driver", "arch")
 
 
 def finalize(
@@ -60,7 +60,7 @@ def tuned(path: Path, device: Device, rest: Place) -> dict[int, str]:
 
 def _made_with(path: Path, facts: Mapping[str, Any], rest: Place) -> dict[str, Any]:
     """What decides whether a record is of this pair of code and device."""
-    return {**{key: facts[key] for key in _DEVICE}, "code": _digest(path), "rest": rest}
+    return {**{key: facts[key] for key in _DEVICE if key in facts}, "code": _digest(path), "rest": rest}
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""The backend: cubins for what the graph calls, the graph itself for the rest."""
+"""The backend: machine code for what the graph calls, the graph itself for the rest."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from optkit.backends.base import Session
+    from optkit.backends.triton.rest import Place
     from optkit.placement import Placement
     from optkit.targets import Target
 
@@ -39,23 +40,24 @@ class TritonOptions(Options):
     """How the artifact runs on its device; what is compiled follows from the graph and the target.
 
     Attributes:
-        rest: Where nodes without kernel run: in ONNX Runtime with CUDA, or on the host's processor.
+        rest: Where nodes without kernel run: in ONNX Runtime with CUDA, or on the host's processor. Without it: with CUDA on
+            NVIDIA's GPUs, on the processor beside AMD's, for which ONNX Runtime has no provider that shares their memory.
         sizes: Usual sizes of free axes, by their symbols: kernels are chosen and the latency is measured with them. Those that
             are not named are taken from the calibration data.
         plugins: Whether the kernels are written as plug-ins of TensorRT too, with the graph that calls them: ``tensorrt/``.
     """
 
-    rest: Literal["cuda", "cpu"] = "cuda"
+    rest: Literal["cuda", "cpu"] | None = None
     sizes: dict[str, int] = Field(default_factory=dict)
     plugins: bool = False
 
 
 class Triton(Backend):
-    """Fused kernels compiled by Triton for NVIDIA's GPUs from sm_80 on, without having one.
+    """Fused kernels compiled by Triton for NVIDIA's GPUs from sm_80 on and AMD's gfx942, without having one.
 
     The artifact holds the machine code, what was read from it, the launches in their order, and the graph, whose calls of
     kernels carry their ONNX bodies: any ONNX runtime computes the same with it. On the device the kernels are launched
-    through CUDA's driver, and what lies between them runs in ONNX Runtime.
+    through the driver, CUDA's or HIP's, and what lies between them runs in ONNX Runtime.
     """
 
     name: ClassVar[str] = "triton"
@@ -64,6 +66,7 @@ class Triton(Backend):
     packages: ClassVar[tuple[str, ...]] = ("triton",)
     stands_in: ClassVar[bool] = True
     generic: ClassVar[bool] = False
+    floor: ClassVar[str] = "triton-fp32"
 
     def available(self) -> str | None:
         """Always; ``ready`` says what compiling needs."""
@@ -73,13 +76,18 @@ class Triton(Backend):
         """Refuse what cannot be compiled, before any work.
 
         Raises:
-            UsageError: The target is no GPU of NVIDIA's from sm_80 on.
+            UsageError: The target is no GPU that kernels are compiled for, or the options ask for what its vendor lacks.
             BackendUnavailableError: Triton is not installed.
         """
         if target.capability is None or target.capability < (8, 0):
             raise UsageError(
-                f"kernels are compiled for NVIDIA's GPUs from sm_80 on; {target.name} is {target.arch}",
+                f"kernels are compiled for NVIDIA's GPUs from sm_80 on and for AMD's gfx942; {target.name} is {target.arch}",
                 hint="choose another --target or --backend",
+            )
+        if target.vendor == "amd" and (options.plugins or options.rest == "cuda"):
+            asked = "plugins: TensorRT" if options.plugins else "rest=cuda: CUDA"
+            raise UsageError(
+                f"options.{asked} is NVIDIA's, and {target.name} is AMD's", hint="leave the option out"
             )
         need_triton()
 
@@ -151,7 +159,7 @@ class Triton(Backend):
     def size(self, path: Path) -> int:
         """Of the graph and one program of each call: a device keeps one of the finalists."""
         first = {row["kernels"][0] for row in bundle.read(path)["launches"]}
-        files = [*path.glob(f"{bundle.MODEL}*"), *(path / bundle.FOLDER / f"{name}.cubin" for name in first)]
+        files = [*path.glob(f"{bundle.MODEL}*"), *bundle.code(path, first)]
         return sum(f.stat().st_size for f in files)
 
     def load(
@@ -164,8 +172,9 @@ class Triton(Backend):
         """The machine code on its GPU, the programs that ``finalize`` chose there; nodes without kernel where the options say."""
         device = open_device(target.name, target.arch)
         try:
-            choices = tuned(path, device, options.rest)
-            return DeviceSession(path, device, rest=options.rest, choices=choices, own=True)
+            rest = _rest(target, options)
+            choices = tuned(path, device, rest)
+            return DeviceSession(path, device, rest=rest, choices=choices, own=True)
         except OptkitError:
             device.close()
             raise
@@ -202,7 +211,7 @@ class Triton(Backend):
         programs = {name for row in found["launches"] for name in row["kernels"]}
         first = f"load the {len(programs)} programs of {len(found['launches'])} calls, and choose among them by time"
         if left := len(found["without_kernel"]):
-            where = "with CUDA" if options.rest == "cuda" else "on the processor"
+            where = "with CUDA" if _rest(target, options) == "cuda" else "on the processor"
             first += f"; the other {left} nodes that compute run in ONNX Runtime {where}"
         return (
             first,
@@ -214,4 +223,8 @@ class Triton(Backend):
         self, path: Path, target: Target, options: TritonOptions, task: Task, mark: Mark, *, force: bool
     ) -> Finished:
         """Load, choose, compare, measure, on the GPU of this machine."""
-        return finalize(path, target.name, target.arch, options.rest, task, mark, force=force)
+        return finalize(path, target.name, target.arch, _rest(target, options), task, mark, force=force)
+
+
+def _rest(target: Target, options: TritonOptions) -> Place:
+    return options.rest or ("cpu" if target.vendor == "amd" else "cuda")

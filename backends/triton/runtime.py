@@ -19,6 +19,7 @@ from optkit.errors import BackendUnavailableError, ModelError, UsageError
 from optkit.graph import constant
 from optkit.kernels.cuda import CudaError, Device
 from optkit.kernels.expressions import evaluate, of_shapes
+from optkit.kernels.hip import HipDevice
 from optkit.kernels.launching import Function, Prepared, read
 
 Visit = Callable[[int, "Call"], None]
@@ -32,13 +33,13 @@ def open_device(target: str, arch: str) -> Device:
         UsageError: It is another one.
     """
     try:
-        device = Device()
+        device = HipDevice() if arch.startswith("gfx") else Device()
     except CudaError as error:
         raise BackendUnavailableError(
             str(error), hint="it runs on the machine with the GPU; copy the artifact's folder there"
         ) from error
     facts = device.facts()
-    if (found := f"sm_{facts['major']}{facts['minor']}") != arch.rstrip("a"):
+    if (found := facts["arch"]) != arch.rstrip("a"):
         device.close()
         raise UsageError(
             f"the artifact is for {target} ({arch}), the device is {facts['device']} ({found})",

@@ -27,7 +27,7 @@ from optkit.kernels.triton.scores import (
 )
 from optkit.masks import sight
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,7 @@ _TILES = {
     (10, 0): (_SMALL, _WIDE, _OWN, _OWN, _WIDE, _WIDE, _OWN, _OWN_WIDE),
     (12, 0): (_WIDE, _QUARTER, _OWN, _OWN_WIDE, _WIDE, _QUARTER, _OWN, _OWN_WIDE),
     (12, 1): (_WIDE, _QUARTER, _OWN, _OWN_WIDE, _WIDE, _QUARTER, _OWN, _OWN_WIDE),
+    GFX942: (_WIDE, _HALF, _OWN_WIDE, _OWN_WIDE, _WIDE, _HALF, _OWN_WIDE, _OWN_WIDE),
 }
 # With few queries, as in decoding, keys are all that is read.
 _FEW = _Tile(queries=16, keys=64, warps=4, stages=2)

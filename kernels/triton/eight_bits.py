@@ -13,13 +13,13 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.kernels.triton.quantize import grid_miss
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 # Rows, columns and depth of a tile, warps and stages, by architecture: a depth of 128 bytes fills a line of the cache.
 _LARGE = (128, 128, 128, 8, 3)
 _TILES = {
     (8, 0): _LARGE, (8, 6): (128, 128, 64, 8, 3), (8, 7): _LARGE, (8, 9): (128, 128, 64, 8, 3), (12, 0): (128, 128, 64, 8, 3),
-    (12, 1): (128, 128, 64, 8, 3), (9, 0): _LARGE, (10, 0): _LARGE,
+    (12, 1): (128, 128, 64, 8, 3), (9, 0): _LARGE, (10, 0): _LARGE, GFX942: (128, 128, 128, 8, 2),
 }  # fmt: skip
 _GROUP, _STEP = 8, 16
 

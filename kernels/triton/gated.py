@@ -24,12 +24,12 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 # Warps of a block and 16-byte reads of a thread, by architecture: enough bytes in flight for the memory of each.
 BLOCKS = {
     (8, 0): (8, 2), (8, 6): (4, 1), (8, 7): (4, 1), (8, 9): (4, 1),
-    (9, 0): (8, 2), (10, 0): (8, 4), (12, 0): (4, 2), (12, 1): (4, 1),
+    (9, 0): (8, 2), (10, 0): (8, 4), (12, 0): (4, 2), (12, 1): (4, 1), GFX942: (8, 1),
 }  # fmt: skip
 _STEP = 16
 

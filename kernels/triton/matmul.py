@@ -14,7 +14,7 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.gated import activated
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ _TILES = {
     (8, 0): _LARGE, (8, 7): _LARGE, (8, 6): _LARGE, (8, 9): _LARGE, (12, 0): _LARGE, (12, 1): _LARGE,
     (9, 0): _Tile(m=128, n=256, k=64, warps=8, stages=3, units=132),
     (10, 0): _Tile(m=128, n=256, k=64, warps=8, stages=3, units=148),
+    GFX942: _Tile(m=128, n=128, k=64, warps=8, stages=2),
 }  # fmt: skip
 # The error function needs registers of its own: the wide tile would go over to the stack.
 _GELU_TILES = {**_TILES, (9, 0): _Tile(m=128, n=128, k=64, warps=8, stages=4, units=132)}

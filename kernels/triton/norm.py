@@ -24,13 +24,13 @@ from optkit.kernels.base import (
 from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.residual import absorb, addends
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 # Elements that one block has in registers, and its most warps, by architecture. A block is small where few threads fit
 # a multiprocessor, so that several hide each other's latency.
 BLOCKS = {
     (8, 0): (4096, 8), (8, 6): (2048, 8), (8, 7): (2048, 8), (8, 9): (2048, 8),
-    (9, 0): (4096, 8), (10, 0): (4096, 8), (12, 0): (2048, 8), (12, 1): (2048, 8),
+    (9, 0): (4096, 8), (10, 0): (4096, 8), (12, 0): (2048, 8), (12, 1): (2048, 8), GFX942: (4096, 8),
 }  # fmt: skip
 _WIDEST = 8192  # columns: beyond, a row does not fit the registers of eight warps
 _STEP = 16

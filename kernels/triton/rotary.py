@@ -22,12 +22,12 @@ from optkit.kernels.base import (
 )
 from optkit.kernels.triton.drawing import draw
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 # Elements of a block, and its warps, by architecture: enough bytes in flight for the memory of each.
 _BLOCKS = {
     (8, 0): (4096, 4), (8, 6): (2048, 4), (8, 7): (2048, 4), (8, 9): (2048, 4),
-    (9, 0): (4096, 4), (10, 0): (4096, 4), (12, 0): (2048, 4), (12, 1): (2048, 4),
+    (9, 0): (4096, 4), (10, 0): (4096, 4), (12, 0): (2048, 4), (12, 1): (2048, 4), GFX942: (4096, 4),
 }  # fmt: skip
 _DEPTHS = (16, 32, 64, 128, 256)
 # Sizes that ``shapes`` draws with.

@@ -15,13 +15,13 @@ from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Progra
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.eight_bits import behind
 from optkit.rewrite import Match, Rule
-from optkit.targets.gpu import Capability
+from optkit.targets.gpu import GFX942, Capability
 
 # Rows and columns of a tile, warps and stages, by architecture. Weights are what takes time where there are few rows, so
 # that tiles are low; wgmma wants 64 rows.
 _LOW = (16, 128, 4, 3)
 _TILES = {
-    (8, 0): _LOW, (8, 6): _LOW, (8, 7): _LOW, (8, 9): _LOW, (12, 0): _LOW, (12, 1): _LOW, (9, 0): (64, 128, 4, 3), (10, 0): (128, 64, 8, 3),
+    (8, 0): _LOW, (8, 6): _LOW, (8, 7): _LOW, (8, 9): _LOW, (12, 0): _LOW, (12, 1): _LOW, (9, 0): (64, 128, 4, 3), (10, 0): (128, 64, 8, 3), GFX942: (16, 128, 4, 2),
 }  # fmt: skip
 _GROUP, _STEP, _BLOCKS = 8, 32, (32, 64, 128)
 # With few rows: columns and depth of a tile, warps and stages; so many programs, and bytes in flight, that memory is kept busy.

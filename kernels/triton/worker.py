@@ -1,7 +1,8 @@
 """A process of its own that compiles programs: ``python -m optkit.kernels.triton.worker FOLDER``.
 
-Reads ``jobs.json`` and writes ``<key>.cubin``, ``<key>.ttir`` and ``<key>.json`` for each job into the folder. No driver and no
-GPU is needed. What is reported of a program is read from the very bytes that are shipped.
+Reads ``jobs.json`` and writes ``<key>.cubin`` or ``<key>.hsaco``, ``<key>.ttir`` and ``<key>.json`` for each job into the folder.
+No driver and no GPU is needed. What is reported of a program is read from the very bytes that are shipped; for AMD's GPUs, whose
+disassembler Triton does not bring, from the assembly that they are assembled from.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from optkit.kernels.base import code_kind
+from optkit.targets.gpu import ARCHITECTURES, is_amd
+
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _ALIGNMENT = 16
 _OPCODE = re.compile(
     r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
 )
+# What the metadata of AMD's code say, and what its lines begin with.
+_SAID = re.compile(r"^ +\.(vgpr_count|sgpr_count|private_segment_fixed_size): +(\d+)", re.MULTILINE)
+_TARGET = re.compile(r"^\s*\.amdgcn_target \"\S*?(gfx\w+)\"", re.MULTILINE)
+_MNEMONIC = re.compile(r"^\t([a-z][a-z0-9_]+)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -46,25 +54,30 @@ def build(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         if n in given and given[n]["aligned"]
     }
     source = ASTSource(function, signature, constexprs=dict(constants), attrs=aligned)
+    limits = ARCHITECTURES[major, minor]
     compiled = triton.compile(
         source,
-        target=GPUTarget("cuda", major * 10 + minor, 32),
-        options={"num_warps": program["warps"], "num_stages": program["stages"]},
+        target=GPUTarget("hip", limits.arch, limits.lanes)
+        if is_amd((major, minor))
+        else GPUTarget("cuda", major * 10 + minor, limits.lanes),
+        # Programs ask for warps of 32 threads.
+        options={"num_warps": max(1, program["warps"] * 32 // limits.lanes), "num_stages": program["stages"]},
     )
-    binary, meta = compiled.asm["cubin"], compiled.metadata
-    if meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl:
+    binary, meta = compiled.asm[code_kind(limits.arch)], compiled.metadata
+    if meta.num_ctas != 1 or meta.launch_cooperative_grid or getattr(meta, "launch_pdl", False):
         raise ValueError(f"{program['function']} asks for clusters or a cooperative launch")
-    file = folder / f"{job['key']}.cubin"
+    file = folder / f"{job['key']}.{code_kind(limits.arch)}"
     file.write_bytes(binary)
     (folder / f"{job['key']}.ttir").write_text(str(compiled.asm["ttir"]), encoding="utf-8")
-    arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
-    assert arch is not None
-    registers, stack, local = _usage(file)
+    found = (
+        _of_assembly(compiled.asm["amdgcn"])
+        if is_amd((major, minor))
+        else _of_cubin(file, compiled.asm["ptx"])
+    )
     return {
         "key": job["key"],
         "entry": meta.name,
         "capability": [major, minor],
-        "arch": arch[1],
         "sha256": hashlib.sha256(binary).hexdigest(),
         "bytes": len(binary),
         "triton": triton.__version__,
@@ -80,10 +93,36 @@ def build(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "scratch": meta.global_scratch_size,
         "scratch_align": meta.global_scratch_align,
         "profile_scratch": meta.profile_scratch_size,
+        "lanes": limits.lanes,
+        **found,
+        "program": program,
+    }
+
+
+def _of_cubin(file: Path, ptx: str) -> dict[str, Any]:
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert arch is not None
+    registers, stack, local = _usage(file)
+    return {
+        "arch": arch[1],
         "registers": registers,
         "stack": max(stack, local),
         "instructions": _instructions(file),
-        "program": program,
+    }
+
+
+def _of_assembly(text: str) -> dict[str, Any]:
+    said = {name: int(n) for name, n in _SAID.findall(text)}
+    arch = _TARGET.search(text)
+    assert arch is not None
+    counts = collections.Counter(_MNEMONIC.findall(text))
+    return {
+        "arch": arch[1],
+        # Of a lane, those that matrix instructions add up in among them; and of a wave.
+        "registers": said["vgpr_count"],
+        "scalars": said["sgpr_count"],
+        "stack": said["private_segment_fixed_size"],
+        "instructions": dict(sorted(counts.items())),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from optkit.errors import UnknownNameError
-from optkit.targets import android, apple, cpu, nvidia
+from optkit.targets import amd, android, apple, cpu, nvidia
 from optkit.targets.spec import Target
 
 __all__ = ["TARGETS", "Target", "target"]
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (*cpu.ROWS, *apple.ROWS, *android.ROWS, *nvidia.ROWS)
+    target.name: target for target in (*cpu.ROWS, *apple.ROWS, *android.ROWS, *nvidia.ROWS, *amd.ROWS)
 }
 
 

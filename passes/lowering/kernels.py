@@ -16,7 +16,7 @@ from optkit.targets.gpu import ARCHITECTURES, Capability, formats
 
 
 class CallKernels(GraphPass):
-    """Replace what kernels compute by calls of their ONNX functions in the domain ``optkit``, for GPUs from sm_80 on.
+    """Replace what kernels compute by calls of their ONNX functions in the domain ``optkit``, for NVIDIA's GPUs from sm_80 on and AMD's gfx942.
 
     Before: ``t = Add(x, r)``; ``y = LayerNormalization(t, scale, bias)``, with ``t`` read elsewhere too.
     After: ``y, t = optkit.AddLayerNorm(x, r, scale, bias)``; the function's body computes the same in any ONNX runtime.

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from optkit.closeness import batch
 from optkit.errors import BackendUnavailableError, ModelError, UsageError
 from optkit.finish import finalize
 from optkit.kernels.triton.matmul import Linear
-from optkit.reference import ReferenceSession
 from optkit.testing import parse
 
 HERE = Path(__file__).resolve().parent
@@ -61,60 +59,11 @@ def artifact(compiled, tmp_path) -> Path:
     return Path(shutil.copytree(compiled, tmp_path / "artifact"))
 
 
-class Oracle:
-    """Does what a launch is for: finds the call by its operands, and writes what ONNX Runtime computes.
-
-    Attributes:
-        slow: Programs that take three milliseconds.
-        wrong: Programs that write something else.
-        count: Launches so far.
-    """
-
-    def __init__(self, artifact: Path) -> None:
-        model = ir.load(artifact / bundle.MODEL)
-        given, _ = batch(artifact / "golden" / "000.npz")
-        self.rows = bundle.read(artifact)["launches"]
-        names = [n for row in self.rows for n in (*row["inputs"], *(o["name"] for o in row["outputs"] if o))]
-        constants = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
-        wanted = sorted(set(names) - set(constants) - set(given))
-        found = ReferenceSession(model, outputs=wanted, optimize=False).run(given)
-        self.values = {**constants, **given, **found}
-        files = (artifact / "kernels").glob("*.json")
-        self.names = {json.loads(file.read_bytes())["sha256"]: file.stem for file in files}
-        self.slow: set[str] = set()
-        self.wrong: set[str] = set()
-        self.count = 0
-
-    def __call__(self, launch) -> None:
-        self.count += 1
-        name = self.names[launch["record"]["sha256"]]
-        if name in self.slow:
-            time.sleep(0.003)
-        (row,) = [row for row in self.rows if name in row["kernels"] and self._fits(row, launch)]
-        for argument in launch["record"]["program"]["arguments"]:
-            kind, _, index = argument["binds"].partition(":")
-            if kind == "output":
-                right = self.values[row["outputs"][int(index)]["name"]]
-                launches.memory(launch["arguments"][argument["name"]], right)[...] = (
-                    -right if name in self.wrong else right
-                )
-
-    def _fits(self, row, launch) -> bool:
-        for argument in launch["record"]["program"]["arguments"]:
-            kind, _, index = argument["binds"].partition(":")
-            if kind == "input":
-                right = self.values[row["inputs"][int(index)]]
-                found = launches.memory(launch["arguments"][argument["name"]], right)
-                if not np.allclose(found.astype(float), right.astype(float), atol=0.01):
-                    return False
-        return True
-
-
 @pytest.fixture
 def gpu(driver, artifact, monkeypatch):
     """A GPU that computes what it should; the oracle behind it."""
     monkeypatch.setenv("OPTKIT_LIBCUDA", str(driver))
-    oracle = Oracle(artifact)
+    oracle = launches.Oracle(artifact)
     known = launches.records(artifact)
     monkeypatch.setattr("optkit.backends.triton.runtime.Device", lambda: launches.Recording(known, oracle))
     monkeypatch.setattr(steps, "_RUNS", 20)
