@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optkit.workbench import Sheet
 
 # One of each kind of architecture.
-_TARGETS = ("a100", "l4", "h100", "b200", "rtx5090")
+_TARGETS = ("a100", "l4", "h100", "b200", "rtx5090", "mi300x")
 _FILE = Path(__file__).parent / "results" / "kernels.md"
 
 

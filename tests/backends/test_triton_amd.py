@@ -208,5 +208,9 @@ def test_without_a_recipe_the_kernels_are_what_is_tried(tmp_path):
         parse(TEXT, **WEIGHTS), target="mi300x", data=data, out=tmp_path / "out"
     )
     tried = {c.name: c.verdict for c in report.candidates}
-    assert artifact.manifest.backend == "triton" and set(tried) == {"triton-fp32", "triton-fp16", "triton-int8"}
+    assert artifact.manifest.backend == "triton" and set(tried) == {
+        "triton-fp32",
+        "triton-fp16",
+        "triton-int8",
+    }
     assert "failed" not in tried.values()
