@@ -1,4 +1,4 @@
-"""Compile models for NVIDIA's GPUs without having one: what is built, what its plan shows, what it computes.
+"""Compile models for GPUs of NVIDIA's and AMD's without having one: what is built, what its plan shows, what it computes.
 
     python -m optkit.benchmarks.nvidia --only "minilm_l6 h100 triton-int8"
 
@@ -7,7 +7,7 @@ for the very card; for ``h100`` TensorRT's are built on the device, and TensorRT
 layers with weights, and of all multiply-accumulates, as the engine's plan names them; where the kernels are Triton's, as the graph
 calls them. Outputs are those of the typed graph, or of the bodies of the kernels, on this processor, held against ONNX Runtime's of
 the file as published; the metric is that of the model's evaluator with a budget of 1 %, for ``l4`` (other cards have the same typed
-graph) and for Triton, where weights are trained. Where a recipe misses it and float ships, plan, layers, size and cosine are those
+graph), for ``nvfp4`` and for Triton on ``h100``, where weights are trained. Where a recipe misses it and float ships, plan, layers, size and cosine are those
 of float. Rows that are missing were not measured. Programs are compiled anew. CPU seconds are those of all processes, from the file
 to the artifact, with calibration and judging. Nothing ran on a GPU.
 """
@@ -39,6 +39,7 @@ from optkit.benchmarks.tables import table
 from optkit.closeness import closeness
 from optkit.evaluate import load_python
 from optkit.graph import constant, walk
+from optkit.microscaling import BLOCK_FORMATS
 from optkit.ops import spec
 from optkit.reference import ReferenceSession
 
@@ -57,12 +58,20 @@ PROGRAMS = {
     name: ("triton-fp16",) if name in _CONVOLUTIONS else ("triton-int8", "triton-fp8", "triton-fp8-blocks")
     for name in MODELS
 }
+# Linear layers alone have operands in 4 bits.
+_FOUR = ("rtx5090", "tensorrt-nvfp4")
 ROWS = tuple(
     f"{model} {target} {recipe}"
     for model in MODELS
-    for target, recipe in (*ENGINES, *(("h100", recipe) for recipe in PROGRAMS[model]))
+    for target, recipe in (
+        *ENGINES,
+        *(() if model in _CONVOLUTIONS else (_FOUR,)),
+        *(("h100", recipe) for recipe in PROGRAMS[model]),
+        ("mi300x", PROGRAMS[model][0]),
+    )
 )
-_EIGHT = ("int8", "fp8")
+_NARROW = ("int8", "fp8", "nvfp4")
+_CALLS = tuple(fmt.dequantize for fmt in BLOCK_FORMATS.values())
 _BATCHES = 3
 
 
@@ -84,7 +93,9 @@ def measure(name: str) -> dict[str, Any]:
     model, target, recipe = name.split()
     path, evaluator = _source(model)
     module = load_python(evaluator, "evaluator")
-    judged = hasattr(module, "samples") and (target == "l4" or recipe in PROGRAMS[model])
+    judged = hasattr(module, "samples") and (
+        target == "l4" or (target, recipe) == _FOUR or (target == "h100" and recipe in PROGRAMS[model])
+    )
     with tempfile.TemporaryDirectory(prefix="optkit-nvidia-") as folder:
         out = Path(folder) / "out"
         row = _compile(path, target, recipe, evaluator, judged, out)
@@ -159,10 +170,10 @@ def _look(out: Path) -> dict[str, Any]:
             "without_kernel": len(facts["without_kernel"]),
         }  # fmt: skip
     layers = [str(n.name) for n in walk(ir.load(out / bundle.MODEL)) if _weighted(n)]
-    eight = sum(record.products.get(name) in _EIGHT for name in layers)
+    narrow = sum(record.products.get(name) in _NARROW for name in layers)
     unnamed = sum(name not in record.products for name in layers)
     return {
-        "layers": [eight, len(layers)], "unnamed": unnamed, "plan": record.where, "sha256": record.sha256,
+        "layers": [narrow, len(layers)], "unnamed": unnamed, "plan": record.where, "sha256": record.sha256,
         "operations": sum(record.operations.values()),
     }  # fmt: skip
 
@@ -180,6 +191,7 @@ def _weighted(node: ir.Node) -> bool:
             "QuantizeLinear",
             "Cast",
             "Transpose",
+            *_CALLS,
         ):
             break
         weight = producer.inputs[0]
@@ -189,7 +201,7 @@ def _weighted(node: ir.Node) -> bool:
 def markdown(result: Mapping[str, Any]) -> str:
     """The page for readers."""
     lines = [
-        "# NVIDIA's GPUs, without one",
+        "# GPUs of NVIDIA and AMD, without one",
         "",
         *(line for line in (__doc__ or "").split("\n\n")[2].strip().splitlines()),
         "Written by `python -m optkit.benchmarks.nvidia`.",
@@ -198,7 +210,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "## TensorRT",
         "",
-        "| model | target | recipe | plan | layers in 8 bits | of all MACs | launches | MB | cosine | metric: float → this (drop at most) | verdict | CPU s |",
+        "| model | target | recipe | plan | layers in 8 bits or less | of all MACs | launches | MB | cosine | metric: float → this (drop at most) | verdict | CPU s |",
         "|" + " --- |" * 12,
     ]  # fmt: skip
     for row in _rows(result, engines=True):
@@ -208,7 +220,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "## Triton",
         "",
-        "| model | target | recipe | programs of launches | layers in 8 bits | of all MACs | nodes without kernel | MB | cosine | metric: float → this (drop at most) | verdict | CPU s |",
+        "| model | target | recipe | programs of launches | layers in 8 bits or less | of all MACs | nodes without kernel | MB | cosine | metric: float → this (drop at most) | verdict | CPU s |",
         "|" + " --- |" * 12,
     ]
     for row in _rows(result, engines=False):
@@ -230,8 +242,8 @@ def _line(row: Mapping[str, Any], plan: str, launches: str) -> str:
     head = f"| {row['model']} | {row['target']} | {row['recipe']} | {plan} |"
     if "failed" in row:
         return head + " - |" * 6 + f" failed | {row['cpu_seconds']:.0f} |"
-    eight, layers = row["layers"]
-    macs = sum(row["formats"].get(f, 0.0) for f in _EIGHT)
+    narrow, layers = row["layers"]
+    macs = sum(row["formats"].get(f, 0.0) for f in _NARROW)
     metric = "-"
     if row["candidate"] is not None:
         metric = f"{row['metric']}: {row['reference']:.4f} → {row['candidate']:.4f} ({row['ci95'][1]:+.4f})"
@@ -240,7 +252,7 @@ def _line(row: Mapping[str, Any], plan: str, launches: str) -> str:
         row["shipped"], f"kept, {mixed} layers in float"
     )
     return (
-        f"{head} {eight} of {layers} | {macs:.0%} | {launches} | {row['bytes'] / 1e6:.1f} | {row['cosine']:.5f} | {metric} "
+        f"{head} {narrow} of {layers} | {macs:.0%} | {launches} | {row['bytes'] / 1e6:.1f} | {row['cosine']:.5f} | {metric} "
         f"| {verdict} | {row['cpu_seconds']:.0f} |"
     )
 
