@@ -22,6 +22,8 @@ _WINDOW = 512 << 20
 LARGEST = 4608
 # Vectors that a batch adds to the second moments of a layer, evenly spread.
 _VECTORS = 2048
+# Vectors of a layer that are multiplied at a time.
+_TOGETHER = 64
 # A flip must lower a row's error by more than this share of the mean second moment: less is rounding.
 _GAIN = 1e-9
 
@@ -110,18 +112,50 @@ def moments_by_window(
         session = ReferenceSession(
             model, outputs=list(dict.fromkeys(str(n.inputs[0].name) for n in window if n.inputs[0]))
         )
-        found: dict[ir.Node, np.ndarray] = {}
+        found = {node: _Moments() for node in window}
         with context.progress.task("observe second moments", len(context.data)) as task:
             for batch in context.data:
                 values = session.run(batch)
-                for node in window:
+                for node, moments in found.items():
                     assert node.inputs[0] is not None
-                    x = _vectors(node, values[str(node.inputs[0].name)]).astype(np.float64)
-                    one = x.transpose(0, 2, 1) @ x / x.shape[1]
-                    found[node] = found[node] + one if node in found else one
+                    moments.add(_vectors(node, values[str(node.inputs[0].name)]))
                 task.advance()
         session.close()
-        yield {node: total / len(context.data) for node, total in found.items()}
+        yield {node: moments.total() / len(context.data) for node, moments in found.items()}
+
+
+class _Moments:
+    """The sum over batches of the mean of ``x x^T``, ``[groups, in, in]``.
+
+    Vectors wait until there are some: the product of a single one with itself is as much to write as that of many.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[np.ndarray] = []
+        self._sum: np.ndarray | None = None
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Those of a batch, ``[groups, vectors, in]``."""
+        self._waiting.append(vectors.astype(np.float64) / np.sqrt(vectors.shape[1]))
+        if sum(x.shape[1] for x in self._waiting) >= _TOGETHER:
+            self._take()
+
+    def total(self) -> np.ndarray:
+        """Of all batches, of which there is one at least."""
+        self._take()
+        assert self._sum is not None
+        return self._sum
+
+    def _take(self) -> None:
+        if not self._waiting:
+            return
+        x = np.concatenate(self._waiting, 1)
+        self._waiting.clear()
+        product = x.transpose(0, 2, 1) @ x
+        if self._sum is None:
+            self._sum = product
+        else:
+            self._sum += product
 
 
 def fits(node: ir.Node) -> bool:
