@@ -384,6 +384,12 @@ def near_misses() -> Iterator[list[NearMiss]]:
         _misses.reset(token)
 
 
+def miss(found: NearMiss) -> None:
+    """Note a near miss that no pattern tells of, for whoever collects them."""
+    if (misses := _misses.get()) is not None:
+        misses.append(found)
+
+
 def apply(rules: Sequence[Rule], model: ir.Model) -> list[Change]:
     """Apply ``rules`` everywhere, bodies of control flow included, until none applies; the earlier rule wins.
 

@@ -34,6 +34,7 @@ PASSES = Registry(
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "linear-to-convolution": "optkit.passes.lowering.convolution:LinearToConvolution",
         "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
+        "lengthen-last-axis": "optkit.passes.lowering.last_axis:LengthenLastAxis",
         "join-axes": "optkit.passes.lowering.joining:JoinAxes",
         "split-heads": "optkit.passes.lowering.attention:SplitHeads",
         "chunk-attention": "optkit.passes.lowering.attention:ChunkAttention",
