@@ -71,9 +71,11 @@ class HipDevice(Device):
     def facts(self) -> dict[str, Any]:
         """What records of a measurement must name: device, driver, clocks."""
         properties = ctypes.create_string_buffer(2 * _SIZE)
+        if not hasattr(self._library, _PROPERTIES):
+            raise CudaError(f"AMD's driver has no {_PROPERTIES}: ROCm 6 or newer is needed")
         code = getattr(self._library, _PROPERTIES)(properties, self._device)
         if code:
-            raise CudaError(f"{_PROPERTIES}: {code}; ROCm 6 or newer is needed")
+            raise CudaError(f"{_PROPERTIES} failed ({code})")
         arch = properties.raw[_ARCH : _ARCH + 256].partition(b"\0")[0].decode()
         # Behind a colon stand features that are on, as in gfx942:sramecc+:xnack-.
         return {**super().facts(), "arch": arch.partition(":")[0]}

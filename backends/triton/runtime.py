@@ -34,11 +34,11 @@ def open_device(target: str, arch: str) -> Device:
     """
     try:
         device = HipDevice() if arch.startswith("gfx") else Device()
+        facts = device.facts()
     except CudaError as error:
         raise BackendUnavailableError(
             str(error), hint="it runs on the machine with the GPU; copy the artifact's folder there"
         ) from error
-    facts = device.facts()
     if (found := facts["arch"]) != arch.rstrip("a"):
         device.close()
         raise UsageError(

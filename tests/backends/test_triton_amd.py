@@ -171,6 +171,12 @@ def test_calls_that_fail_are_named_as_hip_calls_them(compiled, gpu, monkeypatch)
         finalize(compiled)
 
 
+def test_a_driver_that_is_too_old_says_so(compiled, gpu, monkeypatch):
+    monkeypatch.setattr("optkit.kernels.hip._PROPERTIES", "hipGetDevicePropertiesR9999")
+    with pytest.raises(BackendUnavailableError, match="ROCm 6 or newer is needed"):
+        finalize(compiled)
+
+
 def test_without_a_driver_it_says_so_and_exits_with_4(compiled, monkeypatch, capsys):
     monkeypatch.setenv("OPTKIT_LIBHIP", "/nonexistent/libamdhip64.so")
     assert main(["finalize", str(compiled), "--json"]) == 4
