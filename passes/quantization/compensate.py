@@ -15,7 +15,7 @@ from optkit.passes.quantization.stored import Site
 logger = logging.getLogger(__name__)
 
 # Inputs whose errors are carried to all that follow at once, and the share of the mean diagonal that is added to it.
-_BLOCK, _DAMPING = 128, 0.01
+_BLOCK, _DAMPING = 32, 0.01
 _MEMO = "weights of four bits"
 
 # Rounds ``[groups, out]`` weights of one input, given its index.
