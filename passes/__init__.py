@@ -36,6 +36,7 @@ PASSES = Registry(
         "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
         "lengthen-last-axis": "optkit.passes.lowering.last_axis:LengthenLastAxis",
         "join-axes": "optkit.passes.lowering.joining:JoinAxes",
+        "split-projections": "optkit.passes.lowering.projections:SplitProjections",
         "split-heads": "optkit.passes.lowering.attention:SplitHeads",
         "chunk-attention": "optkit.passes.lowering.attention:ChunkAttention",
         "call-kernels": "optkit.passes.lowering.kernels:CallKernels",
