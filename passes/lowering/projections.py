@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import shape_of
-from optkit.graph import attribute, constant, graphs, users
+from optkit.graph import constant, graphs, users
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Builder, Change, Names, label, remove_unused, substitute
 
@@ -62,15 +63,14 @@ def _projection(split: ir.Node) -> _Projection | None:
     shape = shape_of(split.inputs[0])
     if shape is None:
         return None
-    axis = attribute(split, "axis", 0) % len(shape)
-    parts = [shape_of(v) for v in split.outputs]
-    sizes = [s[axis] for s in parts if s is not None and isinstance(s[axis], int)]
+    axis = split.attributes.get_int("axis", 0) % len(shape)
+    sizes = [d for v in split.outputs if (s := shape_of(v)) is not None and isinstance(d := s[axis], int)]
     if len(sizes) != len(split.outputs) or len(sizes) < 2:
         return None
     node, forms = _before(split), list[ir.Node]()
-    if node is not None and node.op_type == "Transpose":
+    if node is not None and node.op_type == "Transpose" and (order := node.attributes.get_ints("perm", ())):
         forms.append(node)
-        axis, node = attribute(node, "perm")[axis], _before(node)
+        axis, node = order[axis], _before(node)
     if node is not None and node.op_type == "Reshape":
         columns = _columns(node, axis)
         if columns is None:
@@ -106,9 +106,9 @@ def _columns(reshape: ir.Node, axis: int) -> int | None:
         or before[:-1] != after[:axis]
     ):
         return None
-    rest = after[axis:]
-    whole = all(isinstance(d, int) for d in (before[-1], *rest)) and -1 not in target[axis:]
-    return int(np.prod(rest[1:])) if whole else None
+    rest = [d for d in after[axis:] if isinstance(d, int)]
+    whole = isinstance(before[-1], int) and len(rest) == len(after) - axis and -1 not in target[axis:]
+    return math.prod(rest[1:]) if whole else None
 
 
 def _before(node: ir.Node) -> ir.Node | None:
@@ -135,7 +135,7 @@ def _apart(found: _Projection, names: Names) -> None:
             value = op.Add(value, bias[columns])
         for form in found.forms:
             if form.op_type == "Transpose":
-                value = op.Transpose(value, perm=attribute(form, "perm"))
+                value = op.Transpose(value, perm=form.attributes.get_ints("perm"))
                 continue
             before, target = shape_of(form.inputs[0]), constant(form.inputs[1])
             assert before is not None and target is not None
