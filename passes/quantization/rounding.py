@@ -121,30 +121,42 @@ def moments_by_window(
                     moments.add(_vectors(node, values[str(node.inputs[0].name)]))
                 task.advance()
         session.close()
-        yield {node: moments.total() / len(context.data) for node, moments in found.items()}
+        yield {node: moments.mean(len(context.data)) for node, moments in found.items()}
 
 
 class _Moments:
-    """The sum over batches of the mean of ``x x^T``, ``[groups, in, in]``.
+    """The mean over batches of the mean of ``x x^T``, ``[groups, in, in]``.
 
     Vectors wait until there are some: the product of a single one with itself is as much to write as that of many.
     """
 
     def __init__(self) -> None:
         self._waiting: list[np.ndarray] = []
+        self._count = 0
         self._sum: np.ndarray | None = None
 
     def add(self, vectors: np.ndarray) -> None:
         """Those of a batch, ``[groups, vectors, in]``."""
+        self._count += vectors.shape[1]
         self._waiting.append(vectors.astype(np.float64) / np.sqrt(vectors.shape[1]))
         if sum(x.shape[1] for x in self._waiting) >= _TOGETHER:
             self._take()
 
-    def total(self) -> np.ndarray:
-        """Of all batches, of which there is one at least."""
+    def mean(self, batches: int) -> np.ndarray:
+        """Of all batches, of which there is one at least.
+
+        Fewer vectors than inputs leave directions of which nothing is known, and errors that are moved there count for
+        nothing: what lies beside the diagonal is shrunk by the share of them that there are (after Ledoit and Wolf, 2004).
+        """
         self._take()
         assert self._sum is not None
-        return self._sum
+        found = self._sum / batches
+        share = min(1.0, self._count / found.shape[1])
+        places = np.arange(found.shape[1])
+        diagonal = found[:, places, places]
+        found *= share
+        found[:, places, places] = diagonal
+        return found
 
     def _take(self) -> None:
         if not self._waiting:

@@ -186,3 +186,26 @@ def test_formats_that_are_not_integers_are_refused_by_name():
     context = Context(target=target("h100"), data=CalibrationData(batches), placements={"floats": floats})
     with pytest.raises(PassError, match="adaptive rounding chooses between integers, which e4m3"):
         QuantizeStatic(placement="floats", rounding="adaptive").run(model, context)
+
+
+def test_second_moments_of_few_vectors_do_not_claim_directions_that_were_not_seen():
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD + "g (float[N, 32] x) => (float[N, 8] y) { y = MatMul(x, w) }",
+        w=random.normal(size=(32, 8)).astype(np.float32),
+    )
+    node = next(iter(model.graph))
+
+    def found(batches):
+        context = Context(target=target("cpu"), data=CalibrationData(batches), placements=PLACEMENTS)
+        return second_moments(model, [node], context)[node][0]
+
+    few = [{"x": random.normal(size=(1, 32)).astype(np.float32)} for _ in range(8)]
+    x = np.concatenate([b["x"] for b in few]).astype(np.float64)
+    whole = x.T @ x / 8
+    expected = np.where(np.eye(32, dtype=bool), whole, whole * 8 / 32)
+    np.testing.assert_allclose(found(few), expected, rtol=1e-6)
+    assert np.linalg.matrix_rank(whole) == 8 and np.linalg.cond(found(few)) < 100
+    many = [{"x": random.normal(size=(40, 32)).astype(np.float32)}]
+    y = many[0]["x"].astype(np.float64)
+    np.testing.assert_allclose(found(many), y.T @ y / 40, rtol=1e-6)
