@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optkit.kernels.occupancy import occupancy
+from optkit.kernels.occupancy import of_record
 from optkit.targets.gpu import ARCHITECTURES, formats, is_amd
 
 # Matrix instructions by format of the operands and major compute capability: mma.sync below 9.0 and on 12.x, wgmma on 9.0,
@@ -52,9 +52,7 @@ def gates(record: Mapping[str, Any]) -> tuple[Gate, ...]:
     """Every condition on a compiled program, given its record."""
     major, minor = record["capability"]
     limits, program, mix = ARCHITECTURES[major, minor], record["program"], record["instructions"]
-    running = occupancy(
-        limits, (major, minor), registers=record["registers"], shared=record["shared"], warps=record["warps"]
-    )
+    running = of_record(record)
     kinds = sorted({a["type"].lstrip("*") for a in program["arguments"]})
     legal = {"i8": "int8", "fp8e4nv": "fp8"}
     alien = [k for k in kinds if k[0] != "i" and legal.get(k, k) not in formats((major, minor))]

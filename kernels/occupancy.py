@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from optkit.targets.gpu import Architecture, Capability, is_amd
+from optkit.targets.gpu import ARCHITECTURES, Architecture, Capability, is_amd
 
 # cuda_occupancy.h for compute capability 7.0 on: registers go to warps in steps of 256, in each of four partitions;
 # shared memory goes to blocks in steps of 128 bytes, of 256 before 8.0, with one KiB for the system from 8.0 on.
@@ -13,6 +15,8 @@ _RESERVED = 1024
 # LLVM's AMDGPUBaseInfo for gfx942: each of four units has 512 registers a lane, given to waves in steps of 8, and shared memory
 # is given to blocks in steps of 512 bytes. How many blocks there may be is about those of several waves.
 _AMD_REGISTERS, _AMD_REGISTER_STEP, _AMD_SHARED_STEP = 512, 8, 512
+# Beside them 800 of a whole wave, in steps of 16.
+_AMD_SCALARS, _AMD_SCALAR_STEP = 800, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +34,33 @@ class Occupancy:
     limit: str
 
 
+def of_record(record: Mapping[str, Any]) -> Occupancy:
+    """Of a compiled program; see ``optkit.kernels.triton.worker``."""
+    major, minor = record["capability"]
+    return occupancy(
+        ARCHITECTURES[major, minor], (major, minor), registers=record["registers"], shared=record["shared"],
+        warps=record["warps"], scalars=record.get("scalars", 0),
+    )  # fmt: skip
+
+
 def occupancy(
-    limits: Architecture, capability: Capability, *, registers: int, shared: int, warps: int
+    limits: Architecture,
+    capability: Capability,
+    *,
+    registers: int,
+    shared: int,
+    warps: int,
+    scalars: int = 0,
 ) -> Occupancy:
-    """Of a kernel with ``registers`` a thread, ``shared`` bytes and ``warps`` a block."""
+    """Of a kernel with ``registers`` a thread and ``scalars`` a wave, ``shared`` bytes and ``warps`` a block."""
     held = limits.threads // limits.lanes
     if is_amd(capability):
+        waves = min(
+            _AMD_REGISTERS // _up(max(1, registers), _AMD_REGISTER_STEP),
+            _AMD_SCALARS // _up(max(1, scalars), _AMD_SCALAR_STEP),
+        )
         most = {
-            "registers": _AMD_REGISTERS // _up(max(1, registers), _AMD_REGISTER_STEP) * _PARTITIONS // warps,
+            "registers": waves * _PARTITIONS // warps,
             "shared memory": limits.shared_unit // _up(max(1, shared), _AMD_SHARED_STEP),
             "warps": held // warps,
             "blocks": limits.blocks if warps > 1 else held,

@@ -14,8 +14,8 @@ from optkit.kernels import KERNELS
 from optkit.kernels.build import build
 from optkit.kernels.gates import Gate, gates
 from optkit.kernels.numerics import errors, interpret, launch, sanitize
-from optkit.kernels.occupancy import Occupancy, occupancy
-from optkit.targets.gpu import ARCHITECTURES, Capability
+from optkit.kernels.occupancy import Occupancy, of_record
+from optkit.targets.gpu import Capability
 
 if TYPE_CHECKING:
     from optkit.backends.base import Estimate
@@ -71,7 +71,7 @@ def sheets(
     Raises:
         BackendUnavailableError: Triton is not installed.
         ModelError: Triton refuses a program.
-        UsageError: A target is no GPU of NVIDIA's with bfloat16, or no target has the formats of any problem.
+        UsageError: A target is no GPU that kernels are compiled for, or no target has the formats of any problem.
     """
     for target in targets:
         if target.capability is None or target.capability < (8, 0):
@@ -112,15 +112,11 @@ def refused(names: Sequence[str], targets: Sequence[Target]) -> list[str]:
 def _sheet(
     kernel: Kernel, problem: Problem, target: Target, record: Mapping[str, Any], rows: int, cached: bool
 ) -> Sheet:
-    assert target.capability is not None
     shapes = kernel.shapes(problem, rows)
     operations, moved = kernel.work(problem, shapes)
     return Sheet(
         kernel=kernel.name, problem=problem, target=target.name, record=record, gates=gates(record),
-        occupancy=occupancy(
-            ARCHITECTURES[target.capability], target.capability, registers=record["registers"],
-            shared=record["shared"], warps=record["warps"],
-        ),
+        occupancy=of_record(record),
         estimate=of_kernel(operations, moved, record["program"]["products"] or "fp32", target),
         shapes=tuple(shapes), cached=cached,
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Triton: the fused kernels of a graph as machine code for NVIDIA's GPUs."""
+"""Triton: the fused kernels of a graph as machine code for GPUs."""

@@ -21,7 +21,7 @@ from optkit.finish import finalize
 from optkit.kernels import KERNELS
 from optkit.kernels.build import build
 from optkit.kernels.gates import gates
-from optkit.kernels.occupancy import occupancy
+from optkit.kernels.occupancy import occupancy, of_record
 from optkit.targets.gpu import ARCHITECTURES, GFX942
 from optkit.testing import parse
 
@@ -108,7 +108,7 @@ def test_waves_by_registers_are_those_that_llvm_says(name, monkeypatch, tmp_path
     program = kernel.program(kernel.examples[0], GFX942)
     record = worker.build({"key": "k", "program": program.record(), "capability": list(GFX942)}, tmp_path)
     said = re.search(r"^; Occupancy: (\d+)", texts[0], re.MULTILINE)
-    found = occupancy(ARCHITECTURES[GFX942], GFX942, registers=record["registers"], shared=0, warps=4)
+    found = of_record({**record, "shared": 0, "warps": 4})
     assert found.blocks == min(int(said[1]), ARCHITECTURES[GFX942].blocks)
 
 
@@ -121,6 +121,9 @@ def test_shared_memory_and_waves_limit_blocks():
     assert limit(registers=32, shared=0, warps=8).blocks == 4
     assert limit(registers=32, shared=0, warps=1).blocks == 32
     assert limit(registers=32, shared=0, warps=32).blocks == 0
+    # 97 registers of a wave leave seven of eight.
+    assert limit(registers=32, shared=0, warps=4, scalars=96).blocks == 8
+    assert limit(registers=32, shared=0, warps=4, scalars=97).blocks == 7
     assert limit(registers=0, shared=65 << 10, warps=4).blocks == 0
 
 

@@ -18,6 +18,7 @@ from optkit.kernels.numerics import errors, interpret, launch
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.reference import ReferenceSession
 from optkit.targets import target
+from optkit.targets.gpu import GFX942
 from optkit.workbench import refused, sheets
 
 HOPPER, ADA = (9, 0), (8, 9)
@@ -132,7 +133,9 @@ def test_a_call_tells_its_problem(name, index):
         assert np.float32(found[name_]) == np.float32(problem[name_])
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1), GFX942]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_has_a_configuration(name, capability):
     kernel = KERNELS[name]()
@@ -182,16 +185,22 @@ def test_a_wrong_constant_is_found_by_the_numbers():
 
 
 @pytest.mark.needs("triton")
-def test_every_kernel_compiles_for_hopper_and_passes_its_gates():
-    found = sheets(NAMES, [target("h100")])
-    assert {s.kernel for s in found} == set(NAMES)
+@pytest.mark.parametrize(("name", "arch"), [("h100", "sm_90a"), ("mi300x", "gfx942")])
+def test_every_kernel_that_a_target_has_formats_for_compiles_and_passes_its_gates(name, arch):
+    where = target(name)
+    found = sheets(NAMES, [where])
+    kernels = {n: KERNELS[n]() for n in NAMES}
+    assert {s.kernel for s in found} == {
+        n for n, k in kernels.items() if any(k.unsupported(p, where.capability) is None for p in k.examples)
+    }
+    assert len(found) > 40
     for sheet in found:
         assert failures(sheet.record) == [], sheet.kernel
-        assert sheet.record["arch"] == "sm_90a"
+        assert sheet.record["arch"] == arch
         assert sheet.record["registers"] > 0
         assert not sheet.cached
         assert 0 < sheet.estimate.floor <= sheet.estimate.low <= sheet.estimate.high
-    again = sheets(NAMES, [target("h100")])
+    again = sheets(NAMES, [where])
     assert all(s.cached for s in again)
     assert [s.record["sha256"] for s in again] == [s.record["sha256"] for s in found]
 
