@@ -36,8 +36,6 @@ _REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
 _REMOVED_BY_BITS = (0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.999)
 # Noise of a layer, in powers of the signal, beyond which outputs cannot be compared: ``_noise`` gives 10^20, averaged.
 _BROKEN = 1e10
-# Passes that only choose among floats: layers in float are theirs, too.
-_FLOATS = frozenset({"cast"})
 # What a weight that stays in float counts as, beside those of a few bits.
 _FLOAT_BITS = 16.0
 
@@ -107,7 +105,8 @@ def _ladders(work: Compilation, built: Built) -> dict[str, tuple[int, ...]]:
     """
     steps, found = built.recipe.passes, dict[str, tuple[int, ...]]()
     for index, step in enumerate(steps):
-        if step.exact or step.name in _FLOATS:
+        # Layers in float are those of a pass that chooses among floats, too.
+        if step.exact or step.floats:
             continue
         if not isinstance(step, GraphPass) or not {"targets", "ignore"} <= set(type(step).model_fields):
             return {}

@@ -240,7 +240,7 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
     asked = work.build(name, recipe)
     wanted = [p.name for p in recipe.passes if not p.exact]
     # Half precision around products of which none is quantized is not what was asked for.
-    grids = [name for name in wanted if name != "cast"]
+    grids = [p.name for p in recipe.passes if not (p.exact or p.floats)]
     idle = grids and not any(r.changes for r in asked.records if r.name in grids)
     if wanted and (not asked.lossy or idle):
         raise PassError(

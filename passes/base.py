@@ -124,6 +124,7 @@ class Pass(BaseModel, ABC):
     stage: ClassVar[Stage]
     needs_data: ClassVar[bool] = False
     exact: ClassVar[bool] = True  # the numbers stay the same but for fp32 rounding
+    floats: ClassVar[bool] = False  # it changes them by choosing among floats alone: nothing is quantized
 
 
 class GraphPass(Pass):

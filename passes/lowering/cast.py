@@ -85,6 +85,7 @@ class CastFloats(GraphPass):
 
     name: ClassVar[str] = "cast"
     exact: ClassVar[bool] = False
+    floats: ClassVar[bool] = True
 
     to: Literal["fp16", "bf16"] = "fp16"
     keep: tuple[str, ...] = SENSITIVE
