@@ -120,6 +120,11 @@ def users(value: ir.Value) -> tuple[ir.Node, ...]:
     return tuple(dict.fromkeys(use.node for use in value.uses()))
 
 
+def read_once(value: ir.Value) -> bool:
+    """Whether one node, once, is all that reads ``value``."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
 def is_float(value: ir.Value | None) -> bool:
     """Whether ``value`` is known to be float32, float16, bfloat16 or float64."""
     return value is not None and value.dtype is not None and value.dtype.is_floating_point()

@@ -15,7 +15,7 @@ from optkit.arithmetic import product_format
 from optkit.errors import BackendUnavailableError, UsageError
 from optkit.estimate import of_kernel
 from optkit.formats import Precision
-from optkit.graph import constant, elements, walk
+from optkit.graph import constant, elements, read_once, walk
 from optkit.ops import spec
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ def _groups(model: ir.Model) -> dict[ir.Node, list[ir.Node]]:
         group = None
         if family == "elementwise":
             before = [
-                found[p] for v in node.inputs if v is not None and (p := v.producer()) in found and _alone(v)
+                found[p]
+                for v in node.inputs
+                if v is not None and (p := v.producer()) in found and read_once(v)
             ]
             group = before[0] if before else None
         if group is None:
@@ -140,11 +142,6 @@ def _groups(model: ir.Model) -> dict[ir.Node, list[ir.Node]]:
         group.append(node)
         found[node] = group
     return found
-
-
-def _alone(value: ir.Value) -> bool:
-    """Whether one node reads it, and nobody outside."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _layer(

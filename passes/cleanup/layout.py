@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import shape_of
-from optkit.graph import constant, graphs, rank, users
+from optkit.graph import constant, graphs, rank, read_once, users
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.cleanup.noops import keeps_shape, same_shape
 from optkit.passes.cleanup.shapes import constant_target
@@ -71,10 +71,6 @@ class CancelLayout(GraphPass):
                         changes.append(Change(rule=rule, node=place))
                         again = True
         return changes
-
-
-def _alone(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _permutation(node: ir.Node) -> list[int] | None:
@@ -144,7 +140,7 @@ def _merge_across(node: ir.Node, names: Names) -> bool:
         return False
     between: list[ir.Node] = []
     value, y = node.inputs[0], node.outputs[0]
-    while (above := value.producer()) is not None and _alone(value) and above.graph is node.graph:
+    while (above := value.producer()) is not None and read_once(value) and above.graph is node.graph:
         if between and _keeps_order(above):
             break
         operand = _carried(above)
@@ -152,7 +148,11 @@ def _merge_across(node: ir.Node, names: Names) -> bool:
             return False
         between.append(above)
         value = operand
-    x = above.inputs[0] if above is not None and between and _keeps_order(above) and _alone(value) else None
+    x = (
+        above.inputs[0]
+        if above is not None and between and _keeps_order(above) and read_once(value)
+        else None
+    )
     if x is None or x.shape is None or above is None or not all(_works_on(n, x, value) for n in between):
         return False
     target = None if _comes_back(x, y) else constant_target(shape_of(x), shape_of(y))
@@ -220,7 +220,7 @@ def _merge_transposes(node: ir.Node, names: Names) -> bool:
         if not replaceable(node.outputs[0], x):
             return False
         substitute(node.outputs[0], x)
-    elif _alone(before.outputs[0]):
+    elif read_once(before.outputs[0]):
         node.attributes["perm"] = ir.AttrInt64s("perm", both)
         node.replace_input_with(0, x)
     else:
@@ -393,7 +393,7 @@ def _merge_slices(node: ir.Node, names: Names) -> bool:
     before = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else None
     if before is None or before.op_type != "Slice" or before.domain != "" or before.graph is not node.graph:
         return False
-    if not _alone(before.outputs[0]):
+    if not read_once(before.outputs[0]):
         return False
     axes = rank(before.inputs[0])
     parts = [_slices(n, axes) for n in (before, node)]
@@ -436,7 +436,7 @@ def _merge_concats(node: ir.Node, names: Names) -> bool:
         inner = value.producer() if value is not None else None
         if (
             inner is not None and value is not None and inner.op_type == "Concat" and inner.domain == ""
-            and inner.graph is node.graph and _alone(value) and inner.attributes.get_int("axis", 0) % axes == axis
+            and inner.graph is node.graph and read_once(value) and inner.attributes.get_int("axis", 0) % axes == axis
         ):  # fmt: skip
             inputs += inner.inputs
             merged.append(inner)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import constant, graphs, rank, users
+from optkit.graph import constant, graphs, rank, read_once, users
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.cleanup.noops import fits_into
 from optkit.passes.fusion.weights import (
@@ -179,18 +179,13 @@ def _is_angle(chain: Sequence[Affine]) -> bool:
 def _continues(x: ir.Value, graph: ir.Graph) -> bool:
     """Whether a chain that ends in ``x`` goes on behind it, so that its first node is another."""
     node = x.producer()
-    return node is not None and node.graph is graph and _alone(x) and affine_of(node) is not None
-
-
-def _alone(value: ir.Value) -> bool:
-    """Whether one node, once, is all that reads ``value``."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
+    return node is not None and node.graph is graph and read_once(x) and affine_of(node) is not None
 
 
 def _chain(first: Affine) -> list[Affine]:
     """The chain that starts with ``first``, as one ``Affine`` a node."""
     chain = [first]
-    while _alone(chain[-1].y):
+    while read_once(chain[-1].y):
         (user,) = users(chain[-1].y)
         following = affine_of(user)
         if user.graph is not first.nodes[0].graph or following is None or following.x is not chain[-1].y:
@@ -229,10 +224,10 @@ def fold_before(chain: Sequence[Affine], names: Names) -> Change | None:
     """Let the layer that computes ``x`` take in as much of the beginning of the chain as it can."""
     x = chain[0].x
     layer = x.producer()
-    alone = _alone(x)
+    alone = read_once(x)
     order = [int(i) for i in np.argsort(_order(layer))]
     if order and layer is not None and layer.inputs[0] is not None:
-        alone = alone and _alone(layer.inputs[0])
+        alone = alone and read_once(layer.inputs[0])
         layer = layer.inputs[0].producer()
     if layer is None or layer.graph is not chain[0].nodes[0].graph or not alone:
         return None
