@@ -92,8 +92,12 @@ class CpuResult(_Record):
     models: tuple[ModelResult, ...]
 
     def merged_into(self, older: CpuResult) -> CpuResult:
-        """These models in place of the same ones of ``older``, if that is of the same machine and versions."""
-        if older.machine != self.machine:
+        """These models in place of the same ones of ``older``, if that is of the same machine and versions.
+
+        How many of its cores a run was allowed does not count: all is timed on one thread.
+        """
+        same = older.machine.processor | {"cores": 0} == self.machine.processor | {"cores": 0}
+        if not same or older.machine.versions != self.machine.versions:
             return self
         models = {model.name: model for model in (*older.models, *self.models)}
         return CpuResult(machine=self.machine, models=tuple(models.values()))

@@ -104,6 +104,16 @@ def test_a_new_run_replaces_its_models_and_keeps_the_rest() -> None:
     assert [(m.name, m.rows[1].speedup) for m in merged.models] == [("a", 2.0), ("b", 3.0), ("c", 3.0)]
 
 
+def test_a_run_that_was_held_to_one_core_keeps_the_rows_of_others() -> None:
+    older, newer = _result(2.0, models=("a",)), _result(3.0, models=("b",))
+    held = newer.machine.model_copy(update={"processor": {**newer.machine.processor, "cores": 1}})
+    merged = newer.model_copy(update={"machine": held}).merged_into(older)
+    assert [m.name for m in merged.models] == ["a", "b"]
+    other = newer.machine.model_copy(update={"processor": {**newer.machine.processor, "name": "another"}})
+    found = newer.model_copy(update={"machine": other}).merged_into(older)
+    assert [m.name for m in found.models] == ["b"]
+
+
 def test_results_of_other_versions_are_not_mixed() -> None:
     older, newer = _result(2.0, models=("a",)), _result(3.0, models=("b",), version="2")
     assert newer.merged_into(older) == newer
