@@ -131,7 +131,8 @@ def _row(node: ir.Node, kernel: Kernel, problem: Problem, names: list[str]) -> d
 
 def code(path: Path, names: Iterable[str]) -> list[Path]:
     """The files with the machine code of programs."""
-    return [path / FOLDER / f"{name}.{code_kind(read(path)['arch'])}" for name in names]
+    kind = code_kind(read(path)["arch"])
+    return [path / FOLDER / f"{name}.{kind}" for name in names]
 
 
 def ask(path: Path, min_cosine: float) -> None:
