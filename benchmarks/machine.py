@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from optkit.benchmarks.cores import usable
 
 _PACKAGES = (
     "optkit",
@@ -53,7 +54,7 @@ def processor() -> dict[str, str | int | list[str]]:
     elif sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable())
     return {
         "name": name,
         "architecture": platform.machine(),

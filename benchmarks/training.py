@@ -8,23 +8,25 @@ Data are scikit-learn's digits (1797 pictures, enlarged to 16x16): 1000 to train
 words in the fonts of the system (``benchmarks/words.py``), of which those of the test are never trained on. The metric is
 the share of right answers, whole words where words are read, its drop paired with the float network's, with a 95 % interval. Latency is CPU time
 of the compiled artifact on one thread at batch 1, in turn with ONNX Runtime on the float network's file; compiled for
-single inputs and, for the column at batch 32, for as many.
+single inputs and, for the column at batch 32, for as many. Rows are worked out side by side, each on a core of its own.
 Writes ``benchmarks/results/training.json`` and ``.md``. Needs optkit[torch], scikit-learn and Pillow.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
+import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +40,7 @@ from torch import nn
 import optkit
 from optkit.bench import speedup
 from optkit.benchmarks import digits, words
+from optkit.benchmarks.cores import cores, usable
 from optkit.compiler import machine
 from optkit.evaluate import Comparison, Evaluator, compare
 from optkit.reference import ReferenceSession
@@ -47,7 +50,6 @@ from optkit.training_loop import Fit
 from optkit.training_session import TrainingSession
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# The quickest first.
 _NETS = ("separable", "residual", "reader")
 # Recipes whose steps are compared with plain ones.
 _STEPS = ("int8-qat", "prune-2-4", "prune-gradual")
@@ -125,19 +127,19 @@ class Task:
     epochs: int
 
 
-def tasks() -> dict[str, Task]:
-    """By network."""
-    pictures, texts = digits.Digits.load(), words.Words.load()
-    found = {
-        name: Task(
-            make, pictures, digits.Loader, F.cross_entropy, digits.train, digits.right, lambda out, y: float(out[0].argmax() == y), epochs
-        )
-        for name, make, epochs in (("residual", digits.Residual, 12), ("separable", digits.Separable, 40))
-    }  # fmt: skip
-    found["reader"] = Task(
-        words.Reader, texts, words.batches, words.loss, words.train, words.right, lambda out, y: float((words.read(out)[0] == y).all()), 10
+@functools.cache
+def task_of(name: str) -> Task:
+    """Of a network."""
+    if name == "reader":
+        return Task(
+            words.Reader, words.Words.load(), words.batches, words.loss, words.train, words.right,
+            lambda out, y: float((words.read(out)[0] == y).all()), 10,
+        )  # fmt: skip
+    make, epochs = {"residual": (digits.Residual, 12), "separable": (digits.Separable, 40)}[name]
+    return Task(
+        make, digits.Digits.load(), digits.Loader, F.cross_entropy, digits.train, digits.right,
+        lambda out, y: float(out[0].argmax() == y), epochs,
     )  # fmt: skip
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,41 +158,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     nets = asked.net.split(",")
     if unknown := [n for n in nets if n not in _NETS]:
         parser.error(f"no network is called {', '.join(unknown)}; there are {', '.join(_NETS)}")
-    torch.set_num_threads(1)
     results = _Results(RESULTS, asked.seed)
-    known = tasks()
     cases = [c for c in CASES if not asked.steps and c.net in nets and (not asked.recipes or c.recipe in asked.recipes)]  # fmt: skip
-    cases.sort(key=lambda c: _NETS.index(c.net))
     if asked.missing:
         cases = [c for c in cases if c.key not in results.rows]
-    floats, files = dict[str, nn.Module](), dict[str, Path]()
-    with tempfile.TemporaryDirectory(prefix="optkit-") as folder:
-        for case in cases:
-            for name in case.networks:
-                if name in floats:
-                    continue
-                torch.manual_seed(asked.seed)
-                with results.timed(f"float {name}"):
-                    floats[name] = known[name].train(known[name].make(), known[name].data, known[name].epochs)
-                results.trained(name, _mark(floats[name]))
-                files[name] = _file(floats[name], known[name].data, Path(folder) / f"{name}.onnx")
-            torch.manual_seed(asked.seed)
-            with results.timed(" ".join(case.key)):
-                row = _row(case, known, floats, files, Path(folder))
-            results.take(case, row)
-            print(_line(row), file=sys.stderr, flush=True)
-    for net in nets if asked.steps or not asked.recipes else ():
-        for recipe in _STEPS:
-            name = f"{net}, {recipe}"
-            if asked.missing and name in results.ratios:
-                continue
-            # What it weighs has no part in what a step costs.
-            with results.timed(f"step {name}"):
-                ratio = overhead(known[net].make(), recipe, known[net])
-            results.step(name, ratio)
-            print(f"{name}: {ratio:.2f}x a plain step", file=sys.stderr, flush=True)
+    steps = [
+        (net, recipe)
+        for net in (nets if asked.steps or not asked.recipes else ())
+        for recipe in _STEPS
+        if not (asked.missing and f"{net}, {recipe}" in results.ratios)
+    ]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="optkit-") as folder, cores() as pool:
+        for job in _jobs(pool, cases, steps, results, Path(folder)):
+            print(job, file=sys.stderr, flush=True)
+    if (set(cases), len(steps)) == (set(CASES), len(_STEPS) * len(_NETS)):
+        results.took(time.monotonic() - start, len(usable()))
     print((RESULTS / "training.md").read_text(encoding="utf-8"))
     return 0
+
+
+def _jobs(
+    pool: Executor, cases: Sequence[Case], steps: Sequence[tuple[str, str]], results: _Results, folder: Path
+) -> Iterator[str]:
+    """Do everything, as many jobs at a time as there are cores, the longest first; says what is done."""
+    seed = results.seed
+    networks = sorted({n for c in cases for n in c.networks}, key=lambda n: -results.seconds(f"float {n}"))
+    todo = sorted(cases, key=lambda c: -results.seconds(" ".join(c.key)))
+    trained = set[str]()
+    running: dict[Future[Any], Any] = {
+        pool.submit(_counted, _float, name, seed, folder): name for name in networks
+    }
+    running |= {pool.submit(_counted, overhead, *step): step for step in steps}
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            what, (found, seconds) = running.pop(future), future.result()
+            if isinstance(what, Case):
+                results.take(what, found, seconds)
+                yield _line(found)
+            elif isinstance(what, tuple):
+                results.step(", ".join(what), found, seconds)
+                yield f"{', '.join(what)}: {found:.2f}x a plain step"
+            else:
+                results.trained(what, found, seconds)
+                trained.add(what)
+        ready = [c for c in todo if trained.issuperset(c.networks)]
+        todo = [c for c in todo if c not in ready]
+        running |= {pool.submit(_counted, _row, c, seed, folder): c for c in ready}
+
+
+def _counted(job: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """With its CPU time, that of processes that it starts included: what it takes where nothing else runs."""
+    torch.set_num_threads(1)
+    before = sum(os.times()[:4])
+    found = job(*arguments)
+    return found, sum(os.times()[:4]) - before
 
 
 class _Results:
@@ -202,7 +224,8 @@ class _Results:
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self._folder, self._place, self._seed = folder, folder / "training.json", seed
+        self.seed = seed
+        self._folder, self._place = folder, folder / "training.json"
         kept: dict[str, Any] = json.loads(self._place.read_text()) if self._place.exists() else {}
         if kept.get("machine") != machine() or kept.get("seed") != seed:
             kept = {}
@@ -212,35 +235,41 @@ class _Results:
         self.ratios: dict[str, float] = kept.get("step_over_plain_step", {})
         self._marks: dict[str, str] = kept.get("floats", {})
         self._seconds: dict[str, int] = kept.get("seconds_each", {})
+        self._whole: dict[str, float] = kept.get("whole", {})
 
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count CPU time, with that of processes that are started: what it takes where nothing else runs."""
-        before = sum(os.times()[:4])
-        yield
-        self._seconds[what] = round(sum(os.times()[:4]) - before)
+    def seconds(self, what: str) -> float:
+        """CPU time that a job took before; much where it is not known."""
+        return self._seconds.get(what, math.inf)
 
-    def trained(self, name: str, mark: str) -> None:
+    def trained(self, name: str, mark: str, seconds: float) -> None:
         """A float network: rows that were measured beside another one go."""
         if self._marks.get(name, mark) != mark:
             self.rows = {k: r for k, r in self.rows.items() if name not in (r["net"], r["student"])}
         self._marks[name] = mark
+        self._seconds[f"float {name}"] = round(seconds)
 
-    def take(self, case: Case, row: dict[str, Any]) -> None:
+    def take(self, case: Case, row: dict[str, Any], seconds: float) -> None:
         """A row."""
         self.rows[case.key] = row
+        self._seconds[" ".join(case.key)] = round(seconds)
         self._write()
 
-    def step(self, name: str, ratio: float) -> None:
+    def step(self, name: str, ratio: float, seconds: float) -> None:
         """What a step of a network with a recipe costs."""
         self.ratios[name] = round(ratio, 3)
+        self._seconds[f"step {name}"] = round(seconds)
+        self._write()
+
+    def took(self, seconds: float, cores: int) -> None:
+        """How long a run of all was, side by side on so many cores."""
+        self._whole = {"cores": cores, "minutes": round(seconds / 60, 1)}
         self._write()
 
     def _write(self) -> None:
         result = {
             "schema": 1,
             "step_over_plain_step": self.ratios,
-            "seed": self._seed,
+            "seed": self.seed,
             "machine": machine(),
             "versions": {name: version(name) for name in ("torch", "onnxruntime", "scikit-learn")}
             | {"optkit": optkit.__version__},
@@ -248,6 +277,7 @@ class _Results:
             "floats": self._marks,
             "seconds": sum(self._seconds.values()),
             "seconds_each": self._seconds,
+            "whole": self._whole,
             "rows": [self.rows[c.key] for c in CASES if c.key in self.rows],
         }
         self._folder.mkdir(exist_ok=True)
@@ -269,23 +299,43 @@ def _file(net: nn.Module, data: Any, path: Path) -> Path:
     return path
 
 
-def _row(
-    case: Case, known: dict[str, Task], floats: dict[str, nn.Module], files: dict[str, Path], folder: Path
-) -> dict[str, Any]:
-    task, teacher = known[case.net], floats[case.net]
-    data = task.data
+def _float(name: str, seed: int, folder: Path) -> str:
+    """Train a network and leave it in ``folder``; gives what tells it from others."""
+    task = task_of(name)
+    torch.manual_seed(seed)
+    net = task.train(task.make(), task.data, task.epochs)
+    torch.save(net.state_dict(), folder / f"{name}.pt")
+    _file(net, task.data, folder / f"{name}.onnx")
+    return _mark(net)
+
+
+def _trained(name: str, folder: Path) -> nn.Module:
+    net = task_of(name).make().eval()
+    net.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+    return net
+
+
+def _row(case: Case, seed: int, folder: Path) -> dict[str, Any]:
+    task = task_of(case.net)
+    floats = {name: _trained(name, folder) for name in case.networks}
+    files = {name: folder / f"{name}.onnx" for name in case.networks}
+    torch.manual_seed(seed)
+    data, teacher = task.data, floats[case.net]
     module = copy.deepcopy(floats[case.student] if case.student else teacher)
     options: dict[str, Any] = {"overrides": case.overrides}
     if case.student:
         # From scratch: what the same network learns from labels alone is in ``floats``.
-        module, options["teacher"] = known[case.student].make(), teacher
+        module, options["teacher"] = task_of(case.student).make(), teacher
     base = case.student or case.net
     before = task.right(floats[base], data)
-    shot = None
-    if case.student is None and case.recipe not in ("self-distil", "prune-gradual", "lottery-ticket"):
-        once = copy.deepcopy(module)
-        optkit.training(once, case.recipe, example=[(data.x[:256],)], **options)
-        shot = float(task.right(once, data).mean())
+    shots = list[float]()
+
+    def begun(changed: nn.Module) -> nn.Module:
+        # Before its first step: what the recipe did in one shot.
+        if case.student is None and case.recipe not in ("self-distil", "prune-gradual", "lottery-ticket"):
+            shots.append(float(task.right(changed, data).mean()))
+        return changed
+
     start = time.process_time()
     done = optkit.finetune(
         module,
@@ -293,6 +343,7 @@ def _row(
         task.loader(data),
         task.loss,
         fit=Fit(epochs=case.epochs, learning_rate=case.rate),
+        wrap=begun,
         **options,
     )
     seconds = time.process_time() - start
@@ -317,7 +368,7 @@ def _row(
         batch = speedup(reference.run, session.run, [{"x": data.test_x[:32].numpy()}], rounds=60, budget=10.0)
     reference.close()
     return {
-        **asdict(case), "n": drop.n, "before": drop.reference, "one_shot": shot, "after": drop.candidate, "drop": drop.drop,
+        **asdict(case), "n": drop.n, "before": drop.reference, "one_shot": shots[0] if shots else None, "after": drop.candidate, "drop": drop.drop,
         "ci95": drop.ci95, "bytes_before": files[base].stat().st_size, "bytes": report.manifest.size.after,
         "reference_ms": timed.reference.median * 1e3, "ms": timed.candidate.median * 1e3, "speedup": timed.ratio,
         "speedup_ci95": timed.ci95, "speedup_batch_32": batch.ratio, "train_seconds": round(seconds, 1),
@@ -333,9 +384,10 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['net']} {row['label']}: {row['before']:.4f} -> {row['after']:.4f}, {row['speedup']:.2f}x, {row['train_seconds']} s"
 
 
-def overhead(net: nn.Module, recipe: str, task: Task, rounds: int = 40) -> float:
+def overhead(name: str, recipe: str, rounds: int = 40) -> float:
     """CPU time of a training step with the session over that of a plain one, the median of pairs in turn."""
-    rows = slice(0, 50)
+    task = task_of(name)
+    net, rows = task.make(), slice(0, 50)
     x, y = task.data.x[rows], task.data.y[rows]
     plain, compressed = copy.deepcopy(net).train(), copy.deepcopy(net).train()
     session = optkit.training(compressed, recipe, example=(x,), steps=10 * rounds)
@@ -377,7 +429,12 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"{result['machine'].get('processor', '').strip()}; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        + f"; a run of all takes {result['seconds']} s.",
+        + f"; a run of all takes {result['seconds']} CPU seconds"
+        + (
+            f", {whole['minutes']:g} minutes on {whole['cores']} cores."
+            if (whole := result["whole"])
+            else "."
+        ),
         "",
         head,
         "|" + "---|" * 12,
