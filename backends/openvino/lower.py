@@ -21,6 +21,7 @@ from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import products, read_runtime, runtime_nodes
 from optkit.backends.openvino.quiet import core, ov
 from optkit.backends.openvino.session import OpenVinoSession
+from optkit.backends.openvino.spelling import spelled
 from optkit.errors import BackendUnavailableError
 from optkit.graph import describe, walk
 from optkit.store import save
@@ -121,6 +122,7 @@ class OpenVino(Backend):
         if model.functions:
             model = model.clone()
             InlinePass()(model)
+        model = spelled(model) or model
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path) as folder:
             source = Path(folder) / "model.onnx"
             save(model, source)

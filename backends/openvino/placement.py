@@ -6,7 +6,7 @@ from optkit.placement import Placement, Row, rows
 
 # What the plugin's convolution applies before it stores: as post-operations of oneDNN, in any number. "Swish" stands for
 # x * Sigmoid(x) too, which ONNX has no operator for before opset 24.
-_ABSORBED = frozenset(
+ABSORBED = frozenset(
     {
         "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Sigmoid", "Softplus", "Swish",
         "Tanh",
@@ -28,9 +28,9 @@ DEFAULT = Placement(
     weight="s8",
     bias=False,
     rows=rows(
-        Row(op="Conv", floats=True, absorbs=_ABSORBED),
+        Row(op="Conv", floats=True, absorbs=ABSORBED),
         *_LINEAR,
-        Row(op="Add", role="between", absorbs=_ABSORBED, into=frozenset({"Conv"})),
+        Row(op="Add", role="between", absorbs=ABSORBED, into=frozenset({"Conv"})),
         Row(op="Concat", role="between", unify=True, output=False),
         Row(op="MaxPool", role="between"),
         Row(op="AveragePool", role="between"),
