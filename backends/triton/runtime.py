@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,21 @@ def open_device(target: str, arch: str) -> Device:
         BackendUnavailableError: There is no driver or no GPU.
         UsageError: It is another one.
     """
-    try:
-        device = HipDevice() if arch.startswith("gfx") else Device()
-        facts = device.facts()
-    except CudaError as error:
-        raise BackendUnavailableError(
-            str(error), hint="it runs on the machine with the GPU; copy the artifact's folder there"
-        ) from error
-    if (found := facts["arch"]) != arch.rstrip("a"):
-        device.close()
-        raise UsageError(
-            f"the artifact is for {target} ({arch}), the device is {facts['device']} ({found})",
-            hint=f"compile for it: optkit targets lists what is {found}",
-        )
+    with ExitStack() as stack:
+        try:
+            device = HipDevice() if arch.startswith("gfx") else Device()
+            stack.callback(device.close)
+            facts = device.facts()
+        except CudaError as error:
+            raise BackendUnavailableError(
+                str(error), hint="it runs on the machine with the GPU; copy the artifact's folder there"
+            ) from error
+        if (found := facts["arch"]) != arch.rstrip("a"):
+            raise UsageError(
+                f"the artifact is for {target} ({arch}), the device is {facts['device']} ({found})",
+                hint=f"compile for it: optkit targets lists what is {found}",
+            )
+        stack.pop_all()
     return device
 
 

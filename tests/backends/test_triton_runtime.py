@@ -27,7 +27,7 @@ from optkit.backends.triton.runtime import DeviceSession, open_device
 from optkit.backends.triton.schedule import Segment, schedule
 from optkit.benchmarks import suite
 from optkit.errors import BackendUnavailableError, ModelError, OptkitError, UsageError
-from optkit.kernels.cuda import CudaError
+from optkit.kernels.cuda import CudaError, Device
 from optkit.kernels.launching import Function, read
 from optkit.passes.base import Context
 from optkit.passes.lowering.kernels import CallKernels
@@ -340,6 +340,19 @@ def test_a_driver_without_a_device_is_told_apart(gpu, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_INIT", "100")
     with pytest.raises(BackendUnavailableError, match="cuInit: CUDA_ERROR_NO_DEVICE"):
         open_device("h100", "sm_90a")
+
+
+def test_a_device_that_does_not_say_what_it_is_is_closed_again(gpu, monkeypatch):
+    closed = []
+    monkeypatch.setattr(Device, "close", lambda self: closed.append(self))
+
+    def silent(self):
+        raise CudaError("cuDeviceGetAttribute: CUDA_ERROR_UNKNOWN")
+
+    monkeypatch.setattr(Device, "facts", silent)
+    with pytest.raises(BackendUnavailableError, match="cuDeviceGetAttribute"):
+        open_device("h100", "sm_90a")
+    assert len(closed) == 1
 
 
 def test_another_gpu_is_refused(artifact, gpu, monkeypatch):
