@@ -69,17 +69,20 @@ class OnnxRuntimeSession(Session):
             raise ModelError(f"{file.name}: ONNX Runtime cannot load it: {first_line(error)}") from error
         self.inputs = tuple(_spec(v) for v in self._session.get_inputs())
         self.outputs = tuple(_spec(v) for v in self._session.get_outputs())
+        # Small models take less time than looking these up in every run.
+        self._taken = frozenset(s.name for s in self.inputs)
+        self._given = [s.name for s in self.outputs]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name."""
-        names = [s.name for s in self.inputs]
-        if set(feeds) != set(names):
-            raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
+        if feeds.keys() != self._taken:
+            names = ", ".join(s.name for s in self.inputs)
+            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
         try:
-            results = self._session.run(None, dict(feeds))
+            results = self._session.run(self._given, feeds if type(feeds) is dict else dict(feeds))
         except Exception as error:
             raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
-        return dict(zip((s.name for s in self.outputs), results, strict=True))
+        return dict(zip(self._given, results, strict=True))
 
     def end_profiling(self) -> Path:
         """Stop the profiler that ``profile`` started; the file it wrote."""
