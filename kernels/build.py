@@ -70,7 +70,7 @@ def root() -> Path:
 def _sources() -> str:
     """Of everything that machine code depends on beside the program: our sources, and the compiler's version."""
     folder = Path(__file__).parent / "triton"
-    files = [folder / "worker.py", *sorted((folder / "device").glob("*.py"))]
+    files = [folder / "worker.py", folder / "sass.py", *sorted((folder / "device").glob("*.py"))]
     text = hashlib.sha256(version("triton").encode() + _FUSION.encode())
     for file in files:
         text.update(file.name.encode() + file.read_bytes())

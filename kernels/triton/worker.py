@@ -13,8 +13,8 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optkit.kernels.base import code_kind
+from optkit.kernels.triton.sass import code, mixes, tool
 from optkit.targets.gpu import ARCHITECTURES, is_amd
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _ALIGNMENT = 16
-_OPCODE = re.compile(
-    r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
-)
 # What the metadata of AMD's code say, and what its lines begin with.
 _SAID = re.compile(r"^ +\.(vgpr_count|sgpr_count|private_segment_fixed_size): +(\d+)", re.MULTILINE)
 _TARGET = re.compile(r"^\s*\.amdgcn_target \"\S*?(gfx\w+)\"", re.MULTILINE)
@@ -38,7 +35,7 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 def build(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Compile one program; the record of what came out."""
+    """Compile one program; the record of what came out, for NVIDIA's GPUs but for the instructions."""
     program, (major, minor) = job["program"], job["capability"]
     module, _, name = program["function"].partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -107,7 +104,6 @@ def _of_cubin(file: Path, ptx: str) -> dict[str, Any]:
         "arch": arch[1],
         "registers": registers,
         "stack": max(stack, local),
-        "instructions": _instructions(file),
     }
 
 
@@ -126,34 +122,41 @@ def _of_assembly(text: str) -> dict[str, Any]:
     }
 
 
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {(done.stderr or done.stdout).strip()[:500]}")
-    return done.stdout
-
-
 def _usage(file: Path) -> tuple[int, int, int]:
-    found = _USAGE.search(_tool("cuobjdump", "-res-usage", str(file)))
+    found = _USAGE.search(tool("cuobjdump", "-res-usage", str(file)))
     if found is None:
         raise RuntimeError("cuobjdump does not tell the registers")
     return int(found[1]), int(found[2]), int(found[3])
 
 
-def _instructions(file: Path) -> dict[str, int]:
-    # Opcodes are all that is counted: no analysis of the data's flow.
-    counts = collections.Counter(_OPCODE.findall(_tool("nvdisasm", "-c", "-ndf", str(file))))
-    return dict(sorted(counts.items()))
+def count(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Add the instructions to records of NVIDIA's machine code of one architecture."""
+    codes = [code((folder / f"{record['key']}.cubin").read_bytes()) for record in records]
+    for record, mix in zip(records, mixes(codes, records[0]["arch"]), strict=True):
+        record["instructions"] = mix
 
 
 def main(folder: Path) -> None:
     """All jobs, in order; a job that fails leaves its reason in its record."""
+    records: list[dict[str, Any]] = []
+    uncounted = collections.defaultdict(list)
     for job in json.loads((folder / "jobs.json").read_bytes()):
         try:
             record = build(job, folder)
         except Exception as error:  # noqa: BLE001  (compilers raise whatever they like; the parent reports it)
             record = {"key": job["key"], "error": f"{type(error).__name__}: {str(error).strip()[-800:]}"}
-        (folder / f"{job['key']}.json").write_text(
+        else:
+            if "instructions" not in record:
+                uncounted[record["arch"]].append(record)
+        records.append(record)
+    for rows in uncounted.values():
+        try:
+            count(rows, folder)
+        except RuntimeError as error:
+            for row in rows:
+                row["error"] = str(error)
+    for record in records:
+        (folder / f"{record['key']}.json").write_text(
             json.dumps(record, indent=1, sort_keys=True), encoding="utf-8"
         )
 
