@@ -188,11 +188,6 @@ class Kernel(ABC):
         return {}
 
 
-def code_kind(arch: str) -> str:
-    """The ending of files with machine code for an architecture."""
-    return "hsaco" if arch.startswith("gfx") else "cubin"
-
-
 def power_of_two(n: int) -> int:
     """The least power of two that is not below ``n``."""
     return 1 << max(0, n - 1).bit_length()

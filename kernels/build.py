@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from optkit.errors import BackendUnavailableError, ModelError
-from optkit.kernels.base import Program, code_kind
-from optkit.targets.gpu import ARCHITECTURES, Capability
+from optkit.kernels.base import Program
+from optkit.targets.gpu import ARCHITECTURES, Capability, code_kind
 
 HINT = "pip install 'optkit[triton]'"
 # Beside the machine code; the record last: it says that the others are whole.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from optkit.errors import ModelError, UsageError
-from optkit.kernels.base import code_kind
 from optkit.kernels.cuda import CudaError, Device
 from optkit.kernels.expressions import evaluate
+from optkit.targets.gpu import code_kind
 
 _ALIGNMENT = 16
 _WHOLE = {"i32": (ctypes.c_int32, 31), "i64": (ctypes.c_int64, 63)}

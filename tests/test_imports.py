@@ -58,6 +58,11 @@ def test_the_core_needs_no_torch():
     assert "torch" not in _loaded_by("import optkit.compiler, optkit.testing, optkit.cli")
 
 
+@pytest.mark.needs("triton")
+def test_a_process_that_compiles_kernels_loads_triton_alone():
+    assert _loaded_by("import optkit.kernels.triton.worker") == []
+
+
 @pytest.mark.parametrize("name", ["passes", "backends", "kernels", "recipes", "benchmarks"])
 def test_folders_of_the_checkout_are_not_importable_by_their_bare_names(name):
     code = f"import importlib.util\nassert importlib.util.find_spec({name!r}) is None"

@@ -13,13 +13,14 @@ from optkit.backends.triton.schedule import Segment, schedule
 from optkit.errors import ModelError, UnsupportedOpError
 from optkit.graph import describe, rank, walk
 from optkit.kernels import KERNELS
-from optkit.kernels.base import DOMAIN, TYPES, code_kind
+from optkit.kernels.base import DOMAIN, TYPES
 from optkit.kernels.build import build
 from optkit.kernels.expressions import symbols
 from optkit.kernels.gates import failures, gates
 from optkit.ops import spec
 from optkit.rewrite import label
 from optkit.store import save
+from optkit.targets.gpu import code_kind
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -22,9 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optkit.kernels.base import code_kind
 from optkit.kernels.triton.sass import code, mixes, tool
-from optkit.targets.gpu import ARCHITECTURES, is_amd
+from optkit.targets.gpu import ARCHITECTURES, code_kind, is_amd
 
 _ALIGNMENT = 16
 # What the metadata of AMD's code say, and what its lines begin with.

@@ -58,6 +58,11 @@ def is_amd(capability: Capability) -> bool:
     return capability == GFX942
 
 
+def code_kind(arch: str) -> str:
+    """The ending of files with machine code for an architecture."""
+    return "hsaco" if arch.startswith("gfx") else "cubin"
+
+
 def formats(capability: Capability) -> frozenset[str]:
     """Number formats with matrix instructions, or that weights may be stored in."""
     found = {"fp32", "fp16", "int8", "w8a16"}
