@@ -26,8 +26,9 @@ HINT = "pip install 'optkit[triton]'"
 _PARTS = ("ttir", "json")
 # A child has this long, and more for each of its jobs: machines that compile are often full.
 _SECONDS, _EACH = 600, 20
-# Contraction of a * b + c: the default of Triton changes between versions.
-_FUSION = "1"
+# Contraction of a * b + c: the default of Triton changes between versions. Line numbers would name the folder of the sources on this
+# machine, and are two thirds of a file.
+_SETTINGS = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_DISABLE_LINE_INFO": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def _sources() -> str:
     """Of everything that machine code depends on beside the program: our sources, and the compiler's version."""
     folder = Path(__file__).parent / "triton"
     files = [folder / "worker.py", folder / "sass.py", *sorted((folder / "device").glob("*.py"))]
-    text = hashlib.sha256(version("triton").encode() + _FUSION.encode())
+    text = hashlib.sha256(json.dumps([version("triton"), _SETTINGS]).encode())
     for file in files:
         text.update(file.name.encode() + file.read_bytes())
     return text.hexdigest()
@@ -121,7 +122,7 @@ def _compile(jobs: Mapping[str, tuple[Program, Capability]], folder: Path) -> No
         rows = [{"key": k, "program": p.record(), "capability": list(c)} for k, (p, c) in jobs.items()]
         (work / "jobs.json").write_text(json.dumps(rows))
         # A cache of Triton's own would hand out what another version of a helper made.
-        environment = {"TRITON_CACHE_DIR": str(work / "triton"), "TRITON_DEFAULT_FP_FUSION": _FUSION}
+        environment = {"TRITON_CACHE_DIR": str(work / "triton"), **_SETTINGS}
         child(work, "optkit.kernels.triton.worker", environment, len(jobs))
         refused = []
         for k, (program, capability) in jobs.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import optkit.kernels
 from optkit.errors import BackendUnavailableError, ModelError, UsageError
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, TYPES
@@ -213,6 +215,17 @@ def test_the_same_program_compiles_to_the_same_bytes():
     (second,) = build([job], fresh=True)
     assert first.record["sha256"] == second.record["sha256"]
     assert not second.cached
+
+
+@pytest.mark.needs("triton")
+@pytest.mark.parametrize("capability", [ADA, GFX942])
+def test_machine_code_does_not_name_the_folder_that_it_was_compiled_in(capability):
+    kernel = KERNELS["rms-norm"]()
+    (built,) = build([(kernel.program(kernel.examples[0], capability), capability)])
+    code = built.code.read_bytes()
+    assert len(code) == built.record["bytes"]
+    assert str(Path(optkit.kernels.__file__).parent).encode() not in code
+    assert b".debug_line" not in code
 
 
 @pytest.mark.needs("triton")
