@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from optkit.reference import ReferenceSession
 from optkit.report import LayerRecord
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from optkit.compiler import Compilation
     from optkit.passes.base import Pass
 
@@ -34,10 +36,14 @@ _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "Gather"})
 _REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
 # The same where layers have several passes to go to, so that little of it is all of the weights in a few bits more.
 _REMOVED_BY_BITS = (0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.999)
+# How often what lies between an attempt that misses and the next, which does not, is halved.
+_HALVINGS = 2
 # Noise of a layer, in powers of the signal, beyond which outputs cannot be compared: ``_noise`` gives 10^20, averaged.
 _BROKEN = 1e10
 # What a weight that stays in float counts as, beside those of a few bits.
 _FLOAT_BITS = 16.0
+# What stands between weights that are stored small and the node that computes with them.
+_UNPACKING = frozenset({"DequantizeLinear", "Gather", "Mul"})
 
 
 def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
@@ -45,7 +51,7 @@ def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
 
     SQNR of all float outputs together against the float candidate's own, on a few batches.
     """
-    found = _noises(work, built, _ladders(work, built))
+    found = _noises(work, built, _ladders(work, built)[0])
     records = [LayerRecord(node=n, sqnr_db=_decibels(v[0]), kept_float=False) for n, v in found.items()]
     return sorted(records, key=lambda r: r.sqnr_db)
 
@@ -98,28 +104,56 @@ def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
     return min(1e20, float(((x - y) ** 2).sum()) / (float((x * x).sum()) or 1.0))
 
 
-def _ladders(work: Compilation, built: Built) -> dict[str, tuple[int, ...]]:
+def _ladders(work: Compilation, built: Built) -> tuple[dict[str, tuple[int, ...]], dict[str, list[float]]]:
     """Nodes with weights that the recipe quantizes, and which of its passes may: what one leaves out, the next takes.
 
-    None where a pass cannot leave any out.
+    None where a pass cannot leave any out. Beside them what each stores, in bits, and at last what the node has in float.
     """
-    steps, found = built.recipe.passes, dict[str, tuple[int, ...]]()
+    steps, found, sizes = built.recipe.passes, dict[str, tuple[int, ...]](), dict[str, list[float]]()
     for index, step in enumerate(steps):
         # Layers in float are those of a pass that chooses among floats, too.
         if step.exact or step.floats:
             continue
         if not isinstance(step, GraphPass) or not {"targets", "ignore"} <= set(type(step).model_fields):
-            return {}
+            return {}, {}
         model, _, _, memo = work.prepare(tuple(p for p in steps[:index] if p.exact))
-        for change in step.run(model, work.context(work.engine(built.recipe), memo)):
+        bits = float(getattr(step, "bits", 8))
+        plain = {str(n.name): _stored(n, bits) for n in walk(model)}
+        changes = step.run(model, work.context(work.engine(built.recipe), memo))
+        after = {str(n.name): _stored(n, bits) for n in walk(model)}
+        for change in changes:
             if change.detail.split()[0] in _WEIGHTED:
-                found[change.node] = (*found.get(change.node, ()), index)
-    return found
+                node = change.node
+                found[node] = (*found.get(node, ()), index)
+                before = plain.get(node) or 1.0
+                # Kernels that take weights and scales as they are have other nodes in its place.
+                kept = after.get(node) or before * bits / _FLOAT_BITS
+                sizes[node] = [*sizes.get(node, [])[:-1], kept, before]
+    return found, sizes
+
+
+def _stored(node: ir.Node, bits: float) -> float:
+    """Of all that a node reads and that does not depend on inputs, in bits; places in tables take ``bits`` each.
+
+    Scales and tables are stored in half precision. They are what makes few bits for kernels of few weights dear.
+    """
+    total = 0.0
+    for value in node.inputs:
+        if value is None:
+            continue
+        tensor, producer = value.const_value, value.producer()
+        if tensor is not None and tensor.dtype.is_floating_point():
+            total += tensor.size * _FLOAT_BITS
+        elif tensor is not None:
+            total += tensor.size * (tensor.dtype.bitwidth if tensor.dtype.bitwidth <= 8 else bits)
+        elif producer is not None and producer.op_type in _UNPACKING:
+            total += _stored(producer, bits)
+    return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Move:
-    """One layer goes to a gentler pass, or to float where ``rung`` is beyond its last.
+    """One layer goes to another pass, or to float where ``rung`` is beyond its last.
 
     Attributes:
         gain: Share of noise in the outputs that it takes away.
@@ -132,38 +166,63 @@ class _Move:
     worth: float
 
 
-def _moves(
-    work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]]
-) -> list[_Move]:
-    """All that is worth doing, the best first; of one layer in the order of its passes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """The first ``count`` of ``moves``, beside what layers begin with."""
 
-    From each pass a layer goes to that of the later ones which takes away most noise for its cost: the lower convex hull
-    of cost and noise, so that any number of the first moves is the best there is for what it costs.
+    base: Mapping[str, int]
+    moves: Sequence[_Move]
+    count: int
+
+    @property
+    def rungs(self) -> dict[str, int]:
+        """For each layer the pass that takes it, counted in its ladder."""
+        return {**self.base, **{m.node: m.rung for m in self.moves[: self.count]}}
+
+    @property
+    def gentler(self) -> int:
+        """How many layers are not taken by the first pass that may."""
+        return sum(r > 0 for r in self.rungs.values())
+
+
+def _moves(
+    work: Compilation,
+    built: Built,
+    ladders: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, Sequence[float]],
+    noises: Mapping[str, list[float]],
+) -> tuple[dict[str, int], list[_Move]]:
+    """Where each layer begins, and all that is worth doing, the best first; of one layer in order.
+
+    From each pass a layer goes to that of the others which takes away most noise for its cost: the lower convex hull
+    of cost and noise, so that any number of the first moves is the best there is for what it costs. Where sizes are what
+    is known, a layer begins with the pass that stores it smallest, which need not be the first: what one gives up
+    there is better spent on those that hurt most.
     """
-    # Where time is measured, how large a layer's weights are says little.
-    elements = {} if work.target.runs_here else _elements(work, built)
-    found: list[_Move] = []
+    begin, found = dict[str, int](), list[_Move]()
     for node, rungs in ladders.items():
         # Outputs that are all noise cannot get worse; so that one such layer does not hide all others.
         noise = [n / (1 + n) for n in noises[node]] + [0.0]
-        bits = [float(getattr(built.recipe.passes[i], "bits", 8)) for i in rungs] + [_FLOAT_BITS]
-        size, at = elements.get(node, 1), 0
-        while at < len(rungs):
-            costs = [max(b - bits[at], 1.0) * size for b in bits]
-            best = max(range(at + 1, len(noise)), key=lambda r: (noise[at] - noise[r]) / costs[r])
+        last = len(rungs)
+        if work.target.runs_here:
+            # Where time is measured, how large a layer's weights are says little.
+            bits = [float(getattr(built.recipe.passes[i], "bits", 8)) for i in rungs] + [_FLOAT_BITS]
+            at = 0
+        else:
+            bits = list(sizes[node])
+            at = min(range(last), key=lambda r: (bits[r], noise[r]))
+        begin[node] = at
+        while at < last:
+            costs = {
+                r: max(bits[r] - bits[at], 1.0)
+                for r in range(last + 1)
+                if r == last or (r > at if work.target.runs_here else bits[r] > bits[at])
+            }
+            best = max(costs, key=lambda r: (noise[at] - noise[r]) / costs[r])
             gain = noise[at] - noise[best]
             found.append(_Move(node=node, rung=best, gain=gain, worth=gain / costs[best]))
             at = best
-    return sorted(found, key=lambda m: -m.worth)
-
-
-def _elements(work: Compilation, built: Built) -> dict[str, int]:
-    """Of the largest constant that each node reads."""
-    model, _, _, _ = work.prepare(work.exact(built.recipe))
-    return {
-        str(node.name): max((v.const_value.size for v in node.inputs if v and v.const_value), default=1)
-        for node in walk(model)
-    }
+    return begin, sorted(found, key=lambda m: -m.worth)
 
 
 def repair(
@@ -174,71 +233,116 @@ def repair(
     Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
     They go to the next pass of the recipe that takes them, such as one with more bits, and after the last to float.
     """
-    ladders = _ladders(work, built)
+    ladders, sizes = _ladders(work, built)
     noises = _noises(work, built, ladders) if ladders else {}
     if not noises:
         return None
-    attempts = _attempts(work, built, ladders, noises)
-    while attempts:
-        rungs = attempts.pop(0)
-        gentler = _gentler(rungs)
-        name = f"{built.name}-mixed-{gentler}"
+
+    def carried_out(attempt: _Attempt) -> tuple[Built | None, list[str]]:
+        """The candidate, and why it may not ship; None without a reason where nothing is gained by it."""
+        name = f"{built.name}-mixed-{attempt.gentler}"
         fixed: Built | None = None
         try:
-            passes = _spared(built.recipe.passes, ladders, rungs)
+            passes = _spared(built.recipe.passes, ladders, attempt.rungs)
             fixed = work.build(name, built.recipe.model_copy(update={"passes": passes}))
             fixed.speedup = work.measure(fixed, rounds=RANK[0], budget=RANK[1])
             if not fixed.lossy or ratio(fixed) < faster_than * CLEARLY:
-                logger.info(
-                    "%s: with %d of %d layers in float nothing is gained", built.name, gentler, len(ladders)
-                )
                 shutil.rmtree(fixed.folder)
-                attempts = [a for a in attempts if _gentler(a) < gentler]
-                continue
+                return None, []
             work.judge(fixed, recipe.limits)
             reasons = shortfalls(fixed, recipe, strict=strict)
         except OptkitError as error:
             reasons = [str(error)]
         if fixed is not None and not reasons:
-            fixed.layers = _layers(built.recipe.passes, ladders, noises, rungs)
-            return fixed
+            fixed.layers = _layers(built.recipe.passes, ladders, noises, attempt.rungs)
+            return fixed, []
         logger.info("%s: %s", name, "; ".join(reasons))
         if fixed is not None:
             shutil.rmtree(fixed.folder)
+        return None, reasons
+
+    attempts = _attempts(work, built, ladders, sizes, noises)
+    missed: _Attempt | None = None
+    while attempts:
+        attempt = attempts.pop(0)
+        fixed, reasons = carried_out(attempt)
+        if fixed is None and not reasons:
+            logger.info(
+                "%s: with %d of %d layers in float nothing is gained",
+                built.name,
+                attempt.gentler,
+                len(ladders),
+            )
+            attempts = [a for a in attempts if a.gentler < attempt.gentler]
+        elif fixed is None:
+            missed = attempt
+        elif missed is None or missed.moves is not attempt.moves or work.target.runs_here:
+            # Where time is measured, a few layers more or less are seldom seen in it.
+            return fixed
+        else:
+            return _smaller(fixed, attempt, missed, carried_out)
     return None
 
 
-def _gentler(rungs: Mapping[str, int]) -> int:
-    return sum(r > 0 for r in rungs.values())
+def _smaller(
+    fixed: Built,
+    attempt: _Attempt,
+    missed: _Attempt,
+    carried_out: Callable[[_Attempt], tuple[Built | None, list[str]]],
+) -> Built:
+    """``fixed``, or what keeps the limits too with fewer moves than ``attempt``, and more than ``missed``."""
+    for _ in range(_HALVINGS):
+        half = replace(attempt, count=(attempt.count + missed.count) // 2)
+        if half.count == missed.count:
+            break
+        found, _ = carried_out(half)
+        if found is None:
+            missed = half
+        else:
+            shutil.rmtree(fixed.folder)
+            fixed, attempt = found, half
+    return fixed
 
 
 def _attempts(
-    work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]]
-) -> list[dict[str, int]]:
-    """For each layer the pass that takes it, counted in its ladder: what is tried, in this order.
+    work: Compilation,
+    built: Built,
+    ladders: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, Sequence[float]],
+    noises: Mapping[str, list[float]],
+) -> list[_Attempt]:
+    """What is tried, in this order.
 
     Where a layer alone makes outputs of another size, or NaN, it goes to float in any case, as no noise counts beside it;
     and before that is tried, with it all layers that decide sizes: which of them do so on a few batches is chance.
     """
-    moves = _moves(work, built, ladders, noises)
+    begin, moves = _moves(work, built, ladders, sizes, noises)
     shares = _REMOVED if all(len(r) == 1 for r in ladders.values()) else _REMOVED_BY_BITS
 
-    def beside(in_float: Set[str]) -> list[dict[str, int]]:
+    def beside(in_float: Set[str]) -> list[_Attempt]:
         """More and more of the other layers."""
         others = [m for m in moves if m.node not in in_float]
-        base = {node: len(rungs) if node in in_float else 0 for node, rungs in ladders.items()}
+        base = {node: len(rungs) if node in in_float else begin[node] for node, rungs in ladders.items()}
         if not others:
-            return [base]
+            return [_Attempt(base=base, moves=[], count=0)]
         share = np.cumsum([m.gain for m in others]) / (sum(m.gain for m in others) or 1.0)
         counts = {min(int(np.searchsorted(share, removed)) + 1, len(others)) for removed in shares}
         counts |= {0} if in_float else set()
-        return [base | {m.node: m.rung for m in others[:count]} for count in sorted(counts)]
+        found = [_Attempt(base=base, moves=others, count=count) for count in sorted(counts)]
+        # Layers that begin with another pass than the first make more noise until enough is taken away.
+        return [
+            a for a in found if in_float or _total(noises, a.rungs) < _total(noises, dict.fromkeys(base, 0))
+        ]
 
     broken = {node for node, noise in noises.items() if noise[0] > _BROKEN}
     if not broken:
         return beside(broken)
     model, _, _, _ = work.prepare(tuple(p for p in built.recipe.passes if p.exact))
     return [*beside(broken | deciding(model)), *beside(broken)]
+
+
+def _total(noises: Mapping[str, list[float]], rungs: Mapping[str, int]) -> float:
+    return sum([*noises[node], 0.0][rung] for node, rung in rungs.items())
 
 
 def _spared(

@@ -20,7 +20,7 @@ from optkit.evaluate import Budget, Evaluator, Fidelity, compare
 from optkit.frontend import read
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
-from optkit.repair import _moves, repair, sensitivities
+from optkit.repair import _ladders, _moves, repair, sensitivities
 from optkit.report import PassRecord
 from optkit.search import carry_out, choose
 from optkit.targets import target
@@ -761,16 +761,89 @@ def test_layers_go_to_the_next_pass_that_takes_them_and_only_then_to_float(tmp_p
     assert work.build("again", Recipe.load(fixed.recipe.dump())).bytes == fixed.bytes
 
 
-def test_elsewhere_what_takes_away_most_noise_for_its_bytes_goes_first(tmp_path):
-    """Two layers as noisy as each other, one of them a quarter of the size."""
+def _at_sizes(tmp_path, sizes, noises):
     work = _real(tmp_path)
     work.target = target("mac-m4")
-    ladders = {"first": (0, 1), "fourth": (0, 1)}
-    moves = _moves(work, work.build("small", LADDER), ladders, {n: [0.1, 0.001] for n in ladders})
-    assert [(m.node, m.rung) for m in moves] == [("fourth", 1), ("first", 1), ("fourth", 2), ("first", 2)]
-    # A pass that is no gentler is skipped.
-    moves = _moves(work, work.build("small", LADDER), {"first": (0, 1)}, {"first": [0.1, 0.2]})
-    assert [(m.node, m.rung) for m in moves] == [("first", 2)]
+    ladders = {n: tuple(range(len(v))) for n, v in noises.items()}
+    begin, moves = _moves(work, work.build("small", LADDER), ladders, sizes, noises)
+    return begin, [(m.node, m.rung) for m in moves]
+
+
+def test_elsewhere_what_takes_away_most_noise_for_its_bytes_goes_first(tmp_path):
+    """Two layers as noisy as each other, one of them a quarter of the size."""
+    sizes = {"first": [2000, 8000, 16000], "fourth": [500, 2000, 4000]}
+    begin, moves = _at_sizes(tmp_path, sizes, {n: [0.1, 0.001] for n in sizes})
+    assert begin == {"first": 0, "fourth": 0}
+    assert moves == [("fourth", 1), ("first", 1), ("fourth", 2), ("first", 2)]
+
+
+def test_a_pass_that_is_no_gentler_is_skipped(tmp_path):
+    assert _at_sizes(tmp_path, {"first": [2000, 8000, 16000]}, {"first": [0.1, 0.2]})[1] == [("first", 2)]
+
+
+def test_elsewhere_a_layer_begins_with_what_stores_it_smallest_and_comes_back_where_that_is_worth_it(
+    tmp_path,
+):
+    """Blocks with scales, tables, and 8 bits; tables are smaller, and nearly as good for one of two layers."""
+    sizes = {n: [4500, 4100, 8000, 16000] for n in ("first", "fourth")}
+    noises = {"first": [0.010, 0.011, 0.0001], "fourth": [0.010, 0.030, 0.0001]}
+    begin, moves = _at_sizes(tmp_path, sizes, noises)
+    assert begin == {"first": 1, "fourth": 1}
+    assert moves == [("fourth", 0), ("fourth", 2), ("first", 2), ("first", 3), ("fourth", 3)]
+
+
+def test_tables_and_scales_count_as_bytes_of_a_layer(tmp_path):
+    work = _real(tmp_path)
+    recipe = Recipe.load({
+        "recipe": 1, "passes": [{"palettize-weights": {"bits": 4, "group": 4, "smallest": 1}}, {"quantize-weights": {"smallest": 1}}],
+    })  # fmt: skip
+    ladders, sizes = _ladders(work, work.build("small", recipe))
+    # Eight tables of 16 halves beside 32 x 32 places; 32 scales beside as many bytes; halves.
+    rows, columns = 32, 32
+    assert ladders["second"] == (0, 1)
+    assert sizes["second"] == [
+        rows * columns * 4 + 8 * 16 * 16, rows * columns * 8 + columns * 16, rows * columns * 16
+    ]  # fmt: skip
+
+
+def _deep(tmp_path, count=16):
+    """Layers side by side, each as noisy as the others."""
+    sums = "\n".join(f"  s{i} = Add({f's{i - 1}' if i else 'x'}, m{i})" for i in range(count))
+    products = "\n".join(f"  m{i} = MatMul(x, w{i})" for i in range(count))
+    weights = ", ".join(f"float[32, 32] w{i}" for i in range(count))
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 21]>\n'
+        f"g (float[4, 32] x, {weights}) => (float[4, 32] y) {{\n{products}\n{sums}\n  y = Identity(s{count - 1})\n}}"
+    )
+    random = np.random.default_rng(0)
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        array = random.normal(size=(32, 32)).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    batches = [{"x": np.random.default_rng(i).normal(size=(4, 32)).astype(np.float32)} for i in range(8)]
+    return _Real(
+        read(model), target("mac-m4"), OnnxRuntime(), CalibrationData(batches), None, seed=0, folder=tmp_path, progress=Silent()
+    )  # fmt: skip
+
+
+def test_elsewhere_what_keeps_the_limits_with_fewer_layers_of_more_bits_ships(tmp_path):
+    """Between the attempt that misses and the next, which does not, halves are tried."""
+    work, tried = _deep(tmp_path), []
+    recipe = LADDER.model_copy(update={"limits": LADDER.limits.model_copy(update={"min_cosine": 0.97})})
+    built, build = work.build("small", recipe), work.build
+
+    def counted(name, recipe):
+        tried.append(build(name, recipe))
+        return tried[-1]
+
+    work.build = counted
+    fixed = repair(work, recipe, built, strict=False, faster_than=0.0)
+    kept = [len(t.recipe.passes[0].ignore) for t in tried if t.fidelity.cosine >= 0.97]
+    assert len(fixed.recipe.passes[0].ignore) == min(kept)
+    assert len(set(kept)) > 1
+    # What does not ship leaves nothing behind.
+    assert [t.name for t in tried if t.folder.exists()] == [fixed.name]
 
 
 @pytest.mark.needs("coremltools")
