@@ -15,6 +15,7 @@ PASSES = Registry(
         "share-duplicates": "optkit.passes.cleanup.duplicates:ShareDuplicates",
         "slices-to-split": "optkit.passes.cleanup.slices:SlicesToSplit",
         "sequences-to-split": "optkit.passes.cleanup.sequences:SequencesToSplit",
+        "places-to-where": "optkit.passes.cleanup.places:PlacesToWhere",
         "cancel-layout": "optkit.passes.cleanup.layout:CancelLayout",
         "merge-axes": "optkit.passes.cleanup.axes:MergeAxes",
         "clean-casts": "optkit.passes.cleanup.casts:CleanCasts",
