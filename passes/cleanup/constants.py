@@ -178,6 +178,8 @@ class FoldConstants(GraphPass):
             or node.op_type in _KEPT
             or any(True for _ in subgraphs(node))
             or not node.inputs
+            # ONNX Runtime refuses nodes without outputs, and with them all that is evaluated beside.
+            or not any(o.uses() or o.is_graph_output() for o in node.outputs)
         ):
             return False
         tensors = []
@@ -287,7 +289,9 @@ def _evaluate(nodes: Sequence[ir.Node]) -> list[list[ir.TensorProtocol | None] |
         if len(nodes) == 1:
             logger.debug("cannot fold %s: %s", label(nodes[0]), first_line(error))
             return [None]
-        return [_evaluate([node])[0] for node in nodes]
+        # One that fails must not cost a session for each of the others.
+        half = len(nodes) // 2
+        return [*_evaluate(nodes[:half]), *_evaluate(nodes[half:])]
 
 
 def _run(nodes: Sequence[ir.Node]) -> list[list[ir.TensorProtocol | None] | None]:

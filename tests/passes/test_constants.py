@@ -6,6 +6,7 @@ import pytest
 
 from optkit.graph import walk
 from optkit.passes.base import Context
+from optkit.passes.cleanup import constants
 from optkit.passes.cleanup.constants import FoldConstants, LiftConstants
 from optkit.targets import target
 from optkit.testing import check_pass, parse
@@ -219,3 +220,23 @@ def test_large_weights_are_moved_about_where_they_lie():
     tensor = after.graph.initializers["t"].const_value
     assert isinstance(tensor, ir.LazyTensor)
     np.testing.assert_array_equal(tensor.numpy(), weights.T)
+
+
+def test_what_is_evaluated_with_others_costs_few_sessions_where_one_of_them_fails_or_is_not_read(monkeypatch):
+    made = []
+    session = constants.ort.InferenceSession
+    monkeypatch.setattr(constants.ort, "InferenceSession", lambda *a, **k: made.append(a) or session(*a, **k))
+    nodes = "\n".join(f"  c{i} = Add(k, k)\n  y{i} = Add(x, c{i})" for i in range(32))
+    model = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[2] x) => ({", ".join(f"float[2] y{i}" for i in range(32))}, float[2] z)
+    <float[2] k = {{1, 2}}, int64[1] far = {{5}}, float[2, 2] table = {{1, 2, 3, 4}}> {{
+    {nodes}
+      unread = Shape(k)
+      none = Gather(table, far)
+      row = Squeeze(none)
+      z = Add(x, row)
+    }}
+    """
+    FoldConstants().run(parse(model), Context(target=target("cpu")))
+    assert len(made) < 16
