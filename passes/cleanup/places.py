@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optkit.dims import Dim, shape_of
+from optkit.dims import shape_of
 from optkit.graph import attribute, constant, graphs, rank
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Builder, Change, Names, label, remove_unused, replaceable, substitute
@@ -25,7 +25,7 @@ class PlacesToWhere(GraphPass):
 
     Before: ``x[mask] = f(z[mask])``, as exporters write it: ``ScatterND(x, p, f(GatherND(z, p)))`` with
     ``p = Transpose(NonZero(mask))``. After: ``Where(mask, f(z), x)``. ``f`` is arithmetic with constants and lookups in
-    tables, whose indices are kept inside the table where the mask does not hold; or a constant. No size depends on data
+    tables, whose index is 0 where the mask does not hold; or a constant. No size depends on data
     then, which not all runtimes can do, and some only for masks that hold somewhere.
     """
 
@@ -50,15 +50,21 @@ def _choose(graph: ir.Graph, names: Names) -> Iterator[Change]:
         if spread is None or count is None:
             continue
         op = Builder(node, names)
-        held = mask if mask.dtype == ir.DataType.BOOL else op.Cast(mask, to=ir.DataType.BOOL)
-        if count > size:
-            held = op.Unsqueeze(held, np.arange(size, count))
+        held = _held(op, mask, count)
         above = _above([places, updates])
         chosen = _chosen(op, held, spread(op), data)
         assert replaceable(node.outputs[0], chosen)
         substitute(node.outputs[0], chosen)
         remove_unused([node, *above])
         yield Change(rule="places-to-where", node=label(node), detail=f"{size} axes")
+
+
+def _held(op: Builder, mask: ir.Value, axes: int) -> ir.Value:
+    """The mask beside values with so many axes."""
+    held = mask if mask.dtype == ir.DataType.BOOL else op.Cast(mask, to=ir.DataType.BOOL)
+    size = rank(mask)
+    assert size is not None
+    return held if size == axes else op.Unsqueeze(held, np.arange(size, axes))
 
 
 def _chosen(op: Builder, held: ir.Value, there: ir.Value, elsewhere: ir.Value) -> ir.Value:
@@ -137,19 +143,16 @@ def _scalar(value: ir.Value | None, number: np.ndarray, op: Builder) -> ir.Value
 
 def _looked_up(node: ir.Node, mask: ir.Value) -> _Spread | None:
     table, index = node.inputs
-    shape: tuple[Dim | None, ...] | None = shape_of(table)
     if table is None or index is None or not table.is_initializer() or attribute(node, "axis", 0) != 0:
         return None
-    rows = shape[0] if shape else None
-    found = _spread(index, mask)
-    if not isinstance(rows, int) or found is None or index.dtype is None:
+    found, axes, size = _spread(index, mask), rank(index), rank(mask)
+    if found is None or axes is None or size is None or index.dtype is None:
         return None
-    kind = index.dtype.numpy()
+    zero = np.asarray(0, index.dtype.numpy())
 
     def made(op: Builder) -> ir.Value:
-        # Beside the mask there may be any numbers.
-        inside = op.Clip(found(op), np.asarray(-rows, kind), np.asarray(rows - 1, kind))
-        return op.Gather(table, inside, axis=0)
+        # Beside the mask there may be any numbers; where it holds, one outside of the table stays an error.
+        return op.Gather(table, op.Where(_held(op, mask, axes - 1 + size), found(op), zero), axis=0)
 
     return made
 

@@ -3,8 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from optkit.errors import ModelError
+from optkit.passes.base import Context
 from optkit.passes.cleanup.places import PlacesToWhere
-from optkit.testing import check_pass
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import check_pass, parse
 
 EMBEDDING = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -36,9 +40,18 @@ W = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
 def test_rows_of_a_second_table_are_chosen_whether_or_not_the_mask_holds_anywhere(ids):
     model = EMBEDDING.replace(", %s", "")
     check_pass(
-        PlacesToWhere(), model, ops=["GreaterOrEqual", "Where", "Gather", "Unsqueeze", "Sub", "Clip", "Gather", "Where"],
+        PlacesToWhere(), model, ops=["GreaterOrEqual", "Where", "Gather", "Unsqueeze", "Sub", "Where", "Gather", "Where"],
         ids=np.asarray(ids, np.int64), w=W, atol=0, rtol=0,
     )  # fmt: skip
+
+
+def test_an_index_outside_of_the_table_where_the_mask_holds_stays_an_error():
+    model = parse(EMBEDDING.replace(", %s", ""), w=W)
+    PlacesToWhere().run(model, Context(target=target("cpu")))
+    session = ReferenceSession(model)
+    with pytest.raises(ModelError, match="out of data bounds"):
+        session.run({"ids": np.full((2, 5), 10)})
+    session.close()
 
 
 ROWS = """
