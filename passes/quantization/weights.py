@@ -37,6 +37,8 @@ class QuantizeWeights(GraphPass):
         block: How many weights share a scale, in 4 bits.
         rest: Whether weights that cannot have 4 bits are stored in 8; without it they are left to another pass.
         least: Down to how many may share one, where ``block`` does not divide them; ``block`` when left out.
+        negative: Whether scales of blocks may be negative, so that the lowest integer, which is larger than the highest, stands for
+            the largest weight whatever its sign. TensorRT refuses such scales.
         compensate: Whether weights make up for each other's errors on the calibration data
             (``optkit.passes.quantization.compensate``); without data each is rounded to nearest.
         targets: Globs, or ``re:`` expressions, of node names, operators or module paths to quantize; ``=name`` is the one
@@ -52,6 +54,7 @@ class QuantizeWeights(GraphPass):
     block: int = Field(default=32, ge=16)
     least: int | None = Field(default=None, ge=8)
     rest: bool = True
+    negative: bool = False
     compensate: bool = False
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
@@ -97,7 +100,7 @@ class QuantizeWeights(GraphPass):
         """Integers and scales by the names of the weights."""
         if not self.compensate:
             return {str(s.value.name): self._rounded(s, None) for s in chosen}
-        known = remembered(context, (self.name, self.bits, self.block, self.least))
+        known = remembered(context, (self.name, self.bits, self.block, self.least, self.negative))
         missing = [s for s in chosen if str(s.value.name) not in known]
         for site, moments in observed(model, missing, context):
             known[str(site.value.name)] = self._rounded(site, moments)
@@ -108,7 +111,7 @@ class QuantizeWeights(GraphPass):
         if block is None:
             integers, scale = _channels(weight, site.outputs)
         else:
-            integers, scale = _blocks(weight, site.inputs, block)
+            integers, scale = _blocks(weight, site.inputs, block, negative=self.negative)
         if moments is None:
             return integers, scale
         if block is None:
@@ -134,15 +137,22 @@ def _channels(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(weight / scale.reshape(shape)), -127, 127).astype(np.int8), scale
 
 
-def _blocks(weight: np.ndarray, axis: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(
+    weight: np.ndarray, axis: int, block: int, *, negative: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Integers from -8 to 7 and scales ``[..., in // block, ...]``."""
     shape = [*weight.shape[:axis], weight.shape[axis] // block, block, *weight.shape[axis + 1 :]]
     parts = weight.reshape(shape)
     top = np.abs(parts).max(axis=axis + 1, keepdims=True)
+    least = np.float32(_SMALLEST_SCALE)
+    candidates = [np.maximum(top * np.float32(share / _HIGH), least) for share in _SHARES]
+    if negative:
+        # -8 stands for the largest weight, which where that is positive takes a negative scale.
+        sign = np.where(parts.max(axis=axis + 1, keepdims=True) == top, np.float32(-1), np.float32(1))
+        candidates += [sign * np.maximum(top * np.float32(share / -_LOW), least) for share in _SHARES]
     best = np.full(top.shape, np.inf, np.float32)
     scale = np.empty(top.shape, np.float32)
-    for share in _SHARES:
-        candidate = np.maximum(top * np.float32(share / _HIGH), _SMALLEST_SCALE)
+    for candidate in candidates:
         rounded = np.clip(np.rint(parts / candidate), _LOW, _HIGH)
         error = np.square(rounded * candidate - parts).sum(axis=axis + 1, keepdims=True)
         better = error < best

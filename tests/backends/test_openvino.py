@@ -883,3 +883,22 @@ def test_what_most_batches_look_like_is_the_usual_shape(tmp_path, sizes, usual):
     found = artifact.manifest.options["shapes"]
     assert found == (None if usual is None else {"x": list(usual)})
     assert Recipe.load(tmp_path / "o" / "recipe.yaml").options["shapes"] == found
+
+
+@needs_openvino
+def test_blocks_of_weights_in_four_bits_may_have_negative_scales(tmp_path):
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD + "g (float[N, 256] x) => (float[N, 128] y) { y = MatMul(x, w) }",
+        w=random.normal(size=(256, 128)).astype(np.float32),
+    )
+    (found,) = (p for p in Recipe.load("openvino-w4").passes if p.name == "quantize-weights")
+    found.run(model, Context(target=CPU))
+    q, scale = (model.graph.initializers[n].const_value.numpy() for n in ("w/q", "w/scale"))
+    assert (scale < 0).any() and (scale > 0).any()
+    x = random.normal(size=(3, 256)).astype(np.float32)
+    exact = x.astype(np.float64) @ (q.astype(np.float64) * np.repeat(scale, 32, 0))
+    backend, options = _lower(model, tmp_path / "out")
+    with backend.load(tmp_path / "out", CPU, options, threads=1) as session:
+        y = session.run({"x": x})["y"]
+    assert np.abs(y - exact).max() < 1e-5 * np.abs(exact).max()

@@ -55,6 +55,26 @@ def test_four_bits_have_a_scale_for_each_block_along_the_sum(block):
     assert np.sqrt(error[block:].mean()) < 0.15
 
 
+def test_negative_scales_let_the_lowest_integer_stand_for_the_largest_weight_of_either_sign():
+    w = _weight(64, 8)
+    errors = []
+    for negative in (False, True):
+        step = QuantizeWeights(smallest=1, bits=4, block=16, negative=negative)
+        after = check_pass(step, parse(LINEAR, w=w), atol=1e4, rtol=0)
+        scale = after.graph.initializers["w/scale"].const_value.numpy()
+        assert (scale < 0).any() == negative
+        errors.append(np.square(_floats(after, "w") - w).sum())
+    assert errors[1] < errors[0]
+    # A block of eighths of its largest weight, whose sign decides that of the scale.
+    for sign in (1, -1):
+        w = np.full((64, 8), 0.375, np.float32) * sign
+        w[::16] = sign
+        step = QuantizeWeights(smallest=1, bits=4, block=16, negative=True)
+        after = check_pass(step, parse(LINEAR, w=w), atol=1e-5, rtol=0)
+        np.testing.assert_array_equal(_floats(after, "w"), w)
+        assert (after.graph.initializers["w/scale"].const_value.numpy() == -sign / 8).all()
+
+
 @pytest.mark.parametrize(
     ("graph", "shape", "axis"),
     [
