@@ -249,10 +249,9 @@ def _line(row: Mapping[str, Any], plan: str, launches: str) -> str:
     metric = "-"
     if row["candidate"] is not None:
         metric = f"{row['metric']}: {row['reference']:.4f} → {row['candidate']:.4f} ({row['ci95'][1]:+.4f})"
-    mixed = row["shipped"].rpartition("-mixed-")[2]
-    verdict = {"recipe": "kept", "float": "missed: float ships"}.get(
-        row["shipped"], f"kept, {mixed} layers in float"
-    )
+    recipe, _, mixed = row["shipped"].partition("-mixed-")
+    verdict = {"recipe": "kept", "float": "missed: float ships"}.get(recipe, f"kept: {recipe}")
+    verdict += f", {mixed} layers in float" if mixed else ""
     return (
         f"{head} {narrow} of {layers} | {macs:.0%} | {launches} | {row['bytes'] / 1e6:.1f} | {row['cosine']:.5f} | {metric} "
         f"| {verdict} | {row['cpu_seconds']:.0f} |"
