@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from optkit.bench import clock
+from optkit.bench import alternate, clock
 from optkit.errors import OptkitError
 from optkit.evaluate import Run
 
@@ -84,6 +85,27 @@ class Apart:
         if isinstance(answer, str):
             raise OptkitError(answer)
         return answer
+
+
+def in_turn(
+    openers: Mapping[str, Callable[[], Run]], feeds: Path, *, seatings: int, rounds: int, settle: int
+) -> dict[str, np.ndarray]:
+    """CPU seconds of each, all in turn, each in processes of its own, one after the other.
+
+    Args:
+        openers: As for ``Apart``.
+        feeds: A file of ``keep``.
+        seatings: How many processes each has.
+        rounds: In each of them.
+        settle: Calls before each that are not counted.
+    """
+    taken = []
+    for seed in range(seatings):
+        with contextlib.ExitStack() as stack:
+            apart = {name: stack.enter_context(Apart(open_, feeds)) for name, open_ in openers.items()}
+            calls = {name: partial(a.time, settle=settle) for name, a in apart.items()}
+            taken.append(alternate(calls, rounds=rounds, seed=seed))
+    return {name: np.concatenate([times[name][:, 0] for times in taken]) for name in openers}
 
 
 def keep(feeds: Sequence[Mapping[str, np.ndarray]], file: Path) -> Path:

@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ import numpy as np
 import onnxruntime as ort
 
 import optkit
-from optkit.bench import alternate, median_ratio
-from optkit.benchmarks.apart import Apart, keep
+from optkit.bench import median_ratio
+from optkit.benchmarks.apart import in_turn, keep
 from optkit.benchmarks.lines import words
 from optkit.benchmarks.tables import table
 from optkit.evaluate import Run
@@ -149,18 +148,11 @@ def measure(name: str) -> dict[str, Any]:
         open_, size = VARIANTS[name](folder)
         surprise, before = _surprise(open_()), _reference()
         feeds = keep(_calibration()[:4], folder / "feeds.npz")
-        taken = []
-        for seed in range(_SEATINGS):
-            with ExitStack() as stack:
-                apart = {
-                    n: stack.enter_context(Apart(o, feeds))
-                    for n, o in ((REFERENCE, partial(_fp32, _model())), (name, open_))
-                }
-                calls = {n: partial(a.time, settle=_SETTLE) for n, a in apart.items()}
-                taken.append(alternate(calls, rounds=_ROUNDS, seed=seed))
+        openers: dict[str, Callable[[], Run]] = {REFERENCE: partial(_fp32, _model()), name: open_}
+        times = in_turn(openers, feeds, seatings=_SEATINGS, rounds=_ROUNDS, settle=_SETTLE)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    mine, theirs = (np.concatenate([t[n][:, 0] for t in taken]) for n in (name, REFERENCE))
+    mine, theirs = times[name], times[REFERENCE]
     ratio, ci95 = median_ratio(theirs, mine)
     more = np.random.default_rng(0).choice(surprise - before, (2000, len(before))).mean(1)
     return {

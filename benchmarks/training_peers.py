@@ -7,7 +7,7 @@ Handwritten digits and the networks of ``benchmarks/digits.py``. Each tool train
 at the same learning rate, and its result runs where the guide puts it: torch-pruning and torchao in ONNX Runtime (the
 latter by ``convert_pt2e`` and ``torch.onnx.export``), NNCF in OpenVINO, ours where ``compile`` puts it, which tries both: for
 single pictures and, in the last column, told by ``data`` that pictures come by 32. Latency is CPU time on one thread in turn
-with ONNX Runtime on the float network's file. Writes ``benchmarks/results/training_peers.json`` and
+with ONNX Runtime on the float network's file, each in four processes of its own, one after the other. Writes ``benchmarks/results/training_peers.json`` and
 ``.md``; a tool that is not installed leaves its rows as they are.
 """
 
@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import optkit
-from optkit.bench import speedup
+from optkit.bench import median_ratio
 from optkit.benchmarks import peers_openvino
+from optkit.benchmarks.apart import in_turn, keep
 from optkit.benchmarks.digits import Digits, Loader, Residual, Separable, fit, right, train
 from optkit.benchmarks.machine import processor
 from optkit.evaluate import Evaluator, Run, compare
@@ -51,6 +52,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "separable": S
 # Epochs and learning rate of each job, the same for all tools.
 _PRUNE, _QAT = (12, 3e-3), (4, 3e-4)
 _RATIOS = (0.5, 0.75)
+# Processes that each network is timed in, how often in each, and calls that are not counted before each.
+_SEATINGS, _ROUNDS, _SETTLE = 4, 150, 2
 _PACKAGES = ("torch", "onnxruntime", "openvino", "torch-pruning", "torchao", "nncf")
 
 
@@ -88,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-# Takes how many pictures come together.
-Opened = Callable[[int], contextlib.AbstractContextManager[Run]]
+# Takes how many pictures come together; what it gives opens the network in any process.
+Opened = Callable[[int], Callable[[], Run]]
 Work = Callable[[], tuple[Opened, int | None]]
 
 
@@ -128,19 +131,26 @@ class _Bench:
             metric="accuracy",
         )
         opened, parameters = work()
-        reference = ReferenceSession(self.folder / "float.onnx")
-        with opened(1) as run:
-            after = evaluator.scores(run)
-            drop = compare(evaluator, self._before.tolist(), after, None)
-            feeds = [{"x": data.test_x[:1].numpy()}]
-            timed = speedup(reference.run, run, feeds, rounds=400, budget=6.0)
-        with opened(32) as run:
-            batch = speedup(reference.run, run, [{"x": data.test_x[:32].numpy()}], rounds=60, budget=10.0)
-        reference.close()
+        one = opened(1)
+        after = evaluator.scores(one())
+        drop = compare(evaluator, self._before.tolist(), after, None)
+        timed, ci95 = self._speedup(one, 1, _ROUNDS)
+        batch, _ = self._speedup(opened(32), 32, _ROUNDS // 4)
         return {
             "network": self._name, "job": job, "tool": tool, "before": drop.reference, "after": drop.candidate, "ci95": drop.ci95,
-            "parameters": parameters, "speedup": timed.ratio, "speedup_ci95": timed.ci95, "speedup_batch_32": batch.ratio,
+            "parameters": parameters, "speedup": timed, "speedup_ci95": ci95, "speedup_batch_32": batch,
         }  # fmt: skip
+
+    def _speedup(
+        self, open_: Callable[[], Run], together: int, rounds: int
+    ) -> tuple[float, tuple[float, float]]:
+        feeds = keep([{"x": self._data.test_x[:together].numpy()}], self.folder / "feeds.npz")
+        openers: dict[str, Callable[[], Run]] = {
+            "float": partial(_file, self.folder / "float.onnx"),
+            "this": open_,
+        }
+        times = in_turn(openers, feeds, seatings=_SEATINGS, rounds=rounds, settle=_SETTLE)
+        return median_ratio(times["float"], times["this"])
 
 
 def _ours(
@@ -151,12 +161,10 @@ def _ours(
     done = optkit.finetune(module, recipe, Loader(data), F.cross_entropy, fit=plan, overrides=overrides)
     out = folder / "-".join(["ours", recipe, *overrides]).replace("=", "-")
 
-    @contextlib.contextmanager
-    def opened(together: int) -> Iterator[Run]:
+    def opened(together: int) -> Callable[[], Run]:
         batches = [{"x": x.numpy()} for x in data.x[: 8 * together].split(together)]
-        artifact, _ = done.trained.compile(data=batches, out=out)
-        with artifact.session(threads=1) as session:
-            yield session.run
+        done.trained.compile(data=batches, out=out)
+        return partial(_artifact, out)
 
     return opened, sum(p.numel() for p in module.parameters()) if "prune" in recipe else None
 
@@ -204,13 +212,7 @@ def _nncf(net: nn.Module, data: Digits, folder: Path) -> tuple[Opened, int | Non
         compress_to_fp16=False,
     )
 
-    @contextlib.contextmanager
-    def opened(_: int) -> Iterator[Run]:
-        session = peers_openvino.Session(path, ["y"], "f32")
-        name = str(session.compiled.input(0).any_name)
-        yield lambda feeds: session.run({name: next(iter(feeds.values()))})
-
-    return opened, None
+    return lambda _: partial(_openvino, path), None
 
 
 def _tune(module: nn.Module, data: Digits) -> None:
@@ -224,16 +226,23 @@ def _onnx(module: nn.Module, data: Digits, path: Path) -> Opened:
     assert program is not None
     program.save(str(path))
 
-    @contextlib.contextmanager
-    def opened(_: int) -> Iterator[Run]:
-        session = ReferenceSession(path)
-        (name,) = session.inputs
-        try:
-            yield lambda feeds: session.run({name: next(iter(feeds.values()))})
-        finally:
-            session.close()
+    return lambda _: partial(_file, path)
 
-    return opened
+
+def _artifact(folder: Path) -> Run:
+    return optkit.load(folder).session(threads=1).run
+
+
+def _file(path: Path) -> Run:
+    session = ReferenceSession(path)
+    (name,) = session.inputs
+    return lambda feeds: session.run({name: next(iter(feeds.values()))})
+
+
+def _openvino(path: Path) -> Run:
+    session = peers_openvino.Session(path, ["y"], "f32")
+    name = str(session.compiled.input(0).any_name)
+    return lambda feeds: session.run({name: next(iter(feeds.values()))})
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from optkit.benchmarks.apart import Apart, keep
+from optkit.benchmarks.apart import Apart, in_turn, keep
 from optkit.errors import OptkitError
 
 NOTES = """lambda feeds: open({file!r}, "a").write(f"{{__import__('os').getpid()}} {{int(feeds['in.1'][0])}} {{feeds['a/b c'].shape}}|")"""
@@ -33,6 +33,18 @@ def test_a_model_is_timed_in_another_process_on_the_feeds_of_the_round(feeds, tm
     assert [int(value) for _, value, _ in calls] == [0, 1, 1, 1, 2]
     assert [shape for _, _, shape in calls[-2:]] == ["(2, 2)", "(2, 3)"]
     assert len({pid for pid, _, _ in calls}) == 1 and int(calls[0][0]) != os.getpid()
+
+
+def test_models_in_turn_have_new_processes_each_time(feeds, tmp_path):
+    files = {name: tmp_path / name for name in "ab"}
+    openers = {name: partial(eval, NOTES.format(file=str(file))) for name, file in files.items()}
+    times = in_turn(openers, feeds, seatings=2, rounds=3, settle=1)
+    assert {name: len(t) for name, t in times.items()} == {"a": 6, "b": 6}
+    for file in files.values():
+        calls = [call.split(" ", 2) for call in file.read_text().split("|")[:-1]]
+        # To be ready, and three times one that settles and one that counts.
+        assert [int(value) for _, value, _ in calls] == [0, 0, 0, 1, 1, 2, 2] * 2
+        assert len({pid for pid, _, _ in calls}) == 2
 
 
 def test_what_cannot_be_opened_fails_or_dies_is_said(feeds):
