@@ -36,8 +36,8 @@ _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "Gather"})
 _REMOVED = (0.5, 0.75, 0.9, 0.97, 0.99)
 # The same where layers have several passes to go to, so that little of it is all of the weights in a few bits more.
 _REMOVED_BY_BITS = (0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99, 0.999)
-# How often what lies between an attempt that misses and the next, which does not, is halved.
-_HALVINGS = 2
+# What lies between an attempt that misses and the next, which does not, is halved down to this share of the size.
+_APART = 0.01
 # Noise of a layer, in powers of the signal, beyond which outputs cannot be compared: ``_noise`` gives 10^20, averaged.
 _BROKEN = 1e10
 # What a weight that stays in float counts as, beside those of a few bits.
@@ -280,7 +280,7 @@ def repair(
             # Where time is measured, a few layers more or less are seldom seen in it.
             return fixed
         else:
-            return _smaller(fixed, attempt, missed, carried_out)
+            return _smaller(fixed, attempt, missed, sizes, carried_out)
     return None
 
 
@@ -288,10 +288,15 @@ def _smaller(
     fixed: Built,
     attempt: _Attempt,
     missed: _Attempt,
+    sizes: Mapping[str, Sequence[float]],
     carried_out: Callable[[_Attempt], tuple[Built | None, list[str]]],
 ) -> Built:
     """``fixed``, or what keeps the limits too with fewer moves than ``attempt``, and more than ``missed``."""
-    for _ in range(_HALVINGS):
+
+    def stored(one: _Attempt) -> float:
+        return sum(sizes[node][rung] for node, rung in one.rungs.items()) / 8
+
+    while stored(attempt) - stored(missed) > _APART * fixed.bytes:
         half = replace(attempt, count=(attempt.count + missed.count) // 2)
         if half.count == missed.count:
             break
