@@ -8,7 +8,7 @@ layers with weights, and of all multiply-accumulates, as the engine's plan names
 calls them. Outputs are those of the typed graph, or of the bodies of the kernels, on this processor, held against ONNX Runtime's of
 the file as published; the metric is that of the model's evaluator with a budget of 1 %, for ``l4`` (other cards have the same typed
 graph), for ``nvfp4`` and for Triton on ``h100``, where weights are trained. Where a recipe misses it and float ships, plan, layers, size and cosine are those
-of float. Rows that are missing were not measured. Programs are compiled anew. CPU seconds are those of all processes, from the file
+of float; the engine that did not ship stands in a row ``without metric``. Rows that are missing were not measured. Programs are compiled anew. CPU seconds are those of all processes, from the file
 to the artifact, with calibration and judging. Nothing ran on a GPU.
 """
 
@@ -62,6 +62,8 @@ PROGRAMS = {
 _FOUR = ("rtx5090", "tensorrt-nvfp4")
 # Convolutional networks miss the budget by recipe; what is searched for keeps layers in float until they do not.
 _SEARCHED = ("l4", "int8")
+# A row's last word: nothing is judged, so that the engine is that of the recipe whatever it loses.
+_UNJUDGED = "unjudged"
 ROWS = tuple(
     f"{model} {target} {recipe}"
     for model in MODELS
@@ -71,7 +73,7 @@ ROWS = tuple(
         *(("h100", recipe) for recipe in PROGRAMS[model]),
         ("mi300x", PROGRAMS[model][0]),
     )
-)
+) + tuple(f"{DECODER} l4 {recipe} {_UNJUDGED}" for recipe in ("tensorrt-int8", "fp8"))
 _NARROW = ("int8", "fp8", "nvfp4")
 _CALLS = tuple(fmt.dequantize for fmt in BLOCK_FORMATS.values())
 _BATCHES = 3
@@ -92,11 +94,13 @@ def _source(model: str) -> tuple[Path, Path]:
 
 def measure(name: str) -> dict[str, Any]:
     """One row."""
-    model, target, recipe = name.split()
+    model, target, recipe, *unjudged = name.split()
     path, evaluator = _source(model)
     module = load_python(evaluator, "evaluator")
-    judged = hasattr(module, "samples") and (
-        target == "l4" or (target, recipe) == _FOUR or (target == "h100" and recipe in PROGRAMS[model])
+    judged = (
+        not unjudged
+        and hasattr(module, "samples")
+        and (target == "l4" or (target, recipe) == _FOUR or (target == "h100" and recipe in PROGRAMS[model]))
     )
     with tempfile.TemporaryDirectory(prefix="optkit-nvidia-") as folder:
         out = Path(folder) / "out"
@@ -246,7 +250,7 @@ def _line(row: Mapping[str, Any], plan: str, launches: str) -> str:
         return head + " - |" * 6 + f" failed | {row['cpu_seconds']:.0f} |"
     narrow, layers = row["layers"]
     macs = sum(row["formats"].get(f, 0.0) for f in _NARROW)
-    metric = "-"
+    metric = "without metric" if row["name"].endswith(_UNJUDGED) else "-"
     if row["candidate"] is not None:
         metric = f"{row['metric']}: {row['reference']:.4f} → {row['candidate']:.4f} ({row['ci95'][1]:+.4f})"
     recipe, _, mixed = row["shipped"].partition("-mixed-")
