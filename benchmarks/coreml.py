@@ -19,6 +19,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,20 +129,22 @@ def _memory(folder: Path, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
 
     Weights lie in the package.
     """
+    largest = 0
+
+    def watch(op: Any, arguments: Mapping[str, Any], results: list[Any]) -> None:
+        nonlocal largest
+        largest = max(largest, *(getattr(r, "nbytes", 0) for r in results))
+
+    with closing(PackageSession(folder)) as session:
+        session.compute(session.features(feeds), watch)
     tracemalloc.start()
     try:
-        session, largest = PackageSession(folder), 0
-
-        def watch(op: Any, arguments: Mapping[str, Any], results: list[Any]) -> None:
-            nonlocal largest
-            largest = max(largest, *(getattr(r, "nbytes", 0) for r in results))
-
-        for _ in range(2):
-            session.compute(session.features(feeds), watch)
-        _, peak = tracemalloc.get_traced_memory()
+        with closing(PackageSession(folder)) as session:
+            for _ in range(2):
+                session.compute(session.features(feeds))
+            _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    session.close()
     package = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     allowed = package + 2 * largest
     return {"memory": round((package + peak) / allowed, 2), "memory_over": max(0, package + peak - allowed)}

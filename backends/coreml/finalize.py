@@ -205,7 +205,7 @@ def _fed(port: Any, array: np.ndarray) -> np.ndarray:
 def _verify(path: Path, session: MacSession, precision: str) -> dict[str, Any]:
     outputs: list[dict[str, Any]] = []
     with closing(ReferenceSession(path)) as reference:
-        integers = any(o.kind == "quantize" for o in reference.machine.function.block.operations)
+        integers = "quantize" in reference.machine.kinds
         limit = golden.min_cosine([precision, *(["int8"] if integers else [])])
         for index, steps in enumerate(_batches(path)):
             session.reset()

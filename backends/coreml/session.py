@@ -149,10 +149,10 @@ class ReferenceSession(PackageSession):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.package = Package(folder / PACKAGE)
-        if "main" not in self.package.functions:
+        package = Package(folder / PACKAGE)
+        if "main" not in package.functions:
             raise ModelError(f"{PACKAGE}: has no function 'main'")
-        self.machine = Machine(self.package.functions["main"])
+        self.machine = Machine(package.functions["main"])
 
     def compute(self, features: dict[str, np.ndarray], watch: Watch | None = None) -> Mapping[str, Any]:
         """One run of the machine."""
@@ -172,7 +172,7 @@ class ReferenceSession(PackageSession):
 
     def close(self) -> None:
         """Forget the program and its constants."""
-        del self.machine, self.package
+        del self.machine
 
 
 class MacSession(PackageSession):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optkit.backends.coreml.reference.halves import halves, widened
-from optkit.backends.coreml.reference.ops import OPERATIONS
+from optkit.backends.coreml.reference.ops import ELEMENTWISE, OPERATIONS
 from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output, Type
 from optkit.errors import DataError, ModelError
 
@@ -41,14 +41,14 @@ _ROUNDS = 1_000_000
 Watch = Callable[[Operation, Mapping[str, Any], list[Any]], None]
 
 
+def _kinds(block: Block) -> set[str]:
+    found = {o.kind for o in block.operations}
+    return found.union(*(_kinds(b) for o in block.operations for b in o.blocks))
+
+
 def unknown(function: Function) -> list[str]:
     """Kinds of operations that the evaluator does not have."""
-
-    def kinds(block: Block) -> set[str]:
-        found = {o.kind for o in block.operations}
-        return found.union(*(kinds(b) for o in block.operations for b in o.blocks))
-
-    return sorted(k for k in kinds(function.block) if k not in OPERATIONS and k not in (*_CONTROL, "const"))
+    return sorted(k for k in _kinds(function.block) if k not in OPERATIONS and k not in (*_CONTROL, "const"))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,6 +61,7 @@ class _Step:
         moving: Parameter, names, whether it takes several values.
         wide: Whether floats arrive in float32.
         gone: Values that nobody reads afterwards.
+        over: Parameters whose values are among those, and that the result may be written over.
     """
 
     op: Operation
@@ -69,13 +70,35 @@ class _Step:
     moving: list[tuple[str, list[str], bool]]
     wide: bool
     gone: list[str]
+    over: list[tuple[str, str]]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Body:
+    """A block as it runs.
+
+    Attributes:
+        block: Until it is prepared: of a small program, what it says of its constants is more than they are.
+        gone: For each of its operations the values that nobody reads afterwards.
+        steps: Once it is prepared.
+    """
+
+    block: Block | None
+    outputs: list[str]
+    gone: list[list[str]]
+    steps: list[_Step] | None = None
 
 
 class Machine:
     """One function of a program, ready to run.
 
     Constants are read once, compressed ones decompressed, and kept in the type that the program declares. Values are
-    forgotten after their last use.
+    forgotten after their last use; where operations go element by element, their last use writes over them.
+
+    Attributes:
+        inputs: The function's.
+        kinds: Of the operations.
+        state: What is kept between runs.
 
     Raises:
         ModelError: It has operations that the evaluator does not know; lists them.
@@ -84,30 +107,28 @@ class Machine:
     def __init__(self, function: Function) -> None:
         if missing := unknown(function):
             raise ModelError(f"the reference evaluator does not know the operations {', '.join(missing)}")
-        self.function = function
+        self.inputs = tuple(function.inputs)
+        self.kinds = frozenset(_kinds(function.block))
         self._constants: dict[str, Any] = {}
-        self._steps: dict[int, list[_Step]] = {}
-        self._last: dict[int, list[list[str]]] = {}
-        self._plan(function.block, keep=set(function.block.outputs))
+        self._inner: dict[int, _Body] = {}
+        self._main, _ = self._plan(function.block)
         self.state: dict[str, np.ndarray] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget what was kept between runs."""
-        self.state = {
-            v.name: np.zeros(v.type.shape or (), v.type.dtype) for v in self.function.inputs if v.type.state
-        }
+        self.state = {v.name: np.zeros(v.type.shape or (), v.type.dtype) for v in self.inputs if v.type.state}
 
-    def _plan(self, block: Block, keep: set[str]) -> set[str]:
-        """After which operation each value of the block was read for the last time; the names that it reads from outside."""
+    def _plan(self, block: Block) -> tuple[_Body, set[str]]:
+        """The block with when each of its values is read for the last time, and the names that it reads from outside."""
         own = {o.name for op in block.operations for o in op.outputs}
         last: dict[str, int] = {}
         outside: set[str] = set()
         for index, op in enumerate(block.operations):
             names = {b.name for values in op.inputs.values() for b in values if isinstance(b, Name)}
             for inner in op.blocks:
-                bound = {i.name for i in inner.inputs}
-                names |= self._plan(inner, set(inner.outputs)) - bound
+                self._inner[id(inner)], read = self._plan(inner)
+                names |= read - {i.name for i in inner.inputs}
             for output in op.outputs:
                 last.setdefault(output.name, index)
             for name in names:
@@ -117,10 +138,10 @@ class Machine:
                     outside.add(name)
         gone: list[list[str]] = [[] for _ in block.operations]
         for name, index in last.items():
-            if name not in keep:
+            if name not in block.outputs:
                 gone[index].append(name)
-        self._last[id(block)] = gone
-        return outside | {o for o in block.outputs if o not in own}
+        body = _Body(block=block, outputs=block.outputs, gone=gone)
+        return body, outside | {o for o in block.outputs if o not in own}
 
     def run(self, feeds: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, Any]:
         """All outputs by name.
@@ -134,7 +155,7 @@ class Machine:
             ModelError: An operation fails, or computes another shape than the program declares.
         """
         values: dict[str, Any] = {}
-        for port in self.function.inputs:
+        for port in self.inputs:
             if port.type.state:
                 continue
             if port.name not in feeds:
@@ -146,25 +167,31 @@ class Machine:
                 )
             values[port.name] = array.astype(port.type.dtype, copy=False)
         with np.errstate(all="ignore"):
-            return self._block(self.function.block, values, watch)
+            return self._run(self._main, values, watch)
 
     def _block(self, block: Block, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
-        steps = self._steps.get(id(block))
-        if steps is None:
-            steps = self._steps[id(block)] = self._prepared(block)
-        for step in steps:
-            self._operation(step, values, watch)
+        return self._run(self._inner[id(block)], values, watch)
+
+    def _run(self, body: _Body, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
+        if body.steps is None:
+            body.steps = self._prepared(body)
+            body.block, body.gone = None, []
+        # Values whose memory nobody else knows.
+        own: set[str] = set()
+        for step in body.steps:
+            self._operation(step, values, own, watch)
             for name in step.gone:
                 values.pop(name, None)
-        return {name: self._value(name, values) for name in block.outputs}
+        return {name: self._value(name, values) for name in body.outputs}
 
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
         return values[name] if name in values else self._constants[name]
 
-    def _prepared(self, block: Block) -> list[_Step]:
+    def _prepared(self, body: _Body) -> list[_Step]:
         """Read the constants of a block; what is left to do in each run."""
+        assert body.block is not None
         steps = []
-        for op, gone in zip(block.operations, self._last[id(block)], strict=True):
+        for op, gone in zip(body.block.operations, body.gone, strict=True):
             if op.kind == "const":
                 self._constants[op.outputs[0].name] = _held(_read(op.attributes["val"]))
             elif op.kind.startswith("constexpr_"):
@@ -172,8 +199,9 @@ class Machine:
                 for parameter, value in op.attributes.items():
                     arguments[parameter] = _argument(_read(value))
                 for output, value in zip(op.outputs, self._call(op, arguments), strict=True):
+                    rounded = _rounded(op, output, np.asarray(value), place=False)
                     # Decompressed it is no larger than the program declares it.
-                    narrow = value.astype(output.type.dtype, copy=False)
+                    narrow = rounded.astype(output.type.dtype, copy=False)
                     self._constants[output.name] = _held(narrow)
             else:
                 steps.append(self._step(op, gone))
@@ -181,7 +209,7 @@ class Machine:
 
     def _step(self, op: Operation, gone: list[str]) -> _Step:
         wide = op.kind not in _MOVES
-        step = _Step(op=op, fixed={}, heavy=[], moving=[], wide=wide, gone=gone)
+        step = _Step(op=op, fixed={}, heavy=[], moving=[], wide=wide, gone=gone, over=[])
         for parameter, bindings in op.inputs.items():
             names = [b.name for b in bindings if isinstance(b, Name)]
             several = (op.kind, parameter) in _SEVERAL or len(bindings) != 1
@@ -194,6 +222,8 @@ class Machine:
                 step.fixed[parameter] = given if several else given[0]
             elif len(names) == len(bindings):
                 step.moving.append((parameter, names, several))
+                if op.kind in ELEMENTWISE and names[0] in gone:
+                    step.over.append((parameter, names[0]))
             else:
                 raise ModelError(f"{op}: {parameter!r} mixes names and values")
         return step
@@ -215,17 +245,38 @@ class Machine:
             raise ModelError(f"{op}: {error}") from error
         except (ValueError, IndexError, AssertionError, KeyError) as error:
             raise ModelError(f"{op} cannot be computed: {type(error).__name__}: {error}") from error
-        found = results if isinstance(results, list) else [results]
-        given = [a for a in arguments.values() if isinstance(a, np.ndarray)]
-        return [_rounded(op, o, v, given) for o, v in zip(op.outputs, found, strict=False)]
+        return results if isinstance(results, list) else [results]
 
-    def _operation(self, step: _Step, values: dict[str, Any], watch: Watch | None) -> None:
+    def _computed(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> list[Any]:
+        """What an operation of the table gives; ``own`` as it is afterwards."""
         op = step.op
+        arguments = self._arguments(step, values)
+        # Who watches sees arguments as they were.
+        over = _over(step, arguments, own) if watch is None else {}
+        results = self._call(op, arguments | over)
+        given = [a for v in arguments.values() for a in (v if isinstance(v, list) else [v])]
+        arrays = [a for a in given if isinstance(a, np.ndarray)]
+        found = []
+        for output, result in zip(op.outputs, results, strict=False):
+            array = np.asarray(result)
+            fresh = array.flags.writeable and not any(np.may_share_memory(array, a) for a in arrays)
+            fresh = fresh or (bool(over) and array is over["out"])
+            found.append(_rounded(op, output, array, place=fresh))
+            if fresh and len(results) == 1:
+                own.add(output.name)
+            elif not fresh:
+                own.difference_update(n for _, names, _ in step.moving for n in names)
+        if watch is not None:
+            watch(op, arguments, found)
+        return found
+
+    def _operation(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> None:
+        op = step.op
+        if op.blocks:
+            # They may give back what they read.
+            own.clear()
         if op.kind in OPERATIONS:
-            arguments = self._arguments(step, values)
-            found = self._call(op, arguments)
-            if watch is not None:
-                watch(op, arguments, found)
+            found = self._computed(step, values, own, watch)
         elif op.kind == "read_state":
             found = [self.state[op.inputs["input"][0].name].copy()]
         elif op.kind == "write_state":
@@ -293,14 +344,28 @@ def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
     )
 
 
-def _rounded(op: Operation, output: Output, value: Any, given: list[np.ndarray]) -> Any:
-    """``value`` in the declared type; the declared shape must be its own.
+def _over(step: _Step, arguments: Mapping[str, Any], own: set[str]) -> dict[str, np.ndarray]:
+    """The argument that the result is written over, as ``out``; nothing where there is none of its type and size."""
+    for parameter, name in step.over:
+        array = arguments[parameter]
+        if (
+            name in own
+            and isinstance(array, np.ndarray)
+            and array.dtype == np.float32
+            and step.op.outputs[0].type.dtype in (np.float16, np.float32)
+            and array.shape == np.broadcast_shapes(*(np.shape(a) for a in arguments.values()))
+        ):
+            return {"out": array}
+    return {}
+
+
+def _rounded(op: Operation, output: Output, array: np.ndarray, *, place: bool) -> np.ndarray:
+    """``array`` in the declared type; the declared shape must be its own.
 
     Args:
-        given: Arrays that the operation got, whose memory ``value`` may lie in.
+        place: Whether the result may take its place.
     """
     kind: Type = output.type
-    array = np.asarray(value)
     if not array.size:
         raise ModelError(
             f"{op}: {output.name!r} comes out as {list(array.shape)}, and Core ML has no tensors without elements",
@@ -312,7 +377,4 @@ def _rounded(op: Operation, output: Output, value: Any, given: list[np.ndarray])
         )
     if kind.dtype != np.float16:
         return array.astype(kind.dtype, copy=False)
-    if op.kind in _PICKS:
-        return array
-    own = array.flags.writeable and not any(np.may_share_memory(array, a) for a in given)
-    return halves(array, place=own)
+    return array if op.kind in _PICKS else halves(array, place=place)

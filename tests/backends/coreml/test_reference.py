@@ -474,7 +474,93 @@ def test_convolutions_in_parts_are_those_in_one_piece(monkeypatch):
     np.testing.assert_allclose(linear.conv(**deep), bands, atol=1e-5)
     # An infinity is far from most windows, and takes the way that multiplies no zeros.
     x[0, 0, 0, 0] = np.inf
-    np.testing.assert_allclose(linear.conv(**deep)[0, 1:], bands[0, 1:], atol=1e-5)
+    found = linear.conv(**deep)
+    np.testing.assert_allclose(found[0, 1:], bands[0, 1:], atol=1e-5)
+    assert not np.isnan(found).any()
+    assert np.isinf(found[0, 0]).any()
+
+
+DEPTHWISE = {
+    "rows and columns": ([2, 160, 9, 7], 1, "kernel_shape = [3, 3], strides = [2, 1], pads = [1, 0, 2, 1]"),
+    "two of each": ([1, 160, 6, 5], 2, "kernel_shape = [3, 3], pads = [1, 1, 1, 1]"),
+    "far apart": ([1, 3, 12, 40], 1, "kernel_shape = [3, 2], dilations = [2, 3], pads = [2, 0, 1, 3]"),
+    "a line": ([2, 160, 30], 1, "kernel_shape = [5], strides = [3], dilations = [2], pads = [4, 1]"),
+    "a space": (
+        [1, 4, 5, 6, 7],
+        2,
+        "kernel_shape = [3, 2, 3], strides = [1, 2, 2], pads = [1, 0, 1, 1, 1, 0]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DEPTHWISE)
+@pytest.mark.parametrize("parts", [False, True])
+def test_channels_side_by_side_are_what_onnx_runtime_computes(kind, parts, tmp_path, monkeypatch):
+    from optkit.backends.coreml.reference.ops import linear
+
+    shape, times, attributes = DEPTHWISE[kind]
+    channels = shape[1]
+    kernel = [int(k) for k in attributes.split("[")[1].split("]")[0].split(",")]
+    sizes = ", ".join(map(str, shape))
+    model = parse(
+        HEAD + f"g (float[{sizes}] x) => (float[{', '.join('abcde'[: len(shape)])}] y) "
+        f"{{ y = Conv<group = {channels}, {attributes}>(x, w, v) }}",
+        w=np.random.default_rng(0).normal(size=(channels * times, 1, *kernel)).astype(np.float32),
+        v=np.random.default_rng(1).normal(size=channels * times).astype(np.float32),
+    )
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model).run(feeds)["y"]
+    called = []
+    usual = linear._side_by_side
+    monkeypatch.setattr(linear, "_side_by_side", lambda *given: (called.append(1), usual(*given))[1])
+    monkeypatch.setattr(linear, "_MANY", 1)
+    monkeypatch.setattr(linear, "_WIDE", 1 << 20)
+    if parts:
+        monkeypatch.setattr(linear, "_PADDED", 1)
+        monkeypatch.setattr(linear, "_LEAST", 1)
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(), tmp_path)
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        np.testing.assert_allclose(session.run(feeds)["y"], expected, atol=1e-5)
+    assert called
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_nothing_is_written_over_that_somebody_still_reads(precision, tmp_path):
+    """Inputs, constants, what a view shows, what a branch gives back, what is read twice, outputs."""
+    model = parse(
+        HEAD + """g (float[2, 4] x, bool c) => (float[2, 4] y, float[4, 2] v, float[2, 4] r, float[2, 4] z, float[2, 4] p) {
+          r0 = Relu(x)
+          k = Add(w, r0)
+          a = Sub(k, r0)
+          v = Reshape(a, turned)
+          n = Neg(a)
+          b = Mul(x, k)
+          z = If(c) <then_branch = one () => (float[2, 4] t) { t = Identity(b) }, else_branch = two () => (float[2, 4] e) { e = Neg(b) }>
+          s = Relu(b)
+          y = Add(n, s)
+          q = Add(y, y)
+          p = Mul(q, q)
+          r = Relu(x)
+        }""",
+        w=np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4), turned=np.array([4, 2]),
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
+    feeds = {
+        "x": np.random.default_rng(0).normal(size=(2, 4)).astype(np.float16).astype(np.float32),
+        "c": np.asarray(True),
+    }
+    before = feeds["x"].copy()
+    expected = ReferenceSession(model).run(feeds)
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        for _ in range(2):
+            found = session.run(feeds)
+            for name, array in expected.items():
+                np.testing.assert_allclose(
+                    found[name], array, atol=1e-6 if precision == "fp32" else 1e-2, err_msg=name
+                )
+    np.testing.assert_array_equal(feeds["x"], before)
 
 
 @pytest.mark.parametrize(
@@ -569,3 +655,33 @@ def test_a_run_takes_no_more_memory_than_twice_the_largest_activation(precision,
             tracemalloc.stop()
     # Parts of a convolution and pieces of elementwise steps are of a fixed size.
     assert peak < 2 * largest + 3 * 2**20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision, tmp_path):
+    import tracemalloc
+
+    model = parse(
+        HEAD + """g (float[1, 4, 256, 256] x) => (float[1, 4, 256, 256] y) {
+          a = Add(x, c)
+          b = Clip(a, low, high)
+          d = Gelu(b)
+          e = Mul(d, c)
+          y = Relu(e)
+        }""",
+        c=np.float32(1.5), low=np.float32(-1), high=np.float32(1),
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
+    feeds = random_feeds(model)
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        features = session.features(feeds)
+        session.compute(features)
+        tracemalloc.start()
+        try:
+            session.compute(features)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # In float16 the input is widened beside, and pieces are of a fixed size.
+    assert peak < (1 + (precision == "fp16")) * feeds["x"].nbytes + 2**20

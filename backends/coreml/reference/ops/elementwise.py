@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optkit.backends.coreml.reference.ops.table import OPERATIONS, operation
+from optkit.backends.coreml.reference.ops.table import operation
 
 Array = np.ndarray
 
@@ -16,7 +16,6 @@ _UNARY = {
     "abs": np.abs, "acos": np.arccos, "asin": np.arcsin, "atan": np.arctan, "atanh": np.arctanh, "ceil": np.ceil, "cos": np.cos,
     "cosh": np.cosh, "exp": np.exp, "exp2": np.exp2, "floor": np.floor, "round": np.rint, "sign": np.sign, "sin": np.sin,
     "sinh": np.sinh, "sqrt": np.sqrt, "square": np.square, "tan": np.tan, "tanh": np.tanh, "logical_not": np.logical_not,
-    "identity": lambda x: x,
 }  # fmt: skip
 _BINARY = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "floor_div": np.floor_divide, "mod": np.mod, "pow": np.power,
@@ -31,8 +30,8 @@ _PIECE = 1 << 14
 
 
 def _unary(function: Any) -> Any:
-    def apply(x: Array) -> Any:
-        return function(x)
+    def apply(x: Array, out: Array | None = None) -> Any:
+        return function(x, out=out)
 
     return apply
 
@@ -44,12 +43,12 @@ def by_pieces(function: Any) -> Any:
     """
 
     @wraps(function)
-    def apply(x: Array, **more: Any) -> Any:
+    def apply(x: Array, out: Array | None = None, **more: Any) -> Any:
         array = np.asarray(x, np.float32)
         if array.size <= _PIECE:
             return function(array, **more)
         source = np.ascontiguousarray(array).reshape(-1)
-        out = np.empty(array.shape, np.float32)
+        out = np.empty(array.shape, np.float32) if out is None or not out.flags.c_contiguous else out
         place = out.reshape(-1)
         for start in range(0, source.size, _PIECE):
             place[start : start + _PIECE] = function(source[start : start + _PIECE], **more)
@@ -59,14 +58,21 @@ def by_pieces(function: Any) -> Any:
 
 
 def _binary(function: Any) -> Any:
-    def apply(x: Array, y: Array) -> Any:
-        return function(x, y)
+    def apply(x: Array, y: Array, out: Array | None = None) -> Any:
+        return function(x, y, out=out)
 
     return apply
 
 
-OPERATIONS.update({name: _unary(function) for name, function in _UNARY.items()})
-OPERATIONS.update({name: _binary(function) for name, function in _BINARY.items()})
+for _names, _kind in ((_UNARY, _unary), (_BINARY, _binary)):
+    for _name, _function in _names.items():
+        operation(_name, elementwise=True)(_kind(_function))
+
+
+@operation("identity")
+def identity(x: Array) -> Array:
+    """``x``."""
+    return x
 
 
 @operation("real_div")
@@ -101,16 +107,16 @@ def rsqrt(x: Array, epsilon: float = 1e-12) -> Array:
     return np.float32(1) / np.sqrt(x + np.float32(epsilon))
 
 
-@operation("clip")
-def clip(x: Array, alpha: float, beta: float) -> Array:
+@operation("clip", elementwise=True)
+def clip(x: Array, alpha: float, beta: float, out: Array | None = None) -> Array:
     """Between ``alpha`` and ``beta``."""
-    return np.clip(x, np.float32(alpha), np.float32(beta))
+    return np.clip(x, np.float32(alpha), np.float32(beta), out=out)
 
 
-@operation("threshold")
-def threshold(x: Array, alpha: float) -> Array:
+@operation("threshold", elementwise=True)
+def threshold(x: Array, alpha: float, out: Array | None = None) -> Array:
     """At least ``alpha``."""
-    return np.maximum(x, np.float32(alpha))
+    return np.maximum(x, np.float32(alpha), out=out)
 
 
 @operation("select")
@@ -137,7 +143,7 @@ def erf_of(x: Array) -> Array:
     return np.copysign(value, x)
 
 
-@operation("erf")
+@operation("erf", elementwise=True)
 @by_pieces
 def erf(x: Array) -> Array:
     """The error function."""
@@ -149,14 +155,14 @@ def sigmoid_of(x: Array) -> Array:
     return np.float32(1) / (np.float32(1) + np.exp(-x))
 
 
-OPERATIONS["sigmoid"] = by_pieces(sigmoid_of)
-OPERATIONS["silu"] = by_pieces(lambda x: x * sigmoid_of(x))
-OPERATIONS["relu"] = _unary(lambda x: np.maximum(x, np.float32(0)))
-OPERATIONS["relu6"] = _unary(lambda x: np.clip(x, np.float32(0), np.float32(6)))
-OPERATIONS["softsign"] = by_pieces(lambda x: x / (np.float32(1) + np.abs(x)))
+operation("sigmoid", elementwise=True)(by_pieces(sigmoid_of))
+operation("silu", elementwise=True)(by_pieces(lambda x: x * sigmoid_of(x)))
+operation("relu", elementwise=True)(_unary(lambda x, out: np.maximum(x, np.float32(0), out=out)))
+operation("relu6", elementwise=True)(_unary(lambda x, out: np.clip(x, np.float32(0), np.float32(6), out=out)))
+operation("softsign", elementwise=True)(by_pieces(lambda x: x / (np.float32(1) + np.abs(x))))
 
 
-@operation("softplus")
+@operation("softplus", elementwise=True)
 @by_pieces
 def softplus(x: Array) -> Array:
     """``log(1 + exp(x))``."""
@@ -179,7 +185,7 @@ def along(values: Array, x: Array, axis: int = 1) -> Array:
     return values.reshape(shape)
 
 
-@operation("leaky_relu")
+@operation("leaky_relu", elementwise=True)
 @by_pieces
 def leaky_relu(x: Array, alpha: float = 0.01) -> Array:
     """``alpha * x`` below 0."""
@@ -192,7 +198,7 @@ def prelu(x: Array, alpha: Array) -> Array:
     return np.where(x >= 0, x, x * along(alpha, x))
 
 
-@operation("elu")
+@operation("elu", elementwise=True)
 @by_pieces
 def elu(x: Array, alpha: float = 1.0) -> Array:
     """``alpha * (exp(x) - 1)`` below 0."""
@@ -205,21 +211,21 @@ def thresholded_relu(x: Array, alpha: float = 1.0) -> Array:
     return np.where(x >= np.float32(alpha), x, np.float32(0))
 
 
-@operation("clamped_relu")
+@operation("clamped_relu", elementwise=True)
 @by_pieces
 def clamped_relu(x: Array, alpha: float, beta: float) -> Array:
     """As leaky_relu, at most ``beta``."""
     return np.minimum(leaky_relu(x, alpha), np.float32(beta))
 
 
-@operation("linear_activation")
+@operation("linear_activation", elementwise=True)
 @by_pieces
 def linear_activation(x: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
     """``alpha * x + beta``."""
     return x * np.float32(alpha) + np.float32(beta)
 
 
-@operation("sigmoid_hard")
+@operation("sigmoid_hard", elementwise=True)
 @by_pieces
 def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5) -> Array:
     """``alpha * x + beta`` between 0 and 1."""
@@ -228,7 +234,7 @@ def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5) -> Array:
     return np.clip(out, np.float32(0), np.float32(1))
 
 
-@operation("scaled_tanh")
+@operation("scaled_tanh", elementwise=True)
 @by_pieces
 def scaled_tanh(x: Array, alpha: float = 1.0, beta: float = 1.0) -> Array:
     """``alpha * tanh(beta * x)``."""
@@ -265,7 +271,7 @@ def share_below(x: Array) -> Array:
     return bend
 
 
-@operation("gelu")
+@operation("gelu", elementwise=True)
 @by_pieces
 def gelu(x: Array, mode: str = "EXACT") -> Array:
     """``x`` times the normal distribution's share below it, or one of its approximations."""

@@ -23,19 +23,21 @@ _PADDED = 1 << 17
 # Where activations are smaller than these, as many elements as they have, but no fewer than pay for a step of its own.
 _LEAST = 1 << 13
 # Elements of weights in float16 that are in float32 at a time, where activations have fewer.
-_WIDENED = 1 << 15
+_WIDENED = 1 << 16
 # Columns of the output that one banded matrix gives: more multiply more zeros, fewer make more products.
 _COLUMNS = 14
+# From so many channels on, and up to so many elements of each, their products are taken side by side.
+_MANY, _FEW = 144, 28 * 28
 # So many times wider than high, and bands along the height are the faster ones.
 _WIDE = 2
 
 
 def _by_rows(rows: Array, size: int) -> Iterator[tuple[slice, Array]]:
-    """Rows of a matrix in float32, half as many at a time as there are elements of activations, ``size``, beside them."""
+    """Rows of a matrix in float32, an eighth as many elements at a time as there are in activations, ``size``, beside them."""
     if rows.dtype != np.float16:
         yield slice(0, len(rows)), rows
         return
-    step = max(1, max(_WIDENED, size // 2) // max(1, rows[:1].size))
+    step = max(1, max(_WIDENED, size // 8) // max(1, rows[:1].size))
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
         yield some, widened(rows[some])
@@ -49,6 +51,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     out = np.empty((len(flat), len(weight)), np.float32)
     for some, rows in _by_rows(weight, max(x.size, out.size)):
         np.matmul(flat, rows.T, out=out[:, some])
+        del rows  # before the next are made
     out = out.reshape(*x.shape[:-1], len(weight))
     return out if bias is None else _add(out, bias)
 
@@ -110,9 +113,14 @@ def padded(x: Array, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Arr
     if not any(p for pair in pads for p in pair):
         return x
     sizes = [n + a + b for n, (a, b) in zip(x.shape[2:], pads, strict=True)]
-    out = np.full((*x.shape[:2], *sizes), value, x.dtype)
-    inside = tuple(slice(a, a + n) for n, (a, _) in zip(x.shape[2:], pads, strict=True))
-    out[(slice(None), slice(None), *inside)] = x
+    out = np.empty((*x.shape[:2], *sizes), x.dtype)
+    inside: list[Any] = [slice(None), slice(None)]
+    for n, (a, b) in zip(x.shape[2:], pads, strict=True):
+        # Of what lies inside along the axes before, the edges of this one.
+        for edge in (slice(0, a), slice(a + n, a + n + b)):
+            out[(*inside, edge)] = value
+        inside.append(slice(a, a + n))
+    out[tuple(inside)] = x
     return out
 
 
@@ -189,6 +197,7 @@ def _dense(
             for image, place in zip(x, out[:, some], strict=True):
                 # All channels of an image are in one piece, so this is a view.
                 np.matmul(rows, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
+            del rows
         return
     for some, rows in _by_rows(matrix, activations):
         for image, place, columns in _unfolded(
@@ -196,7 +205,8 @@ def _dense(
         ):
             # Whole rows of the output lie in one piece, so this is a view.
             np.matmul(rows, columns, out=out[image, some, place].reshape(len(rows), -1))
-            del columns  # before the next are made
+            del columns
+        del rows
 
 
 def _room(most: int, activations: int) -> int:
@@ -209,22 +219,43 @@ def _unfolded(
     room: int,
 ) -> Iterator[tuple[int, slice, Array]]:  # fmt: skip
     """For each image some rows of the output at a time: what each of its elements is computed from, in a column."""
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    # [in, *out, *kernel] becomes [in, *kernel, *out].
-    axes, high = len(sizes), x.shape[1] * math.prod(kernel)
-    order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
+    high = x.shape[1] * math.prod(kernel)
     rows = max(1, room // max(1, high * math.prod(sizes[1:])))
-    (before, _), step = pads[0], strides[0]
+    axes = len(sizes)
+    # [in, *out, *kernel] becomes [in, *kernel, *out].
+    order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
+    for image, place, first, last, ends in _slabs(x, kernel, strides, dilations, pads, sizes, rows):
+        some = padded(x[image : image + 1, :, first:last], ends)[0]
+        part = _windows(some, kernel, strides, dilations, range(1, 1 + axes)).transpose(order)
+        yield image, place, part.reshape(high, -1)
+
+
+def _slabs(
+    x: Array, kernel: Sequence[int], strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
+    rows: int,
+) -> Iterator[tuple[int, slice, int, int, list[tuple[int, int]]]]:  # fmt: skip
+    """For each image ``rows`` rows of the output at a time: the rows of the input below them, from and to, and their pads."""
+    (before, _), step, span = pads[0], strides[0], (kernel[0] - 1) * dilations[0] + 1
     for image, start in itertools.product(range(len(x)), range(0, sizes[0], rows)):
         count = min(rows, sizes[0] - start)
-        size, low = (count - 1) * step + spans[0], start * step - before
+        size, low = (count - 1) * step + span, start * step - before
         first, last = (min(max(0, at), x.shape[2]) for at in (low, low + size))
         above = min(size, max(0, -low))
         ends = (above, size - above - (last - first))
-        some = padded(x[image : image + 1, :, first:last], [ends, *pads[1:]])[0]
-        windows = sliding_window_view(some, spans, axis=tuple(range(1, 1 + axes)))
-        part = _spatial(windows, [slice(None, None, s) for s in (*strides, *dilations)]).transpose(order)
-        yield image, slice(start, start + count), part.reshape(high, -1)
+        yield image, slice(start, start + count), first, last, [ends, *pads[1:]]
+
+
+def _windows(
+    x: Array, kernel: Sequence[int], strides: list[int], dilations: list[int], axes: Sequence[int]
+) -> Array:
+    """What lies under each place of the kernel for each element of the output; the kernel's axes come last."""
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    windows = sliding_window_view(x, spans, axis=tuple(axes))
+    where: Any = [slice(None)] * windows.ndim
+    for at, (stride, dilation) in enumerate(zip(strides, dilations, strict=True)):
+        where[axes[at]] = slice(None, None, stride)
+        where[x.ndim + at] = slice(None, None, dilation)
+    return np.asarray(windows[tuple(where)])
 
 
 def _depthwise(
@@ -235,32 +266,69 @@ def _depthwise(
     times = len(weight) // channels
     out = np.empty((batch, channels, times, *sizes), np.float32)
     kernels = weight.reshape(channels, times, *weight.shape[2:])
-    # Zeros of a band would turn infinities beside a window into NaN.
-    banded = len(sizes) <= 2 and all(d == 1 for d in dilations) and bool(np.isfinite(x).all())
-    inside = [n + sum(p) for n, p in zip(x.shape[2:], pads, strict=True)]
     room = _room(_PADDED, max(x.size, out.size))
+    many = channels >= _MANY and math.prod(sizes) <= _FEW and not _low_and_wide(sizes)
+    if many or len(sizes) > 2 or any(d != 1 for d in dilations):
+        for image, found in zip(x, out, strict=True):
+            _side_by_side(image, kernels, strides, dilations, pads, found, room)
+        return out.reshape(batch, channels * times, *sizes)
+    inside = [n + sum(p) for n, p in zip(x.shape[2:], pads, strict=True)]
     block = max(1, room // max(1, math.prod(inside)))
     for image, low in itertools.product(range(batch), range(0, channels, block)):
         some = slice(low, low + block)
-        part = padded(x[image : image + 1, some], pads)[0]
-        for t in range(times):
-            if banded:
-                _by_bands(part, kernels[some, t], strides, out[image, some, t], room)
-            else:
-                _by_taps(part, kernels[some, t], strides, dilations, sizes, out[image, some, t])
+        part, found = padded(x[image : image + 1, some], pads)[0], out[image, some]
+        with np.errstate(invalid="ignore"):
+            for t in range(times):
+                _by_bands(part, kernels[some, t], strides, found[:, t], room)
+        # Zeros of a band turn infinities beside a window into NaN, which is the largest there is.
+        if np.isnan(found.max()):
+            _side_by_side(x[image, some], kernels[some], strides, dilations, pads, found, room)
     return out.reshape(batch, channels * times, *sizes)
+
+
+def _side_by_side(
+    x: Array, kernels: Array, strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], out: Array, room: int
+) -> None:  # fmt: skip
+    """Sums of products over the places of the kernels, of all channels at once: they come last in memory.
+
+    Args:
+        x: ``[channels, *sizes]`` of one image.
+        kernels: ``[channels, times, *kernel]``.
+        out: ``[channels, times, *sizes]``.
+    """
+    channels, times, *kernel = kernels.shape
+    axes = len(kernel)
+    # [*kernel, channels], one for each time.
+    factors = np.ascontiguousarray(np.moveaxis(kernels, 0, -1))
+    inside = [n + sum(p) for n, p in zip(x.shape[2:], pads[1:], strict=True)]
+    rows = max(1, room // max(1, channels * strides[0] * math.prod(inside)))
+    places, under, last = list(range(axes)), list(range(axes, 2 * axes)), 2 * axes
+    for _, place, first, end, ends in _slabs(
+        x[None], kernel, strides, dilations, pads, list(out.shape[2:]), rows
+    ):
+        some = np.moveaxis(x[:, first:end], 0, -1)
+        some = np.ascontiguousarray(padded(some[None, None], [*ends, (0, 0)])[0, 0])
+        windows = _windows(some, kernel, strides, dilations, range(axes))
+        for t in range(times):
+            found = np.einsum(windows, [*places, last, *under], factors[t], [*under, last], [*places, last])
+            out[:, t, place] = np.moveaxis(found, -1, 0)
 
 
 def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array, room: int) -> None:
     """Products with banded matrices, for each channel one of its rows or of its columns."""
     if len(strides) == 1:
         x, kernels, out, strides = x[:, None], kernels[:, None], out[:, None], [1, *strides]
-    height, width = out.shape[1:]
     # A matrix is as large as what it is multiplied with where a picture is low and wide.
-    if height <= _COLUMNS and _WIDE * height <= width:
+    if _low_and_wide(out.shape[1:]):
         _low(x, kernels, strides, out, room)
     else:
         _high(x, kernels, strides, out)
+
+
+def _low_and_wide(sizes: Sequence[int]) -> bool:
+    """Whether bands along the height are the faster ones."""
+    height, width = (1, *sizes)[-2:]
+    return height <= _COLUMNS and _WIDE * height <= width
 
 
 def _low(x: Array, kernels: Array, strides: list[int], out: Array, room: int) -> None:
@@ -300,24 +368,6 @@ def _high(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
         for part, band in zip(parts[1:], bands[1:, some], strict=True):
             np.add(total, np.matmul(part, band), out=total)
         out[some, :, start : start + columns] = total
-
-
-def _by_taps(
-    x: Array, kernels: Array, strides: list[int], dilations: list[int], sizes: list[int], out: Array
-) -> None:
-    """Place after place in the kernel, a block of channels at a time so that it stays in cache."""
-    block = max(1, _BLOCK // max(1, math.prod(x.shape[1:])))
-    ones = (1,) * len(sizes)
-    for start in range(0, len(x), block):
-        some = slice(start, start + block)
-        total, product = out[some], np.empty_like(out[some])
-        first = True
-        for at, values in taps(x[some], kernels.shape[1:], strides, dilations, sizes):
-            factor = _tap(kernels[some], at).reshape(-1, *ones)
-            np.multiply(values, factor, out=total if first else product)
-            if not first:
-                np.add(total, product, out=total)
-            first = False
 
 
 @operation("conv_transpose")
