@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optkit.backends.coreml.reference.halves import halves, widened
-from optkit.backends.coreml.reference.ops import ELEMENTWISE, OPERATIONS
+from optkit.backends.coreml.reference.ops import OPERATIONS, OVERWRITING
 from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output, Type
 from optkit.errors import DataError, ModelError
 
@@ -93,7 +93,7 @@ class Machine:
     """One function of a program, ready to run.
 
     Constants are read once, compressed ones decompressed, and kept in the type that the program declares. Values are
-    forgotten after their last use; where operations go element by element, their last use writes over them.
+    forgotten after their last use, which writes over them where it can.
 
     Attributes:
         inputs: The function's.
@@ -222,7 +222,7 @@ class Machine:
                 step.fixed[parameter] = given if several else given[0]
             elif len(names) == len(bindings):
                 step.moving.append((parameter, names, several))
-                if op.kind in ELEMENTWISE and names[0] in gone:
+                if op.kind in OVERWRITING and names[0] in gone:
                     step.over.append((parameter, names[0]))
             else:
                 raise ModelError(f"{op}: {parameter!r} mixes names and values")

@@ -667,7 +667,8 @@ def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision,
           b = Clip(a, low, high)
           d = Gelu(b)
           e = Mul(d, c)
-          y = Relu(e)
+          f = Div(e, c)
+          y = Softmax(f)
         }""",
         c=np.float32(1.5), low=np.float32(-1), high=np.float32(1),
     )  # fmt: skip

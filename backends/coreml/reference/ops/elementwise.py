@@ -66,7 +66,7 @@ def _binary(function: Any) -> Any:
 
 for _names, _kind in ((_UNARY, _unary), (_BINARY, _binary)):
     for _name, _function in _names.items():
-        operation(_name, elementwise=True)(_kind(_function))
+        operation(_name, over=True)(_kind(_function))
 
 
 @operation("identity")
@@ -75,10 +75,10 @@ def identity(x: Array) -> Array:
     return x
 
 
-@operation("real_div")
-def real_div(x: Array, y: Array) -> Array:
+@operation("real_div", over=True)
+def real_div(x: Array, y: Array, out: Array | None = None) -> Array:
     """True division; of integers cut off towards zero."""
-    quotient = np.true_divide(x, y)
+    quotient = np.true_divide(x, y, out=out)
     return np.trunc(quotient) if np.result_type(x, y).kind in "iu" else quotient
 
 
@@ -107,13 +107,13 @@ def rsqrt(x: Array, epsilon: float = 1e-12) -> Array:
     return np.float32(1) / np.sqrt(x + np.float32(epsilon))
 
 
-@operation("clip", elementwise=True)
+@operation("clip", over=True)
 def clip(x: Array, alpha: float, beta: float, out: Array | None = None) -> Array:
     """Between ``alpha`` and ``beta``."""
     return np.clip(x, np.float32(alpha), np.float32(beta), out=out)
 
 
-@operation("threshold", elementwise=True)
+@operation("threshold", over=True)
 def threshold(x: Array, alpha: float, out: Array | None = None) -> Array:
     """At least ``alpha``."""
     return np.maximum(x, np.float32(alpha), out=out)
@@ -143,7 +143,7 @@ def erf_of(x: Array) -> Array:
     return np.copysign(value, x)
 
 
-@operation("erf", elementwise=True)
+@operation("erf", over=True)
 @by_pieces
 def erf(x: Array) -> Array:
     """The error function."""
@@ -155,14 +155,14 @@ def sigmoid_of(x: Array) -> Array:
     return np.float32(1) / (np.float32(1) + np.exp(-x))
 
 
-operation("sigmoid", elementwise=True)(by_pieces(sigmoid_of))
-operation("silu", elementwise=True)(by_pieces(lambda x: x * sigmoid_of(x)))
-operation("relu", elementwise=True)(_unary(lambda x, out: np.maximum(x, np.float32(0), out=out)))
-operation("relu6", elementwise=True)(_unary(lambda x, out: np.clip(x, np.float32(0), np.float32(6), out=out)))
-operation("softsign", elementwise=True)(by_pieces(lambda x: x / (np.float32(1) + np.abs(x))))
+operation("sigmoid", over=True)(by_pieces(sigmoid_of))
+operation("silu", over=True)(by_pieces(lambda x: x * sigmoid_of(x)))
+operation("relu", over=True)(_unary(lambda x, out: np.maximum(x, np.float32(0), out=out)))
+operation("relu6", over=True)(_unary(lambda x, out: np.clip(x, np.float32(0), np.float32(6), out=out)))
+operation("softsign", over=True)(by_pieces(lambda x: x / (np.float32(1) + np.abs(x))))
 
 
-@operation("softplus", elementwise=True)
+@operation("softplus", over=True)
 @by_pieces
 def softplus(x: Array) -> Array:
     """``log(1 + exp(x))``."""
@@ -185,7 +185,7 @@ def along(values: Array, x: Array, axis: int = 1) -> Array:
     return values.reshape(shape)
 
 
-@operation("leaky_relu", elementwise=True)
+@operation("leaky_relu", over=True)
 @by_pieces
 def leaky_relu(x: Array, alpha: float = 0.01) -> Array:
     """``alpha * x`` below 0."""
@@ -198,7 +198,7 @@ def prelu(x: Array, alpha: Array) -> Array:
     return np.where(x >= 0, x, x * along(alpha, x))
 
 
-@operation("elu", elementwise=True)
+@operation("elu", over=True)
 @by_pieces
 def elu(x: Array, alpha: float = 1.0) -> Array:
     """``alpha * (exp(x) - 1)`` below 0."""
@@ -211,21 +211,21 @@ def thresholded_relu(x: Array, alpha: float = 1.0) -> Array:
     return np.where(x >= np.float32(alpha), x, np.float32(0))
 
 
-@operation("clamped_relu", elementwise=True)
+@operation("clamped_relu", over=True)
 @by_pieces
 def clamped_relu(x: Array, alpha: float, beta: float) -> Array:
     """As leaky_relu, at most ``beta``."""
     return np.minimum(leaky_relu(x, alpha), np.float32(beta))
 
 
-@operation("linear_activation", elementwise=True)
+@operation("linear_activation", over=True)
 @by_pieces
 def linear_activation(x: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
     """``alpha * x + beta``."""
     return x * np.float32(alpha) + np.float32(beta)
 
 
-@operation("sigmoid_hard", elementwise=True)
+@operation("sigmoid_hard", over=True)
 @by_pieces
 def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5) -> Array:
     """``alpha * x + beta`` between 0 and 1."""
@@ -234,7 +234,7 @@ def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5) -> Array:
     return np.clip(out, np.float32(0), np.float32(1))
 
 
-@operation("scaled_tanh", elementwise=True)
+@operation("scaled_tanh", over=True)
 @by_pieces
 def scaled_tanh(x: Array, alpha: float = 1.0, beta: float = 1.0) -> Array:
     """``alpha * tanh(beta * x)``."""
@@ -271,7 +271,7 @@ def share_below(x: Array) -> Array:
     return bend
 
 
-@operation("gelu", elementwise=True)
+@operation("gelu", over=True)
 @by_pieces
 def gelu(x: Array, mode: str = "EXACT") -> Array:
     """``x`` times the normal distribution's share below it, or one of its approximations."""

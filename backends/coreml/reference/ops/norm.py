@@ -94,10 +94,10 @@ def local_response_norm(
     return x / (np.float32(k) + np.float32(alpha / size) * total) ** np.float32(beta)
 
 
-@operation("softmax")
-def softmax(x: Array, axis: int = -1) -> Array:
+@operation("softmax", over=True)
+def softmax(x: Array, axis: int = -1, out: Array | None = None) -> Array:
     """``exp(x)`` over its sum along an axis."""
-    out = np.asarray(x - x.max(axis, keepdims=True))
+    out = np.asarray(np.subtract(x, x.max(axis, keepdims=True), out=out))
     np.exp(out, out=out)
     out /= out.sum(axis, keepdims=True)
     return out

@@ -1,7 +1,7 @@
 """The table of operations: a function each, with MIL's own parameters by name.
 
-Arrays arrive with floats in float32, scalars as Python numbers or strings; the result is rounded by whoever calls. What is computed
-element by element may be written over an argument that nobody reads afterwards, which is given as ``out``, too.
+Arrays arrive with floats in float32, scalars as Python numbers or strings; the result is rounded by whoever calls. Some may
+write the result over an argument that nobody reads afterwards, which is given as ``out``, too.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any
 
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 # Operations that take ``out``, of float32 and of the result's shape.
-ELEMENTWISE: set[str] = set()
+OVERWRITING: set[str] = set()
 
 
-def operation(*names: str, elementwise: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operation(*names: str, over: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function under the names of operations.
 
     Args:
-        elementwise: Whether it takes ``out``.
+        over: Whether it takes ``out``.
     """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             assert name not in OPERATIONS, name
             OPERATIONS[name] = function
-        if elementwise:
-            ELEMENTWISE.update(names)
+        if over:
+            OVERWRITING.update(names)
         return function
 
     return enter
