@@ -51,7 +51,7 @@ from optkit.targets import target
 
 TARGET = "iphone15"
 FORMS = ("fp32", "fp16")
-_BATCHES, _ROUNDS = 3, 3
+_BATCHES, _ROUNDS = 3, 7
 _INSIDE = "basic_pitch/saved_models/icassp_2022/nmp.mlpackage"
 _FOREIGN = {
     "Manifest.json": "c1fa5ef8acc34703edcd4e90e9a8640bd4673d9f3a68753c3b9d1ca0365e2928",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 # In float32: the bits of the sign and of the exponent, the largest of float16's exponents, and what is added to one for 1.5 times
@@ -14,24 +17,31 @@ _RISE = np.float32(2.0**-14 - 2.0**-37)
 _PIECE = 1 << 16
 
 
-def halves(array: np.ndarray, *, place: bool = False) -> np.ndarray:
+def halves(
+    array: np.ndarray, *, place: bool = False, clip: Callable[..., Any] | None = None, positive: bool = False
+) -> np.ndarray:
     """Rounded to float16's numbers, to nearest with ties to even, and kept in float32, which is what is computed with.
 
     Converting there and back one element at a time took more than the arithmetic; here the bits of many are rounded at once.
 
     Args:
         place: Whether the result may take the place of ``array``.
+        clip: Done before with each piece, which it writes to ``out``.
+        positive: Whether what is rounded is at least 0.
     """
     wide = np.ascontiguousarray(array, np.float32)
     result = wide if place or not np.may_share_memory(wide, array) else np.empty_like(wide)
     source, rounded = wide.reshape(-1), result.reshape(-1)
     spare = np.empty((2, min(wide.size, _PIECE)), np.uint32)
     for start in range(0, wide.size, _PIECE):
-        _round(source[start : start + _PIECE], rounded[start : start + _PIECE], spare)
+        some, there = source[start : start + _PIECE], rounded[start : start + _PIECE]
+        if clip is not None:
+            some = clip(some, out=there)
+        _round(some, there, spare, positive=positive)
     return result
 
 
-def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray) -> None:
+def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray, *, positive: bool) -> None:
     """Adding 1.5 times what is 13 powers of two above a number leaves float32 as many bits for it as float16 has.
 
     ``place`` may be ``wide`` itself.
@@ -47,11 +57,13 @@ def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray) -> None:
     np.add(above, _RISE, out=above)
     np.bitwise_and(far, _EXPONENT, out=far)
     np.add(far, _ABOVE, out=far)
-    np.bitwise_and(bits, _SIGN, out=sign)
+    if not positive:
+        np.bitwise_and(bits, _SIGN, out=sign)
     np.add(wide, above, out=place)
     np.subtract(place, above, out=place)
-    # Zeros keep their signs.
-    np.bitwise_or(rounded, sign, out=rounded)
+    if not positive:
+        # Zeros keep their signs.
+        np.bitwise_or(rounded, sign, out=rounded)
 
 
 # A float16's bits moved to where float32 has them are the number without what their exponents begin at.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from optkit.backends.coreml.reference.halves import halves, widened
 from optkit.backends.coreml.reference.ops import OPERATIONS, OVERWRITING
-from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output, Type
+from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output
 from optkit.errors import DataError, ModelError
 
 # Parameters that take several values, even where there is one.
@@ -35,6 +37,8 @@ _SMALL = 1 << 12
 _ROWS = {("conv", "weight"), ("linear", "weight"), ("matmul", "y")} | {
     (kind, f"weight_{which}") for kind in ("lstm", "gru", "rnn") for which in ("ih", "hh", "ih_back", "hh_back")
 }  # fmt: skip
+# They take values between two numbers of the type: rounded before or after, these are the same.
+_CLIPS = frozenset({"clip", "relu", "relu6"})
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
 
@@ -62,6 +66,7 @@ class _Step:
         wide: Whether floats arrive in float32.
         gone: Values that nobody reads afterwards.
         over: Parameters whose values are among those, and that the result may be written over.
+        after: What clips the result, which nobody else reads: it is clipped piece by piece while it is rounded.
     """
 
     op: Operation
@@ -71,6 +76,7 @@ class _Step:
     wide: bool
     gone: list[str]
     over: list[tuple[str, str]]
+    after: _Step | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -178,10 +184,13 @@ class Machine:
             body.block, body.gone = None, []
         # Values whose memory nobody else knows.
         own: set[str] = set()
-        for step in body.steps:
+        steps = iter(body.steps)
+        for step in steps:
             self._operation(step, values, own, watch)
             for name in step.gone:
                 values.pop(name, None)
+            if step.after is not None and watch is None:
+                next(steps)
         return {name: self._value(name, values) for name in body.outputs}
 
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
@@ -199,12 +208,16 @@ class Machine:
                 for parameter, value in op.attributes.items():
                     arguments[parameter] = _argument(_read(value))
                 for output, value in zip(op.outputs, self._call(op, arguments), strict=True):
-                    rounded = _rounded(op, output, np.asarray(value), place=False)
+                    rounded = _rounded(op, output, _checked(op, output, value), place=False)
                     # Decompressed it is no larger than the program declares it.
                     narrow = rounded.astype(output.type.dtype, copy=False)
                     self._constants[output.name] = _held(narrow)
             else:
                 steps.append(self._step(op, gone))
+        for step, after in pairwise(steps):
+            clips = after.op.kind in _CLIPS and len(after.moving) == 1 and _is_rounded(step.op)
+            if clips and after.over == [("x", step.op.outputs[0].name)]:
+                step.after = after
         return steps
 
     def _step(self, op: Operation, gone: list[str]) -> _Step:
@@ -247,28 +260,36 @@ class Machine:
             raise ModelError(f"{op} cannot be computed: {type(error).__name__}: {error}") from error
         return results if isinstance(results, list) else [results]
 
-    def _computed(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> list[Any]:
-        """What an operation of the table gives; ``own`` as it is afterwards."""
+    def _compute(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> None:
+        """An operation of the table, and what clips its result."""
         op = step.op
         arguments = self._arguments(step, values)
-        # Who watches sees arguments as they were.
-        over = _over(step, arguments, own) if watch is None else {}
+        # Who watches sees every operation, and arguments as they were.
+        over, after = ({}, None) if watch else (_over(step, arguments, own), step.after)
         results = self._call(op, arguments | over)
         given = [a for v in arguments.values() for a in (v if isinstance(v, list) else [v])]
         arrays = [a for a in given if isinstance(a, np.ndarray)]
         found = []
         for output, result in zip(op.outputs, results, strict=False):
-            array = np.asarray(result)
+            array = _checked(op, output, result)
             fresh = array.flags.writeable and not any(np.may_share_memory(array, a) for a in arrays)
             fresh = fresh or (bool(over) and array is over["out"])
-            found.append(_rounded(op, output, array, place=fresh))
+            if after is not None:
+                output = after.op.outputs[0]
+                _checked(after.op, output, array)
+                clip = partial(OPERATIONS[after.op.kind], **after.fixed)
+                found.append(halves(array, place=fresh, clip=clip, positive=_positive(after)))
+                fresh = True
+            else:
+                found.append(_rounded(op, output, array, place=fresh))
             if fresh and len(results) == 1:
                 own.add(output.name)
             elif not fresh:
                 own.difference_update(n for _, names, _ in step.moving for n in names)
         if watch is not None:
             watch(op, arguments, found)
-        return found
+        for output, value in zip(op.outputs if after is None else after.op.outputs, found, strict=True):
+            values[output.name] = value
 
     def _operation(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> None:
         op = step.op
@@ -276,8 +297,9 @@ class Machine:
             # They may give back what they read.
             own.clear()
         if op.kind in OPERATIONS:
-            found = self._computed(step, values, own, watch)
-        elif op.kind == "read_state":
+            self._compute(step, values, own, watch)
+            return
+        if op.kind == "read_state":
             found = [self.state[op.inputs["input"][0].name].copy()]
         elif op.kind == "write_state":
             name = op.inputs["input"][0].name
@@ -359,22 +381,38 @@ def _over(step: _Step, arguments: Mapping[str, Any], own: set[str]) -> dict[str,
     return {}
 
 
-def _rounded(op: Operation, output: Output, array: np.ndarray, *, place: bool) -> np.ndarray:
-    """``array`` in the declared type; the declared shape must be its own.
+def _is_rounded(op: Operation) -> bool:
+    """Whether it has one result, which is rounded to float16."""
+    rounds = op.kind in OPERATIONS and op.kind not in _PICKS and not op.blocks
+    return rounds and len(op.outputs) == 1 and op.outputs[0].type.dtype == np.float16
 
-    Args:
-        place: Whether the result may take its place.
-    """
-    kind: Type = output.type
+
+def _positive(step: _Step) -> bool:
+    """Whether what is clipped is at least 0."""
+    return bool(step.op.kind != "clip" or step.fixed["alpha"] >= 0)
+
+
+def _checked(op: Operation, output: Output, value: Any) -> np.ndarray:
+    """``value``, whose shape must be the declared one."""
+    array = np.asarray(value)
     if not array.size:
         raise ModelError(
             f"{op}: {output.name!r} comes out as {list(array.shape)}, and Core ML has no tensors without elements",
             hint="the inputs may be too small for the model: give --calib, or the sizes as options.shapes",
         )
-    if not _fits(array.shape, kind.shape):
+    if not _fits(array.shape, output.type.shape):
         raise ModelError(
-            f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {kind}"
+            f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {output.type}"
         )
-    if kind.dtype != np.float16:
-        return array.astype(kind.dtype, copy=False)
+    return array
+
+
+def _rounded(op: Operation, output: Output, array: np.ndarray, *, place: bool) -> np.ndarray:
+    """``array`` in the declared type.
+
+    Args:
+        place: Whether the result may take its place.
+    """
+    if output.type.dtype != np.float16:
+        return array.astype(output.type.dtype, copy=False)
     return array if op.kind in _PICKS else halves(array, place=place)

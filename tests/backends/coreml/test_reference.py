@@ -686,3 +686,36 @@ def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision,
             tracemalloc.stop()
     # In float16 the input is widened beside, and pieces are of a fixed size.
     assert peak < (1 + (precision == "fp16")) * feeds["x"].nbytes + 2**20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_who_watches_sees_the_same_numbers(precision, tmp_path):
+    """Watched, every operation rounds and has memory of its own."""
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD + """g (float[1, 4, 40, 50] x) => (float[1, 4, 40, 50] y, float[1, 4, 40, 50] z, float[1, 4, 40, 50] v) {
+          a = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w)
+          b = Clip(a, zero, six)
+          c = Mul(b, k)
+          d = Clip(c, low, high)
+          e = Sub(d, b)
+          y = Relu(e)
+          f = Mul(y, k)
+          v = Clip(f, low, high)
+          g = Sub(f, x)
+          z = Softmax(g)
+        }""",
+        w=random.normal(size=(4, 4, 3, 3)).astype(np.float32) * np.float32(1e-3), k=np.float32(0.3), zero=np.float32(0),
+        six=np.float32(6), low=np.float32(-0.001), high=np.float32(0.002),
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
+    feeds = random_feeds(model)
+    seen = []
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        features = session.features(feeds)
+        watched = session.compute(features, lambda op, *_: seen.append(op.kind))
+        alone = session.compute(features)
+    assert len([k for k in seen if k in ("clip", "relu", "relu6")]) == 4
+    for name, array in watched.items():
+        np.testing.assert_array_equal(alone[name], array, err_msg=name)
