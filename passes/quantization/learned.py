@@ -1,8 +1,9 @@
 """Rounding to a grid whose step is learned.
 
 Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, eq. 1 to 3 and section 2.2, for ``s = exp(t)``, forward
-and backward in one node each. Of the values, backward keeps one buffer; bounds are numbers of the host: on processors,
-kernels that take bounds as tensors, or make masks of bools, take several times as long as those here.
+and backward in one node each. Of the values, backward keeps one buffer, which tells what is inside the grid and has what the step's
+gradient is made of; bounds are numbers of the host: on processors, kernels that take bounds as tensors, or make masks of bools, take
+several times as long as those here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 TINY = float(np.finfo(np.float32).tiny)
 # The factor of a norm is taken to be no smaller in a dead channel, so that it can be divided by.
 _LEAST = 1e-8
+# More than any error of rounding, and less than what is between one and an end of the grid.
+_HALF = 0.75
 
 
 def rounded(
@@ -69,24 +72,21 @@ class _Round(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, t: torch.Tensor, zero: int, low: int, high: int, axis: int | None, rectified: bool
     ) -> torch.Tensor:  # fmt: skip
-        s = spread(t, axis, x.ndim).exp().clamp_min_(TINY)
-        v = x / s
-        ctx.save_for_backward(v, s)
-        ctx.low, ctx.high, ctx.axis, ctx.rectified = (
-            0 if rectified else low - zero,
-            high - zero,
-            axis,
-            rectified,
-        )
-        ctx.share, ctx.steps = _share(x, t, high), t.shape
-        return v.round().clamp_(ctx.low, ctx.high).mul_(s)
+        s = t.exp().clamp_min_(TINY)
+        along = s if axis is None and x.ndim else spread(s, axis, x.ndim)
+        v = x / along
+        r = v.round()
+        ends = 0 if rectified else low - zero, high - zero
+        ctx.save_for_backward(_error(v, r, *ends, rectified=rectified), s)
+        ctx.moved, ctx.axis, ctx.share = _moved(*ends), axis, _share(x, t, high)
+        return r.mul_(along)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        v, s = ctx.saved_tensors
-        gx, gs = _gradients(grads[0], v, ctx.low, ctx.high, ctx.axis, rectified=ctx.rectified)
+        error, s = ctx.saved_tensors
+        gx, gs = _gradients(grads[0], error, ctx.moved, ctx.axis)
         # d/dt = s d/ds.
-        return gx, (gs * ctx.share * s.reshape(gs.shape)).reshape(ctx.steps), None, None, None, None, None
+        return gx, torch.mul(s, gs).mul_(ctx.share), None, None, None, None, None
 
 
 class _RoundFolded(torch.autograd.Function):
@@ -100,14 +100,15 @@ class _RoundFolded(torch.autograd.Function):
         s = t.exp().mul_(std).div_(size).clamp_min_(TINY)
         along = spread(s, axis, w.ndim)
         v = w / along
-        ctx.save_for_backward(v, s, gamma, size)
-        ctx.high, ctx.axis, ctx.share = high, axis, _share(w, t, high)
-        return v.round().clamp_(-high, high).mul_(along)
+        r = v.round()
+        ctx.save_for_backward(_error(v, r, -high, high), s, gamma, size)
+        ctx.moved, ctx.axis, ctx.share = _moved(-high, high), axis, _share(w, t, high)
+        return r.mul_(along)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        v, s, gamma, size = ctx.saved_tensors
-        gw, gs = _gradients(grads[0], v, -ctx.high, ctx.high, ctx.axis)
+        error, s, gamma, size = ctx.saved_tensors
+        gw, gs = _gradients(grads[0], error, ctx.moved, ctx.axis)
         # d/dt = s d/ds; log s falls as log |gamma| rises, whose share is the plain gradient.
         gs = gs.mul_(s)
         turned = None if gamma is None else torch.mul(gs, gamma.sign()).div_(size).neg_()
@@ -119,23 +120,35 @@ def _share(x: torch.Tensor, t: torch.Tensor, high: int) -> float:
     return 1 / math.sqrt(max(x.numel() // t.numel(), 1) * high)
 
 
+def _error(v: torch.Tensor, r: torch.Tensor, low: int, high: int, *, rectified: bool = False) -> torch.Tensor:
+    """Inside the grid the error of rounding ``v`` to ``r``, moved by `_moved`; outside its end. Both arguments are overwritten."""
+    moved = _moved(low, high)
+    v = v.sub_(moved) if moved else v
+    # What rounds to an end is inside; a ReLU's values are where they are above 0, whatever they round to.
+    mask, least, most = (v, -moved, _beyond(high, v.dtype) - moved) if rectified else (r, low - 1, high + 1)
+    torch.ops.aten.hardtanh_backward.grad_input(v, mask, least, most, grad_input=v)
+    return torch.sub(r.clamp_(low, high), v, out=v)
+
+
+def _moved(low: int, high: int) -> int:
+    """What is added to errors, which are at most a half, so that no end of the grid is among them."""
+    if low < 0 < high:
+        return 0
+    return 3 if high == 1 else 1
+
+
 def _gradients(
-    grad: torch.Tensor, v: torch.Tensor, low: int, high: int, axis: int | None, *, rectified: bool = False
+    grad: torch.Tensor, error: torch.Tensor, moved: int, axis: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the values, and of the step or steps, which get the error of rounding inside the grid and its end outside."""
-    inside = torch.ops.aten.hardtanh_backward
-    r = v.round()
-    if rectified:
-        end = _beyond(high, v.dtype)
-        gx, kept = inside(grad, v, 0.0, end), inside(v, v, 0.0, end)
+    gx = torch.ops.aten.hardtanh_backward(grad, error, moved - _HALF, moved + _HALF)
+    if axis is None and error.is_contiguous() and grad.is_contiguous():
+        gs = torch.dot(error.view(-1), grad.view(-1))
     else:
-        gx, kept = inside(grad, r, low - 1, high + 1), inside(v, r, low - 1, high + 1)
-    error = r.clamp_(low, high).sub_(kept)
-    if axis is not None:
-        return gx, error.mul_(grad).sum([i for i in range(v.ndim) if i != axis])
-    if error.is_contiguous() and grad.is_contiguous():
-        return gx, torch.dot(error.view(-1), grad.view(-1))
-    return gx, error.mul_(grad).sum()
+        gs = torch.mul(error, grad).sum([i for i in range(grad.ndim) if i != axis])
+    if moved:
+        gs = gs.sub_(gx.sum([i for i in range(grad.ndim) if i != axis]), alpha=moved)
+    return gx, gs
 
 
 def _beyond(high: int, dtype: torch.dtype) -> float:
