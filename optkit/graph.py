@@ -125,6 +125,14 @@ def read_once(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
+def made_for_one(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The node of a standard operator that makes ``value``, where one node alone reads it; with ``operators``, of one of them."""
+    node = None if value is None or not read_once(value) else value.producer()
+    if node is None or node.domain != "" or (operators and node.op_type not in operators):
+        return None
+    return node
+
+
 def is_float(value: ir.Value | None) -> bool:
     """Whether ``value`` is known to be float32, float16, bfloat16 or float64."""
     return value is not None and value.dtype is not None and value.dtype.is_floating_point()

@@ -46,13 +46,28 @@ _FLOAT_BITS = 16.0
 _UNPACKING = frozenset({"DequantizeLinear", "Gather", "Mul"})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ladder:
+    """The passes that may quantize a layer: what one leaves out, the next takes.
+
+    Attributes:
+        rungs: Their places in the recipe.
+        bits: What the layer stores by each, and at last in float.
+        noise: The share of noise that the layer alone puts on the outputs by each; 0 in float, which stands last.
+    """
+
+    rungs: tuple[int, ...]
+    bits: tuple[float, ...]
+    noise: tuple[float, ...] = ()
+
+
 def sensitivities(work: Compilation, built: Built) -> list[LayerRecord]:
     """The noise that quantizing one layer, or one run of neighbours, alone puts on the outputs; noisiest first.
 
     SQNR of all float outputs together against the float candidate's own, on a few batches.
     """
-    found = _noises(work, built, _ladders(work, built)[0])
-    records = [LayerRecord(node=n, sqnr_db=_decibels(v[0]), kept_float=False) for n, v in found.items()]
+    found = _measured(work, built, _ladders(work, built))
+    records = [LayerRecord(node=n, sqnr_db=_decibels(v.noise[0]), kept_float=False) for n, v in found.items()]
     return sorted(records, key=lambda r: r.sqnr_db)
 
 
@@ -60,10 +75,8 @@ def _decibels(share: float) -> float:
     return 200.0 if share == 0 else max(-200.0, min(200.0, -10 * math.log10(share)))
 
 
-def _noises(
-    work: Compilation, built: Built, ladders: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[float]]:
-    """The share of noise that each layer alone puts on the outputs, by the passes that may quantize it."""
+def _measured(work: Compilation, built: Built, ladders: Mapping[str, _Ladder]) -> dict[str, _Ladder]:
+    """The ladders with their noise; none where no output is float."""
     steps = built.recipe.passes
     exact, _, _ = work.transform(
         built.recipe.model_copy(update={"passes": tuple(p for p in steps if p.exact)})
@@ -75,8 +88,8 @@ def _noises(
     if not floats:
         return {}
     groups: list[tuple[int, list[str]]] = []
-    for index in dict.fromkeys(i for rungs in ladders.values() for i in rungs):
-        names = np.asarray([n for n, rungs in ladders.items() if index in rungs], dtype=object)
+    for index in dict.fromkeys(i for ladder in ladders.values() for i in ladder.rungs):
+        names = np.asarray([n for n, ladder in ladders.items() if index in ladder.rungs], dtype=object)
         groups += [(index, list(g)) for g in np.array_split(names, min(_GROUPS, len(names)))]
     noise: dict[tuple[str, int], float] = {}
     with work.progress.task("measure layers", len(groups)) as task:
@@ -92,7 +105,7 @@ def _noises(
             session.close()
             noise |= dict.fromkeys(((str(n), index) for n in group), float(np.mean(shares)))
             task.advance()
-    return {n: [noise[n, i] for i in rungs] for n, rungs in ladders.items()}
+    return {n: replace(v, noise=(*(noise[n, i] for i in v.rungs), 0.0)) for n, v in ladders.items()}
 
 
 def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -104,18 +117,15 @@ def _noise(wanted: np.ndarray, found: np.ndarray) -> float:
     return min(1e20, float(((x - y) ** 2).sum()) / (float((x * x).sum()) or 1.0))
 
 
-def _ladders(work: Compilation, built: Built) -> tuple[dict[str, tuple[int, ...]], dict[str, list[float]]]:
-    """Nodes with weights that the recipe quantizes, and which of its passes may: what one leaves out, the next takes.
-
-    None where a pass cannot leave any out. Beside them what each stores, in bits, and at last what the node has in float.
-    """
-    steps, found, sizes = built.recipe.passes, dict[str, tuple[int, ...]](), dict[str, list[float]]()
+def _ladders(work: Compilation, built: Built) -> dict[str, _Ladder]:
+    """Nodes with weights that the recipe quantizes; none where a pass cannot leave any out."""
+    steps, found = built.recipe.passes, dict[str, _Ladder]()
     for index, step in enumerate(steps):
         # Layers in float are those of a pass that chooses among floats, too.
         if step.exact or step.floats:
             continue
         if not isinstance(step, GraphPass) or not {"targets", "ignore"} <= set(type(step).model_fields):
-            return {}, {}
+            return {}
         model, _, _, memo = work.prepare(tuple(p for p in steps[:index] if p.exact))
         bits = float(getattr(step, "bits", 8))
         plain = {str(n.name): _stored(n, bits) for n in walk(model)}
@@ -124,12 +134,12 @@ def _ladders(work: Compilation, built: Built) -> tuple[dict[str, tuple[int, ...]
         for change in changes:
             if change.detail.split()[0] in _WEIGHTED:
                 node = change.node
-                found[node] = (*found.get(node, ()), index)
+                below = found.get(node, _Ladder(rungs=(), bits=()))
                 before = plain.get(node) or 1.0
                 # Kernels that take weights and scales as they are have other nodes in its place.
                 kept = after.get(node) or before * bits / _FLOAT_BITS
-                sizes[node] = [*sizes.get(node, [])[:-1], kept, before]
-    return found, sizes
+                found[node] = _Ladder(rungs=(*below.rungs, index), bits=(*below.bits[:-1], kept, before))
+    return found
 
 
 def _stored(node: ir.Node, bits: float) -> float:
@@ -186,11 +196,7 @@ class _Attempt:
 
 
 def _moves(
-    work: Compilation,
-    built: Built,
-    ladders: Mapping[str, tuple[int, ...]],
-    sizes: Mapping[str, Sequence[float]],
-    noises: Mapping[str, list[float]],
+    work: Compilation, built: Built, ladders: Mapping[str, _Ladder]
 ) -> tuple[dict[str, int], list[_Move]]:
     """Where each layer begins, and all that is worth doing, the best first; of one layer in order.
 
@@ -200,16 +206,16 @@ def _moves(
     there is better spent on those that hurt most.
     """
     begin, found = dict[str, int](), list[_Move]()
-    for node, rungs in ladders.items():
+    for node, ladder in ladders.items():
         # Outputs that are all noise cannot get worse; so that one such layer does not hide all others.
-        noise = [n / (1 + n) for n in noises[node]] + [0.0]
-        last = len(rungs)
+        noise = [n / (1 + n) for n in ladder.noise]
+        last = len(ladder.rungs)
         if work.target.runs_here:
             # Where time is measured, how large a layer's weights are says little.
-            bits = [float(getattr(built.recipe.passes[i], "bits", 8)) for i in rungs] + [_FLOAT_BITS]
+            bits = [float(getattr(built.recipe.passes[i], "bits", 8)) for i in ladder.rungs] + [_FLOAT_BITS]
             at = 0
         else:
-            bits = list(sizes[node])
+            bits = list(ladder.bits)
             at = min(range(last), key=lambda r: (bits[r], noise[r]))
         begin[node] = at
         while at < last:
@@ -233,9 +239,9 @@ def repair(
     Layers are ranked by their own measured noise; what is tried is the smallest set that takes away a given share of it.
     They go to the next pass of the recipe that takes them, such as one with more bits, and after the last to float.
     """
-    ladders, sizes = _ladders(work, built)
-    noises = _noises(work, built, ladders) if ladders else {}
-    if not noises:
+    ladders = _ladders(work, built)
+    ladders = _measured(work, built, ladders) if ladders else {}
+    if not ladders:
         return None
 
     def carried_out(attempt: _Attempt) -> tuple[Built | None, list[str]]:
@@ -254,14 +260,14 @@ def repair(
         except OptkitError as error:
             reasons = [str(error)]
         if fixed is not None and not reasons:
-            fixed.layers = _layers(built.recipe.passes, ladders, noises, attempt.rungs)
+            fixed.layers = _layers(built.recipe.passes, ladders, attempt.rungs)
             return fixed, []
         logger.info("%s: %s", name, "; ".join(reasons))
         if fixed is not None:
             shutil.rmtree(fixed.folder)
         return None, reasons
 
-    attempts = _attempts(work, built, ladders, sizes, noises)
+    attempts = _attempts(work, built, ladders)
     missed: _Attempt | None = None
     while attempts:
         attempt = attempts.pop(0)
@@ -280,7 +286,7 @@ def repair(
             # Where time is measured, a few layers more or less are seldom seen in it.
             return fixed
         else:
-            return _smaller(fixed, attempt, missed, sizes, carried_out)
+            return _smaller(fixed, attempt, missed, ladders, carried_out)
     return None
 
 
@@ -288,13 +294,13 @@ def _smaller(
     fixed: Built,
     attempt: _Attempt,
     missed: _Attempt,
-    sizes: Mapping[str, Sequence[float]],
+    ladders: Mapping[str, _Ladder],
     carried_out: Callable[[_Attempt], tuple[Built | None, list[str]]],
 ) -> Built:
     """``fixed``, or what keeps the limits too with fewer moves than ``attempt``, and more than ``missed``."""
 
     def stored(one: _Attempt) -> float:
-        return sum(sizes[node][rung] for node, rung in one.rungs.items()) / 8
+        return sum(ladders[node].bits[rung] for node, rung in one.rungs.items()) / 8
 
     while stored(attempt) - stored(missed) > _APART * fixed.bytes:
         half = replace(attempt, count=(attempt.count + missed.count) // 2)
@@ -309,25 +315,19 @@ def _smaller(
     return fixed
 
 
-def _attempts(
-    work: Compilation,
-    built: Built,
-    ladders: Mapping[str, tuple[int, ...]],
-    sizes: Mapping[str, Sequence[float]],
-    noises: Mapping[str, list[float]],
-) -> list[_Attempt]:
+def _attempts(work: Compilation, built: Built, ladders: Mapping[str, _Ladder]) -> list[_Attempt]:
     """What is tried, in this order.
 
     Where a layer alone makes outputs of another size, or NaN, it goes to float in any case, as no noise counts beside it;
     and before that is tried, with it all layers that decide sizes: which of them do so on a few batches is chance.
     """
-    begin, moves = _moves(work, built, ladders, sizes, noises)
-    shares = _REMOVED if all(len(r) == 1 for r in ladders.values()) else _REMOVED_BY_BITS
+    begin, moves = _moves(work, built, ladders)
+    shares = _REMOVED if all(len(v.rungs) == 1 for v in ladders.values()) else _REMOVED_BY_BITS
 
     def beside(in_float: Set[str]) -> list[_Attempt]:
         """More and more of the other layers."""
         others = [m for m in moves if m.node not in in_float]
-        base = {node: len(rungs) if node in in_float else begin[node] for node, rungs in ladders.items()}
+        base = {node: len(v.rungs) if node in in_float else begin[node] for node, v in ladders.items()}
         if not others:
             return [_Attempt(base=base, moves=[], count=0)]
         share = np.cumsum([m.gain for m in others]) / (sum(m.gain for m in others) or 1.0)
@@ -336,39 +336,40 @@ def _attempts(
         found = [_Attempt(base=base, moves=others, count=count) for count in sorted(counts)]
         # Layers that begin with another pass than the first make more noise until enough is taken away.
         return [
-            a for a in found if in_float or _total(noises, a.rungs) < _total(noises, dict.fromkeys(base, 0))
+            a for a in found if in_float or _total(ladders, a.rungs) < _total(ladders, dict.fromkeys(base, 0))
         ]
 
-    broken = {node for node, noise in noises.items() if noise[0] > _BROKEN}
+    broken = {node for node, ladder in ladders.items() if ladder.noise[0] > _BROKEN}
     if not broken:
         return beside(broken)
     model, _, _, _ = work.prepare(tuple(p for p in built.recipe.passes if p.exact))
     return [*beside(broken | deciding(model)), *beside(broken)]
 
 
-def _total(noises: Mapping[str, list[float]], rungs: Mapping[str, int]) -> float:
-    return sum([*noises[node], 0.0][rung] for node, rung in rungs.items())
+def _total(ladders: Mapping[str, _Ladder], rungs: Mapping[str, int]) -> float:
+    return sum(ladders[node].noise[rung] for node, rung in rungs.items())
 
 
 def _spared(
-    steps: Sequence[Pass], ladders: Mapping[str, tuple[int, ...]], rungs: Mapping[str, int]
+    steps: Sequence[Pass], ladders: Mapping[str, _Ladder], rungs: Mapping[str, int]
 ) -> tuple[Any, ...]:
     """The passes, each leaving out the layers that are past it; in the order in which they hurt."""
     passes = list[Any](steps)
     for node, rung in rungs.items():
-        for index in ladders[node][:rung]:
+        for index in ladders[node].rungs[:rung]:
             ignore = (*passes[index].ignore, f"={node}")
             passes[index] = passes[index].model_copy(update={"ignore": ignore})
     return tuple(passes)
 
 
 def _layers(
-    steps: Sequence[Any], ladders: Mapping[str, tuple[int, ...]], noises: Mapping[str, list[float]], rungs: Mapping[str, int]
-) -> list[LayerRecord]:  # fmt: skip
+    steps: Sequence[Any], ladders: Mapping[str, _Ladder], rungs: Mapping[str, int]
+) -> list[LayerRecord]:
     """What became of each layer, the noisiest first."""
     records = []
     for node, ladder in ladders.items():
-        kept = rungs[node] == len(ladder)
-        bits = None if kept or len(ladder) == 1 else getattr(steps[ladder[rungs[node]]], "bits", 8)
-        records.append(LayerRecord(node=node, sqnr_db=_decibels(noises[node][0]), kept_float=kept, bits=bits))
+        count, rung = len(ladder.rungs), rungs[node]
+        kept = rung == count
+        bits = None if kept or count == 1 else getattr(steps[ladder.rungs[rung]], "bits", 8)
+        records.append(LayerRecord(node=node, sqnr_db=_decibels(ladder.noise[0]), kept_float=kept, bits=bits))
     return sorted(records, key=lambda r: r.sqnr_db)

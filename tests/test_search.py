@@ -20,7 +20,7 @@ from optkit.evaluate import Budget, Evaluator, Fidelity, compare
 from optkit.frontend import read
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe
-from optkit.repair import _ladders, _moves, repair, sensitivities
+from optkit.repair import _Ladder, _ladders, _moves, repair, sensitivities
 from optkit.report import PassRecord
 from optkit.search import carry_out, choose
 from optkit.targets import target
@@ -764,8 +764,11 @@ def test_layers_go_to_the_next_pass_that_takes_them_and_only_then_to_float(tmp_p
 def _at_sizes(tmp_path, sizes, noises):
     work = _real(tmp_path)
     work.target = target("mac-m4")
-    ladders = {n: tuple(range(len(v))) for n, v in noises.items()}
-    begin, moves = _moves(work, work.build("small", LADDER), ladders, sizes, noises)
+    ladders = {
+        n: _Ladder(rungs=tuple(range(len(v))), bits=tuple(sizes[n]), noise=(*v, 0.0))
+        for n, v in noises.items()
+    }
+    begin, moves = _moves(work, work.build("small", LADDER), ladders)
     return begin, [(m.node, m.rung) for m in moves]
 
 
@@ -797,13 +800,13 @@ def test_tables_and_scales_count_as_bytes_of_a_layer(tmp_path):
     recipe = Recipe.load({
         "recipe": 1, "passes": [{"palettize-weights": {"bits": 4, "group": 4, "smallest": 1}}, {"quantize-weights": {"smallest": 1}}],
     })  # fmt: skip
-    ladders, sizes = _ladders(work, work.build("small", recipe))
+    found = _ladders(work, work.build("small", recipe))["second"]
     # Eight tables of 16 halves beside 32 x 32 places; 32 scales beside as many bytes; halves.
     rows, columns = 32, 32
-    assert ladders["second"] == (0, 1)
-    assert sizes["second"] == [
+    assert found.rungs == (0, 1)
+    assert found.bits == (
         rows * columns * 4 + 8 * 16 * 16, rows * columns * 8 + columns * 16, rows * columns * 16
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def _deep(tmp_path, count=16):

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.openvino.placement import ABSORBED
-from optkit.graph import constant, read_once, users, walk
+from optkit.graph import constant, made_for_one, users, walk
 from optkit.rewrite import Builder, Names, substitute
 
 
@@ -34,20 +34,14 @@ def _roundings(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
         if node.op_type != "Add" or node.domain != "" or not _rounded(node.outputs[0]):
             continue
         for value in node.inputs:
-            dq = _maker(value, "DequantizeLinear")
-            q = None if dq is None else _maker(dq.inputs[0], "QuantizeLinear")
+            dq = made_for_one(value, "DequantizeLinear")
+            q = None if dq is None else made_for_one(dq.inputs[0], "QuantizeLinear")
             if q is not None and dq is not None and q.inputs[1:] == dq.inputs[1:] and _ends(q) is not None:
                 above = q.inputs[0]
-                while above is not None and (before := _maker(above, *ABSORBED)) is not None:
+                while above is not None and (before := made_for_one(above, *ABSORBED)) is not None:
                     above = before.inputs[0]
-                if _maker(above, "Conv") is not None:
+                if made_for_one(above, "Conv") is not None:
                     yield q, dq
-
-
-def _maker(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """What makes ``value``, where it is one of ``operators`` and nothing else reads that."""
-    node = None if value is None or not read_once(value) else value.producer()
-    return node if node is not None and node.domain == "" and node.op_type in operators else None
 
 
 def _rounded(value: ir.Value) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import shape_of
-from optkit.graph import constant, graphs, read_once
+from optkit.graph import constant, graphs, made_for_one
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Builder, Change, Names, label, remove_unused, substitute
 
@@ -83,7 +83,7 @@ def _projection(split: ir.Node) -> _Projection | None:
     if node is not None and node.op_type == "Add":
         bias = node
         held = [v for v in node.inputs if (c := constant(v)) is not None and c.shape == (sum(sizes),)]
-        node = next((p for v in node.inputs if v not in held and (p := _maker(v)) is not None), None)
+        node = next((p for v in node.inputs if v not in held and (p := made_for_one(v)) is not None), None)
         if len(held) != 1:
             return None
     if node is None or node.op_type != "MatMul" or node.graph is not split.graph:
@@ -112,13 +112,7 @@ def _columns(reshape: ir.Node, axis: int) -> int | None:
 
 
 def _before(node: ir.Node) -> ir.Node | None:
-    return _maker(node.inputs[0])
-
-
-def _maker(value: ir.Value | None) -> ir.Node | None:
-    """What makes ``value``, where it is read once."""
-    node = None if value is None or not read_once(value) else value.producer()
-    return node if node is not None and node.domain == "" else None
+    return made_for_one(node.inputs[0])
 
 
 def _apart(found: _Projection, names: Names) -> None:
