@@ -124,7 +124,7 @@ def _error(v: torch.Tensor, r: torch.Tensor, low: int, high: int, *, rectified: 
     """Inside the grid the error of rounding ``v`` to ``r``, moved by `_moved`; outside its end. Both arguments are overwritten."""
     moved = _moved(low, high)
     v = v.sub_(moved) if moved else v
-    # What rounds to an end is inside; a ReLU's values are where they are above 0, whatever they round to.
+    # What rounds to an end is inside; a ReLU's values are where they are above 0, whatever they round to. Moved, those below 2^-24 are 0.
     mask, least, most = (v, -moved, _beyond(high, v.dtype) - moved) if rectified else (r, low - 1, high + 1)
     torch.ops.aten.hardtanh_backward.grad_input(v, mask, least, most, grad_input=v)
     return torch.sub(r.clamp_(low, high), v, out=v)
@@ -152,7 +152,10 @@ def _gradients(
 
 
 def _beyond(high: int, dtype: torch.dtype) -> float:
-    """The smallest float that rounds to more than ``high``; ties go to even."""
+    """The smallest float that rounds to more than ``high``; ties go to even.
+
+    Not cached: torch.compile refuses functions with a cache.
+    """
     kind = np.float32 if dtype == torch.float32 else np.float64
     half = kind(high + 0.5)
     return float(half if high % 2 else np.nextafter(half, kind(np.inf)))

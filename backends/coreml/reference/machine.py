@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -252,12 +253,8 @@ class Machine:
         return arguments
 
     def _call(self, op: Operation, arguments: dict[str, Any]) -> list[Any]:
-        try:
+        with _named(op):
             results = OPERATIONS[op.kind](**arguments)
-        except TypeError as error:
-            raise ModelError(f"{op}: {error}") from error
-        except (ValueError, IndexError, AssertionError, KeyError) as error:
-            raise ModelError(f"{op} cannot be computed: {type(error).__name__}: {error}") from error
         return results if isinstance(results, list) else [results]
 
     def _compute(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> None:
@@ -265,7 +262,7 @@ class Machine:
         op = step.op
         arguments = self._arguments(step, values)
         # Who watches sees every operation, and arguments as they were.
-        over, after = ({}, None) if watch else (_over(step, arguments, own), step.after)
+        over, after = (_over(step, arguments, own), step.after) if watch is None else ({}, None)
         results = self._call(op, arguments | over)
         given = [a for v in arguments.values() for a in (v if isinstance(v, list) else [v])]
         arrays = [a for a in given if isinstance(a, np.ndarray)]
@@ -276,9 +273,7 @@ class Machine:
             fresh = fresh or (bool(over) and array is over["out"])
             if after is not None:
                 output = after.op.outputs[0]
-                _checked(after.op, output, array)
-                clip = partial(OPERATIONS[after.op.kind], **after.fixed)
-                found.append(halves(array, place=fresh, clip=clip, positive=_positive(after)))
+                found.append(_clipped(after, _checked(after.op, output, array), place=fresh))
                 fresh = True
             else:
                 found.append(_rounded(op, output, array, place=fresh))
@@ -387,9 +382,23 @@ def _is_rounded(op: Operation) -> bool:
     return rounds and len(op.outputs) == 1 and op.outputs[0].type.dtype == np.float16
 
 
-def _positive(step: _Step) -> bool:
-    """Whether what is clipped is at least 0."""
-    return bool(step.op.kind != "clip" or step.fixed["alpha"] >= 0)
+def _clipped(step: _Step, array: np.ndarray, *, place: bool) -> np.ndarray:
+    """``array`` clipped and rounded to float16, in its place where that may be."""
+    clip = partial(OPERATIONS[step.op.kind], **step.fixed)
+    positive = step.op.kind != "clip" or step.fixed.get("alpha", -1.0) >= 0
+    with _named(step.op):
+        return halves(array, place=place, clip=clip, positive=bool(positive))
+
+
+@contextmanager
+def _named(op: Operation) -> Iterator[None]:
+    """Mistakes of a program become errors that name the operation."""
+    try:
+        yield
+    except TypeError as error:
+        raise ModelError(f"{op}: {error}") from error
+    except (ValueError, IndexError, AssertionError, KeyError) as error:
+        raise ModelError(f"{op} cannot be computed: {type(error).__name__}: {error}") from error
 
 
 def _checked(op: Operation, output: Output, value: Any) -> np.ndarray:

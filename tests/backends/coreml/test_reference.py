@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -602,9 +603,17 @@ def test_weights_in_float16_are_widened_some_rows_at_a_time(kind, monkeypatch):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_path):
-    import tracemalloc
+def _peak(run: Callable[[], Any]) -> int:
+    """Bytes that it holds at most, beside what there was before."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
+
+def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_path):
     weight = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
     model = parse(HEAD + "g (float[1, 512] x) => (float[1, 4096] y) { y = MatMul(x, w) }", w=weight)
     backend = BACKENDS.get("coreml")()
@@ -612,19 +621,12 @@ def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_pa
     feeds = random_feeds(model)
     with backend.load(tmp_path, PHONE, backend.options()) as session:
         session.run(feeds)
-        tracemalloc.start()
-        try:
-            session.run(feeds)
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        peak = _peak(lambda: session.run(feeds))
     assert peak < weight.nbytes / 16
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_takes_no_more_memory_than_twice_the_largest_activation(precision, tmp_path):
-    import tracemalloc
-
     random = np.random.default_rng(0)
     model = parse(
         HEAD + """g (float[1, 8, 512, 512] x) => (float[1, 8] y) {
@@ -647,20 +649,13 @@ def test_a_run_takes_no_more_memory_than_twice_the_largest_activation(precision,
     largest = feeds["x"].nbytes
     with backend.load(tmp_path, PHONE, backend.options()) as session:
         session.run(feeds)
-        tracemalloc.start()
-        try:
-            session.run(feeds)
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        peak = _peak(lambda: session.run(feeds))
     # Parts of a convolution and pieces of elementwise steps are of a fixed size.
     assert peak < 2 * largest + 3 * 2**20
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision, tmp_path):
-    import tracemalloc
-
     model = parse(
         HEAD + """g (float[1, 4, 256, 256] x) => (float[1, 4, 256, 256] y) {
           a = Add(x, c)
@@ -678,12 +673,7 @@ def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision,
     with backend.load(tmp_path, PHONE, backend.options()) as session:
         features = session.features(feeds)
         session.compute(features)
-        tracemalloc.start()
-        try:
-            session.compute(features)
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
+        peak = _peak(lambda: session.compute(features))
     # In float16 the input is widened beside, and pieces are of a fixed size.
     assert peak < (1 + (precision == "fp16")) * feeds["x"].nbytes + 2**20
 
@@ -719,3 +709,16 @@ def test_who_watches_sees_the_same_numbers(precision, tmp_path):
     assert len([k for k in seen if k in ("clip", "relu", "relu6")]) == 4
     for name, array in watched.items():
         np.testing.assert_array_equal(alone[name], array, err_msg=name)
+
+
+def test_a_clip_that_lacks_its_bounds_is_named_where_it_is_done_while_rounding(tmp_path):
+    model = parse(
+        HEAD + "g (float[1, 3, 4, 4] x) => (float[1, 3, 4, 4] y) { a = Conv(x, w) y = Clip(a, low, high) }",
+        w=np.ones((3, 3, 1, 1), np.float32), low=np.float32(-1), high=np.float32(1),
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    (tmp_path / "a").mkdir()
+    backend.lower(model, PHONE, backend.options(precision="fp16"), tmp_path / "a")
+    changed = _edited(tmp_path / "a", tmp_path / "b", _drop("clip", "alpha"))
+    with backend.load(changed, PHONE, None) as session, pytest.raises(ModelError, match=r"clip '.*alpha"):
+        session.run(random_feeds(model))
