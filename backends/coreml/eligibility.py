@@ -54,7 +54,7 @@ def _judged(op: Operation, types: dict[str, Output], fixed: set[str]) -> tuple[t
     if op.kind in _STATE:
         return _REST, "keeps a state; the Neural Engine wants caches as inputs and outputs"
     read = {b.name for bindings in op.inputs.values() for b in bindings if hasattr(b, "name")}
-    values = [types[n] for n in sorted(read - fixed) if n in types] + op.outputs
+    values = [*(types[n] for n in sorted(read - fixed) if n in types), *op.outputs]
     kinds = {v.type.kind for v in values}
     if wrong := sorted(kinds - _ENGINE):
         integers = all(k.startswith(("INT", "UINT", "STRING")) for k in kinds)

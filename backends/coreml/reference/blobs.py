@@ -40,7 +40,10 @@ class Blobs:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._data = np.memmap(file, np.uint8, "r") if file.is_file() and file.stat().st_size else None
+        self._data: np.ndarray | None = None
+        if file.is_file() and file.stat().st_size:
+            # As a plain array, whose slices are smaller things than those of one that knows its file.
+            self._data = np.memmap(file, np.uint8, "r").view(np.ndarray)
         if self._data is not None:
             if self._data.size < 64:
                 raise ModelError(f"{file.name}: {self._data.size} bytes are no file of weights")

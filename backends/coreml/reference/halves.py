@@ -13,13 +13,14 @@ _SIGN, _EXPONENT, _LAST, _ABOVE = (np.uint32(n) for n in (0x80000000, 0x7F800000
 # Added to a power of two it leads up to float16's smallest normal one, 2^-14, where it is smaller, and to no other where it is not. Below
 # 2^-37 it does not, and what is so small is 0 either way.
 _RISE = np.float32(2.0**-14 - 2.0**-37)
-# Elements at a time, so that what is between stays in cache and takes no memory to speak of.
-_PIECE = 3 << 14
+# Elements at a time, so that what is between stays in cache and takes no memory to speak of; and where room is scarce.
+_PIECE, _LEAST = 3 << 14, 1 << 13
 
 
 def halves(
-    array: np.ndarray, *, place: bool = False, clip: Callable[..., Any] | None = None, positive: bool = False
-) -> np.ndarray:
+    array: np.ndarray, *, place: bool = False, clip: Callable[..., Any] | None = None, positive: bool = False,
+    room: int = 2 * _PIECE,
+) -> np.ndarray:  # fmt: skip
     """Rounded to float16's numbers, to nearest with ties to even, and kept in float32, which is what is computed with.
 
     Converting there and back one element at a time took more than the arithmetic; here the bits of many are rounded at once.
@@ -28,13 +29,15 @@ def halves(
         place: Whether the result may take the place of ``array``.
         clip: Done before with each piece, which it writes to ``out``.
         positive: Whether what is rounded is at least 0.
+        room: Elements that may be held beside.
     """
     wide = np.ascontiguousarray(array, np.float32)
     result = wide if place or not np.may_share_memory(wide, array) else np.empty_like(wide)
     source, rounded = wide.reshape(-1), result.reshape(-1)
-    spare = np.empty((2, min(wide.size, _PIECE)), np.uint32)
-    for start in range(0, wide.size, _PIECE):
-        some, there = source[start : start + _PIECE], rounded[start : start + _PIECE]
+    piece = min(wide.size, _PIECE, max(_LEAST, room // 2))
+    spare = np.empty((2, piece), np.uint32)
+    for start in range(0, wide.size, piece):
+        some, there = source[start : start + piece], rounded[start : start + piece]
         if clip is not None:
             some = clip(some, out=there)
         _round(some, there, spare, positive=positive)

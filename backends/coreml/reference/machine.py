@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from optkit.backends.coreml.reference.halves import halves, widened
-from optkit.backends.coreml.reference.ops import OPERATIONS, OVERWRITING
+from optkit.backends.coreml.reference.ops import OPERATIONS, OVERWRITING, ROOMY
 from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output
 from optkit.errors import DataError, ModelError
 
@@ -33,13 +35,16 @@ _PICKS = _MOVES | {
     "abs", "clip", "max_pool", "maximum", "minimum", "reduce_max", "reduce_min", "relu", "relu6", "select", "threshold", "topk",
 }  # fmt: skip
 # Elements of weights in float16 from which on they are not kept in float32 beside.
-_SMALL = 1 << 12
+_SMALL = 1 << 10
+# Of an element of float32, which values are held in.
+_BYTES = 4
 # Weights that operations themselves widen, some rows at a time.
 _ROWS = {("conv", "weight"), ("linear", "weight"), ("matmul", "y")} | {
     (kind, f"weight_{which}") for kind in ("lstm", "gru", "rnn") for which in ("ih", "hh", "ih_back", "hh_back")
 }  # fmt: skip
 # They take values between two numbers of the type: rounded before or after, these are the same.
 _CLIPS = frozenset({"clip", "relu", "relu6"})
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
 
@@ -71,12 +76,12 @@ class _Step:
     """
 
     op: Operation
-    fixed: dict[str, Any]
-    heavy: list[tuple[str, np.ndarray]]
-    moving: list[tuple[str, list[str], bool]]
+    fixed: Mapping[str, Any]
+    heavy: tuple[tuple[str, np.ndarray], ...]
+    moving: tuple[tuple[str, tuple[str, ...], bool], ...]
     wide: bool
-    gone: list[str]
-    over: list[tuple[str, str]]
+    gone: tuple[str, ...]
+    over: tuple[tuple[str, str], ...]
     after: _Step | None = None
 
 
@@ -92,7 +97,7 @@ class _Body:
 
     block: Block | None
     outputs: list[str]
-    gone: list[list[str]]
+    gone: list[tuple[str, ...]]
     steps: list[_Step] | None = None
 
 
@@ -119,6 +124,8 @@ class Machine:
         self._constants: dict[str, Any] = {}
         self._inner: dict[int, _Body] = {}
         self._main, _ = self._plan(function.block)
+        # Bytes of the largest value that an operation gave, or that the program says it will.
+        self._largest = _declared(function.block)
         self.state: dict[str, np.ndarray] = {}
         self.reset()
 
@@ -147,7 +154,7 @@ class Machine:
         for name, index in last.items():
             if name not in block.outputs:
                 gone[index].append(name)
-        body = _Body(block=block, outputs=block.outputs, gone=gone)
+        body = _Body(block=block, outputs=block.outputs, gone=[tuple(names) for names in gone])
         return body, outside | {o for o in block.outputs if o not in own}
 
     def run(self, feeds: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, Any]:
@@ -183,6 +190,8 @@ class Machine:
         if body.steps is None:
             body.steps = self._prepared(body)
             body.block, body.gone = None, []
+            if not self._inner:
+                self._forget(body.steps, body.outputs)
         # Values whose memory nobody else knows.
         own: set[str] = set()
         steps = iter(body.steps)
@@ -193,6 +202,13 @@ class Machine:
             if step.after is not None and watch is None:
                 next(steps)
         return {name: self._value(name, values) for name in body.outputs}
+
+    def _forget(self, steps: Sequence[_Step], outputs: Sequence[str]) -> None:
+        """Constants that steps have in their hands, and nobody asks for by name."""
+        asked = {name for step in steps for _, names, _ in step.moving for name in names}.union(outputs)
+        for step in steps:
+            asked.update(b.name for values in step.op.inputs.values() for b in values if isinstance(b, Name))
+        self._constants = {name: value for name, value in self._constants.items() if name in asked}
 
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
         return values[name] if name in values else self._constants[name]
@@ -205,11 +221,11 @@ class Machine:
             if op.kind == "const":
                 self._constants[op.outputs[0].name] = _held(_read(op.attributes["val"]))
             elif op.kind.startswith("constexpr_"):
-                arguments = self._step(op, []).fixed
+                arguments = dict(self._step(op, ()).fixed)
                 for parameter, value in op.attributes.items():
                     arguments[parameter] = _argument(_read(value))
                 for output, value in zip(op.outputs, self._call(op, arguments), strict=True):
-                    rounded = _rounded(op, output, _checked(op, output, value), place=False)
+                    rounded = _rounded(op, output, _checked(op, output, value), place=False, room=0)
                     # Decompressed it is no larger than the program declares it.
                     narrow = rounded.astype(output.type.dtype, copy=False)
                     self._constants[output.name] = _held(narrow)
@@ -217,30 +233,37 @@ class Machine:
                 steps.append(self._step(op, gone))
         for step, after in pairwise(steps):
             clips = after.op.kind in _CLIPS and len(after.moving) == 1 and _is_rounded(step.op)
-            if clips and after.over == [("x", step.op.outputs[0].name)]:
+            if clips and after.over == (("x", step.op.outputs[0].name),):
                 step.after = after
         return steps
 
-    def _step(self, op: Operation, gone: list[str]) -> _Step:
+    def _step(self, op: Operation, gone: tuple[str, ...]) -> _Step:
         wide = op.kind not in _MOVES
-        step = _Step(op=op, fixed={}, heavy=[], moving=[], wide=wide, gone=gone, over=[])
+        fixed: dict[str, Any] = {}
+        heavy, moving, over = [], [], []
         for parameter, bindings in op.inputs.items():
-            names = [b.name for b in bindings if isinstance(b, Name)]
+            names = tuple(b.name for b in bindings if isinstance(b, Name))
             several = (op.kind, parameter) in _SEVERAL or len(bindings) != 1
             if all(n in self._constants for n in names):
                 found = [self._constants[b.name] if isinstance(b, Name) else _read(b) for b in bindings]
                 if wide and not several and _heavy(found[0]) and not op.kind.startswith("constexpr_"):
-                    step.heavy.append((parameter, found[0]))
+                    heavy.append((parameter, found[0]))
                     continue
                 given = [_argument(v, wide=wide) for v in found]
-                step.fixed[parameter] = given if several else given[0]
+                fixed[parameter] = given if several else given[0]
             elif len(names) == len(bindings):
-                step.moving.append((parameter, names, several))
+                moving.append((parameter, names, several))
                 if op.kind in OVERWRITING and names[0] in gone:
-                    step.over.append((parameter, names[0]))
+                    over.append((parameter, names[0]))
             else:
                 raise ModelError(f"{op}: {parameter!r} mixes names and values")
-        return step
+        gone = tuple(n for n in gone if n not in self._constants)
+        # What the program says of arguments is said here.
+        told = replace(op, inputs=_NOTHING, attributes=_NOTHING) if op.kind in OPERATIONS else op
+        return _Step(
+            op=told, fixed=dict(fixed) or _NOTHING, heavy=tuple(heavy), moving=tuple(moving), wide=wide, gone=gone,
+            over=tuple(over),
+        )  # fmt: skip
 
     def _arguments(self, step: _Step, values: Mapping[str, Any]) -> dict[str, Any]:
         arguments = dict(step.fixed)
@@ -251,6 +274,11 @@ class Machine:
             found = [_argument(self._value(n, values), wide=step.wide) for n in names]
             arguments[parameter] = found if several else found[0]
         return arguments
+
+    def _room(self, values: Mapping[str, Any]) -> int:
+        """Elements that a step may hold beside ``values`` until they are twice the largest of all; less than 0 beyond."""
+        held = sum(v.nbytes for v in values.values() if isinstance(v, np.ndarray))
+        return (2 * self._largest - held) // _BYTES
 
     def _call(self, op: Operation, arguments: dict[str, Any]) -> list[Any]:
         with _named(op):
@@ -263,7 +291,8 @@ class Machine:
         arguments = self._arguments(step, values)
         # Who watches sees every operation, and arguments as they were.
         over, after = (_over(step, arguments, own), step.after) if watch is None else ({}, None)
-        results = self._call(op, arguments | over)
+        room = self._room(values)
+        results = self._call(op, arguments | over | ({"room": room} if op.kind in ROOMY else {}))
         given = [a for v in arguments.values() for a in (v if isinstance(v, list) else [v])]
         arrays = [a for a in given if isinstance(a, np.ndarray)]
         found = []
@@ -271,12 +300,14 @@ class Machine:
             array = _checked(op, output, result)
             fresh = array.flags.writeable and not any(np.may_share_memory(array, a) for a in arrays)
             fresh = fresh or (bool(over) and array is over["out"])
+            self._largest = max(self._largest, array.nbytes)
+            room -= 0 if over else array.size
             if after is not None:
                 output = after.op.outputs[0]
-                found.append(_clipped(after, _checked(after.op, output, array), place=fresh))
+                found.append(_clipped(after, _checked(after.op, output, array), place=fresh, room=room))
                 fresh = True
             else:
-                found.append(_rounded(op, output, array, place=fresh))
+                found.append(_rounded(op, output, array, place=fresh, room=room))
             if fresh and len(results) == 1:
                 own.add(output.name)
             elif not fresh:
@@ -331,6 +362,16 @@ class Machine:
         return [names[int(np.argmax(scores))], dict(zip(names, scores.tolist(), strict=True))]
 
 
+def _declared(block: Block) -> int:
+    """Bytes of the largest value whose size the program says, in float32; constants are none."""
+    shapes = [o.type.shape for op in block.operations if not _is_constant(op) for o in op.outputs]
+    return max((_BYTES * math.prod(s) for s in shapes if s is not None and -1 not in s), default=0)
+
+
+def _is_constant(op: Operation) -> bool:
+    return op.kind == "const" or op.kind.startswith("constexpr_")
+
+
 def _read(value: Any) -> Any:
     return value.read() if isinstance(value, Lazy) else value
 
@@ -382,12 +423,12 @@ def _is_rounded(op: Operation) -> bool:
     return rounds and len(op.outputs) == 1 and op.outputs[0].type.dtype == np.float16
 
 
-def _clipped(step: _Step, array: np.ndarray, *, place: bool) -> np.ndarray:
+def _clipped(step: _Step, array: np.ndarray, *, place: bool, room: int) -> np.ndarray:
     """``array`` clipped and rounded to float16, in its place where that may be."""
     clip = partial(OPERATIONS[step.op.kind], **step.fixed)
     positive = step.op.kind != "clip" or step.fixed.get("alpha", -1.0) >= 0
     with _named(step.op):
-        return halves(array, place=place, clip=clip, positive=bool(positive))
+        return halves(array, place=place, clip=clip, positive=bool(positive), room=room)
 
 
 @contextmanager
@@ -416,12 +457,13 @@ def _checked(op: Operation, output: Output, value: Any) -> np.ndarray:
     return array
 
 
-def _rounded(op: Operation, output: Output, array: np.ndarray, *, place: bool) -> np.ndarray:
+def _rounded(op: Operation, output: Output, array: np.ndarray, *, place: bool, room: int) -> np.ndarray:
     """``array`` in the declared type.
 
     Args:
         place: Whether the result may take its place.
+        room: Elements that may be held beside.
     """
     if output.type.dtype != np.float16:
         return array.astype(output.type.dtype, copy=False)
-    return array if op.kind in _PICKS else halves(array, place=place)
+    return array if op.kind in _PICKS else halves(array, place=place, room=room)

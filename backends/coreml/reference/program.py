@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ _KINDS = {
 _SHORT = {
     "INT4": (4, True), "UINT4": (4, False), "UINT1": (1, False), "UINT2": (2, False), "UINT3": (3, False), "UINT6": (6, False),
 }  # fmt: skip
+# Elements of a value that stands in the program, up to which one of its kind is looked for.
+_FEW = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +69,16 @@ class Operation:
     """One operation.
 
     Attributes:
-        inputs: By parameter: names, or values that stand in place; a list where the parameter takes several.
+        inputs: By parameter: names, or values that stand in place; several where the parameter takes so many.
         attributes: The same for what is no input, but its name: the value of a constant, and the older compressed constants.
     """
 
     kind: str
     name: str
-    inputs: dict[str, list[Any]]
-    attributes: dict[str, Any]
-    outputs: list[Output]
-    blocks: list[Block] = field(default_factory=list)
+    inputs: Mapping[str, Sequence[Any]]
+    attributes: Mapping[str, Any]
+    outputs: tuple[Output, ...]
+    blocks: tuple[Block, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
@@ -178,7 +181,7 @@ class Package:
             kind=self._once(proto.type), name=self._once(proto.outputs[0].name if proto.outputs else proto.type),
             inputs={self._once(k): [self._binding(b) for b in a.arguments] for k, a in proto.inputs.items()},
             attributes={self._once(k): self._value(v) for k, v in proto.attributes.items() if k != "name"},
-            outputs=[self._output(v) for v in proto.outputs], blocks=[self._block(b) for b in proto.blocks],
+            outputs=tuple(self._output(v) for v in proto.outputs), blocks=tuple(self._block(b) for b in proto.blocks),
         )  # fmt: skip
 
     def _once(self, value: Any) -> Any:
@@ -202,7 +205,12 @@ class Package:
             return [self._value(v) for v in held.list.values]
         if held.WhichOneof("value") != "tensor":
             raise ModelError(f"{self.path.name}: a value of kind {held.WhichOneof('value')} is not known")
-        return _tensor(held.tensor, _type(proto.type))
+        kind = self._once(_type(proto.type))
+        value = _tensor(held.tensor, kind)
+        if not isinstance(value, np.ndarray) or value.size > _FEW:
+            return value
+        value.flags.writeable = False
+        return self._shared.setdefault((kind, value.tobytes()), value)
 
 
 def _type(proto: Any) -> Type:

@@ -35,6 +35,6 @@ from optkit.backends.coreml.reference.ops import (
 from optkit.backends.coreml.reference.ops import (
     window as window,
 )
-from optkit.backends.coreml.reference.ops.table import OPERATIONS, OVERWRITING
+from optkit.backends.coreml.reference.ops.table import OPERATIONS, OVERWRITING, ROOMY
 
-__all__ = ["OPERATIONS", "OVERWRITING"]
+__all__ = ["OPERATIONS", "OVERWRITING", "ROOMY"]

@@ -42,9 +42,9 @@ def _bilinear(x: Array, height: int, width: int, mode: str) -> Array:
     return _linear(x, x.ndim - 1, _positions(x.shape[-1], width, mode))
 
 
-def _nearest(x: Array, axis: int, target: int) -> Array:
-    """``y[i] = x[floor(i * in / out)]``."""
-    return np.take(x, np.arange(target) * x.shape[axis] // target, axis)
+def _under(size: int, target: int) -> Array:
+    """For each place along an axis of ``target`` the one of ``size`` that it is taken from: ``floor(i * in / out)``."""
+    return np.arange(target) * size // target
 
 
 @operation("resize_bilinear")
@@ -58,7 +58,12 @@ def resize_bilinear(
 @operation("resize_nearest_neighbor")
 def resize_nearest_neighbor(x: Array, target_size_height: int, target_size_width: int) -> Array:
     """The last two axes to given sizes, without computing."""
-    return _nearest(_nearest(x, x.ndim - 2, target_size_height), x.ndim - 1, target_size_width)
+    rows, columns = _under(x.shape[-2], target_size_height), _under(x.shape[-1], target_size_width)
+    out = np.empty((*x.shape[:-2], len(rows), len(columns)), x.dtype)
+    for image in np.ndindex(x.shape[:-2]):
+        # The mode spares a buffer of the result's size.
+        np.take(np.take(x[image], columns, 1), rows, 0, out=out[image], mode="clip")
+    return out
 
 
 def _scaled(size: int, factor: float) -> int:

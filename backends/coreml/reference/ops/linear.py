@@ -16,14 +16,15 @@ from optkit.backends.coreml.reference.ops.table import operation
 
 Array = np.ndarray
 
-# Elements of unfolded input that are in memory at a time, and of a channel block that stays in cache.
-_UNFOLDED, _BLOCK = 1 << 18, 1 << 15
-# Elements of padded input that are in memory at a time.
-_PADDED = 1 << 17
-# Where activations are smaller than these, as many elements as they have, but no fewer than pay for a step of its own.
+# Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
+# of bands and what they are multiplied with; and of what is added up, so that it stays in cache.
+_UNFOLDED, _BESIDE, _BANDED, _BLOCK = 1 << 18, 1 << 17, 1 << 18, 1 << 15
+# Where there is less, as many as pay for a step of its own.
 _LEAST = 1 << 13
-# Elements of weights in float16 that are in float32 at a time, where activations have fewer.
+# Elements of weights in float16 that are in float32 at a time, where activations have fewer than eight times as many.
 _WIDENED = 1 << 16
+# Room enough for all of these.
+_AMPLE = 1 << 20
 # Columns of the output that one banded matrix gives: more multiply more zeros, fewer make more products.
 _COLUMNS = 14
 # From so many channels on, and up to so many elements of each, their products are taken side by side.
@@ -32,36 +33,43 @@ _MANY, _FEW = 144, 28 * 28
 _WIDE = 2
 
 
-def _by_rows(rows: Array, size: int) -> Iterator[tuple[slice, Array]]:
+def _by_rows(rows: Array, size: int, room: int) -> Iterator[tuple[slice, Array]]:
     """Rows of a matrix in float32, an eighth as many elements at a time as there are in activations, ``size``, beside them."""
     if rows.dtype != np.float16:
         yield slice(0, len(rows)), rows
         return
-    step = max(1, max(_WIDENED, size // 8) // max(1, rows[:1].size))
+    step = max(1, _within(room, max(_WIDENED, size // 8)) // max(1, rows[:1].size))
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
         yield some, widened(rows[some])
 
 
-@operation("linear")
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def _within(room: int, most: int) -> int:
+    """``most`` elements, or as many as there is room for."""
+    return min(most, max(_LEAST, room))
+
+
+@operation("linear", room=True)
+def linear(x: Array, weight: Array, bias: Array | None = None, room: int = _AMPLE) -> Array:
     """``x W^T + b``."""
     # One product of matrices, whatever comes before the last axis.
     flat = x.reshape(-1, x.shape[-1])
     out = np.empty((len(flat), len(weight)), np.float32)
-    for some, rows in _by_rows(weight, max(x.size, out.size)):
+    for some, rows in _by_rows(weight, max(x.size, out.size), room - out.size):
         np.matmul(flat, rows.T, out=out[:, some])
         del rows  # before the next are made
     out = out.reshape(*x.shape[:-1], len(weight))
     return out if bias is None else _add(out, bias)
 
 
-@operation("matmul")
-def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
+@operation("matmul", room=True)
+def matmul(
+    x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False, room: int = _AMPLE
+) -> Array:
     """The product, of the last two axes."""
     x = np.swapaxes(x, -1, -2) if transpose_x and x.ndim > 1 else x
     if y.ndim == 2 and y.dtype == np.float16 and x.ndim > 1:
-        return linear(x, y if transpose_y else y.T)
+        return linear(x, y if transpose_y else y.T, room=room)
     x, y = wide(x), wide(y)
     y = np.swapaxes(y, -1, -2) if transpose_y and y.ndim > 1 else y
     return np.matmul(x, y)
@@ -150,10 +158,10 @@ def _spatial(x: Array, slices: Sequence[slice]) -> Array:
     return x[where]
 
 
-@operation("conv")
+@operation("conv", room=True)
 def conv(
     x: Array, weight: Array, bias: Array | None = None, strides: Array | None = None, pad_type: str = "valid",
-    pad: Array | None = None, dilations: Array | None = None, groups: int = 1,
+    pad: Array | None = None, dilations: Array | None = None, groups: int = 1, room: int = _AMPLE,
 ) -> Array:  # fmt: skip
     """A convolution over the axes after the second; weights ``[out, in / groups, *kernel]``."""
     axes = x.ndim - 2
@@ -165,16 +173,17 @@ def conv(
         for n, k, d, s, p in zip(x.shape[2:], kernel, spread, steps, pads, strict=True)
     ]
     batch, channels, total = x.shape[0], x.shape[1], weight.shape[0]
+    room -= batch * total * math.prod(sizes)
     # One channel alone is read by all kernels: a product like any other.
     if groups == channels > 1 and weight.shape[1] == 1:
-        out = _depthwise(x, wide(weight), steps, spread, pads, sizes)
+        out = _depthwise(x, wide(weight), steps, spread, pads, sizes, room)
     else:
         out = np.empty((batch, total, *sizes), np.float32)
         each, rows = channels // groups, total // groups
         for g in range(groups):
             part = x[:, g * each : (g + 1) * each]
             some = slice(g * rows, (g + 1) * rows)
-            _dense(part, weight[some], steps, spread, pads, sizes, out[:, some])
+            _dense(part, weight[some], steps, spread, pads, sizes, out[:, some], room)
     return out if bias is None else _add(out, along(bias, out))
 
 
@@ -185,33 +194,26 @@ def _add(out: Array, more: Array) -> Array:
 
 def _dense(
     x: Array, weight: Array, strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
-    out: Array,
+    out: Array, room: int,
 ) -> None:  # fmt: skip
     kernel = weight.shape[2:]
     matrix = weight.reshape(len(weight), -1)
     activations = max(x.size, out.size)
-    if all(k == 1 for k in kernel):
-        x = padded(x, pads)
-        x = _spatial(x, [slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, strides, strict=True)])
-        for some, rows in _by_rows(matrix, activations):
+    if all(k == 1 for k in kernel) and all(s == 1 for s in strides) and not any(map(any, pads)):
+        for some, rows in _by_rows(matrix, activations, room):
             for image, place in zip(x, out[:, some], strict=True):
                 # All channels of an image are in one piece, so this is a view.
                 np.matmul(rows, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
             del rows
         return
-    for some, rows in _by_rows(matrix, activations):
+    for some, rows in _by_rows(matrix, activations, room // 2):
         for image, place, columns in _unfolded(
-            x, kernel, strides, dilations, pads, sizes, _room(_UNFOLDED, activations)
+            x, kernel, strides, dilations, pads, sizes, _within(room // 2, _UNFOLDED)
         ):
             # Whole rows of the output lie in one piece, so this is a view.
             np.matmul(rows, columns, out=out[image, some, place].reshape(len(rows), -1))
             del columns
         del rows
-
-
-def _room(most: int, activations: int) -> int:
-    """Elements that a step may hold beside its activations."""
-    return min(most, max(_LEAST, activations))
 
 
 def _unfolded(
@@ -224,13 +226,13 @@ def _unfolded(
     axes = len(sizes)
     # [in, *out, *kernel] becomes [in, *kernel, *out].
     order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
-    for image, place, first, last, ends in _slabs(x, kernel, strides, dilations, pads, sizes, rows):
+    for image, place, first, last, ends in slabs(x, kernel, strides, dilations, pads, sizes, rows):
         some = padded(x[image : image + 1, :, first:last], ends)[0]
         part = _windows(some, kernel, strides, dilations, range(1, 1 + axes)).transpose(order)
         yield image, place, part.reshape(high, -1)
 
 
-def _slabs(
+def slabs(
     x: Array, kernel: Sequence[int], strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
     rows: int,
 ) -> Iterator[tuple[int, slice, int, int, list[tuple[int, int]]]]:  # fmt: skip
@@ -259,30 +261,32 @@ def _windows(
 
 
 def _depthwise(
-    x: Array, weight: Array, strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int]
+    x: Array, weight: Array, strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
+    room: int,
 ) -> Array:  # fmt: skip
     """Each channel with its own kernels."""
     batch, channels = x.shape[:2]
     times = len(weight) // channels
     out = np.empty((batch, channels, times, *sizes), np.float32)
     kernels = weight.reshape(channels, times, *weight.shape[2:])
-    room = _room(_PADDED, max(x.size, out.size))
     many = channels >= _MANY and math.prod(sizes) <= _FEW and not _low_and_wide(sizes)
     if many or len(sizes) > 2 or any(d != 1 for d in dilations):
         for image, found in zip(x, out, strict=True):
             _side_by_side(image, kernels, strides, dilations, pads, found, room)
         return out.reshape(batch, channels * times, *sizes)
     inside = [n + sum(p) for n, p in zip(x.shape[2:], pads, strict=True)]
-    block = max(1, room // max(1, math.prod(inside)))
+    each = math.prod(inside) + _banded(kernels.shape[2:], strides, sizes)
+    block = max(1, _within(room, _BANDED) // max(1, each))
     for image, low in itertools.product(range(batch), range(0, channels, block)):
         some = slice(low, low + block)
         part, found = padded(x[image : image + 1, some], pads)[0], out[image, some]
         with np.errstate(invalid="ignore"):
             for t in range(times):
-                _by_bands(part, kernels[some, t], strides, found[:, t], room)
+                _by_bands(part, kernels[some, t], strides, found[:, t])
         # Zeros of a band turn infinities beside a window into NaN, which is the largest there is.
         if np.isnan(found.max()):
             _side_by_side(x[image, some], kernels[some], strides, dilations, pads, found, room)
+        del part
     return out.reshape(batch, channels * times, *sizes)
 
 
@@ -301,9 +305,9 @@ def _side_by_side(
     # [*kernel, channels], one for each time.
     factors = np.ascontiguousarray(np.moveaxis(kernels, 0, -1))
     inside = [n + sum(p) for n, p in zip(x.shape[2:], pads[1:], strict=True)]
-    rows = max(1, room // max(1, channels * strides[0] * math.prod(inside)))
+    rows = max(1, _within(room, _BESIDE) // max(1, channels * strides[0] * math.prod(inside)))
     places, under, last = list(range(axes)), list(range(axes, 2 * axes)), 2 * axes
-    for _, place, first, end, ends in _slabs(
+    for _, place, first, end, ends in slabs(
         x[None], kernel, strides, dilations, pads, list(out.shape[2:]), rows
     ):
         some = np.moveaxis(x[:, first:end], 0, -1)
@@ -314,15 +318,26 @@ def _side_by_side(
             out[:, t, place] = np.moveaxis(found, -1, 0)
 
 
-def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array, room: int) -> None:
+def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
     """Products with banded matrices, for each channel one of its rows or of its columns."""
     if len(strides) == 1:
         x, kernels, out, strides = x[:, None], kernels[:, None], out[:, None], [1, *strides]
     # A matrix is as large as what it is multiplied with where a picture is low and wide.
     if _low_and_wide(out.shape[1:]):
-        _low(x, kernels, strides, out, room)
+        _low(x, kernels, strides, out)
     else:
         _high(x, kernels, strides, out)
+
+
+def _banded(kernel: Sequence[int], strides: list[int], sizes: Sequence[int]) -> int:
+    """Elements of a channel's bands, and of what they are multiplied with where it is unfolded."""
+    rows, taps = (1, *kernel)[-2:]
+    (down, right), (height, width) = (1, *strides)[-2:], (1, *sizes)[-2:]
+    if _low_and_wide(sizes):
+        span = (height - 1) * down + rows
+        return taps * span * (height + width)
+    columns = min(width, _COLUMNS)
+    return rows * columns * ((columns - 1) * right + taps)
 
 
 def _low_and_wide(sizes: Sequence[int]) -> bool:
@@ -331,7 +346,7 @@ def _low_and_wide(sizes: Sequence[int]) -> bool:
     return height <= _COLUMNS and _WIDE * height <= width
 
 
-def _low(x: Array, kernels: Array, strides: list[int], out: Array, room: int) -> None:
+def _low(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
     """One matrix ``[height, taps * rows]`` for each channel, with the input once for each column of the kernel."""
     channels, rows, taps = kernels.shape
     (down, right), (height, width) = strides, out.shape[1:]
@@ -339,14 +354,12 @@ def _low(x: Array, kernels: Array, strides: list[int], out: Array, room: int) ->
     bands = np.zeros((channels, height, taps, span), np.float32)
     for row in range(height):
         bands[:, row, :, row * down : row * down + rows] = kernels.swapaxes(1, 2)
-    bands = bands.reshape(channels, height, taps * span)
-    block = max(1, room // (span * width * taps))
-    for low in range(0, channels, block):
-        some = slice(low, low + block)
-        under = np.empty((len(x[some]), taps, span, width), np.float32)
-        for tap in range(taps):
-            under[:, tap] = x[some, :span, tap : tap + (width - 1) * right + 1 : right]
-        np.matmul(bands[some], under.reshape(len(under), taps * span, width), out=out[some])
+    under = np.empty((channels, taps, span, width), np.float32)
+    for tap in range(taps):
+        under[:, tap] = x[:, :span, tap : tap + (width - 1) * right + 1 : right]
+    np.matmul(
+        bands.reshape(channels, height, taps * span), under.reshape(channels, taps * span, width), out=out
+    )
 
 
 def _high(x: Array, kernels: Array, strides: list[int], out: Array) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from optkit.backends.coreml.reference.ops.linear import numbers, padded, pads_of, taps
+from optkit.backends.coreml.reference.ops.linear import numbers, padded, pads_of, slabs, taps
 from optkit.backends.coreml.reference.ops.table import operation
 
 Array = np.ndarray
+
+# Elements of padded input that are in memory at a time where there is room for more.
+_PADDED = 1 << 17
 
 
 def _grid(
@@ -26,20 +31,26 @@ def _grid(
     return sizes, found
 
 
-@operation("max_pool")
+@operation("max_pool", room=True)
 def max_pool(
     x: Array, kernel_sizes: Array, strides: Array | None = None, pad_type: str = "valid", pad: Array | None = None,
-    ceil_mode: bool = False,
+    ceil_mode: bool = False, room: int = _PADDED,
 ) -> Array:  # fmt: skip
     """The largest of each window; pads count as nothing."""
     kernel = numbers(kernel_sizes, 0)
     steps, ones = numbers(strides, len(kernel)), [1] * len(kernel)
     pads = pads_of(pad_type, pad, x.shape[2:], kernel, steps, ones)
     sizes, pads = _grid(x, kernel, steps, pads, ceil_mode)
-    out: Array | None = None
-    for _, values in taps(padded(x, pads, -np.inf), kernel, steps, ones, sizes):
-        out = values.copy() if out is None else np.maximum(out, values, out=out)
-    assert out is not None
+    out = np.full((*x.shape[:2], *sizes), -np.inf, np.float32)
+    wide = x.shape[1] * steps[0] * math.prod(n + sum(p) for n, p in zip(x.shape[3:], pads[1:], strict=True))
+    rows = max(1, min(_PADDED, max(0, room - out.size)) // wide)
+    for image, place, first, last, ends in slabs(x, kernel, steps, ones, pads, sizes, rows):
+        some, found = (
+            padded(x[image : image + 1, :, first:last], ends, -np.inf),
+            out[image : image + 1, :, place],
+        )
+        for _, values in taps(some, kernel, steps, ones, found.shape[2:]):
+            np.maximum(found, values, out=found)
     return out
 
 
