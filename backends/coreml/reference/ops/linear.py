@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from optkit.backends.coreml.reference.halves import wide, widened
 from optkit.backends.coreml.reference.ops.elementwise import along
@@ -18,9 +18,9 @@ Array = np.ndarray
 
 # Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
 # of bands and what they are multiplied with; and of what is added up, so that it stays in cache.
-_UNFOLDED, _BESIDE, _BANDED, _BLOCK = 1 << 18, 1 << 17, 1 << 18, 1 << 15
+_UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 17, 1 << 17
 # Where there is less, as many as pay for a step of its own.
-_LEAST = 1 << 13
+_LEAST = 1 << 14
 # Elements of weights in float16 that are in float32 at a time, where activations have fewer than eight times as many.
 _WIDENED = 1 << 16
 # Room enough for all of these.
@@ -274,19 +274,13 @@ def _depthwise(
         for image, found in zip(x, out, strict=True):
             _side_by_side(image, kernels, strides, dilations, pads, found, room)
         return out.reshape(batch, channels * times, *sizes)
-    inside = [n + sum(p) for n, p in zip(x.shape[2:], pads, strict=True)]
-    each = math.prod(inside) + _banded(kernels.shape[2:], strides, sizes)
-    block = max(1, _within(room, _BANDED) // max(1, each))
-    for image, low in itertools.product(range(batch), range(0, channels, block)):
-        some = slice(low, low + block)
-        part, found = padded(x[image : image + 1, some], pads)[0], out[image, some]
+    for image, found in zip(x, out, strict=True):
         with np.errstate(invalid="ignore"):
             for t in range(times):
-                _by_bands(part, kernels[some, t], strides, found[:, t])
+                _by_bands(image, kernels[:, t], strides, pads, found[:, t], _within(room, _BANDED))
         # Zeros of a band turn infinities beside a window into NaN, which is the largest there is.
         if np.isnan(found.max()):
-            _side_by_side(x[image, some], kernels[some], strides, dilations, pads, found, room)
-        del part
+            _side_by_side(image, kernels, strides, dilations, pads, found, room)
     return out.reshape(batch, channels * times, *sizes)
 
 
@@ -318,26 +312,20 @@ def _side_by_side(
             out[:, t, place] = np.moveaxis(found, -1, 0)
 
 
-def _by_bands(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+def _by_bands(
+    x: Array, kernels: Array, strides: list[int], pads: Sequence[tuple[int, int]], out: Array, room: int
+) -> None:
     """Products with banded matrices, for each channel one of its rows or of its columns."""
     if len(strides) == 1:
-        x, kernels, out, strides = x[:, None], kernels[:, None], out[:, None], [1, *strides]
+        x, kernels, out, strides, pads = (
+            x[:, None],
+            kernels[:, None],
+            out[:, None],
+            [1, *strides],
+            [(0, 0), *pads],
+        )
     # A matrix is as large as what it is multiplied with where a picture is low and wide.
-    if _low_and_wide(out.shape[1:]):
-        _low(x, kernels, strides, out)
-    else:
-        _high(x, kernels, strides, out)
-
-
-def _banded(kernel: Sequence[int], strides: list[int], sizes: Sequence[int]) -> int:
-    """Elements of a channel's bands, and of what they are multiplied with where it is unfolded."""
-    rows, taps = (1, *kernel)[-2:]
-    (down, right), (height, width) = (1, *strides)[-2:], (1, *sizes)[-2:]
-    if _low_and_wide(sizes):
-        span = (height - 1) * down + rows
-        return taps * span * (height + width)
-    columns = min(width, _COLUMNS)
-    return rows * columns * ((columns - 1) * right + taps)
+    (_low if _low_and_wide(out.shape[1:]) else _high)(x, kernels, strides, pads, out, room)
 
 
 def _low_and_wide(sizes: Sequence[int]) -> bool:
@@ -346,41 +334,87 @@ def _low_and_wide(sizes: Sequence[int]) -> bool:
     return height <= _COLUMNS and _WIDE * height <= width
 
 
-def _low(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
-    """One matrix ``[height, taps * rows]`` for each channel, with the input once for each column of the kernel."""
-    channels, rows, taps = kernels.shape
-    (down, right), (height, width) = strides, out.shape[1:]
-    span = (height - 1) * down + rows
-    bands = np.zeros((channels, height, taps, span), np.float32)
-    for row in range(height):
-        bands[:, row, :, row * down : row * down + rows] = kernels.swapaxes(1, 2)
-    under = np.empty((channels, taps, span, width), np.float32)
-    for tap in range(taps):
-        under[:, tap] = x[:, :span, tap : tap + (width - 1) * right + 1 : right]
-    np.matmul(
-        bands.reshape(channels, height, taps * span), under.reshape(channels, taps * span, width), out=out
+def _inside(place: int, step: int, before: int, size: int, count: int) -> tuple[slice, slice]:
+    """For one place of the kernel along an axis: the outputs below which it lies inside the input, and what lies there.
+
+    Args:
+        before: Pads at the beginning.
+        size: Of the input.
+        count: Of the output.
+    """
+    first = max(0, -(-(before - place) // step))
+    end = max(first, min(count, (size - 1 + before - place) // step + 1))
+    start = first * step + place - before
+    return slice(first, end), slice(start, start + max(0, (end - first - 1) * step + 1), step)
+
+
+def _bands(kernels: Array, step: int, before: int, size: int, count: int) -> Array:
+    """Matrices ``[..., size, count]`` whose columns are ``kernels [..., taps]``, each by ``step`` lower than the last.
+
+    Args:
+        before: By how many the first is higher than the matrix.
+    """
+    # Every matrix is one line with zeros around, read from place after place.
+    first = (count - 1) * step
+    line = np.zeros((*kernels.shape[:-1], first + max(before + size, kernels.shape[-1])), np.float32)
+    line[..., first : first + kernels.shape[-1]] = kernels
+    each = line.strides[-1]
+    view = as_strided(
+        line[..., first + before :],
+        (*line.shape[:-1], size, count),
+        (*line.strides, -step * each),
+        writeable=False,
     )
+    return np.ascontiguousarray(view)
 
 
-def _high(x: Array, kernels: Array, strides: list[int], out: Array) -> None:
+def _low(
+    x: Array, kernels: Array, strides: list[int], pads: Sequence[tuple[int, int]], out: Array, room: int
+) -> None:
+    """A matrix ``[height, rows of the input]`` for each channel and each column of the kernel."""
+    (channels, _, taps), (height, width) = kernels.shape, out.shape[1:]
+    (down, right), size = strides, x.shape[1]
+    inside = [_inside(tap, right, pads[1][0], x.shape[2], width) for tap in range(taps)]
+    block = min(channels, max(1, room // (height * (taps * size + width))))
+    product = np.empty((block, height, width), np.float32)
+    for start in range(0, channels, block):
+        some = slice(start, start + block)
+        given, found = x[some], out[some]
+        bands = _bands(np.moveaxis(kernels[some], -1, 0), down, pads[0][0], size, height).swapaxes(-1, -2)
+        found[:] = 0
+        for band, (there, under) in zip(bands, inside, strict=True):
+            part, place = given[:, :, under], product[: len(given), :, there]
+            # BLAS takes no steps along both axes.
+            np.matmul(band, part if right == 1 else np.ascontiguousarray(part), out=place)
+            total = found[:, :, there]
+            np.add(total, place, out=total)
+
+
+def _high(
+    x: Array, kernels: Array, strides: list[int], pads: Sequence[tuple[int, int]], out: Array, room: int
+) -> None:
     """Matrices ``[span, columns]``, one for each row of the kernel and each channel."""
-    channels, rows, width = kernels.shape
-    (down, right), height = strides, out.shape[1]
-    columns = min(out.shape[2], _COLUMNS)
-    span = (columns - 1) * right + width
-    bands = np.zeros((rows, channels, span, columns), np.float32)
-    for column in range(columns):
-        bands[:, :, column * right : column * right + width, column] = kernels.swapaxes(0, 1)
-    block = max(1, _BLOCK // (height * columns))
-    for low, first in itertools.product(range(0, channels, block), range(0, out.shape[2], columns)):
-        # The last columns are computed twice where they do not fill a band.
-        some, start = slice(low, low + block), min(first, out.shape[2] - columns)
-        under = x[some, :, start * right : start * right + span]
-        parts = [under[:, row : row + (height - 1) * down + 1 : down] for row in range(rows)]
-        total = np.matmul(parts[0], bands[0, some])
-        for part, band in zip(parts[1:], bands[1:, some], strict=True):
-            np.add(total, np.matmul(part, band), out=total)
-        out[some, :, start : start + columns] = total
+    (channels, rows, taps), (height, width) = kernels.shape, out.shape[1:]
+    (down, right), columns = strides, min(width, _COLUMNS)
+    span = (columns - 1) * right + taps
+    inside = [_inside(row, down, pads[0][0], x.shape[1], height) for row in range(rows)]
+    block = min(channels, max(1, room // (columns * (rows * span + 2 * height))))
+    sums, products = np.empty((2, block, height, columns), np.float32)
+    for some in (slice(start, start + block) for start in range(0, channels, block)):
+        given, found = x[some], out[some]
+        total, product = sums[: len(given)], products[: len(given)]
+        bands = _bands(kernels[some].swapaxes(0, 1), right, 0, span, columns)
+        for first in range(0, width, columns):
+            # The last columns are computed twice where they do not fill a band.
+            start = min(first, width - columns)
+            left = start * right - pads[1][0]
+            low, high = max(0, left), max(0, min(x.shape[2], left + span))
+            total[:] = 0
+            for band, (there, under) in zip(bands, inside, strict=True):
+                place, part = product[:, there], total[:, there]
+                np.matmul(given[:, under, low:high], band[:, low - left : high - left], out=place)
+                np.add(part, place, out=part)
+            found[:, :, start : start + columns] = total
 
 
 @operation("conv_transpose")
