@@ -38,6 +38,8 @@ _PICKS = _MOVES | {
 _SMALL = 1 << 10
 # Of an element of float32, which values are held in.
 _BYTES = 4
+# Elements of NumPy's buffers: of its usual ones three take 0.1 MB, and are no faster.
+_BUFFER = 1 << 10
 # Weights that operations themselves widen, some rows at a time.
 _ROWS = {("conv", "weight"), ("linear", "weight"), ("matmul", "y")} | {
     (kind, f"weight_{which}") for kind in ("lstm", "gru", "rnn") for which in ("ih", "hh", "ih_back", "hh_back")
@@ -123,7 +125,7 @@ class Machine:
         self.kinds = frozenset(_kinds(function.block))
         self._constants: dict[str, Any] = {}
         self._inner: dict[int, _Body] = {}
-        self._main, _ = self._plan(function.block)
+        self._main, _ = self._plan(function.block, function.inputs)
         # Bytes of the largest value that an operation gave, or that the program says it will.
         self._largest = _declared(function.block)
         self.state: dict[str, np.ndarray] = {}
@@ -133,16 +135,17 @@ class Machine:
         """Forget what was kept between runs."""
         self.state = {v.name: np.zeros(v.type.shape or (), v.type.dtype) for v in self.inputs if v.type.state}
 
-    def _plan(self, block: Block) -> tuple[_Body, set[str]]:
+    def _plan(self, block: Block, inputs: Sequence[Output]) -> tuple[_Body, set[str]]:
         """The block with when each of its values is read for the last time, and the names that it reads from outside."""
-        own = {o.name for op in block.operations for o in op.outputs}
+        # Of the block: what it is given, and what its operations give.
+        own = {i.name for i in inputs} | {o.name for op in block.operations for o in op.outputs}
         last: dict[str, int] = {}
         outside: set[str] = set()
         for index, op in enumerate(block.operations):
             names = {b.name for values in op.inputs.values() for b in values if isinstance(b, Name)}
             for inner in op.blocks:
-                self._inner[id(inner)], read = self._plan(inner)
-                names |= read - {i.name for i in inner.inputs}
+                self._inner[id(inner)], read = self._plan(inner, inner.inputs)
+                names |= read
             for output in op.outputs:
                 last.setdefault(output.name, index)
             for name in names:
@@ -180,7 +183,7 @@ class Machine:
                     f"the input {port.name!r} is {list(array.shape)}, the program takes {port.type}"
                 )
             values[port.name] = array.astype(port.type.dtype, copy=False)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), _small_buffers():
             return self._run(self._main, values, watch)
 
     def _block(self, block: Block, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
@@ -308,10 +311,17 @@ class Machine:
                 fresh = True
             else:
                 found.append(_rounded(op, output, array, place=fresh, room=room))
+            if not fresh:
+                names = {n for _, several, _ in step.moving for n in several}
+                seen = {n for n in names if _shares(array, self._value(n, values))}
+                # A view of what dies now, and of nothing that stays, takes over its memory.
+                dies = bool(seen) and seen <= own.intersection(step.gone)
+                fresh = (
+                    dies and array.flags.writeable and not any(_shares(array, v) for v in step.fixed.values())
+                )
+                own -= seen
             if fresh and len(results) == 1:
                 own.add(output.name)
-            elif not fresh:
-                own.difference_update(n for _, names, _ in step.moving for n in names)
         if watch is not None:
             watch(op, arguments, found)
         for output, value in zip(op.outputs if after is None else after.op.outputs, found, strict=True):
@@ -417,6 +427,10 @@ def _over(step: _Step, arguments: Mapping[str, Any], own: set[str]) -> dict[str,
     return {}
 
 
+def _shares(array: np.ndarray, other: Any) -> bool:
+    return isinstance(other, np.ndarray) and np.may_share_memory(array, other)
+
+
 def _is_rounded(op: Operation) -> bool:
     """Whether it has one result, which is rounded to float16."""
     rounds = op.kind in OPERATIONS and op.kind not in _PICKS and not op.blocks
@@ -429,6 +443,16 @@ def _clipped(step: _Step, array: np.ndarray, *, place: bool, room: int) -> np.nd
     positive = step.op.kind != "clip" or step.fixed.get("alpha", -1.0) >= 0
     with _named(step.op):
         return halves(array, place=place, clip=clip, positive=bool(positive), room=room)
+
+
+@contextmanager
+def _small_buffers() -> Iterator[None]:
+    """NumPy's own, which it makes for arrays that do not lie in one piece, whether it then uses them or not."""
+    before = np.setbufsize(_BUFFER)
+    try:
+        yield
+    finally:
+        np.setbufsize(before)
 
 
 @contextmanager

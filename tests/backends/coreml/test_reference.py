@@ -528,12 +528,15 @@ def test_channels_side_by_side_are_what_onnx_runtime_computes(kind, parts, tmp_p
 def test_nothing_is_written_over_that_somebody_still_reads(precision, tmp_path):
     """Inputs, constants, what a view shows, what a branch gives back, what is read twice, outputs."""
     model = parse(
-        HEAD + """g (float[2, 4] x, bool c) => (float[2, 4] y, float[4, 2] v, float[2, 4] r, float[2, 4] z, float[2, 4] p) {
+        HEAD + """g (float[2, 4] x, bool c) => (float[2, 4] y, float[4, 2] v, float[2, 4] r, float[2, 4] z, float[2, 4] p, float[2, 4] o) {
           r0 = Relu(x)
           k = Add(w, r0)
           a = Sub(k, r0)
           v = Reshape(a, turned)
           n = Neg(a)
+          u = Reshape(k, turned)
+          i = Transpose<perm = [1, 0]>(u)
+          o = Exp(i)
           b = Mul(x, k)
           z = If(c) <then_branch = one () => (float[2, 4] t) { t = Identity(b) }, else_branch = two () => (float[2, 4] e) { e = Neg(b) }>
           s = Relu(b)
@@ -560,6 +563,34 @@ def test_nothing_is_written_over_that_somebody_still_reads(precision, tmp_path):
                     found[name], array, atol=1e-6 if precision == "fp32" else 1e-2, err_msg=name
                 )
     np.testing.assert_array_equal(feeds["x"], before)
+
+
+def test_a_constant_is_not_written_over_through_a_view():
+    from optkit.backends.coreml.reference.machine import Machine
+    from optkit.backends.coreml.reference.program import Block, Function, Name, Operation, Output, Type
+
+    def value(name, dtype, kind, *shape):
+        return Output(name=name, type=Type(kind=kind, dtype=dtype, shape=shape))
+
+    weights = np.linspace(-1, 1, 6, dtype=np.float16)
+    sizes = value("sizes", np.int32, "INT32", 2)
+    seen, found = (value(n, np.float16, "FLOAT16", 2, 3) for n in ("seen", "found"))
+    operations = [
+        Operation(
+            kind="const", name="w", inputs={}, attributes={"val": weights},
+            outputs=(value("w", np.float16, "FLOAT16", 6),),
+        ),
+        Operation(
+            kind="reshape", name="seen", inputs={"x": [Name("w")], "shape": [Name("sizes")]}, attributes={},
+            outputs=(seen,),
+        ),
+        Operation(kind="exp", name="found", inputs={"x": [Name("seen")]}, attributes={}, outputs=(found,)),
+    ]  # fmt: skip
+    block = Block(inputs=[], outputs=["found"], operations=operations)
+    machine = Machine(Function(name="main", opset="CoreML8", inputs=[sizes], block=block))
+    for _ in range(2):
+        result = machine.run({"sizes": np.array([2, 3], np.int32)})["found"]
+        np.testing.assert_allclose(result, np.exp(weights.astype(np.float32)).reshape(2, 3), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -691,9 +722,11 @@ def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision,
           d = Gelu(b)
           e = Mul(d, c)
           f = Div(e, c)
-          y = Softmax(f)
+          g = Reshape(f, flat)
+          h = Softmax(g)
+          y = Reshape(h, whole)
         }""",
-        c=np.float32(1.5), low=np.float32(-1), high=np.float32(1),
+        c=np.float32(1.5), low=np.float32(-1), high=np.float32(1), flat=np.array([1024, 256]), whole=np.array([1, 4, 256, 256]),
     )  # fmt: skip
     backend = BACKENDS.get("coreml")()
     backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)

@@ -310,6 +310,7 @@ def _side_by_side(
         for t in range(times):
             found = np.einsum(windows, [*places, last, *under], factors[t], [*under, last], [*places, last])
             out[:, t, place] = np.moveaxis(found, -1, 0)
+        del some, windows  # before the next are made
 
 
 def _by_bands(
@@ -375,7 +376,8 @@ def _low(
     (channels, _, taps), (height, width) = kernels.shape, out.shape[1:]
     (down, right), size = strides, x.shape[1]
     inside = [_inside(tap, right, pads[1][0], x.shape[2], width) for tap in range(taps)]
-    block = min(channels, max(1, room // (height * (taps * size + width))))
+    each = height * (taps * size + width) + (0 if right == 1 else size * width)
+    block = min(channels, max(1, room // each))
     product = np.empty((block, height, width), np.float32)
     for start in range(0, channels, block):
         some = slice(start, start + block)
@@ -388,6 +390,7 @@ def _low(
             np.matmul(band, part if right == 1 else np.ascontiguousarray(part), out=place)
             total = found[:, :, there]
             np.add(total, place, out=total)
+        del bands, band
 
 
 def _high(
@@ -415,6 +418,7 @@ def _high(
                 np.matmul(given[:, under, low:high], band[:, low - left : high - left], out=place)
                 np.add(part, place, out=part)
             found[:, :, start : start + columns] = total
+        del bands, band
 
 
 @operation("conv_transpose")

@@ -51,6 +51,7 @@ def max_pool(
         )
         for _, values in taps(some, kernel, steps, ones, found.shape[2:]):
             np.maximum(found, values, out=found)
+        del some, values  # before the next are made
     return out
 
 
