@@ -226,12 +226,11 @@ def linear_activation(x: Array, alpha: float = 1.0, beta: float = 0.0) -> Array:
 
 
 @operation("sigmoid_hard", over=True)
-@by_pieces
-def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5) -> Array:
+def sigmoid_hard(x: Array, alpha: float = 0.2, beta: float = 0.5, out: Array | None = None) -> Array:
     """``alpha * x + beta`` between 0 and 1."""
-    out = x * np.float32(alpha)
+    out = np.asarray(np.multiply(x, np.float32(alpha), out=out))
     out += np.float32(beta)
-    return np.clip(out, np.float32(0), np.float32(1))
+    return np.clip(out, np.float32(0), np.float32(1), out=out)
 
 
 @operation("scaled_tanh", over=True)
