@@ -210,8 +210,8 @@ def _dense(
         for image, place, columns in _unfolded(
             x, kernel, strides, dilations, pads, sizes, _within(room // 2, _UNFOLDED)
         ):
-            # Whole rows of the output lie in one piece, so this is a view.
-            np.matmul(rows, columns, out=out[image, some, place].reshape(len(rows), -1))
+            # Whole rows of the output, and parts of one, lie so that this is a view.
+            np.matmul(rows, columns, out=out[(image, some, *place)].reshape(len(rows), -1))
             del columns
         del rows
 
@@ -219,17 +219,24 @@ def _dense(
 def _unfolded(
     x: Array, kernel: Sequence[int], strides: list[int], dilations: list[int], pads: Sequence[tuple[int, int]], sizes: list[int],
     room: int,
-) -> Iterator[tuple[int, slice, Array]]:  # fmt: skip
-    """For each image some rows of the output at a time: what each of its elements is computed from, in a column."""
+) -> Iterator[tuple[int, tuple[Any, ...], Array]]:  # fmt: skip
+    """For each image some rows of the output at a time, or a part of one: what its elements are computed from, in a column each."""
     high = x.shape[1] * math.prod(kernel)
     rows = max(1, room // max(1, high * math.prod(sizes[1:])))
     axes = len(sizes)
     # [in, *out, *kernel] becomes [in, *kernel, *out].
     order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
+    width = sizes[-1] if axes != 2 or rows > 1 else min(sizes[-1], max(1, room // high))
+    step, span = strides[-1], (kernel[-1] - 1) * dilations[-1] + 1
     for image, place, first, last, ends in slabs(x, kernel, strides, dilations, pads, sizes, rows):
         some = padded(x[image : image + 1, :, first:last], ends)[0]
-        part = _windows(some, kernel, strides, dilations, range(1, 1 + axes)).transpose(order)
-        yield image, place, part.reshape(high, -1)
+        for start in range(0, sizes[-1], width):
+            end = min(start + width, sizes[-1])
+            part = some if width == sizes[-1] else some[..., start * step : (end - 1) * step + span]
+            windows = _windows(part, kernel, strides, dilations, range(1, 1 + axes)).transpose(order)
+            where = (place,) if width == sizes[-1] else (place.start, slice(start, end))
+            yield image, where, windows.reshape(high, -1)
+        del some, part, windows  # before the next are made
 
 
 def slabs(
