@@ -14,7 +14,7 @@ _SIGN, _EXPONENT, _LAST, _ABOVE = (np.uint32(n) for n in (0x80000000, 0x7F800000
 # 2^-37 it does not, and what is so small is 0 either way.
 _RISE = np.float32(2.0**-14 - 2.0**-37)
 # Elements at a time, so that what is between stays in cache and takes no memory to speak of; and where room is scarce.
-_PIECE, _LEAST = 3 << 14, 1 << 13
+_PIECE, _LEAST = 1 << 16, 1 << 13
 
 
 def halves(

@@ -18,7 +18,7 @@ Array = np.ndarray
 
 # Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
 # of bands and what they are multiplied with; and of what is added up, so that it stays in cache.
-_UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 17, 1 << 17
+_UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 17, 1 << 16
 # Where there is less, as many as pay for a step of its own.
 _LEAST = 1 << 14
 # Elements of weights in float16 that are in float32 at a time, where activations have fewer than eight times as many.
