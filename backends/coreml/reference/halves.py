@@ -19,7 +19,7 @@ _PIECE, _LEAST = 1 << 16, 1 << 13
 
 def halves(
     array: np.ndarray, *, place: bool = False, clip: Callable[..., Any] | None = None, positive: bool = False,
-    room: int = 2 * _PIECE,
+    small: bool = False, room: int = 2 * _PIECE,
 ) -> np.ndarray:  # fmt: skip
     """Rounded to float16's numbers, to nearest with ties to even, and kept in float32, which is what is computed with.
 
@@ -29,6 +29,7 @@ def halves(
         place: Whether the result may take the place of ``array``.
         clip: Done before with each piece, which it writes to ``out``.
         positive: Whether what is rounded is at least 0.
+        small: Whether it is far from what rounds to infinity, or is none.
         room: Elements that may be held beside.
     """
     wide = np.ascontiguousarray(array, np.float32)
@@ -40,11 +41,11 @@ def halves(
         some, there = source[start : start + piece], rounded[start : start + piece]
         if clip is not None:
             some = clip(some, out=there)
-        _round(some, there, spare, positive=positive)
+        _round(some, there, spare, positive=positive, small=small)
     return result
 
 
-def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray, *, positive: bool) -> None:
+def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray, *, positive: bool, small: bool) -> None:
     """Adding 1.5 times what is 13 powers of two above a number leaves float32 as many bits for it as float16 has.
 
     ``place`` may be ``wide`` itself.
@@ -53,7 +54,7 @@ def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray, *, positive: 
     far, sign = spare[:, : wide.size]
     above = far.view(np.float32)
     np.bitwise_and(bits, _EXPONENT, out=far)
-    if np.maximum.reduce(far) >= _LAST:
+    if not small and np.maximum.reduce(far) >= _LAST:
         place[:] = wide.astype(np.float16)
         return
     # NumPy takes longer to find the larger one.
@@ -74,14 +75,18 @@ _SHIFT, _SIGN_AND_REST, _BIAS = 13, np.int32(-0x70000001), np.float32(2.0**112)
 _UNENDING = np.int16(0x7C00)
 
 
-def widened(array: np.ndarray) -> np.ndarray:
-    """float16 in float32, faster than NumPy converts."""
+def widened(array: np.ndarray, *, finite: bool = False) -> np.ndarray:
+    """float16 in float32, faster than NumPy converts.
+
+    Args:
+        finite: Whether it is known to be; else it is looked at first.
+    """
     narrow = np.ascontiguousarray(array).reshape(-1)
     result = np.empty(narrow.size, np.float32)
     for start in range(0, narrow.size, _PIECE):
         some, place = narrow[start : start + _PIECE], result[start : start + _PIECE]
         bits = some.view(np.int16)
-        if np.maximum.reduce(bits & _UNENDING) == _UNENDING:
+        if not finite and np.maximum.reduce(bits & _UNENDING) == _UNENDING:
             place[:] = some
             continue
         moved = place.view(np.int32)
@@ -92,6 +97,13 @@ def widened(array: np.ndarray) -> np.ndarray:
     return result.reshape(array.shape)
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Of float16."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(np.int16)
+    pieces = (bits[start : start + _PIECE] for start in range(0, bits.size, _PIECE))
+    return all(np.maximum.reduce(piece & _UNENDING) != _UNENDING for piece in pieces)
+
+
 def wide(array: np.ndarray) -> np.ndarray:
-    """``array``, in float32 where it is in float16."""
-    return widened(array) if array.dtype == np.float16 else array
+    """Weights in float32, which in float16 are finite."""
+    return widened(array, finite=True) if array.dtype == np.float16 else array

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from optkit.backends.coreml.reference.halves import halves, widened
+from optkit.backends.coreml.reference.halves import halves, is_finite, wide, widened
 from optkit.backends.coreml.reference.ops import OPERATIONS, OVERWRITING, ROOMY
 from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output
 from optkit.errors import DataError, ModelError
@@ -46,6 +46,9 @@ _ROWS = {("conv", "weight"), ("linear", "weight"), ("matmul", "y")} | {
 }  # fmt: skip
 # They take values between two numbers of the type: rounded before or after, these are the same.
 _CLIPS = frozenset({"clip", "relu", "relu6"})
+_BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+# What is nearer to 0 rounds to no infinity.
+_FAR = 2.0**15
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # An end for loops whose condition never fails.
 _ROUNDS = 1_000_000
@@ -69,7 +72,7 @@ class _Step:
 
     Attributes:
         fixed: Arguments that are the same in every run.
-        heavy: Weights in float16 too large to be kept in float32 as well.
+        heavy: Weights in float16, and finite, too large to be kept in float32 as well.
         moving: Parameter, names, whether it takes several values.
         wide: Whether floats arrive in float32.
         gone: Values that nobody reads afterwards.
@@ -248,7 +251,9 @@ class Machine:
             names = tuple(b.name for b in bindings if isinstance(b, Name))
             several = (op.kind, parameter) in _SEVERAL or len(bindings) != 1
             if all(n in self._constants for n in names):
-                found = [self._constants[b.name] if isinstance(b, Name) else _read(b) for b in bindings]
+                found = [
+                    self._constants[b.name] if isinstance(b, Name) else _held(_read(b)) for b in bindings
+                ]
                 if wide and not several and _heavy(found[0]) and not op.kind.startswith("constexpr_"):
                     heavy.append((parameter, found[0]))
                     continue
@@ -272,7 +277,7 @@ class Machine:
         arguments = dict(step.fixed)
         for parameter, array in step.heavy:
             by_rows = (step.op.kind, parameter) in _ROWS
-            arguments[parameter] = array if by_rows else widened(array)
+            arguments[parameter] = array if by_rows else wide(array)
         for parameter, names, several in step.moving:
             found = [_argument(self._value(n, values), wide=step.wide) for n in names]
             arguments[parameter] = found if several else found[0]
@@ -391,8 +396,8 @@ def _heavy(value: Any) -> bool:
 
 
 def _held(value: Any) -> Any:
-    """A constant as it is kept: small ones in float32 at once."""
-    return _argument(value, wide=not _heavy(value))
+    """A constant as it is kept: in float32 at once where it is small, or not finite, which those who widen it count on."""
+    return _argument(value, wide=not (_heavy(value) and is_finite(value)))
 
 
 def _argument(value: Any, *, wide: bool = True) -> Any:
@@ -440,9 +445,18 @@ def _is_rounded(op: Operation) -> bool:
 def _clipped(step: _Step, array: np.ndarray, *, place: bool, room: int) -> np.ndarray:
     """``array`` clipped and rounded to float16, in its place where that may be."""
     clip = partial(OPERATIONS[step.op.kind], **step.fixed)
-    positive = step.op.kind != "clip" or step.fixed.get("alpha", -1.0) >= 0
+    low, high = _BOUNDS.get(step.op.kind) or (
+        step.fixed.get(k, end) for k, end in (("alpha", -np.inf), ("beta", np.inf))
+    )
     with _named(step.op):
-        return halves(array, place=place, clip=clip, positive=bool(positive), room=room)
+        return halves(
+            array,
+            place=place,
+            clip=clip,
+            positive=bool(low >= 0),
+            small=bool(low > -_FAR and high < _FAR),
+            room=room,
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import tracemalloc
@@ -641,6 +642,38 @@ def _peak(run: Callable[[], Any]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_large_weights_that_are_not_finite_stay_so(odd, tmp_path):
+    weight = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    weight[3, 5] = odd
+    model = parse(HEAD + "g (float[1, 64] x) => (float[1, 128] y) { y = MatMul(x, w) }", w=weight)
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision="fp16"), tmp_path)
+    feeds = random_feeds(model)
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        found = session.run(feeds)["y"]
+    expected = feeds["x"] @ weight
+    np.testing.assert_array_equal(found[:, 5], expected[:, 5])
+    np.testing.assert_allclose(np.delete(found, 5, 1), np.delete(expected, 5, 1), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu6", "clip"])
+def test_clipped_while_rounding_infinities_and_nan_are_what_clipping_makes_of_them(kind):
+    """Large numbers become float16's infinity where no bound keeps them from it."""
+    from optkit.backends.coreml.reference.halves import halves
+    from optkit.backends.coreml.reference.ops import OPERATIONS
+
+    bounds = {"alpha": -1.0, "beta": 6.0} if kind == "clip" else {}
+    values = np.array(
+        [np.nan, np.inf, -np.inf, 1e5, -1e5, 3e-8, 2.0**-14 * 1.0004, 5.998, 0.0, -0.3], np.float32
+    )
+    clip = functools.partial(OPERATIONS[kind], **bounds)
+    with np.errstate(over="ignore"):
+        expected = clip(values).astype(np.float16).astype(np.float32)
+        found = halves(values, clip=clip, positive=kind != "clip", small=kind != "relu")
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_path):

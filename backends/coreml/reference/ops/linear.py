@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-from optkit.backends.coreml.reference.halves import wide, widened
+from optkit.backends.coreml.reference.halves import wide
 from optkit.backends.coreml.reference.ops.elementwise import along
 from optkit.backends.coreml.reference.ops.table import operation
 
@@ -18,7 +18,7 @@ Array = np.ndarray
 
 # Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
 # of bands and what they are multiplied with; and of what is added up, so that it stays in cache.
-_UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 17, 1 << 16
+_UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 18, 1 << 16
 # Where there is less, as many as pay for a step of its own; more where it is a product of matrices that many rows read.
 _LEAST, _LEAST_UNFOLDED = 1 << 14, 1 << 16
 # Elements of weights in float16 that are in float32 at a time, where activations have fewer than eight times as many.
@@ -41,7 +41,7 @@ def _by_rows(rows: Array, size: int, room: int) -> Iterator[tuple[slice, Array]]
     step = max(1, _within(room, max(_WIDENED, size // 8)) // max(1, rows[:1].size))
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
-        yield some, widened(rows[some])
+        yield some, wide(rows[some])
 
 
 def _within(room: int, most: int) -> int:

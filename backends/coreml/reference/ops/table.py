@@ -1,6 +1,7 @@
 """The table of operations: a function each, with MIL's own parameters by name.
 
-Arrays arrive with floats in float32, scalars as Python numbers or strings; the result is rounded by whoever calls. Some may
+Arrays arrive with floats in float32, but for large weights in float16 without infinities, where operations widen those
+themselves; scalars as Python numbers or strings. The result is rounded by whoever calls. Some may
 write the result over an argument that nobody reads afterwards, which is given as ``out``, too, and some are told in ``room`` how
 many elements of float32 they may hold at a time, the result's among them, where they can do with fewer and take longer.
 """
