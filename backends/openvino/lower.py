@@ -22,6 +22,7 @@ from optkit.backends.openvino.profile import products, read_runtime, runtime_nod
 from optkit.backends.openvino.quiet import core, ov
 from optkit.backends.openvino.session import OpenVinoSession
 from optkit.backends.openvino.spelling import spelled
+from optkit.backends.openvino.steps import unit_steps
 from optkit.errors import BackendUnavailableError
 from optkit.graph import describe, walk
 from optkit.store import save
@@ -123,6 +124,7 @@ class OpenVino(Backend):
             model = model.clone()
             InlinePass()(model)
         model = spelled(model) or model
+        model = unit_steps(model) or model
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path) as folder:
             source = Path(folder) / "model.onnx"
             save(model, source)
