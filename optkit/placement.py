@@ -45,6 +45,8 @@ class Placement:
     Attributes:
         activation: Format of activations, per tensor.
         weight: Format of weights, per output channel where ``per_channel``.
+        centred: By what share a range on both sides of 0 may be widened so that 0 is in its middle: kernels of signed integers
+            have no zero point to make up for.
         bias: Whether biases become int32 on the grid of the products; else they stay float.
         source: Why these rows: a measurement or a document.
     """
@@ -54,6 +56,7 @@ class Placement:
     activation: str
     weight: str
     per_channel: bool = True
+    centred: float = 0.0
     bias: bool = True
     source: str = ""
 

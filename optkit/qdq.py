@@ -49,6 +49,17 @@ def scale_zero(
     return scale, np.asarray(zero, fmt.dtype.numpy())
 
 
+def centred(low: float, high: float, fmt: Format, share: float) -> tuple[float, float]:
+    """The range, or the least around it whose zero point is the middle of an unsigned ``fmt``, if that is wider by up to ``share``."""
+    if fmt.symmetric or fmt.low != 0 or not low < 0 < high:
+        return low, high
+    middle = (fmt.steps + 1) // 2
+    step = max(-low / middle, high / (fmt.steps - middle))
+    if step * fmt.steps > (1 + share) * (high - low):
+        return low, high
+    return -middle * step, (fmt.steps - middle) * step
+
+
 def _along(vector: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
     if axis is None or vector.ndim == 0:
         return vector

@@ -13,6 +13,7 @@ from optkit import qdq
 from optkit.formats import FORMATS
 from optkit.graph import verify, walk
 from optkit.qdq import (
+    centred,
     dequantize,
     dequantize_constant,
     insert_pair,
@@ -70,6 +71,29 @@ def test_zero_lies_on_every_grid(low, high, fmt):
     assert dequantize(quantize(np.zeros(1, np.float32), scale, zero, fmt), scale, zero)[0] == 0
     assert fmt.low <= int(zero) <= fmt.high
     assert zero.dtype == fmt.dtype.numpy()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "fmt", "found"),
+    [
+        (-1.0, 1.0, "u8", (-128 / 127, 1.0)),
+        (-0.9, 1.0, "u8", (-128 / 127, 1.0)),
+        (-1.0, 0.9, "u8", (-1.0, 127 / 128)),
+        (-0.5, 1.0, "u8", (-0.5, 1.0)),
+        (0.0, 1.0, "u8", (0.0, 1.0)),
+        (-1.0, 0.0, "u8", (-1.0, 0.0)),
+        (-0.9, 1.0, "s8", (-0.9, 1.0)),
+    ],
+)
+def test_a_range_that_is_nearly_as_far_on_both_sides_of_zero_is_widened_until_it_is(low, high, fmt, found):
+    ends = centred(low, high, FORMATS[fmt], 0.125)
+    assert ends == pytest.approx(found, rel=1e-12)
+    assert ends[0] <= low
+    assert ends[1] >= high
+    if ends != (low, high):
+        _, zero = scale_zero(*ends, FORMATS[fmt])
+        assert int(zero) == 128
+    assert centred(low, high, FORMATS[fmt], 0.0) == (low, high)
 
 
 @given(low=VALUES, high=VALUES, fmt=FORMAT)

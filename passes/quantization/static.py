@@ -21,7 +21,7 @@ from optkit.passes.quantization.observers import Method
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.rounding import second_moments
 from optkit.passes.quantization.through import Function, through
-from optkit.qdq import insert_pair, scale_zero
+from optkit.qdq import centred, insert_pair, scale_zero
 from optkit.rewrite import Change, Names
 from optkit.saturation import narrowed, saturated
 
@@ -89,7 +89,10 @@ class QuantizeStatic(GraphPass):
         plan, limits = self._plan(model, placement, weights, context)
         for name, reason in plan.left:
             logger.debug("%s stays in float: %s", name, reason)
-        scales = {origin: scale_zero(*found, fmt) for origin, found in limits.items()}
+        scales = {
+            origin: scale_zero(*centred(*found, fmt, placement.centred), fmt)
+            for origin, found in limits.items()
+        }
         compute = [node for node, row in plan.nodes.items() if row.role == "compute"]
         if self.bias_correction and compute:
             weights.means = _means(model, compute, context)

@@ -19,7 +19,7 @@ from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import read_runtime, runtime_nodes
 from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError, DataError, ModelError, UnsupportedOpError
-from optkit.graph import walk
+from optkit.graph import constant, walk
 from optkit.ops import OPS
 from optkit.passes.base import Context
 from optkit.passes.quantization.static import QuantizeStatic
@@ -148,6 +148,18 @@ def test_its_recipes_name_it_and_its_own_placements(name):
     recipe = Recipe.load(name)
     assert recipe.backend == "openvino"
     assert all(p.placement in PLACEMENTS for p in recipe.passes if isinstance(p, QuantizeStatic))
+
+
+@pytest.mark.parametrize("placement", ["default", "conv"])
+def test_grids_that_are_nearly_as_far_on_both_sides_of_zero_have_no_zero_point_to_make_up_for(placement):
+    model = _mobile()
+    x = random_feeds(model, size=4)["x"]
+    after = model.clone()
+    data = CalibrationData([{"x": np.clip(x, -1.9, 2).astype(np.float32)}])
+    QuantizeStatic(placement=placement).run(after, Context(target=CPU, data=data, placements=PLACEMENTS))
+    first = next(n for n in walk(after) if n.op_type == "QuantizeLinear")
+    assert first.inputs[0].name == "x"
+    assert int(constant(first.inputs[2])) == 128
 
 
 def test_pairs_lie_between_the_layers_or_in_front_of_them_alone():
