@@ -19,8 +19,9 @@ Array = np.ndarray
 # Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
 # of bands and what they are multiplied with; and of what is added up, so that it stays in cache.
 _UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 18, 1 << 16
-# Where there is less, as many as pay for a step of its own; more where it is a product of matrices that many rows read.
-_LEAST, _LEAST_UNFOLDED = 1 << 14, 1 << 16
+# Where there is less, as many as pay for a step of its own; of unfolded input as many columns as a product runs well with, up to
+# so many elements.
+_LEAST, _LEAST_COLUMNS, _LEAST_UNFOLDED = 1 << 14, 64, 1 << 16
 # Elements of weights in float16 that are in float32 at a time, where activations have fewer than eight times as many.
 _WIDENED = 1 << 16
 # Room enough for all of these.
@@ -206,9 +207,10 @@ def _dense(
                 np.matmul(rows, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
             del rows
         return
+    least = min(_LEAST_UNFOLDED, _LEAST_COLUMNS * matrix.shape[1])
     for some, rows in _by_rows(matrix, activations, room // 2):
         for image, place, columns in _unfolded(
-            x, kernel, strides, dilations, pads, sizes, max(_LEAST_UNFOLDED, _within(room // 2, _UNFOLDED))
+            x, kernel, strides, dilations, pads, sizes, max(least, _within(room // 2, _UNFOLDED))
         ):
             # Whole rows of the output, and parts of one, lie so that this is a view.
             np.matmul(rows, columns, out=out[(image, some, *place)].reshape(len(rows), -1))
