@@ -495,6 +495,24 @@ DEPTHWISE = {
 }
 
 
+@pytest.mark.parametrize("pads", [[30, 0, 3, 0], [0, 30, 0, 3], [3, 2, 30, 30], [0, 0, 0, 0]])
+@pytest.mark.parametrize("sizes", [(5, 40), (40, 6), (9, 9)])
+@pytest.mark.parametrize("strides", [[1, 1], [2, 3]])
+def test_depthwise_convolutions_over_wide_pads_are_those_over_zeros(pads, sizes, strides):
+    """Whole bands lie in the pads: above, below, before and behind."""
+    from optkit.backends.coreml.reference.ops import linear
+
+    random = np.random.default_rng(0)
+    x, w = (random.normal(size=s).astype(np.float32) for s in ((1, 3, *sizes), (3, 1, 3, 3)))
+    found = linear.conv(x, w, strides=np.array(strides), pad_type="custom", pad=np.array(pads), groups=3)
+    around = np.pad(x, ((0, 0), (0, 0), pads[:2], pads[2:]))
+    windows = np.lib.stride_tricks.sliding_window_view(around, (3, 3), (2, 3))[
+        :, :, :: strides[0], :: strides[1]
+    ]
+    expected = np.einsum("nchwab,cab->nchw", windows.astype(np.float64), w[:, 0].astype(np.float64))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", DEPTHWISE)
 @pytest.mark.parametrize("parts", [False, True])
 def test_channels_side_by_side_are_what_onnx_runtime_computes(kind, parts, tmp_path, monkeypatch):

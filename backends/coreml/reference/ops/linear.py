@@ -17,7 +17,7 @@ from optkit.backends.coreml.reference.ops.table import operation
 Array = np.ndarray
 
 # Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
-# of bands and what they are multiplied with; and of what is added up, so that it stays in cache.
+# and of bands with their products, so that these stay in cache.
 _UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 18, 1 << 16
 # Where there is less, as many as pay for a step of its own; of unfolded input as many columns as a product runs well with, up to
 # so many elements.
@@ -399,7 +399,7 @@ def _low(
             np.matmul(band, part if right == 1 else np.ascontiguousarray(part), out=place)
             total = found[:, :, there]
             np.add(total, place, out=total)
-        del bands, band
+        del bands, band  # before the next are made
 
 
 def _high(
@@ -422,12 +422,13 @@ def _high(
             left = start * right - pads[1][0]
             low, high = max(0, left), max(0, min(x.shape[2], left + span))
             total[:] = 0
-            for band, (there, under) in zip(bands, inside, strict=True):
+            # Where all of it lies in the pads there is nothing to add.
+            for band, (there, under) in zip(bands, inside, strict=True) if low < high else ():
                 place, part = product[:, there], total[:, there]
                 np.matmul(given[:, under, low:high], band[:, low - left : high - left], out=place)
                 np.add(part, place, out=part)
             found[:, :, start : start + columns] = total
-        del bands, band
+        del bands  # before the next are made
 
 
 @operation("conv_transpose")
