@@ -51,7 +51,7 @@ def scale_zero(
 
 def centred(low: float, high: float, fmt: Format, share: float) -> tuple[float, float]:
     """The range, or the least around it whose zero point is the middle of an unsigned ``fmt``, if that is wider by up to ``share``."""
-    if fmt.symmetric or fmt.low != 0 or not low < 0 < high:
+    if fmt.symmetric or fmt.low != 0 or not -_LARGEST < low < 0 < high < _LARGEST:
         return low, high
     middle = (fmt.steps + 1) // 2
     step = max(-low / middle, high / (fmt.steps - middle))

@@ -75,18 +75,16 @@ def _pairs(model: ir.Model) -> Iterator[_Pair]:
 def _pair(q: ir.Node) -> _Pair | None:
     step = constant(q.inputs[1])
     dq = _reader(q.outputs[0])
-    if (
-        step is None
-        or step.size != 1
-        or step == 1
-        or not _usual(step)
-        or dq is None
-        or dq.inputs[1:] != q.inputs[1:]
-    ):
+    if step is None or step.size != 1 or not _usual(step) or step < 0 or step == 1:
+        return None
+    if dq is None or dq.inputs[1:] != q.inputs[1:]:
         return None
     maker, clips = made_for_one(q.inputs[0]), []
     while maker is not None and maker.op_type in _HOMOGENEOUS:
         if maker.op_type == "Clip":
+            # Before opset 11 its bounds are attributes.
+            if maker.attributes:
+                return None
             clips.append(maker)
         maker = made_for_one(maker.inputs[0])
     if maker is None or maker.op_type != "Conv" or _weight(maker) is None:
@@ -114,7 +112,9 @@ def _reader(value: ir.Value) -> ir.Node | None:
 def _weight(layer: ir.Node) -> ir.Node | None:
     """The DequantizeLinear that gives a layer, and no other, its weights."""
     dq = made_for_one(layer.inputs[_WEIGHT[layer.op_type]], "DequantizeLinear")
-    scale = None if dq is None or constant(dq.inputs[0]) is None else constant(dq.inputs[1])
+    integers = None if dq is None else dq.inputs[0]
+    fixed = integers is not None and integers.is_initializer() and not integers.is_graph_input()
+    scale = constant(dq.inputs[1]) if dq is not None and fixed else None
     return dq if scale is not None and _usual(scale) else None
 
 
@@ -128,7 +128,9 @@ def _multiply(node: ir.Node, index: int, factor: float, names: Names) -> None:
     array = constant(node.inputs[index]) if index < len(node.inputs) else None
     if array is None:
         return
-    made = np.asarray(array.astype(np.float64) * factor, array.dtype)
+    # The largest number stands for no bound.
+    ends = np.finfo(array.dtype)
+    made = np.asarray(np.clip(array.astype(np.float64) * factor, ends.min, ends.max), array.dtype)
     node.replace_input_with(index, initializer(_graph(node), names.new(f"{node.name}/{index}"), made))
 
 

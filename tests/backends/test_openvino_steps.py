@@ -110,11 +110,13 @@ def test_all_grids_between_layers_have_the_step_one_and_the_numbers_stay():
         {"behind": "z = Neg(db)", "outputs": ", float[N, 8, 6, 6] z"},
         {"behind": "z = Identity(w1)", "outputs": ", float[8, 4, 3, 3] z"},
         {"s1": np.float32(1e-12)},
+        {"s1": np.float32(-0.02)},
         {"t1": np.full(8, 1e-12, np.float32)},
     ],
     ids=[
         "no homogeneous activation", "a bound that is computed", "a bias that is computed", "the sum is an output",
         "the pair is an output", "two grids", "weights in float", "another reader", "weights with another reader", "a tiny step",
+        "a negative step",
         "tiny weights",
     ],
 )  # fmt: skip
@@ -123,6 +125,37 @@ def test_a_grid_keeps_its_step_where_layers_around_it_cannot_take_it_over(case):
     found = unit_steps(model)
     assert _steps(found)[1] == _steps(model)[1]
     assert _steps(found)[3] == 1
+
+
+def test_bounds_that_are_none_stay_finite():
+    found = unit_steps(
+        _net(low=np.float32(np.finfo(np.float32).min), high=np.float32(np.finfo(np.float32).max))
+    )
+    (clip,) = (n for n in walk(found) if n.op_type == "Clip")
+    assert all(np.isfinite(constant(v)) for v in clip.inputs[1:])
+
+
+def test_a_clip_whose_bounds_are_attributes_ends_the_search():
+    """As they were before opset 11."""
+    model = _net(activation="Clip<min = 0.0, max = 6.0>(a)")
+    found = unit_steps(model)
+    assert _steps(found)[1] == _steps(model)[1]
+
+
+def test_weights_that_are_quantized_when_they_are_written_are_not_before():
+    model = _net()
+    read = []
+    for value in model.graph.initializers.values():
+        if value.name in ("q1", "q2", "q3", "q4"):
+            tensor = value.const_value
+            value.const_value = ir.LazyTensor(
+                lambda t=tensor: (read.append(t.name), t)[1],
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+            )
+    assert unit_steps(model) is not None
+    assert not read
 
 
 def test_without_such_grids_there_is_no_copy():

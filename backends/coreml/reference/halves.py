@@ -42,7 +42,7 @@ def halves(
         if clip is not None:
             some = clip(some, out=there)
         _round(some, there, spare, positive=positive, small=small)
-    return result
+    return result.reshape(np.shape(array))
 
 
 def _round(wide: np.ndarray, place: np.ndarray, spare: np.ndarray, *, positive: bool, small: bool) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from threading import RLock
 from types import MappingProxyType
 from typing import Any
 
@@ -131,6 +132,7 @@ class Machine:
         self._main, _ = self._plan(function.block, function.inputs)
         # Bytes of the largest value that an operation gave, or that the program says it will.
         self._largest = _declared(function.block)
+        self._lock = RLock()
         self.state: dict[str, np.ndarray] = {}
         self.reset()
 
@@ -193,21 +195,27 @@ class Machine:
         return self._run(self._inner[id(block)], values, watch)
 
     def _run(self, body: _Body, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
-        if body.steps is None:
-            body.steps = self._prepared(body)
-            body.block, body.gone = None, []
-            if not self._inner:
-                self._forget(body.steps, body.outputs)
+        steps = body.steps or self._steps(body)
         # Values whose memory nobody else knows.
         own: set[str] = set()
-        steps = iter(body.steps)
-        for step in steps:
+        rest = iter(steps)
+        for step in rest:
             self._operation(step, values, own, watch)
             for name in step.gone:
                 values.pop(name, None)
             if step.after is not None and watch is None:
-                next(steps)
+                next(rest)
         return {name: self._value(name, values) for name in body.outputs}
+
+    def _steps(self, body: _Body) -> list[_Step]:
+        """What is prepared by the first run, and waited for by others at that time."""
+        with self._lock:
+            if body.steps is None:
+                steps = self._prepared(body)
+                if not self._inner:
+                    self._forget(steps, body.outputs)
+                body.steps, body.block, body.gone = steps, None, []
+            return body.steps
 
     def _forget(self, steps: Sequence[_Step], outputs: Sequence[str]) -> None:
         """Constants that steps have in their hands, and nobody asks for by name."""
@@ -349,7 +357,8 @@ class Machine:
             return
         elif op.kind == "cond":
             chosen = op.blocks[0 if bool(self._value(op.inputs["pred"][0].name, values)) else 1]
-            found = list(self._block(chosen, dict(values), watch).values())
+            results = self._block(chosen, dict(values), watch)
+            found = [results[name] for name in chosen.outputs]
         elif op.kind == "while_loop":
             found = self._loop(op, values, watch)
         else:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -585,29 +588,96 @@ def test_nothing_is_written_over_that_somebody_still_reads(precision, tmp_path):
     np.testing.assert_array_equal(feeds["x"], before)
 
 
-def test_a_constant_is_not_written_over_through_a_view():
+def _value(name, kind, *shape):
+    from optkit.backends.coreml.reference.program import Output, Type
+
+    return Output(name=name, type=Type(kind=kind, dtype=np.dtype(kind.lower()).type, shape=shape))
+
+
+def _operation(kind, output, attributes=None, blocks=(), **inputs):
+    from optkit.backends.coreml.reference.program import Name, Operation
+
+    named = {k: [Name(n) for n in ([v] if isinstance(v, str) else v)] for k, v in inputs.items()}
+    return Operation(
+        kind=kind,
+        name=output.name,
+        inputs=named,
+        attributes=attributes or {},
+        outputs=(output,),
+        blocks=blocks,
+    )
+
+
+def _machine(operations, outputs, *inputs):
     from optkit.backends.coreml.reference.machine import Machine
-    from optkit.backends.coreml.reference.program import Block, Function, Name, Operation, Output, Type
+    from optkit.backends.coreml.reference.program import Block, Function
 
-    def value(name, dtype, kind, *shape):
-        return Output(name=name, type=Type(kind=kind, dtype=dtype, shape=shape))
+    block = Block(inputs=[], outputs=outputs, operations=operations)
+    return Machine(Function(name="main", opset="CoreML8", inputs=list(inputs), block=block))
 
-    weights = np.linspace(-1, 1, 6, dtype=np.float16)
-    sizes = value("sizes", np.int32, "INT32", 2)
-    seen, found = (value(n, np.float16, "FLOAT16", 2, 3) for n in ("seen", "found"))
+
+def test_sums_without_axes_keep_their_shape_in_float16():
+    from optkit.backends.coreml.reference.program import Name
+
+    x, total, row = _value("x", "FLOAT16", 3), _value("total", "FLOAT16"), _value("row", "FLOAT16", 1)
+    axes = _operation("const", _value("axes", "INT32", 1), {"val": np.zeros(1, np.int32)})
     operations = [
-        Operation(
-            kind="const", name="w", inputs={}, attributes={"val": weights},
-            outputs=(value("w", np.float16, "FLOAT16", 6),),
-        ),
-        Operation(
-            kind="reshape", name="seen", inputs={"x": [Name("w")], "shape": [Name("sizes")]}, attributes={},
-            outputs=(seen,),
-        ),
-        Operation(kind="exp", name="found", inputs={"x": [Name("seen")]}, attributes={}, outputs=(found,)),
-    ]  # fmt: skip
-    block = Block(inputs=[], outputs=["found"], operations=operations)
-    machine = Machine(Function(name="main", opset="CoreML8", inputs=[sizes], block=block))
+        axes,
+        _operation("reduce_sum", total, x="x", axes="axes"),
+        _operation("expand_dims", row, x="total", axes="axes"),
+    ]
+    kept = _operation("const", _value("keep", "BOOL"), {"val": np.asarray(False)})
+    operations[1].inputs["keep_dims"] = [Name("keep")]
+    found = _machine([kept, *operations], ["row"], x).run({"x": np.ones(3, np.float16)})
+    np.testing.assert_array_equal(found["row"], [3])
+
+
+def test_a_branch_may_give_one_value_twice():
+    from optkit.backends.coreml.reference.program import Block
+
+    x, first, second = (_value(n, "FLOAT32", 2) for n in ("x", "first", "second"))
+    same = Block(inputs=[], outputs=["x", "x"], operations=[])
+    cond = _operation("cond", first, pred="which", blocks=(same, same))
+    cond.outputs = (first, second)
+    found = _machine([cond], ["first", "second"], x, _value("which", "BOOL")).run(
+        {"x": np.arange(2, dtype=np.float32), "which": np.asarray(True)}
+    )
+    np.testing.assert_array_equal(found["first"], found["second"])
+
+
+def test_first_runs_in_several_threads_are_prepared_once(monkeypatch):
+    """Constants are let go once they are read: who came second must not look for them."""
+    x = _value("x", "FLOAT32", 2)
+    constants = [
+        _operation("const", _value(f"c{i}", "FLOAT32", 2), {"val": np.full(2, i, np.float32)})
+        for i in range(40)
+    ]
+    sums = [
+        _operation("add", _value(f"s{i}", "FLOAT32", 2), x=f"s{i - 1}" if i else "x", y=f"c{i}")
+        for i in range(40)
+    ]
+    machine = _machine([*constants, *sums], ["s39"], x)
+    together = threading.Barrier(4)
+
+    def run(_):
+        together.wait()
+        return machine.run({"x": np.ones(2, np.float32)})["s39"]
+
+    usual = machine._prepared
+    monkeypatch.setattr(machine, "_prepared", lambda body: (time.sleep(0.01), usual(body))[1])
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(run, range(4)):
+            np.testing.assert_array_equal(found, [781, 781])
+
+
+def test_a_constant_is_not_written_over_through_a_view():
+    weights = np.linspace(-1, 1, 6, dtype=np.float16)
+    operations = [
+        _operation("const", _value("w", "FLOAT16", 6), {"val": weights}),
+        _operation("reshape", _value("seen", "FLOAT16", 2, 3), x="w", shape="sizes"),
+        _operation("exp", _value("found", "FLOAT16", 2, 3), x="seen"),
+    ]
+    machine = _machine(operations, ["found"], _value("sizes", "INT32", 2))
     for _ in range(2):
         result = machine.run({"sizes": np.array([2, 3], np.int32)})["found"]
         np.testing.assert_allclose(result, np.exp(weights.astype(np.float32)).reshape(2, 3), rtol=1e-3)
