@@ -277,7 +277,7 @@ class Machine:
         # What the program says of arguments is said here.
         told = replace(op, inputs=_NOTHING, attributes=_NOTHING) if op.kind in OPERATIONS else op
         return _Step(
-            op=told, fixed=dict(fixed) or _NOTHING, heavy=tuple(heavy), moving=tuple(moving), wide=wide, gone=gone,
+            op=told, fixed=fixed or _NOTHING, heavy=tuple(heavy), moving=tuple(moving), wide=wide, gone=gone,
             over=tuple(over),
         )  # fmt: skip
 

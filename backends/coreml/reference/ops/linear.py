@@ -39,13 +39,13 @@ def _by_rows(rows: Array, size: int, room: int) -> Iterator[tuple[slice, Array]]
     if rows.dtype != np.float16:
         yield slice(0, len(rows)), rows
         return
-    step = max(1, _within(room, max(_WIDENED, size // 8)) // max(1, rows[:1].size))
+    step = max(1, within(room, max(_WIDENED, size // 8)) // max(1, rows[:1].size))
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
         yield some, wide(rows[some])
 
 
-def _within(room: int, most: int) -> int:
+def within(room: int, most: int) -> int:
     """``most`` elements, or as many as there is room for."""
     return min(most, max(_LEAST, room))
 
@@ -210,7 +210,7 @@ def _dense(
     least = min(_LEAST_UNFOLDED, _LEAST_COLUMNS * matrix.shape[1])
     for some, rows in _by_rows(matrix, activations, room // 2):
         for image, place, columns in _unfolded(
-            x, kernel, strides, dilations, pads, sizes, max(least, _within(room // 2, _UNFOLDED))
+            x, kernel, strides, dilations, pads, sizes, max(least, within(room // 2, _UNFOLDED))
         ):
             # Whole rows of the output, and parts of one, lie so that this is a view.
             np.matmul(rows, columns, out=out[(image, some, *place)].reshape(len(rows), -1))
@@ -286,7 +286,7 @@ def _depthwise(
     for image, found in zip(x, out, strict=True):
         with np.errstate(invalid="ignore"):
             for t in range(times):
-                _by_bands(image, kernels[:, t], strides, pads, found[:, t], _within(room, _BANDED))
+                _by_bands(image, kernels[:, t], strides, pads, found[:, t], within(room, _BANDED))
         # Zeros of a band turn infinities beside a window into NaN, which is the largest there is.
         if np.isnan(found.max()):
             _side_by_side(image, kernels, strides, dilations, pads, found, room)
@@ -308,7 +308,7 @@ def _side_by_side(
     # [*kernel, channels], one for each time.
     factors = np.ascontiguousarray(np.moveaxis(kernels, 0, -1))
     inside = [n + sum(p) for n, p in zip(x.shape[2:], pads[1:], strict=True)]
-    rows = max(1, _within(room, _BESIDE) // max(1, channels * strides[0] * math.prod(inside)))
+    rows = max(1, within(room, _BESIDE) // max(1, channels * strides[0] * math.prod(inside)))
     places, under, last = list(range(axes)), list(range(axes, 2 * axes)), 2 * axes
     for _, place, first, end, ends in slabs(
         x[None], kernel, strides, dilations, pads, list(out.shape[2:]), rows

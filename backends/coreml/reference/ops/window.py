@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from optkit.backends.coreml.reference.ops.linear import numbers, padded, pads_of, slabs, taps
+from optkit.backends.coreml.reference.ops.linear import numbers, padded, pads_of, slabs, taps, within
 from optkit.backends.coreml.reference.ops.table import operation
 
 Array = np.ndarray
@@ -43,7 +43,7 @@ def max_pool(
     sizes, pads = _grid(x, kernel, steps, pads, ceil_mode)
     out = np.full((*x.shape[:2], *sizes), -np.inf, np.float32)
     wide = x.shape[1] * steps[0] * math.prod(n + sum(p) for n, p in zip(x.shape[3:], pads[1:], strict=True))
-    rows = max(1, min(_PADDED, max(0, room - out.size)) // wide)
+    rows = max(1, within(room - out.size, _PADDED) // wide)
     for image, place, first, last, ends in slabs(x, kernel, steps, ones, pads, sizes, rows):
         some, found = (
             padded(x[image : image + 1, :, first:last], ends, -np.inf),
