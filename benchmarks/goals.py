@@ -74,7 +74,10 @@ def cells(model: ModelResult) -> Iterator[str]:
 
 
 def short(model: ModelResult) -> list[str]:
-    """Which goals a model misses, in words; a ratio counts as reached up to what two sessions of a file differ by."""
+    """Which goals a model misses, in words; a ratio counts as reached up to what two sessions of a file differ by.
+
+    A metric below the best stock peer's is one however few samples decide it: none of ours shall be less accurate.
+    """
     goal, over = GOALS.get(model.name, ANY), {v.ours: v for v in model.versus}
     ours = next(r for r in model.rows if r.name == OURS)
     found = []
@@ -85,6 +88,9 @@ def short(model: ModelResult) -> list[str]:
             found.append(what)
     if ours.verdict != "met":
         found.append(f"accuracy ({ours.verdict or 'not measured'})")
+    peer = next((r for r in model.rows if OURS in over and r.name == over[OURS].peer), None)
+    if peer is not None and peer.metric is not None and ours.metric is not None and ours.metric < peer.metric:
+        found.append(f"the peer's metric, by {peer.metric - ours.metric:.4f}")
     return found
 
 

@@ -91,6 +91,19 @@ def test_a_goal_is_reached_up_to_what_two_sessions_differ_by(ratio: float, misse
     assert goals.short(model) == missed
 
 
+@pytest.mark.parametrize(
+    ("metric", "missed"), [(0.4925, ["the peer's metric, by 0.0025"]), (0.49, []), (0.4, []), (None, [])]
+)
+def test_a_metric_below_the_best_stock_peers_is_a_goal_missed(
+    metric: float | None, missed: list[str]
+) -> None:
+    (model,) = _result(2.0).models
+    row = model.rows[1].model_copy(update={"verdict": "met"})
+    peer = model.rows[1].model_copy(update={"name": model.versus[0].peer, "metric": metric})
+    model = model.model_copy(update={"rows": (model.rows[0], row, peer)})
+    assert goals.short(model) == missed
+
+
 def test_a_model_that_optkit_failed_on_is_a_row_too() -> None:
     (model,) = _result(2.0).models
     failed = Row(name="optkit", bytes=None, note="", make_seconds=0, error="no | way")
