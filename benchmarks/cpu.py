@@ -117,7 +117,7 @@ def measure(name: str, effort: Effort = FULL) -> ModelResult:
         times, seatings = _timed(found, keep(feeds, folder / "feeds.npz"), effort)
         peaks = ceilings(str(processor()["name"]))
         reached = _roofline(path, found, feeds, times, peaks)
-        rows = _rows(found, times, seatings, evaluator, budget, effort.evaluation, reached)
+        rows, scores = _rows(found, times, seatings, evaluator, budget, effort.evaluation, reached)
         return ModelResult(
             name=name,
             kind=entry.kind,
@@ -127,7 +127,7 @@ def measure(name: str, effort: Effort = FULL) -> ModelResult:
             calibration=len(calibration),
             rounds=len(times[REFERENCE]),
             rows=rows,
-            versus=tuple(_versus(rows, times, seatings)),
+            versus=tuple(_versus(rows, times, seatings, evaluator, scores)),
             ceilings=peaks,
         )
     finally:
@@ -233,9 +233,10 @@ def _rows(
     budget: str,
     seconds: float,
     reached: Mapping[str, Mapping[str, Any]],
-) -> tuple[Row, ...]:
+) -> tuple[tuple[Row, ...], dict[str, list[Any]]]:
+    """A row each, and the scores of each sample of those that were evaluated."""
     rows: list[Row] = []
-    before: list[Any] | None = None
+    kept: dict[str, list[Any]] = {}
     for v in found:
         facts: dict[str, Any] = {}
         if v.run is not None:
@@ -245,17 +246,18 @@ def _rows(
                 facts["speedup"], facts["speedup_ci95"] = _ratio(times[REFERENCE][:, 0] / cpu, seatings)
             facts |= reached.get(v.name, {})
             logger.info("  evaluating %s", v.name)
+            before = kept.get(REFERENCE)
             try:
                 scores = _scores(evaluator, v.run, before, Budget.parse(budget), seconds)
             except OptkitError as error:
                 v.error = brief(str(error))
             else:
                 facts |= _judged(evaluator, before, scores, budget)
-                before = scores if before is None else before
+                kept[v.name] = scores
         rows.append(
             Row(name=v.name, bytes=v.bytes, note=v.note, make_seconds=v.seconds, error=v.error, **facts)
         )
-    return tuple(rows)
+    return tuple(rows), kept
 
 
 def _scores(
@@ -293,7 +295,13 @@ def _judged(
     }
 
 
-def _versus(rows: Sequence[Row], times: Mapping[str, np.ndarray], seatings: np.ndarray) -> Iterator[Versus]:
+def _versus(
+    rows: Sequence[Row],
+    times: Mapping[str, np.ndarray],
+    seatings: np.ndarray,
+    evaluator: Evaluator,
+    scores: Mapping[str, Sequence[Any]],
+) -> Iterator[Versus]:
     """Each of optkit's own against the fastest stock peer whose metric is not beyond the budget."""
     stock = [
         r for r in rows if not r.name.startswith(OURS) and r.cpu_ms is not None and r.verdict != "missed"
@@ -305,7 +313,18 @@ def _versus(rows: Sequence[Row], times: Mapping[str, np.ndarray], seatings: np.n
         if ours in times and rivals:
             best = min(rivals, key=lambda r: r.cpu_ms or math.inf)
             ratio, ci95 = _ratio(times[best.name][:, 0] / times[ours][:, 0], seatings)
-            yield Versus(ours=ours, peer=best.name, ratio=ratio, ci95=ci95)
+            yield Versus(
+                ours=ours, peer=best.name, ratio=ratio, ci95=ci95, **_lost(evaluator, scores, best.name, ours)
+            )
+
+
+def _lost(evaluator: Evaluator, scores: Mapping[str, Sequence[Any]], peer: str, ours: str) -> dict[str, Any]:
+    """What ours loses to the peer, on the samples that both were evaluated on."""
+    if peer not in scores or ours not in scores:
+        return {}
+    n = min(len(scores[peer]), len(scores[ours]))
+    compared = compare(evaluator, scores[peer][:n], scores[ours][:n], None)
+    return {"drop": compared.drop, "drop_ci95": compared.ci95}
 
 
 def _ratio(ratios: np.ndarray, seatings: np.ndarray) -> tuple[float, tuple[float, float]]:

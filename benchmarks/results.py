@@ -60,12 +60,16 @@ class Versus(_Record):
 
     Attributes:
         ratio: Median over rounds of ``peer / ours``.
+        drop: ``peer - ours`` in units of the metric, on the samples that both saw; None where one was not evaluated.
+        drop_ci95: Its 95 % interval, sample by sample.
     """
 
     ours: str
     peer: str
     ratio: float
     ci95: tuple[float, float]
+    drop: float | None = None
+    drop_ci95: tuple[float, float] | None = None
 
 
 class ModelResult(_Record):
@@ -153,6 +157,8 @@ def markdown(result: CpuResult) -> str:
             f"|{' --- |' * len(HEAD)}",
         ]
         lines += [f"| {' | '.join(cells)} |" for cells in _cells(model)]
+        if model.versus:
+            lines += ["", *map(_against, model.versus)]
     return "\n".join(lines) + "\n"
 
 
@@ -170,6 +176,13 @@ def render(result: CpuResult) -> None:
         for cells in _cells(model):
             table.add_row(*cells)
         console.print(table)
+
+
+def _against(found: Versus) -> str:
+    line = f"* {found.ours} over {found.peer}: {found.ratio:.2f}{_interval(found.ci95, '.2f')}"
+    if found.drop is None:
+        return line
+    return f"{line}, of the metric it loses {found.drop:+.4f}{_interval(found.drop_ci95, '+.4f')} to that"
 
 
 def _caption(model: ModelResult) -> str:

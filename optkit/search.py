@@ -126,9 +126,8 @@ def choose(
     best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
     for one in order:
         alike = ratio(one) * _ALIKE >= ranked
-        gain = "loses less" if one.accuracy is not None else "closer to the reference"
         reason = (
-            f"{best.name} is as {_faster(best).replace('er', '', 1)} and {gain}"
+            f"{best.name} is as {_faster(best).replace('er', '', 1)} and {_gain(best, one)}"
             if alike
             else f"{best.name} is {_faster(best)} and keeps the limits"
         )
@@ -145,7 +144,7 @@ def _more_accurate(
     work: Compilation, recipe: Recipe, best: Built, order: list[Built], *, strict: bool
 ) -> Built:
     """Where the metric costs little, compute it for what is as fast too, and take what loses least."""
-    if best.accuracy is None or not best.lossy or work.evaluation_seconds > _CHEAP:
+    if best.accuracy is None or not best.lossy or not _evaluates_soon(work, best):
         return best
     alike = [b for b in order if b.lossy and ratio(b) * _ALIKE >= ratio(best)]
     for one in _judged(work, recipe, alike):
@@ -153,6 +152,20 @@ def _more_accurate(
         if one.accuracy.drop < best.accuracy.drop and not shortfalls(one, recipe, strict=strict):
             order[order.index(one)], best = best, one
     return best
+
+
+def _evaluates_soon(work: Compilation, best: Built) -> bool:
+    """Whether the metric costs little for what is about as fast as ``best``."""
+    return work.evaluation_seconds <= _CHEAP * max(1.0, 1.0 if best.speedup is None else best.speedup.ratio)
+
+
+def _gain(best: Built, other: Built) -> str:
+    """What speaks for ``best`` before another that is as fast."""
+    if best.accuracy is None or other.accuracy is None:
+        return "closer to the reference"
+    if best.accuracy.drop <= other.accuracy.drop:
+        return "loses less"
+    return "surer to keep the limits"
 
 
 def _judged(work: Compilation, recipe: Recipe, candidates: Sequence[Built]) -> Iterator[Built]:
@@ -174,8 +187,7 @@ def _proven(
     """Where the samples leave ``best`` undecided and the metric costs little, what keeps the limits for certain and is hardly slower."""
     if best.accuracy is None or best.accuracy.verdict != "inconclusive" or not best.lossy:
         return best
-    # What is as fast evaluates as fast.
-    if work.evaluation_seconds > _CHEAP * max(1.0, best.speedup.ratio if best.speedup is not None else 1.0):
+    if not _evaluates_soon(work, best):
         return best
     enough = _PROVEN * ratio(best)
     near = _judged(work, recipe, [b for b in order if b.lossy and ratio(b) >= enough])

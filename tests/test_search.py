@@ -444,6 +444,23 @@ def test_a_least_speedup_is_missed_when_the_interval_lies_below_it(tmp_path, rat
         assert choice.missed == ["speed-up 1.90x (95% 1.85 to 1.95), at least 2x is asked for"]
 
 
+@pytest.mark.parametrize(("seconds", "ships"), [(14.0, "exacter"), (100.0, "near")])
+def test_of_equally_fast_ones_the_one_that_loses_least_ships_where_they_evaluate_soon(
+    tmp_path, seconds, ships
+):
+    # Twice as fast as the reference: what takes 14 s for that takes about 7 s for them.
+    plans = {
+        "fp32": _Plan(1.0),
+        "near": _Plan(2.0, drop=0.004, sqnr=30),
+        "exacter": _Plan(2.01, drop=0.001, sqnr=10),
+    }
+    choice, _ = _choose(tmp_path, plans, evaluation_seconds=seconds)
+    assert choice.best.name == ships
+    (other,) = (r for r in choice.records if r.verdict == "farther")
+    gain = "loses less" if ships == "exacter" else "closer to the reference"
+    assert other.reason == f"{ships} is as fast and {gain}"
+
+
 # Never slower in silence
 
 
@@ -492,8 +509,16 @@ def test_an_open_verdict_gives_way_to_a_certain_one_that_is_hardly_slower(tmp_pa
 
 def test_an_open_verdict_gives_way_to_a_certain_one_that_was_judged_for_losing_less(tmp_path):
     # As fast, and judged for that: it loses more on these samples, but for certain no more than is allowed.
-    choice, work = _choose(tmp_path, OPEN | {"sure": _Plan(1.98, drop=0.002)}, evaluation_seconds=1.0)
+    choice, work = _choose(
+        tmp_path,
+        OPEN | {"sure": _Plan(1.98, drop=0.002), "open too": _Plan(1.99, drop=0.0015, wobble=0.04)},
+        evaluation_seconds=1.0,
+    )
     assert choice.best.name == "sure"
+    assert (
+        next(r.reason for r in choice.records if r.name == "open too")
+        == "sure is as fast and surer to keep the limits"
+    )
     assert work.log.count(("judge", "sure")) == 1
 
 

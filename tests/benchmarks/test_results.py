@@ -46,7 +46,16 @@ def _result(speedup: float, *, models: tuple[str, ...] = ("a",), version: str = 
         "metric": "accuracy",
         "calibration": 4,
         "rounds": 9,
-        "versus": (Versus(ours="optkit", peer="NNCF, hint f32", ratio=1.2, ci95=(1.1, 1.3)),),
+        "versus": (
+            Versus(
+                ours="optkit",
+                peer="NNCF, hint f32",
+                ratio=1.2,
+                ci95=(1.1, 1.3),
+                drop=0.0025,
+                drop_ci95=(-0.01, 0.015),
+            ),
+        ),
     }
     return CpuResult(
         machine=machine,
@@ -68,6 +77,8 @@ def test_the_page_shows_speed_metric_and_failure() -> None:
         in page
     )
     assert "| peer | - | - | - | - | - | - | - | failed: ValueError: no / shape |" in page
+    against = "\n\n* optkit over NNCF, hint f32: 1.20 [1.10, 1.30], of the metric it loses +0.0025 [-0.0100, +0.0150] to that\n"
+    assert page.endswith(against)
 
 
 def test_the_table_of_goals_says_what_is_reached_and_what_is_not() -> None:
@@ -76,7 +87,7 @@ def test_the_table_of_goals_says_what_is_reached_and_what_is_not() -> None:
     assert first.startswith(
         "| mobilenetv2_shaped | 2.00x [1.90, 2.10] (goal 2.9) | 1.20x [1.10, 1.30] (goal 1.5), NNCF, hint f32 | - | "
     )
-    assert "+0.0100 [-0.0100, +0.0200] of accuracy, n = 9: inconclusive | 62 % |" in first
+    assert "of accuracy, n = 9: inconclusive | +0.0025 [-0.0100, +0.0150] | 62 % |" in first
     assert first.endswith("| ORT fp32, peer, accuracy (inconclusive) |")
     assert second.startswith("| other | 2.00x [1.90, 2.10] (goal 1) |")
     assert second.endswith("| accuracy (inconclusive) |")
@@ -92,16 +103,44 @@ def test_a_goal_is_reached_up_to_what_two_sessions_differ_by(ratio: float, misse
 
 
 @pytest.mark.parametrize(
-    ("metric", "missed"), [(0.4925, ["the peer's metric, by 0.0025"]), (0.49, []), (0.4, []), (None, [])]
+    ("interval", "missed"),
+    [
+        ((0.001, 0.004), ["the peer's metric, by 0.0025"]),
+        ((0.0, 0.005), []),
+        ((-0.01, 0.015), []),
+        (None, ["the peer's metric (not compared)"]),
+    ],
 )
-def test_a_metric_below_the_best_stock_peers_is_a_goal_missed(
-    metric: float | None, missed: list[str]
+def test_a_metric_below_the_best_stock_peers_beyond_what_samples_leave_open_is_a_goal_missed(
+    interval: tuple[float, float] | None, missed: list[str]
 ) -> None:
     (model,) = _result(2.0).models
     row = model.rows[1].model_copy(update={"verdict": "met"})
-    peer = model.rows[1].model_copy(update={"name": model.versus[0].peer, "metric": metric})
-    model = model.model_copy(update={"rows": (model.rows[0], row, peer)})
+    versus = (model.versus[0].model_copy(update={"drop_ci95": interval}),)
+    model = model.model_copy(update={"rows": (model.rows[0], row), "versus": versus})
     assert goals.short(model) == missed
+
+
+def test_what_is_lost_to_a_peer_is_of_the_samples_that_both_saw() -> None:
+    from optkit.benchmarks.cpu import _versus
+    from optkit.evaluate import Evaluator
+
+    evaluator = Evaluator(samples=list, score=lambda outputs, label: 0.0, metric="accuracy")
+    rows = [
+        Row(name=name, bytes=1, note="", make_seconds=0, error=None, cpu_ms=cpu_ms, verdict="met")
+        for name, cpu_ms in (("ORT fp32", 4.0), ("optkit", 1.0), ("peer", 2.0))
+    ]
+    times = {row.name: np.full((4, 2), row.cpu_ms) for row in rows}
+    scores = {"ORT fp32": [1.0] * 6, "optkit": [0.5, 0.75, 1.0, 1.0, 0.0, 0.0], "peer": [1.0] * 4}
+    (found,) = _versus(rows, times, np.arange(4), evaluator, scores)
+    assert (found.ours, found.peer, found.ratio) == ("optkit", "peer", 2.0)
+    # Student's t of 0.5, 0.25, 0, 0: mean 0.1875, deviation 0.2394, 3 degrees of freedom.
+    assert found.drop == pytest.approx(0.1875)
+    assert found.drop_ci95 == pytest.approx(
+        (0.1875 - 3.182 * 0.2394 / 2, 0.1875 + 3.182 * 0.2394 / 2), rel=0.02
+    )
+    (unknown,) = _versus(rows, times, np.arange(4), evaluator, {"optkit": [1.0]})
+    assert unknown.drop is None
 
 
 def test_a_model_that_optkit_failed_on_is_a_row_too() -> None:
