@@ -17,7 +17,7 @@ _SAMPLES = 144160
 _LEVELS = tuple(np.linspace(-5, 35, 32).round(2).tolist())
 
 
-def samples(n: int = 32) -> Iterator[tuple[dict[str, np.ndarray], float]]:
+def samples(n: int = 128) -> Iterator[tuple[dict[str, np.ndarray], float]]:
     """Nine seconds of noisy speech, and its speech-to-noise ratio in dB."""
     return _clips(n, seed=2, held_out=False)
 
@@ -41,7 +41,7 @@ def calibration(n: int = 10) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _clips(n: int, *, seed: int, held_out: bool) -> Iterator[tuple[dict[str, np.ndarray], float]]:
-    # A few clips are spread over all levels.
-    levels = _LEVELS[:: max(1, len(_LEVELS) // n)]
+    # A few clips are spread over all levels, and half of them have the other kind of noise.
+    levels = _LEVELS[:: max(1, 2 * len(_LEVELS) // n)]
     for recording in recordings(n, seed=seed, held_out=held_out, decibels=levels):
         yield {"input_1": recording.frames.reshape(1, -1)[:, :_SAMPLES]}, recording.decibels

@@ -15,7 +15,7 @@ from optkit.benchmarks import suite
 from optkit.benchmarks.disk_files import bytes_at_both_ends, typed_files
 
 METRIC = "accuracy"
-_PER_TYPE = 20
+_PER_TYPE = 40
 
 
 def samples(per_type: int = _PER_TYPE) -> Iterator[tuple[dict[str, np.ndarray], str]]:

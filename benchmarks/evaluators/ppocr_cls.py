@@ -12,7 +12,7 @@ from optkit.benchmarks.lines import lines, tensor
 METRIC = "accuracy"
 
 
-def samples(n: int = 400) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def samples(n: int = 2000) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Picture of a line, and 1 where it is upside down."""
     return _turned(n, seed=2, held_out=False)
 
