@@ -16,6 +16,7 @@ import numpy as np
 
 from optkit.backends.coreml.reference.halves import halves, is_finite, wide, widened
 from optkit.backends.coreml.reference.ops import OPERATIONS, OVERWRITING, ROOMY
+from optkit.backends.coreml.reference.order import late
 from optkit.backends.coreml.reference.program import Block, Function, Lazy, Name, Operation, Output
 from optkit.errors import DataError, ModelError
 
@@ -142,6 +143,7 @@ class Machine:
 
     def _plan(self, block: Block, inputs: Sequence[Output]) -> tuple[_Body, set[str]]:
         """The block with when each of its values is read for the last time, and the names that it reads from outside."""
+        block = replace(block, operations=late(block))
         # Of the block: what it is given, and what its operations give.
         own = {i.name for i in inputs} | {o.name for op in block.operations for o in op.outputs}
         last: dict[str, int] = {}

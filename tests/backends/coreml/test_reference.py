@@ -670,6 +670,101 @@ def test_first_runs_in_several_threads_are_prepared_once(monkeypatch):
             np.testing.assert_array_equal(found, [781, 781])
 
 
+def _block(operations, outputs, *inputs):
+    from optkit.backends.coreml.reference.program import Block
+
+    return Block(inputs=list(inputs), outputs=outputs, operations=operations)
+
+
+def _order(block):
+    from optkit.backends.coreml.reference.order import late
+
+    return [op.outputs[0].name if op.outputs else op.kind for op in late(block)]
+
+
+def test_a_value_that_waits_for_another_branch_is_computed_when_that_is_done():
+    x, wide, small = _value("x", "FLOAT32", -1, 8), _value("wide", "FLOAT32", -1, 9), ("FLOAT32", -1, 2)
+    operations = [
+        _operation("linear", wide, x="x"),
+        _operation("relu", _value("also", "FLOAT32", -1, 9), x="wide"),
+        _operation("linear", _value("other", *small), x="x"),
+        _operation("tanh", _value("ready", *small), x="other"),
+        _operation("concat", _value("y", "FLOAT32", -1, 11), values=["also", "ready"]),
+    ]
+    assert _order(_block(operations, ["y"], x)) == ["other", "ready", "wide", "also", "y"]
+
+
+@pytest.mark.parametrize("outputs", [["y"], ["y", "narrow"]])
+def test_a_value_that_waits_in_less_room_than_what_it_is_made_of_is_computed_at_once(outputs):
+    x, narrow = _value("x", "FLOAT32", -1, 8), _value("narrow", "FLOAT32", -1, 7)
+    operations = [
+        _operation("linear", narrow, x="x"),
+        _operation("linear", _value("other", "FLOAT32", -1, 8), x="z"),
+        _operation("concat", _value("y", "FLOAT32", -1, 15), values=["narrow", "other"]),
+    ]
+    given = _block(operations, outputs, x, _value("z", "FLOAT32", -1, 8))
+    assert _order(given) == ["narrow", "other", "y"]
+
+
+def test_states_are_read_and_written_in_the_order_that_the_program_says():
+    kept = _value("kept", "FLOAT16", 4)
+    write = _operation("write_state", kept, input="state", data="x")
+    write.outputs = ()
+    operations = [
+        _operation("read_state", kept, input="state"),
+        write,
+        _operation("read_state", _value("again", "FLOAT16", 4), input="state"),
+        _operation("add", _value("y", "FLOAT16", 4), x="kept", y="again"),
+    ]
+    assert _order(_block(operations, ["y"], _value("x", "FLOAT16", 4))) == [
+        "kept",
+        "write_state",
+        "again",
+        "y",
+    ]
+
+
+def _names(op):
+    from optkit.backends.coreml.reference.program import Name
+
+    return [b.name for bindings in op.inputs.values() for b in bindings if isinstance(b, Name)]
+
+
+def _most(block, operations):
+    """Elements that are held at most while an operation runs, which must find all that it reads."""
+    made = {v.name: -1 for v in block.inputs} | {o.outputs[0].name: i for i, o in enumerate(operations)}
+    last = made | dict.fromkeys(block.outputs, len(operations))
+    for index, op in enumerate(operations):
+        assert all(made[name] < index for name in _names(op))
+        last |= {name: max(index, last[name]) for name in _names(op)}
+    values = [*block.inputs, *(o.outputs[0] for o in operations)]
+    return max(
+        sum(v.type.shape[0] for v in values if made[v.name] <= index <= last[v.name])
+        for index in range(len(operations))
+    )
+
+
+def test_operations_in_another_order_find_what_they_read_and_hold_no_more_at_most():
+    from optkit.backends.coreml.reference.order import late
+
+    random = np.random.default_rng(0)
+    most = []
+    for _ in range(200):
+        values, operations = [_value("x", "FLOAT32", 10)], []
+        for i in range(20):
+            # Mostly of what is near, as in networks.
+            read = {values[-min(int(n), len(values))].name for n in random.geometric(0.4, size=2)}
+            values.append(_value(f"v{i}", "FLOAT32", int(random.integers(1, 30))))
+            operations.append(_operation("concat", values[-1], values=sorted(read)))
+        block = _block(operations, ["v19", "v18"], values[0])
+        found = late(block)
+        assert sorted(map(id, found)) == sorted(map(id, operations))
+        most.append((_most(block, operations), _most(block, found)))
+    before, after = np.array(most).T
+    assert (after < before).mean() > 0.25
+    assert (after <= before).all()
+
+
 def test_a_constant_is_not_written_over_through_a_view():
     weights = np.linspace(-1, 1, 6, dtype=np.float16)
     operations = [
