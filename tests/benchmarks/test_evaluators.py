@@ -144,3 +144,16 @@ def test_quality_is_ranked_against_the_noise() -> None:
         for q, level in [(1.5, -5.0), (3.0, 35.0), (2.0, 10.0)]
     ]
     assert evaluator.aggregate(scores) == pytest.approx(1)
+
+
+def test_calibration_of_dnsmos_hears_both_kinds_of_noise() -> None:
+    """The prompts have nothing above 4 kHz: there white noise is as strong everywhere, and brown falls by the square."""
+    evaluator = _load("dnsmos")
+    slopes = []
+    for feeds in evaluator.calibration():
+        power = np.abs(np.fft.rfft(feeds["input_1"][0])) ** 2
+        frequencies = np.fft.rfftfreq(feeds["input_1"].shape[1], 1 / 16000)
+        near = power[(frequencies > 4200) & (frequencies < 5000)].mean()
+        slopes.append(power[frequencies > 5000].mean() / near)
+    assert sum(slope > 0.9 for slope in slopes) >= 3
+    assert sum(slope < 0.6 for slope in slopes) >= 3
