@@ -264,7 +264,7 @@ def test_no_figure_is_claimed_before_there_is_a_record():
     folder = Path(gpu.__file__).parent / "baselines"
     if not list(folder.glob("*.json")):
         readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-        assert "Nothing was measured on a GPU" in readme
+        assert "Not measured on a GPU" in readme
 
 
 def test_bits_that_numpy_has_no_letter_for_reach_torch():
