@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import shape_of
-from optkit.graph import constant, graphs, users
+from optkit.graph import constant, graphs, read_once, users
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Builder, Change, Names, label, remove_unused, substitute
 
@@ -21,7 +21,8 @@ class SlicesToSplit(GraphPass):
     """Replace Slices with step 1 that cover an axis of known size, each part once, by one Split.
 
     Before: ``x[:, :16]`` and ``x[:, 16:]`` of 32 channels, as exporters write ``chunk`` and indexing.
-    After: ``Split(x, [16, 16], axis=1)``; what moves integers needs one grid for all parts then.
+    After: ``Split(x, [16, 16], axis=1)``; what moves integers needs one grid for all parts then. Parts that are all sliced
+    further along another axis stay: ``cancel-layout`` cuts each out at once.
     """
 
     name: ClassVar[str] = "slices-to-split"
@@ -51,6 +52,8 @@ def _split(value: ir.Value, axis: int, nodes: list[ir.Node], cuts: list[_Cut], n
     edges = [0, *(end for _, _, end in cuts)]
     if len(cuts) < 2 or [start for _, start, _ in cuts] != edges[:-1] or edges[-1] != shape[axis]:
         return None
+    if all(_is_cut_again(node, axis) for node in nodes):
+        return None
     graph = nodes[0].graph
     assert graph is not None
     first = next(n for n in graph if n in nodes)
@@ -60,6 +63,14 @@ def _split(value: ir.Value, axis: int, nodes: list[ir.Node], cuts: list[_Cut], n
         substitute(node.outputs[0], part)
     remove_unused(nodes)
     return Change(rule="slices-to-split", node=label(first), detail=f"{len(nodes)} parts of axis {axis}")
+
+
+def _is_cut_again(node: ir.Node, axis: int) -> bool:
+    """Whether one Slice along another axis is all that reads it."""
+    output = node.outputs[0]
+    reader = next(iter(users(output)), None)
+    cut = _cut(reader) if reader is not None and read_once(output) else None
+    return cut is not None and reader is not None and reader.graph is node.graph and cut[0] != axis
 
 
 def _cut(node: ir.Node) -> _Cut | None:

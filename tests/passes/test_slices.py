@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from optkit.passes.cleanup.layout import CancelLayout
 from optkit.passes.cleanup.slices import SlicesToSplit
 from optkit.testing import check_pass
 
@@ -87,3 +88,23 @@ def test_where_a_slice_reads_computed_bounds_it_stays():
     check_pass(
         SlicesToSplit(), model, ops=["Slice", "Slice"], atol=0, rtol=0, x=np.ones((4, 6), np.float32), cut=np.array([2])
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("axis", "ops"), [(2, ["Slice", "Slice", "Add"]), (1, ["Split", "Slice", "Slice", "Add"])]
+)
+def test_parts_that_are_sliced_further_along_another_axis_are_cut_once(axis, ops):
+    """A Split and two Slices are a node more than two Slices of two axes each."""
+    model = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[2, 8, 4] x) => (float[M, N, K] y)
+    <int64[1] zero = {0}, int64[1] one = {1}, int64[1] three = {3}, int64[1] four = {4}, int64[1] eight = {8}, int64[1] axis = {%d}> {
+      a = Slice(x, zero, four, one)
+      b = Slice(x, four, eight, one)
+      c = Slice(a, one, three, axis)
+      d = Slice(b, one, three, axis)
+      y = Add(c, d)
+    }
+    """
+    apart = check_pass(SlicesToSplit(), model % axis, atol=0, rtol=0)
+    check_pass(CancelLayout(), apart, ops=ops, atol=0, rtol=0)
