@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from optkit.backends.base import Session
 from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
@@ -34,6 +33,7 @@ from optkit.backends.coreml.reference.machine import Machine
 from optkit.backends.coreml.reference.program import Package
 from optkit.backends.coreml.session import ReferenceSession as PackageSession
 from optkit.benchmarks import suite
+from optkit.benchmarks.exact_sums import with_exact_sums
 from optkit.benchmarks.fetch import cache, digest, unpack_wheel
 from optkit.benchmarks.lines import lines, tensor, words
 from optkit.benchmarks.photos import crops
@@ -42,7 +42,6 @@ from optkit.benchmarks.tables import table
 from optkit.errors import OptkitError
 from optkit.evaluate import load_python
 from optkit.frontend import load
-from optkit.graph import graphs
 from optkit.legalize import legalize
 from optkit.passes.base import Context
 from optkit.pipeline import run_passes
@@ -88,34 +87,6 @@ def noise(expected: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mapping[
                 signal += float(np.square(wide).sum())
                 error += float(np.square(wide - b[name]).sum())
     return 10 * float(np.log10(signal / error)) if error and signal else float("inf")
-
-
-def with_exact_sums(path: Path) -> ir.Model:
-    """The model with its sums and means in float64, each rounded once at its end."""
-    model = load(path, check=False)
-    for graph in graphs(model):
-        for node in tuple(graph):
-            value = node.inputs[0] if node.inputs else None
-            if (
-                node.op_type not in ("ReduceSum", "ReduceMean")
-                or value is None
-                or value.dtype != ir.DataType.FLOAT
-            ):
-                continue
-            kinds = {"to": ir.DataType.DOUBLE.value}, {"to": ir.DataType.FLOAT.value}
-            wide = ir.node("Cast", [value], attributes=kinds[0], name=f"{node.name}/wide")
-            narrow = ir.node("Cast", [node.outputs[0]], attributes=kinds[1], name=f"{node.name}/narrow")
-            total, rounded = node.outputs[0], narrow.outputs[0]
-            # The readers are told first, then the cast is made to read the sum; an output of the graph keeps its name.
-            total.replace_all_uses_with(rounded, replace_graph_outputs=True)
-            rounded.name, total.name = total.name, f"{total.name}/wide"
-            rounded.type, rounded.shape = ir.TensorType(ir.DataType.FLOAT), total.shape
-            narrow.replace_input_with(0, total)
-            node.replace_input_with(0, wide.outputs[0])
-            total.type = wide.outputs[0].type = ir.TensorType(ir.DataType.DOUBLE)
-            graph.insert_before(node, wide)
-            graph.insert_after(node, narrow)
-    return model
 
 
 def _seconds(session: Session | ReferenceSession, feeds: Sequence[Mapping[str, np.ndarray]]) -> float:

@@ -23,7 +23,7 @@ def test_sums_in_float64_are_those_of_numpy(tmp_path):
     """The mean of squares of values around 1000 has 7 digits left; one after the other fewer come out."""
     import onnx_ir as ir
 
-    from optkit.benchmarks.coreml import with_exact_sums
+    from optkit.benchmarks.exact_sums import with_exact_sums
     from optkit.testing import parse
 
     model = parse(
