@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from optkit.benchmarks.readme import RESULTS
-from optkit.benchmarks.results import ModelResult, Row, Versus, read
+from optkit.benchmarks.results import ModelResult, Row, Versus, interval, read
 from optkit.benchmarks.variants import OURS, OURS_ORT
 
 
@@ -77,8 +77,7 @@ def cells(model: ModelResult) -> Iterator[str]:
 def short(model: ModelResult) -> list[str]:
     """Which goals a model misses, in words; a ratio counts as reached up to what two sessions of a file differ by.
 
-    None of ours shall be less accurate than the best stock peer: it is where the interval of what it loses to that,
-    sample by sample, is above 0.
+    A metric below the best stock peer's is one however few samples decide it: none of ours shall be less accurate.
     """
     goal, over = GOALS.get(model.name, ANY), {v.ours: v for v in model.versus}
     ours = next(r for r in model.rows if r.name == OURS)
@@ -90,30 +89,30 @@ def short(model: ModelResult) -> list[str]:
             found.append(what)
     if ours.verdict != "met":
         found.append(f"accuracy ({ours.verdict or 'not measured'})")
-    interval = over[OURS].drop_ci95 if OURS in over else None
-    if interval is None:
+    versus = over.get(OURS)
+    if versus is None or versus.drop is None or versus.drop_ci95 is None:
         found.append("the peer's metric (not compared)")
-    elif interval[0] > 0:
-        found.append(f"the peer's metric, by {over[OURS].drop:.4f}")
+    elif versus.drop > 0:
+        undecided = "" if versus.drop_ci95[0] > 0 else " (undecided)"
+        found.append(f"the peer's metric, by {versus.drop:.4f}{undecided}")
     return found
 
 
 def _lost(model: ModelResult, row: Row) -> str:
     if row.drop is None or row.drop_ci95 is None:
         return "-"
-    low, high = row.drop_ci95
-    return f"{row.drop:+.4f} [{low:+.4f}, {high:+.4f}] of {model.metric}, n = {row.n}: {row.verdict}"
+    drop = f"{row.drop:+.4f}{interval(row.drop_ci95, '+.4f')}"
+    return f"{drop} of {model.metric}, n = {row.n}: {row.verdict}"
 
 
 def _lost_to(found: Versus | None) -> str:
-    if found is None or found.drop is None or found.drop_ci95 is None:
+    if found is None or found.drop is None:
         return "-"
-    low, high = found.drop_ci95
-    return f"{found.drop:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{found.drop:+.4f}{interval(found.drop_ci95, '+.4f')}"
 
 
 def _ratio(ratio: float, ci95: tuple[float, float] | None) -> str:
-    return f"{ratio:.2f}x" + ("" if ci95 is None else f" [{ci95[0]:.2f}, {ci95[1]:.2f}]")
+    return f"{ratio:.2f}x{interval(ci95, '.2f')}"
 
 
 def _over(found: Versus | None, goal: float | None) -> str:

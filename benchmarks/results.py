@@ -179,10 +179,10 @@ def render(result: CpuResult) -> None:
 
 
 def _against(found: Versus) -> str:
-    line = f"* {found.ours} over {found.peer}: {found.ratio:.2f}{_interval(found.ci95, '.2f')}"
+    line = f"* {found.ours} over {found.peer}: {found.ratio:.2f}{interval(found.ci95, '.2f')}"
     if found.drop is None:
         return line
-    return f"{line}, of the metric it loses {found.drop:+.4f}{_interval(found.drop_ci95, '+.4f')} to that"
+    return f"{line}, of the metric it loses {found.drop:+.4f}{interval(found.drop_ci95, '+.4f')} to that"
 
 
 def _caption(model: ModelResult) -> str:
@@ -208,9 +208,9 @@ def _cells(model: ModelResult) -> Iterator[tuple[str, ...]]:
         yield (
             row.name,
             f"{row.cpu_ms:.2f}",
-            "1" if row.speedup is None else f"{row.speedup:.2f}{_interval(row.speedup_ci95, '.2f')}",
+            "1" if row.speedup is None else f"{row.speedup:.2f}{interval(row.speedup_ci95, '.2f')}",
             "-" if row.metric is None else f"{row.metric:.4f}",
-            "-" if row.drop is None else f"{row.drop:+.4f}{_interval(row.drop_ci95, '+.4f')}",
+            "-" if row.drop is None else f"{row.drop:+.4f}{interval(row.drop_ci95, '+.4f')}",
             row.verdict or "-",
             "-" if row.roofline is None else f"{row.roofline * 100:.0f} %",
             _megabytes(row.bytes),
@@ -218,7 +218,8 @@ def _cells(model: ModelResult) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _interval(bounds: tuple[float, float] | None, style: str) -> str:
+def interval(bounds: tuple[float, float] | None, style: str) -> str:
+    """Behind a number, in brackets; nothing where there is none."""
     return "" if bounds is None else f" [{bounds[0]:{style}}, {bounds[1]:{style}}]"
 
 

@@ -156,7 +156,8 @@ def _more_accurate(
 
 def _evaluates_soon(work: Compilation, best: Built) -> bool:
     """Whether the metric costs little for what is about as fast as ``best``."""
-    return work.evaluation_seconds <= _CHEAP * max(1.0, 1.0 if best.speedup is None else best.speedup.ratio)
+    faster = 1.0 if best.speedup is None else max(1.0, best.speedup.ratio)
+    return work.evaluation_seconds <= _CHEAP * faster
 
 
 def _gain(best: Built, other: Built) -> str:

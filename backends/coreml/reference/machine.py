@@ -149,7 +149,7 @@ class Machine:
         last: dict[str, int] = {}
         outside: set[str] = set()
         for index, op in enumerate(block.operations):
-            names = {b.name for values in op.inputs.values() for b in values if isinstance(b, Name)}
+            names = set(op.names)
             for inner in op.blocks:
                 self._inner[id(inner)], read = self._plan(inner, inner.inputs)
                 names |= read
@@ -223,7 +223,7 @@ class Machine:
         """Constants that steps have in their hands, and nobody asks for by name."""
         asked = {name for step in steps for _, names, _ in step.moving for name in names}.union(outputs)
         for step in steps:
-            asked.update(b.name for values in step.op.inputs.values() for b in values if isinstance(b, Name))
+            asked.update(step.op.names)
         self._constants = {name: value for name, value in self._constants.items() if name in asked}
 
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:

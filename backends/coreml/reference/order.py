@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from optkit.backends.coreml.reference.program import Block, Name, Operation, Output
+from optkit.backends.coreml.reference.program import Block, Operation, Output
 
 # They read or change what is kept between runs, draw numbers, or have operations inside.
 _STAYS = ("const", "read_state", "write_state", "random_", "cond", "while_loop", "classify")
@@ -80,8 +80,7 @@ def _longer(
 
 def _read(op: Operation) -> Iterable[str]:
     """Names that it reads, also inside."""
-    for bindings in op.inputs.values():
-        yield from (b.name for b in bindings if isinstance(b, Name))
+    yield from op.names
     for inner in op.blocks:
         own = {i.name for i in inner.inputs} | {o.name for o in _outputs(inner.operations)}
         yield from (n for o in inner.operations for n in _read(o) if n not in own)

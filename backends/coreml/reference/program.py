@@ -80,6 +80,11 @@ class Operation:
     outputs: tuple[Output, ...]
     blocks: tuple[Block, ...] = ()
 
+    @property
+    def names(self) -> list[str]:
+        """Of the values that are its inputs."""
+        return [b.name for bindings in self.inputs.values() for b in bindings if isinstance(b, Name)]
+
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
 

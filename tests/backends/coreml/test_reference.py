@@ -724,19 +724,13 @@ def test_states_are_read_and_written_in_the_order_that_the_program_says():
     ]
 
 
-def _names(op):
-    from optkit.backends.coreml.reference.program import Name
-
-    return [b.name for bindings in op.inputs.values() for b in bindings if isinstance(b, Name)]
-
-
 def _most(block, operations):
     """Elements that are held at most while an operation runs, which must find all that it reads."""
     made = {v.name: -1 for v in block.inputs} | {o.outputs[0].name: i for i, o in enumerate(operations)}
     last = made | dict.fromkeys(block.outputs, len(operations))
     for index, op in enumerate(operations):
-        assert all(made[name] < index for name in _names(op))
-        last |= {name: max(index, last[name]) for name in _names(op)}
+        assert all(made[name] < index for name in op.names)
+        last |= {name: max(index, last[name]) for name in op.names}
     values = [*block.inputs, *(o.outputs[0] for o in operations)]
     return max(
         sum(v.type.shape[0] for v in values if made[v.name] <= index <= last[v.name])
