@@ -295,8 +295,14 @@ class Machine:
 
     def _room(self, values: Mapping[str, Any]) -> int:
         """Elements that a step may hold beside ``values`` until they are twice the largest of all; less than 0 beyond."""
-        held = sum(v.nbytes for v in values.values() if isinstance(v, np.ndarray))
+        wholes = [self._whole(v) for v in values.values() if isinstance(v, np.ndarray)]
+        held = sum({id(w): w.nbytes for w in wholes}.values())
         return (2 * self._largest - held) // _BYTES
+
+    def _whole(self, array: np.ndarray) -> np.ndarray:
+        """What ``array`` is a part of, and keeps in memory: what an operation gave, which weights and inputs may be larger than."""
+        base = array.base
+        return base if isinstance(base, np.ndarray) and base.nbytes <= self._largest else array
 
     def _call(self, op: Operation, arguments: dict[str, Any]) -> list[Any]:
         with _named(op):

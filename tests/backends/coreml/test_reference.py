@@ -925,6 +925,33 @@ def test_convolutions_find_room_beside_an_input_and_an_output_of_the_largest_siz
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_a_part_keeps_of_a_whole_that_nobody_reads_counts_as_held(precision, tmp_path):
+    """As values of attention do, which come out of one product with queries and keys."""
+    model = parse(
+        HEAD + """g (float[8, 32, 64, 64] x) => (float[1, 32, 64, 64] y) {
+          a = Relu(x)
+          b, c = Split<axis = 0>(a, sizes)
+          d = ReduceMax(b, axis)
+          e = Exp(a)
+          f = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(d, w)
+          g = ReduceMax(e, axis)
+          h = Add(f, g)
+          y = Add(h, c)
+        }""",
+        sizes=np.array([7, 1]), axis=np.array([0]),
+        w=np.random.default_rng(0).normal(size=(32, 32, 3, 3)).astype(np.float32) / 17,
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
+    feeds = {"x": np.random.default_rng(1).normal(size=(8, 32, 64, 64)).astype(np.float32)}
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        session.run(feeds)
+        peak = _peak(lambda: session.run(feeds))
+    # Beside them an input and an output of the convolution, and what it is computed from.
+    assert peak < 2 * feeds["x"].nbytes + 3 * feeds["x"].nbytes // 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision, tmp_path):
     model = parse(
         HEAD + """g (float[1, 4, 256, 256] x) => (float[1, 4, 256, 256] y) {
