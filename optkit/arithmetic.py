@@ -15,6 +15,7 @@ _FLOATS = {
     ir.DataType.BFLOAT16: "bf16",
     ir.DataType.DOUBLE: "fp64",
 }
+FLOATS = frozenset(_FLOATS.values())
 _GRIDS = {
     ir.DataType.INT8: "int8",
     ir.DataType.UINT8: "int8",
@@ -32,6 +33,11 @@ def product_format(node: ir.Node) -> str:
     grids = {_grid(value) for value in node.inputs[:2]}
     if len(node.inputs) > 1 and len(grids) == 1 and (grid := grids.pop()) is not None:
         return grid
+    return float_format(node)
+
+
+def float_format(node: ir.Node) -> str:
+    """Of the numbers that ``node`` is handed, whatever grid they come from; ``fp32`` where nothing is known."""
     value = node.inputs[0] if node.inputs else None
     return "fp32" if value is None or value.dtype is None else _FLOATS.get(value.dtype, "fp32")
 

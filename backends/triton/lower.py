@@ -12,7 +12,7 @@ from onnx_ir.passes.common import InlinePass
 from pydantic import Field
 
 from optkit import golden
-from optkit.arithmetic import product_format, products
+from optkit.arithmetic import FLOATS, float_format, product_format, products, stored
 from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
 from optkit.backends.triton import bundle, plugins
 from optkit.backends.triton.finalize import finalize, tuned
@@ -22,8 +22,9 @@ from optkit.backends.triton.session import FunctionBodySession
 from optkit.data import specs, trial_sizes
 from optkit.dims import worked_out
 from optkit.errors import ModelError, OptkitError, UsageError
-from optkit.graph import walk
+from optkit.graph import describe, walk
 from optkit.inference import at_shapes
+from optkit.kernels.base import DOMAIN
 from optkit.kernels.build import need_triton
 from optkit.ops import spec
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from optkit.backends.triton.rest import Place
     from optkit.placement import Placement
     from optkit.targets import Target
+
+# Bits of quantized weights at most.
+_NARROW = 8
 
 
 class TritonOptions(Options):
@@ -129,10 +133,17 @@ class Triton(Backend):
 
         Raises:
             BackendUnavailableError: Triton is not installed.
-            ModelError: The graph calls no kernel, machine code does not pass its gates, or no sizes of the inputs run.
+            ModelError: The graph calls no kernel, or none for what is quantized, machine code does not pass its gates, or no
+                sizes of the inputs run.
         """
         flat = model.clone()
-        InlinePass()(flat)
+        outside = _inlined(flat)
+        if idle := _idle(flat, outside):
+            raise ModelError(
+                f"the weights of {', '.join(map(describe, idle))} are quantized, and no kernel multiplies any: all would be "
+                "computed in floats",
+                hint="optkit inspect MODEL --why tells what call-kernels left alone",
+            )
         bundle.write(model, target, path)
         apart = self._golden(model, options, path)
         bundle.ask(path, golden.limit(tuple(products(flat)), apart))
@@ -182,9 +193,12 @@ class Triton(Backend):
     def executed(
         self, path: Path, target: Target, options: TritonOptions, feeds: Mapping[str, np.ndarray]
     ) -> Sequence[Executed]:
-        """Products, those in the bodies of kernels too; they ran as ONNX on the CPU."""
+        """Products, those in the bodies of kernels too; they ran as ONNX on the CPU.
+
+        Outside of kernels ONNX Runtime multiplies what was dequantized, in floats.
+        """
         model = ir.load(path / bundle.MODEL)
-        InlinePass()(model)
+        outside = _inlined(model)
         model = at_shapes(model, {k: v.shape for k, v in feeds.items()})
         found = []
         for node in walk(model):
@@ -195,7 +209,8 @@ class Triton(Backend):
                 found.append(
                     Executed(
                         name=str(node.name), op=node.op_type, where="ONNX on the CPU",
-                        format=product_format(node), macs=macs, seconds=0.0,
+                        macs=macs, seconds=0.0,
+                        format=(float_format if node.outputs[0].name in outside else product_format)(node),
                     )
                 )  # fmt: skip
         nothing = Executed(name="", op="none", where="ONNX on the CPU", format="fp32", macs=0, seconds=0.0)
@@ -224,6 +239,30 @@ class Triton(Backend):
     ) -> Finished:
         """Load, choose, compare, measure, on the GPU of this machine."""
         return finalize(path, target.name, target.arch, _rest(target, options), task, mark, force=force)
+
+
+def _inlined(model: ir.Model) -> frozenset[str | None]:
+    """Put the bodies of kernels in the place of their calls; the names of the values that no kernel computes."""
+    outside = frozenset(o.name for node in walk(model) if node.domain != DOMAIN for o in node.outputs)
+    InlinePass()(model)
+    return outside
+
+
+def _idle(model: ir.Model, outside: frozenset[str | None]) -> list[ir.Node]:
+    """The products whose weights are quantized, where none is in a kernel."""
+    found = []
+    for node in walk(model):
+        known = spec(node)
+        if known is None or known.macs is None:
+            continue
+        at = known.weight
+        weight = None if at is None or at >= len(node.inputs) else stored(node.inputs[at])
+        narrow = weight is not None and weight.dtype is not None and weight.dtype.bitwidth <= _NARROW
+        if node.outputs[0].name in outside and narrow:
+            found.append(node)
+        elif node.outputs[0].name not in outside and (narrow or product_format(node) not in FLOATS):
+            return []
+    return found
 
 
 def _rest(target: Target, options: TritonOptions) -> Place:

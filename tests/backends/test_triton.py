@@ -10,10 +10,14 @@ import pytest
 
 from optkit.backends.triton import bundle
 from optkit.backends.triton.lower import Triton, TritonOptions
+from optkit.backends.triton.placement import PLACEMENTS
 from optkit.cli.app import main
+from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError, ModelError, UnsupportedOpError, UsageError
 from optkit.passes.base import Context
 from optkit.passes.lowering.kernels import CallKernels
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.store import save
 from optkit.targets import target
@@ -93,6 +97,45 @@ def test_the_artifact_holds_the_graph_the_code_and_the_launches(tmp_path):
     assert len(list((tmp_path / "golden").glob("*.npz"))) == 1
     executed = backend.executed(tmp_path, H100, options, x)
     assert [(e.op, e.format, e.macs) for e in executed] == [("MatMul", "fp32", 3 * 64 * 64)] * 2
+
+
+def on_integers(columns):
+    """A norm, which has a kernel, and two products on integers: with so many columns and with 7; kernels take multiples of 16."""
+    found = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 64] x) => (float[N, 7] y) {
+          n = LayerNormalization <axis = -1> (x, s, b)
+          h = MatMul (n, w)
+          y = MatMul (h, v)
+        }
+        """,
+        w=(_RANDOM.standard_normal((64, columns)) / 8).astype(np.float32),
+        v=(_RANDOM.standard_normal((columns, 7)) / 8).astype(np.float32), s=WEIGHTS["s"], b=WEIGHTS["b"],
+    )  # fmt: skip
+    feeds = [{"x": _RANDOM.standard_normal((4, 64)).astype(np.float32)} for _ in range(4)]
+    data = CalibrationData(feeds, name="random").check(found)
+    run_passes(
+        found, Recipe.load("triton-int8").passes, Context(target=H100, data=data, placements=PLACEMENTS)
+    )
+    return found, feeds[0]
+
+
+@pytest.mark.needs("triton")
+def test_integers_count_where_a_kernel_multiplies_them(tmp_path):
+    """ONNX Runtime multiplies what was dequantized, in floats."""
+    found, feeds = on_integers(48)
+    Triton().lower(found, H100, TritonOptions(), tmp_path)
+    executed = Triton().executed(tmp_path, H100, TritonOptions(), feeds)
+    assert [(e.format, e.macs) for e in executed] == [("int8", 4 * 64 * 48), ("fp16", 4 * 48 * 7)]
+
+
+@pytest.mark.needs("triton")
+def test_a_graph_on_integers_of_which_no_kernel_multiplies_any_is_refused(tmp_path):
+    found, _ = on_integers(7)
+    with pytest.raises(ModelError, match=r"MatMul.*MatMul.*no kernel") as error:
+        Triton().lower(found, H100, TritonOptions(), tmp_path)
+    assert "inspect" in str(error.value.hint)
 
 
 @pytest.mark.needs("triton")
