@@ -56,7 +56,6 @@ class Program:
         stages: Of the software pipeline.
         products: Format whose matrix instructions the machine code has to have; None for none.
         low: Whether its tiles have fewer than 64 rows: then these instructions are those of a warp on every architecture.
-        wide: Whether global memory has to be read 16 bytes at a time.
         waived: Names of gates that need not hold, with the reason.
         aliases: Outputs that are the memory of an input, written in place: index of the output -> index of the input.
     """
@@ -69,7 +68,6 @@ class Program:
     stages: int = 1
     products: str | None = None
     low: bool = False
-    wide: bool = True
     waived: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[int, int] = field(default_factory=dict)
 

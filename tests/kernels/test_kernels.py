@@ -252,7 +252,7 @@ RECORD = {
     "capability": [9, 0], "arch": "sm_90a", "registers": 128, "stack": 0, "shared": 1 << 16, "warps": 8,
     "instructions": {"LDG.E.128": 4, "HGMMA.64x64x16.F32": 4},
     "program": {
-        "arguments": [{"type": "*bf16"}, {"type": "i32"}], "products": "bf16", "low": False, "wide": True, "waived": {},
+        "arguments": [{"type": "*bf16"}, {"type": "i32"}], "products": "bf16", "low": False, "waived": {},
     },
 }  # fmt: skip
 
@@ -275,6 +275,17 @@ def altered(**changes):
         ({"registers": 256}, "occupancy"),
         ({"instructions": {"LDG.E.128": 4, "HMMA.16816.F32": 16}}, "matrix instructions"),
         ({"instructions": {"LDG.E.U16": 16, "HGMMA.64x64x16.F32": 4}}, "128-bit loads"),
+        ({"instructions": {"LDG.E.128": 1, "LDG.E": 5, "HGMMA.64x64x16.F32": 4}}, "128-bit loads"),
+        (
+            {
+                "instructions": {
+                    "global_load_dwordx2": 9,
+                    "global_load_dwordx4": 4,
+                    "v_mfma_f32_32x32x8_bf16": 1,
+                }
+            },
+            "128-bit loads",
+        ),
         ({"low": True}, "matrix instructions"),
         ({"arch": "sm_89"}, "architecture"),
         ({"arguments": [{"type": "*fp8e4nv"}], "capability": [8, 0], "arch": "sm_80"}, "formats"),
