@@ -17,7 +17,7 @@ from optkit.errors import BackendUnavailableError, ModelError, UsageError
 from optkit.kernels import KERNELS
 from optkit.kernels.numerics import launch
 from optkit.kernels.placed import place
-from optkit.targets import target
+from optkit.targets import TARGETS, target
 
 torch = pytest.importorskip("torch")
 
@@ -225,25 +225,49 @@ def test_goals_are_decided_by_what_they_name():
 
 
 def test_rows_are_as_many_as_the_bound_asks_for():
-    norm, linear, w4 = (KERNELS[n]() for n in ("layer-norm", "linear", "linear-int4"))
+    norm, linear, w4 = (KERNELS[n]() for n in ("layer-norm", "linear", "linear-int4-decode"))
     rows = gpu.rows_of(norm, norm.examples[0], None)
     assert norm.work(norm.examples[0], norm.shapes(norm.examples[0], rows))[1] == pytest.approx(
         256 << 20, rel=0.01
     )
     assert gpu.rows_of(linear, linear.examples[0], "fp16") == 8192
-    assert gpu.rows_of(w4, w4.examples[0], "fp16") == 1
+    assert gpu.rows_of(w4, w4.examples[0], "bf16") == 1
+
+
+def test_one_row_is_decoded_with_weights_that_no_cache_holds():
+    kernel = KERNELS["linear-int4-decode"]()
+    (problem,) = gpu.problems(kernel)
+    _, moved = kernel.work(problem, kernel.shapes(problem, 1))
+    assert moved > 2 * max(t.l2 for t in map(target, TARGETS) if t.vendor == "nvidia")
+    assert gpu.goal({"kernel": kernel.name, "share_of_bandwidth": 0.81, "rivals": []})["met"]
+    assert gpu.problems(KERNELS["linear"]()) == KERNELS["linear"].examples
+
+
+def test_what_nobody_judged_is_no_goal_reached_where_its_rival_could_run():
+    alone = {"kernel": "attention", "problem": {}, "ms": 1.0, "rivals": []}
+    alone["goal"] = gpu.goal(alone)
+    found = {"device": {"major": 9}, "kernels": [alone], "numerics": [{"kernel": "softmax", "met": True}]}
+    assert gpu.missed(found) == ["attention"]
+    assert "FlashAttention-3 is not there: not judged" in gpu.line(alone)
+    assert gpu.missed({**found, "device": {"major": 8}}) == []
+    assert gpu.missed({**found, "kernels": [], "numerics": [{"kernel": "softmax", "met": False}]}) == [
+        "softmax"
+    ]
 
 
 @pytest.mark.needs("triton", "onnxscript")
-def test_a_model_stands_beside_onnx_runtime_and_torch_compile(tmp_path):
+@pytest.mark.parametrize("recipe", ["triton-fp16", "tensorrt-fp16"])
+def test_a_model_stands_beside_onnx_runtime_and_torch_compile(tmp_path, recipe):
     torch._dynamo.reset()
     module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.LayerNorm(64)).eval()
     finished = Finished(device={"device": "Pretended GPU"}, cosine=1.0, batches=({"median_ms": 0.5},))
     record = gpu.model_record(
         "small", module, (torch.randn(4, 64),), H100, tmp_path / "out", finish=lambda folder: finished,
-        torch_device="cpu", provider="CPUExecutionProvider", compiler="eager",
+        recipe=recipe, torch_device="cpu", provider="CPUExecutionProvider", compiler="eager",
     )  # fmt: skip
     assert record["ms"] == 0.5 and record["cosine"] == 1.0
+    assert ("without_kernel" in record) == (recipe == "triton-fp16")
+    assert f"small by {recipe}: 0.5000 ms" in gpu.line(record)
     assert [r["name"] for r in record["rivals"]] == [
         "ONNX Runtime, the same graph",
         "torch.compile (eager), float16",

@@ -11,7 +11,7 @@ import pytest
 import optkit
 from optkit.artifact import Artifact
 from optkit.benchmarks import gpu
-from optkit.errors import UsageError
+from optkit.errors import BackendUnavailableError, UsageError
 from optkit.finish import finalize
 from optkit.kernels import KERNELS
 from optkit.kernels.cuda import Device
@@ -69,6 +69,24 @@ def test_a_model_is_finished_and_agrees_with_onnx_runtime(where, tmp_path, rest)
         (value,) = session.run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()}).values()
     with torch.inference_mode():
         np.testing.assert_allclose(value, module(ids, mask).numpy(), atol=0.01)
+
+
+def test_an_engine_of_tensorrt_is_built_verified_and_timed(where, tmp_path):
+    import torch
+
+    from optkit.benchmarks.builders.minilm import SentenceEncoder
+
+    ids, mask = torch.randint(0, 1000, (4, 32)), torch.ones(4, 32, dtype=torch.int64)
+    optkit.compile(
+        SentenceEncoder().eval(), (ids, mask), target=where, recipe="tensorrt-fp16", out=tmp_path / "out"
+    )
+    try:
+        found = finalize(tmp_path / "out")
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    evidence = Artifact(tmp_path / "out").manifest.evidence
+    assert evidence.ran_on_device and evidence.timed_on_device
+    assert found.cosine > 0.999 and found.batches[0]["median_ms"] > 0
 
 
 def test_operators_of_torch_launch_what_their_bodies_mean(where):
