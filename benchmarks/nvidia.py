@@ -7,9 +7,11 @@ for the very card; for ``h100`` TensorRT's are built on the device, and TensorRT
 layers with weights, and of all multiply-accumulates, as the engine's plan names them; where the kernels are Triton's, as the graph
 calls them. Outputs are those of the typed graph, or of the bodies of the kernels, on this processor, held against ONNX Runtime's of
 the file as published; the metric is that of the model's evaluator with a budget of 1 %, for ``l4`` (other cards have the same typed
-graph), for ``nvfp4`` and for Triton on ``h100``, where weights are trained. Where a recipe misses it and float ships, plan, layers, size and cosine are those
-of float; the engine that did not ship stands in a row ``without metric``. Rows that are missing were not measured. Programs are compiled anew. CPU seconds are those of all processes, from the file
-to the artifact, with calibration and judging. Nothing ran on a GPU.
+graph), for ``nvfp4`` and for Triton on ``h100``, where weights are trained. Where a recipe misses it and float ships, plan, layers,
+size and cosine are those of float; the engine that did not ship stands in a row ``without metric``. Rows without a metric were
+judged by nothing, their limits switched off (``limits.min_cosine=0``): that they were built is all that is said of them. Rows that
+are missing were not measured. Programs are compiled anew. CPU seconds are those of all processes, from the file to the artifact,
+with calibration and judging. Nothing ran on a GPU.
 """
 
 from __future__ import annotations
@@ -254,7 +256,8 @@ def _line(row: Mapping[str, Any], plan: str, launches: str) -> str:
     if row["candidate"] is not None:
         metric = f"{row['metric']}: {row['reference']:.4f} → {row['candidate']:.4f} ({row['ci95'][1]:+.4f})"
     recipe, _, mixed = row["shipped"].partition("-mixed-")
-    verdict = {"recipe": "kept", "float": "missed: float ships"}.get(recipe, f"kept: {recipe}")
+    kept = "built" if row["candidate"] is None else "kept"
+    verdict = {"recipe": kept, "float": "missed: float ships"}.get(recipe, f"kept: {recipe}")
     verdict += f", {mixed} layers in float" if mixed else ""
     return (
         f"{head} {narrow} of {layers} | {macs:.0%} | {launches} | {row['bytes'] / 1e6:.1f} | {row['cosine']:.5f} | {metric} "
