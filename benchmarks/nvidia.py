@@ -7,8 +7,8 @@ for the very card; for ``h100`` TensorRT's are built on the device, and TensorRT
 layers with weights, and of all multiply-accumulates, as the engine's plan names them; where the kernels are Triton's, as the graph
 calls them. Outputs are those of the typed graph, or of the bodies of the kernels, on this processor, held against ONNX Runtime's of
 the file as published; the metric is that of the model's evaluator with a budget of 1 %, for ``l4`` (other cards have the same typed
-graph), for ``nvfp4`` and for Triton on ``h100``, where weights are trained. Where a recipe misses it and float ships, plan, layers,
-size and cosine are those of float; the engine that did not ship stands in a row ``without metric``. Rows without a metric were
+graph), for ``nvfp4`` and for Triton on ``h100``, where weights are trained. Where a recipe misses it and floats ship, plan, layers,
+size and cosine are those of the floats; the engine that did not ship stands in a row ``without metric``. Rows without a metric were
 judged by nothing, their limits switched off (``limits.min_cosine=0``): that they were built is all that is said of them. Rows that
 are missing were not measured. Programs are compiled anew. CPU seconds are those of all processes, from the file to the artifact,
 with calibration and judging. Nothing ran on a GPU.
@@ -64,6 +64,8 @@ PROGRAMS = {
 _FOUR = ("rtx5090", "tensorrt-nvfp4")
 # Convolutional networks miss the budget by recipe; what is searched for keeps layers in float until they do not.
 _SEARCHED = ("l4", "int8")
+# What ships where a recipe misses, by the names of candidates.
+_FLOATS = {"float": "missed: float32 ships", "unquantized": "missed: float16 ships"}
 # A row's last word: nothing is judged, so that the engine is that of the recipe whatever it loses.
 _UNJUDGED = "unjudged"
 ROWS = tuple(
@@ -146,8 +148,8 @@ def _compile(
     report = json.loads(done.stdout)
     manifest = report["manifest"]
     first, last = report["candidates"][0], report["candidates"][-1]
-    # Where float shipped, the row is about what did not.
-    tried, judged_by = (first if last["name"] == "float" else last), manifest["accuracy"] or {}
+    # Where floats shipped, the row is about what did not.
+    tried, judged_by = (first if last["name"] in _FLOATS else last), manifest["accuracy"] or {}
     return {
         "verdict": tried["verdict"], "reason": tried["reason"], "cpu_seconds": spent, "shipped": last["name"],
         "metric": judged_by.get("metric"), "reference": judged_by.get("reference"), "candidate": tried["metric"],
@@ -257,7 +259,7 @@ def _line(row: Mapping[str, Any], plan: str, launches: str) -> str:
         metric = f"{row['metric']}: {row['reference']:.4f} → {row['candidate']:.4f} ({row['ci95'][1]:+.4f})"
     recipe, _, mixed = row["shipped"].partition("-mixed-")
     kept = "built" if row["candidate"] is None else "kept"
-    verdict = {"recipe": kept, "float": "missed: float ships"}.get(recipe, f"kept: {recipe}")
+    verdict = {"recipe": kept, **_FLOATS}.get(recipe, f"kept: {recipe}")
     verdict += f", {mixed} layers in float" if mixed else ""
     return (
         f"{head} {narrow} of {layers} | {macs:.0%} | {launches} | {row['bytes'] / 1e6:.1f} | {row['cosine']:.5f} | {metric} "

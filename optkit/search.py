@@ -281,10 +281,9 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
     engine = work.engine(recipe)
     given = engine.options.model_validate(recipe.options)
     exact: dict[str, Any] = {"passes": tuple(p for p in recipe.passes if p.exact)}
-    if (
-        engine.exact(given) != given
-        and (found := _unquantized(work, recipe, exact, strict=strict)) is not None
-    ):
+    floats = {"passes": tuple(p for p in recipe.passes if p.exact or p.floats)}
+    short = engine.exact(given) != given or floats != exact
+    if short and (found := _unquantized(work, recipe, floats, strict=strict)) is not None:
         # Of less than float32 arithmetic, and within the limits.
         shipped = _record(found.name, found, "shipped", "the smallest that keeps the limits")
         return _settled(found, [record, shipped], reasons + slow, strict)
@@ -307,10 +306,12 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
 
 
 def _unquantized(
-    work: Compilation, recipe: Recipe, exact: Mapping[str, Any], *, strict: bool
+    work: Compilation, recipe: Recipe, floats: Mapping[str, Any], *, strict: bool
 ) -> Built | None:
-    """The recipe with its exact passes alone and its own options, such as float16 inside; None where that misses a limit."""
-    found = work.build("unquantized", recipe.model_copy(update=dict(exact)))
+    """The recipe without what quantizes, in the floats that it asks for; None where that misses a limit."""
+    if floats["passes"] == recipe.passes:
+        return None
+    found = work.build("unquantized", recipe.model_copy(update=dict(floats)))
     found.speedup = work.measure(found, rounds=_FINAL[0], budget=_FINAL[1])
     try:
         work.judge(found, recipe.limits)

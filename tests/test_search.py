@@ -891,6 +891,26 @@ def test_what_cannot_be_repaired_ships_in_the_arithmetic_that_was_asked_for(tmp_
     assert carry_out(work, exact, strict=False).best.name == "float"
 
 
+def test_what_cannot_be_quantized_ships_in_the_floats_that_were_asked_for(tmp_path):
+    """As on a GPU, where float32 is twice as large and slower than the half precision around the integers."""
+    recipe = Recipe.load({
+        "recipe": 1, "limits": {"min_cosine": 0.9999, "min_speedup": 0}, "repair": False,
+        "passes": [{"quantize-static": {"placement": "linear"}}, "cast"],
+    })  # fmt: skip
+    choice = carry_out(_real(tmp_path), recipe, strict=False)
+    assert _verdicts(choice) == {"recipe": "missed", "unquantized": "shipped"}
+    assert [p.name for p in choice.best.recipe.passes] == ["cast"]
+    assert "cosine" in choice.missed[0]
+
+
+def test_half_precision_that_misses_by_itself_is_not_tried_twice(tmp_path):
+    recipe = Recipe.load({"recipe": 1, "limits": {"min_cosine": 1, "min_speedup": 0}, "passes": ["cast"]})
+    assert _verdicts(carry_out(_real(tmp_path), recipe, strict=False)) == {
+        "recipe": "missed",
+        "float": "shipped",
+    }
+
+
 def test_a_recipe_whose_passes_leave_nothing_out_is_not_repaired(tmp_path):
     work = _real(tmp_path)
     recipe = Recipe.load({"recipe": 1, "passes": ["cast"]})
