@@ -82,7 +82,7 @@ def gates(record: Mapping[str, Any]) -> tuple[Gate, ...]:
             wanted = _PRODUCTS[program["products"]][8 if program["low"] else major]
             count = sum(n for name, n in mix.items() if name.split(".")[0] == wanted)
         rows.append(("matrix instructions", f"{count} {wanted}", count > 0))
-    read = [(n, size) for name, n in mix.items() if (size := _size(name))]
+    read = [(n, size) for name, n in mix.items() if (size := read_size(name))]
     wide, count, moved = (
         sum(n * size for n, size in read if size >= _WIDE), sum(n for n, _ in read), sum(n * size for n, size in read),
     )  # fmt: skip
@@ -94,15 +94,15 @@ def gates(record: Mapping[str, Any]) -> tuple[Gate, ...]:
     return tuple(Gate(name=n, found=f, passed=ok, waived=waived.get(n, "")) for n, f, ok in rows)
 
 
-def _size(instruction: str) -> int:
+def read_size(instruction: str) -> int:
     """Bytes that a thread reads of global memory; 0 where it is no such read."""
     if _TILES.match(instruction):
         return _TILE
     if not _READ.match(instruction):
         return 0
     if instruction.islower():
-        kind = re.split("_load_[us]?", instruction)[1]
-        return next((n for end, n in reversed(_AMD_BYTES.items()) if kind.startswith(end)), 4)
+        kind = instruction.partition("_load_")[2]
+        return next((n for end, n in reversed(_AMD_BYTES.items()) if end in kind), 4)
     return max((n for part, n in _BYTES.items() if part in instruction.split(".")), default=4)
 
 

@@ -15,7 +15,7 @@ from optkit.errors import BackendUnavailableError, ModelError, UsageError
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, TYPES
 from optkit.kernels.build import build, key
-from optkit.kernels.gates import failures, gates
+from optkit.kernels.gates import failures, gates, read_size
 from optkit.kernels.numerics import errors, interpret, launch
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.reference import ReferenceSession
@@ -296,6 +296,19 @@ def test_each_gate_catches_its_failure(changes, gate):
     assert gate in [g.name for g in gates(altered(**changes)) if not g.passed]
     waived = altered(**changes, waived={gate: "for the test"})
     assert gate not in [f.partition(":")[0] for f in failures(waived)]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "size"),
+    [
+        ("LDG.E", 4), ("LDG.E.U8", 1), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.64", 8), ("LDGSTS.E.BYPASS.LTC128B.128", 16),
+        ("LDG.E.ENL2.256", 32), ("UTMALDG.2D", 1024), ("LDS.128", 0), ("STG.E.128", 0), ("global_load_ushort", 2),
+        ("global_load_short_d16_hi", 2), ("global_load_sbyte", 1), ("global_load_dword", 4), ("buffer_load_dwordx4", 16),
+        ("ds_read_b128", 0),
+    ],
+)  # fmt: skip
+def test_reads_of_global_memory_count_by_their_bytes(instruction, size):
+    assert read_size(instruction) == size
 
 
 @pytest.mark.needs("triton")
