@@ -108,6 +108,29 @@ class _Body:
     steps: list[_Step] | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What one run knows, and no other: the same inputs give the same numbers, to the last bit, whatever ran before.
+
+    Attributes:
+        largest: Bytes of the largest value that an operation gave, or that the program and the inputs say it will.
+    """
+
+    watch: Watch | None
+    largest: int
+
+    def room(self, values: Mapping[str, Any]) -> int:
+        """Elements that a step may hold beside ``values`` until they are twice the largest of all; less than 0 beyond."""
+        wholes = [self._whole(v) for v in values.values() if isinstance(v, np.ndarray)]
+        held = sum({id(w): w.nbytes for w in wholes}.values())
+        return (2 * self.largest - held) // _BYTES
+
+    def _whole(self, array: np.ndarray) -> np.ndarray:
+        """What ``array`` is a part of, and keeps in memory: what an operation gave, which weights and inputs may be larger than."""
+        base = array.base
+        return base if isinstance(base, np.ndarray) and base.nbytes <= self.largest else array
+
+
 class Machine:
     """One function of a program, ready to run.
 
@@ -131,8 +154,7 @@ class Machine:
         self._constants: dict[str, Any] = {}
         self._inner: dict[int, _Body] = {}
         self._main, _ = self._plan(function.block, function.inputs)
-        # Bytes of the largest value that an operation gave, or that the program says it will.
-        self._largest = _declared(function.block)
+        self._fixed, self._each = _declared(function.block)
         self._lock = RLock()
         self.state: dict[str, np.ndarray] = {}
         self.reset()
@@ -190,22 +212,29 @@ class Machine:
                     f"the input {port.name!r} is {list(array.shape)}, the program takes {port.type}"
                 )
             values[port.name] = array.astype(port.type.dtype, copy=False)
+        run = _Run(watch=watch, largest=self._foreseen(values))
         with np.errstate(all="ignore"), _small_buffers():
-            return self._run(self._main, values, watch)
+            return self._run(self._main, values, run)
 
-    def _block(self, block: Block, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
-        return self._run(self._inner[id(block)], values, watch)
+    def _foreseen(self, values: Mapping[str, np.ndarray]) -> int:
+        """Bytes of the largest value as far as the program and the inputs tell: a free first axis is taken for that of an input."""
+        free = [i.name for i in self.inputs if i.type.shape and i.type.shape[0] == -1 and i.name in values]
+        several = max((len(values[name]) for name in free), default=1)
+        return max(self._fixed, several * self._each, *(v.nbytes for v in values.values()), 0)
 
-    def _run(self, body: _Body, values: dict[str, Any], watch: Watch | None) -> dict[str, Any]:
+    def _block(self, block: Block, values: dict[str, Any], run: _Run) -> dict[str, Any]:
+        return self._run(self._inner[id(block)], values, run)
+
+    def _run(self, body: _Body, values: dict[str, Any], run: _Run) -> dict[str, Any]:
         steps = body.steps or self._steps(body)
         # Values whose memory nobody else knows.
         own: set[str] = set()
         rest = iter(steps)
         for step in rest:
-            self._operation(step, values, own, watch)
+            self._operation(step, values, own, run)
             for name in step.gone:
                 values.pop(name, None)
-            if step.after is not None and watch is None:
+            if step.after is not None and run.watch is None:
                 next(rest)
         return {name: self._value(name, values) for name in body.outputs}
 
@@ -293,29 +322,18 @@ class Machine:
             arguments[parameter] = found if several else found[0]
         return arguments
 
-    def _room(self, values: Mapping[str, Any]) -> int:
-        """Elements that a step may hold beside ``values`` until they are twice the largest of all; less than 0 beyond."""
-        wholes = [self._whole(v) for v in values.values() if isinstance(v, np.ndarray)]
-        held = sum({id(w): w.nbytes for w in wholes}.values())
-        return (2 * self._largest - held) // _BYTES
-
-    def _whole(self, array: np.ndarray) -> np.ndarray:
-        """What ``array`` is a part of, and keeps in memory: what an operation gave, which weights and inputs may be larger than."""
-        base = array.base
-        return base if isinstance(base, np.ndarray) and base.nbytes <= self._largest else array
-
     def _call(self, op: Operation, arguments: dict[str, Any]) -> list[Any]:
         with _named(op):
             results = OPERATIONS[op.kind](**arguments)
         return results if isinstance(results, list) else [results]
 
-    def _compute(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> None:
+    def _compute(self, step: _Step, values: dict[str, Any], own: set[str], run: _Run) -> None:
         """An operation of the table, and what clips its result."""
-        op = step.op
+        op, watch = step.op, run.watch
         arguments = self._arguments(step, values)
         # Who watches sees every operation, and arguments as they were.
         over, after = (_over(step, arguments, own), step.after) if watch is None else ({}, None)
-        room = self._room(values)
+        room = run.room(values)
         results = self._call(op, arguments | over | ({"room": room} if op.kind in ROOMY else {}))
         given = [a for v in arguments.values() for a in (v if isinstance(v, list) else [v])]
         arrays = [a for a in given if isinstance(a, np.ndarray)]
@@ -324,7 +342,7 @@ class Machine:
             array = _checked(op, output, result)
             fresh = array.flags.writeable and not any(np.may_share_memory(array, a) for a in arrays)
             fresh = fresh or (bool(over) and array is over["out"])
-            self._largest = max(self._largest, array.nbytes)
+            run.largest = max(run.largest, array.nbytes)
             room -= 0 if over else array.size
             if after is not None:
                 output = after.op.outputs[0]
@@ -348,13 +366,13 @@ class Machine:
         for output, value in zip(op.outputs if after is None else after.op.outputs, found, strict=True):
             values[output.name] = value
 
-    def _operation(self, step: _Step, values: dict[str, Any], own: set[str], watch: Watch | None) -> None:
+    def _operation(self, step: _Step, values: dict[str, Any], own: set[str], run: _Run) -> None:
         op = step.op
         if op.blocks:
             # They may give back what they read.
             own.clear()
         if op.kind in OPERATIONS:
-            self._compute(step, values, own, watch)
+            self._compute(step, values, own, run)
             return
         if op.kind == "read_state":
             found = [self.state[op.inputs["input"][0].name].copy()]
@@ -365,24 +383,24 @@ class Machine:
             return
         elif op.kind == "cond":
             chosen = op.blocks[0 if bool(self._value(op.inputs["pred"][0].name, values)) else 1]
-            results = self._block(chosen, dict(values), watch)
+            results = self._block(chosen, dict(values), run)
             found = [results[name] for name in chosen.outputs]
         elif op.kind == "while_loop":
-            found = self._loop(op, values, watch)
+            found = self._loop(op, values, run)
         else:
             found = self._classify(op, values)
         for output, value in zip(op.outputs, found, strict=True):
             values[output.name] = value
 
-    def _loop(self, op: Operation, values: dict[str, Any], watch: Watch | None) -> list[Any]:
+    def _loop(self, op: Operation, values: dict[str, Any], run: _Run) -> list[Any]:
         condition, body = op.blocks
         carried = [self._value(b.name, values) for b in op.inputs["loop_vars"]]
         for _ in range(_ROUNDS):
             inner = dict(values) | {i.name: v for i, v in zip(condition.inputs, carried, strict=True)}
-            if not bool(next(iter(self._block(condition, inner, watch).values()))):
+            if not bool(next(iter(self._block(condition, inner, run).values()))):
                 return carried
             inner = dict(values) | {i.name: v for i, v in zip(body.inputs, carried, strict=True)}
-            results = self._block(body, inner, watch)
+            results = self._block(body, inner, run)
             carried = [results[name] for name in body.outputs]
         raise ModelError(f"{op} goes on after {_ROUNDS} rounds")
 
@@ -394,10 +412,12 @@ class Machine:
         return [names[int(np.argmax(scores))], dict(zip(names, scores.tolist(), strict=True))]
 
 
-def _declared(block: Block) -> int:
-    """Bytes of the largest value whose size the program says, in float32; constants are none."""
-    shapes = [o.type.shape for op in block.operations if not _is_constant(op) for o in op.outputs]
-    return max((_BYTES * math.prod(s) for s in shapes if s is not None and -1 not in s), default=0)
+def _declared(block: Block) -> tuple[int, int]:
+    """Bytes in float32 of the largest value of fixed sizes, and of the largest with a free first axis for each of its elements."""
+    shapes = [o.type.shape or () for op in block.operations if not _is_constant(op) for o in op.outputs]
+    fixed = [_BYTES * math.prod(s) for s in shapes if -1 not in s]
+    each = [_BYTES * math.prod(s[1:]) for s in shapes if s and s[0] == -1 and -1 not in s[1:]]
+    return max(fixed, default=0), max(each, default=0)
 
 
 def _is_constant(op: Operation) -> bool:

@@ -951,6 +951,26 @@ def test_what_a_part_keeps_of_a_whole_that_nobody_reads_counts_as_held(precision
     assert peak < 2 * feeds["x"].nbytes + 3 * feeds["x"].nbytes // 8
 
 
+def test_the_same_input_gives_the_same_bits_whatever_ran_before(tmp_path):
+    """How much room there is decides on the pieces of products, and these on how sums are rounded."""
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD + """g (float[1, N, 384] x) => (float[1, N, 384] y) {
+          a = MatMul(x, v)
+          b = Gelu(a)
+          y = MatMul(b, w)
+        }""",
+        v=random.normal(size=(384, 1536)).astype(np.float32) / 20, w=random.normal(size=(1536, 384)).astype(np.float32) / 40,
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision="fp16"), tmp_path)
+    small, large = ({"x": random.normal(size=(1, n, 384)).astype(np.float32)} for n in (16, 400))
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        first, again, _, after = (session.run(x)["y"] for x in (small, small, large, small))
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, after)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_elements_are_written_over_those_that_nobody_reads_afterwards(precision, tmp_path):
     model = parse(
