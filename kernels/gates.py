@@ -32,8 +32,9 @@ _TILES = re.compile(r"^(UTMALDG|UBLKCP)\b")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "ENL2": 32}
 _AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 _WIDE, _TILE = 16, 1 << 10
-# Of the bytes that its instructions read, so many have to be read 16 at a time.
-_SHARE = 0.5
+# Of the bytes that its instructions read, so many have to be read 16 at a time: scales and biases, which are read once, count
+# like the operands, which are read in a loop.
+_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,7 +113,6 @@ class _Decode(_Paged):
             },
             grid=("batch", "groups", "1"),
             warps=_WARPS, stages=_STAGES, products=fmt, low=True,
-            waived={"128-bit loads": "a page in 8 bits is 8 bytes a thread"} if self.stored else {},
         )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
