@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from optkit.graph import rank
 from optkit.passes.base import Context
 from optkit.passes.lowering.projections import SplitProjections
 from optkit.reference import ReferenceSession
@@ -78,3 +79,26 @@ def test_each_part_gets_a_product_of_its_own_and_the_numbers_stay(name):
 def test_what_does_not_go_apart_stays(text):
     _, model, changes = _changed(text)
     assert changes == [] and sum(n.op_type == "MatMul" for n in model.graph) == 1
+
+
+def test_an_axis_that_squeezes_alone_read_is_never_made():
+    """Four axes are what the Neural Engine works on; of two readers one may want it."""
+    _, model, _ = _changed(HEADS)
+    assert max(rank(v) for n in model.graph for v in n.outputs) == 4
+    both = HEADS.replace("float[N, 2, 5, 8] v)", "float[N, 2, 5, 8] v, float[1, N, 2, 5, 8] v1)")
+    before, model, _ = _changed(both)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)}
+    expected, found = ReferenceSession(before).run(feeds), ReferenceSession(model).run(feeds)
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "apart"),
+    [(HEADS, "apple-ane", True), (HEADS, "iphone15", False), (COLUMNS, "apple-ane", False), (HEADS, "cpu", False)],
+)  # fmt: skip
+def test_wide_alone_leaves_products_together_where_the_target_takes_as_many_axes(text, name, apart):
+    model = parse(HEAD + text, **W)
+    changes = SplitProjections(wide=True).run(model, Context(target=target(name)))
+    assert bool(changes) == apart
