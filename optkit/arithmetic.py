@@ -8,7 +8,12 @@ from optkit.graph import walk
 from optkit.microscaling import format_of
 from optkit.ops import spec
 
-_INTEGER_PRODUCTS = frozenset({"MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul"})
+_INTEGER_PRODUCTS = frozenset(
+    {
+        "MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul",
+        "QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",  # of ONNX Runtime
+    }
+)  # fmt: skip
 _FLOATS = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
