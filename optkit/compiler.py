@@ -35,7 +35,6 @@ from optkit.errors import (
     UnknownNameError,
     UsageError,
 )
-from optkit.estimate import estimate
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
@@ -47,6 +46,7 @@ from optkit.microscaling import format_of, is_call, numbers_of
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
+from optkit.planning import estimate
 from optkit.recipe import Goal, Recipe, condition, shipped, validated
 from optkit.reference import LARGE, ReferenceSession, unsound
 from optkit.report import (

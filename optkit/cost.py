@@ -7,7 +7,7 @@ Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009: arithmetic inten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +15,18 @@ import onnx_ir as ir
 
 from optkit.arithmetic import product_format
 from optkit.graph import constant, elements, subgraphs, walk
+from optkit.multiplies import macs, multiplies
 from optkit.ops import spec
-from optkit.ops.spec import conv_macs, matmul_macs
 from optkit.passes import PASSES
 from optkit.passes.base import Context
 from optkit.pipeline import run_passes
-from optkit.roofline import weights_read
 from optkit.targets import target
 
+# What products with weights compute in, and bytes of a weight, by the name of a precision.
+WEIGHTS = {
+    "fp32": ("fp32", 4.0), "fp16": ("fp16", 2.0), "bf16": ("bf16", 2.0), "fp8": ("fp8", 1.0), "int8": ("int8", 1.0),
+    "w8a16": ("fp16", 1.0), "w4a16": ("fp16", 0.5), "nvfp4": ("nvfp4", 0.5), "mxfp4": ("mxfp4", 0.5), "mxfp8": ("mxfp8", 1.0),
+}  # fmt: skip
 # Otherwise, or not at all, in the table of operators, which is about what can be quantized.
 _FAMILIES = {
     "MatMulInteger": "matmul",
@@ -60,22 +64,15 @@ class Costs:
 
     Attributes:
         nodes: By name.
+        operations: By format, two for each multiply-accumulate; None where some depend on free axes.
+        weights: Bytes of constants that products read, by the constant.
         outside: Bytes of inputs and outputs; None where they depend on free axes.
     """
 
     nodes: Mapping[str, Cost]
+    operations: Mapping[str, int] | None
+    weights: Mapping[ir.Value, float]
     outside: int | None
-
-    @property
-    def operations(self) -> dict[str, int] | None:
-        """By format, two for each multiply-accumulate; None where some depend on free axes."""
-        total: dict[str, int] = {}
-        for cost in self.nodes.values():
-            if cost.macs is None:
-                return None
-            if cost.macs:
-                total[cost.format] = total.get(cost.format, 0) + 2 * cost.macs
-        return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,59 +92,146 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """The least time that a run can take on some hardware: operations at its peak, or bytes at its bandwidth.
+    """The least time that a run can take on some hardware: operations at its peak, or bytes at its bandwidth, whichever is longer.
+
+    True for whatever runs the operations that the graph states: engines that fuse all of it too. Convolutions by fewer
+    multiplications, such as Winograd's, could be faster.
 
     Attributes:
+        compute: Seconds of all operations.
+        memory: Seconds of the bytes that no cache keeps.
         bytes: Of weights that products read, inputs and outputs, each once: as if everything were fused.
         intensity: Operations for each of those bytes.
     """
 
-    seconds: float
-    bound: Literal["compute", "memory"]
+    compute: float
+    memory: float
     bytes: int
     intensity: float
 
+    @property
+    def seconds(self) -> float:
+        """The longer of the two: one can go on while the other does."""
+        return max(self.compute, self.memory)
 
-def costs(model: ir.Model) -> Costs:
-    """What a run takes, bodies included; a body counts once."""
-    nodes = {str(node.name): _cost(node) for node in walk(model)}
-    outside = _outside(model)
+    @property
+    def bound(self) -> Literal["compute", "memory"]:
+        """Which it is."""
+        return "compute" if self.compute >= self.memory else "memory"
+
+
+def costs(model: ir.Model, precision: str | None = None) -> Costs:
+    """What a run takes, bodies included; a body counts once, of an If in the sum the branch that multiplies less.
+
+    Args:
+        precision: What products with weights will be computed in, all else in half precision; as the graph is where None.
+    """
+    nodes = {str(node.name): _cost(node, precision) for node in walk(model)}
+    outside, settled = _outside(model, precision), model
     if outside is None or any(None in (c.macs, c.bytes) for c in nodes.values()):
         # Shapes that the graph computes for itself are numbers once its arithmetic on shapes is folded, and those of its
         # outputs once they need not be what was declared.
-        folded = model.clone()
-        for value in folded.graph.outputs:
-            value.shape = None
-        steps = [PASSES[name]() for name in ("lift-constants", "fold-constants", "fold-shapes")]
-        run_passes(folded, steps, Context(target=target("cpu")))
-        later, gone = {str(node.name): _cost(node) for node in walk(folded)}, Cost(macs=0, bytes=0)
+        settled = folded(model)
+        later = {str(node.name): _cost(node, precision) for node in walk(settled)}
+        gone = Cost(macs=0, bytes=0)
         for name, cost in nodes.items():
             if None in (cost.macs, cost.bytes):
                 nodes[name] = later.get(name, gone)
-        outside = _outside(folded)
-    return Costs(nodes=nodes, outside=outside)
+        outside = _outside(settled, precision)
+    executed = list(once(settled.graph))
+    return Costs(
+        nodes=nodes,
+        operations=_operations(executed, precision),
+        weights=weights(executed, precision),
+        outside=outside,
+    )
 
 
-def _outside(model: ir.Model) -> int | None:
-    sizes = [_size(v) for v in (*model.graph.inputs, *model.graph.outputs)]
-    return None if None in sizes else sum(s for s in sizes if s is not None)
+def folded(model: ir.Model) -> ir.Model:
+    """A copy whose arithmetic on shapes is done, and whose outputs have the sizes that follow."""
+    copy = model.clone()
+    for value in copy.graph.outputs:
+        value.shape = None
+    steps = [PASSES[name]() for name in ("lift-constants", "fold-constants", "fold-shapes")]
+    run_passes(copy, steps, Context(target=target("cpu")))
+    return copy
 
 
-def _cost(node: ir.Node) -> Cost:
-    return Cost(macs=_macs(node), bytes=_bytes(node), format=product_format(node))
+def once(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes that a run goes through at least: bodies of loops once, of an If the branch that multiplies less."""
+    for node in graph:
+        yield node
+        bodies = [list(once(body)) for body in subgraphs(node)]
+        if node.op_type == "If":
+            bodies = [min(bodies, key=lambda body: sum(macs(n) or 0 for n in body))]
+        for body in bodies:
+            yield from body
 
 
-def _macs(node: ir.Node) -> int | None:
-    known = spec(node)
-    if known is not None and known.macs is not None:
-        return known.macs(node)
-    if node.domain != "":
-        return 0
-    if node.op_type in ("MatMulInteger", "QLinearMatMul"):
-        return matmul_macs(node)
-    if node.op_type == "ConvInteger":
-        return conv_macs(node)
-    return 0
+def _operations(nodes: Iterable[ir.Node], precision: str | None) -> dict[str, int] | None:
+    total: dict[str, int] = {}
+    for node in nodes:
+        if (count := macs(node)) is None:
+            return None
+        if count:
+            fmt = format_in(node, precision)
+            total[fmt] = total.get(fmt, 0) + 2 * count
+    return total
+
+
+def weights(nodes: Iterable[ir.Node], precision: str | None = None) -> dict[ir.Value, float]:
+    """Bytes of the constants that products among ``nodes`` read, each once, no wider than they are multiplied."""
+    found: dict[ir.Value, float] = {}
+    for node in nodes:
+        if not multiplies(node):
+            continue
+        fmt = format_in(node, precision)
+        for value in node.inputs:
+            stored, count = source(value), 0 if value is None else elements(value.shape)
+            if stored is None or value is None or not count:
+                continue
+            if precision is None:
+                moved = min(count * _width(fmt), float(size(stored) or 0))
+            else:
+                moved = count * _wide(value, precision, weight=True)
+            found[stored] = min(moved, found.get(stored, moved))
+    return found
+
+
+def source(value: ir.Value | None) -> ir.Value | None:
+    """The largest constant that ``value`` is computed from, where it is computed from constants alone; scales may come from outside."""
+    if value is None or constant_size(value):
+        return value
+    node = value.producer()
+    if node is None or any(True for _ in subgraphs(node)):
+        return None
+    largest: ir.Value | None = None
+    for v in node.inputs[:1] if node.op_type == "DequantizeLinear" else node.inputs:
+        found = source(v)
+        if found is None and v is not None:
+            return None
+        if found is not None and (largest is None or constant_size(found) > constant_size(largest)):
+            largest = found
+    return largest
+
+
+def format_in(node: ir.Node, precision: str | None) -> str:
+    """What ``node`` multiplies in; without weights, as in attention, it stays in half precision."""
+    if precision is None:
+        return product_format(node)
+    weighted = any(source(v) is not None for v in node.inputs)
+    return WEIGHTS[precision][0] if weighted or precision in ("fp32", "bf16") else "fp16"
+
+
+def _outside(model: ir.Model, precision: str | None) -> int | None:
+    sizes = [size(v, precision) for v in (*model.graph.inputs, *model.graph.outputs)]
+    return None if None in sizes else math.ceil(sum(s for s in sizes if s is not None))
+
+
+def _cost(node: ir.Node, precision: str | None) -> Cost:
+    return Cost(
+        macs=macs(node), bytes=_bytes(node), format=format_in(node, precision) if multiplies(node) else "fp32"
+    )
 
 
 def _bytes(node: ir.Node) -> int | None:
@@ -155,19 +239,30 @@ def _bytes(node: ir.Node) -> int | None:
         return 0
     read = list(dict.fromkeys(v for v in node.inputs if v is not None))
     written = [v for v in node.outputs if v.uses() or v.is_graph_output()]
-    sizes = [_size(v) for v in (*read, *written)]
+    sizes = [size(v) for v in (*read, *written)]
     if node.op_type in _PARTIAL and read:
-        sizes[0] = _size(node.outputs[0])
-    return None if None in sizes else sum(s for s in sizes if s is not None)
+        sizes[0] = size(node.outputs[0])
+    return None if None in sizes else math.ceil(sum(s for s in sizes if s is not None))
 
 
-def _size(value: ir.Value) -> int | None:
-    if value.const_value is not None:
-        return int(value.const_value.nbytes)
+def size(value: ir.Value, precision: str | None = None) -> float | None:
+    """Bytes, floats as wide as ``precision`` has activations; None where an axis is free."""
+    if value.const_value is not None and precision is None:
+        return float(value.const_value.nbytes)
     count = elements(value.shape)
     if count is None or value.dtype is None:
         return None
-    return 0 if value.dtype == ir.DataType.STRING else math.ceil(count * value.dtype.itemsize)
+    return 0.0 if value.dtype == ir.DataType.STRING else math.ceil(count * _wide(value, precision))
+
+
+def _wide(value: ir.Value, precision: str | None, *, weight: bool = False) -> float:
+    assert value.dtype is not None
+    if precision is None or not value.dtype.is_floating_point():
+        return float(value.dtype.itemsize)
+    # Vectors, such as biases, stay what activations are.
+    if weight and len(value.shape or ()) > 1:
+        return WEIGHTS[precision][1]
+    return 4.0 if precision == "fp32" else 2.0
 
 
 def is_integer(node: ir.Node) -> bool:
@@ -221,30 +316,27 @@ def constant_size(value: ir.Value) -> int:
 
 
 def floor(
-    model: ir.Model, found: Costs, peak: Mapping[str, float], reading: Callable[[float], float]
+    found: Costs, peak: Mapping[str, float], reading: Callable[[float], float], kept: float = 0.0
 ) -> Floor | None:
     """The least time of a run.
 
     Args:
-        found: As ``costs`` gives them.
         peak: Operations a second by format; has all formats that ``found`` has.
         reading: Bytes a second at which so many bytes are read.
+        kept: Bytes that a cache may keep from run to run, so that memory is not asked for them.
 
     Returns:
         None where it depends on free axes.
     """
-    needed = found.operations
-    if needed is None or found.outside is None:
+    if found.operations is None or found.outside is None:
         return None
-    total = sum(needed.values())
-    stored = sum(_width(fmt) * count / total for fmt, count in needed.items()) if total else 4.0
-    moved = int(weights_read(model) * stored) + found.outside
-    compute, memory = sum(count / peak[fmt] for fmt, count in needed.items()), moved / reading(moved)
+    moved = int(sum(found.weights.values())) + found.outside
+    beyond = max(0.0, moved - kept)
     return Floor(
-        seconds=max(compute, memory),
-        bound="compute" if compute >= memory else "memory",
+        compute=sum(count / peak[fmt] for fmt, count in found.operations.items()),
+        memory=beyond / reading(beyond) if beyond else 0.0,
         bytes=moved,
-        intensity=total / moved if moved else 0.0,
+        intensity=sum(found.operations.values()) / moved if moved else 0.0,
     )
 
 

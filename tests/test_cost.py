@@ -59,11 +59,11 @@ def test_the_floor_is_the_slower_of_operations_and_bytes():
     found = costs(model)
     assert found.operations == {"fp32": 2 * 55296}
     outside = 4 * 384 + 8 * 5 + 4 * 32 + 4 * 20
-    least = floor(model, found, PEAK, lambda size: BANDWIDTH)
+    least = floor(found, PEAK, lambda size: BANDWIDTH)
     assert least is not None
     assert (least.bytes, least.bound) == (4 * 432 + outside, "compute")
     assert least.seconds == pytest.approx(2 * 55296 / 1e9)
-    slow = floor(model, found, PEAK, lambda size: 1e3)
+    slow = floor(found, PEAK, lambda size: 1e3)
     assert slow is not None
     assert slow.bound == "memory"
     assert slow.seconds == pytest.approx(least.bytes / 1e3)
@@ -83,7 +83,7 @@ def test_free_axes_leave_costs_open():
     found = costs(model)
     assert (found.nodes["p"].macs, found.nodes["p"].bytes) == (None, None)
     assert found.operations is None
-    assert floor(model, found, PEAK, lambda size: BANDWIDTH) is None
+    assert floor(found, PEAK, lambda size: BANDWIDTH) is None
     assert by_family(model, found)["matmul"].macs is None
 
 
@@ -119,7 +119,7 @@ def test_products_between_int8_are_told_apart():
     model = parse(source, w=np.zeros((4, 3), np.int8))
     found = costs(model)
     assert found.nodes["p"].format == "int8"
-    least = floor(model, found, {"int8": 1e9}, lambda size: BANDWIDTH)
+    least = floor(found, {"int8": 1e9}, lambda size: BANDWIDTH)
     assert least is not None
     # One byte a weight; the scalars that come from outside count with the inputs.
     assert least.bytes == 12 + 8 + 4 + 1 + 24

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from optkit.estimate import estimate
 from optkit.inference import at_shapes
+from optkit.planning import estimate
 from optkit.targets import TARGETS, Target
 from optkit.testing import parse
 

@@ -55,7 +55,7 @@ def inspect(
     found = _facts(loaded.model, macs)
     found["families"] = _families(loaded.model, cost)
     if target is not None:
-        found["floor"] = _floor(loaded.model, cost, target)
+        found["floor"] = _floor(cost, target)
     found = {"name": model, "opset": loaded.opset, "notes": list(loaded.notes), **found}
     manifest = _manifest(model)
     if manifest is not None:
@@ -175,7 +175,7 @@ def _everywhere(bandwidth: float, size: float) -> float:
     return bandwidth
 
 
-def _floor(model: ir.Model, found: Costs, name: str) -> dict[str, Any]:
+def _floor(found: Costs, name: str) -> dict[str, Any]:
     """The least time on a target, and the ceilings that it comes from; or why it is not known."""
     from optkit.cost import floor
     from optkit.targets import target as find_target
@@ -195,7 +195,7 @@ def _floor(model: ir.Model, found: Costs, name: str) -> dict[str, Any]:
     if reading is None or missing:
         what = f"no peak of {', '.join(missing)}" if missing else "no bandwidth"
         return shown | {"ms": None, "why": f"nothing is known about {where.name}: {what}"}
-    least = floor(model, found, peak, reading)
+    least = floor(found, peak, reading)
     if least is None:
         return shown | {"ms": None, "why": "depends on free axes (--shape INPUT=SIZES fixes them)"}
     shown["bandwidth"] = reading(least.bytes)

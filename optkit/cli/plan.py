@@ -71,16 +71,40 @@ def plan(
         terminal.json(_document(model, where.name, precision, samples, found, dollar, source, costs))
         return 0
     ms = [sentences.milliseconds(s * 1e3) for s in (found.floor, found.low, found.high)]
-    compute, memory = (sentences.percent(share) for share in (found.share("compute"), found.share("memory")))
-    bound = f"{compute} of it by arithmetic, {memory} by memory"
+    least, cold = found.least, sentences.milliseconds(found.cold.seconds * 1e3)
+    kept = (
+        f", less {sentences.megabytes(where.l2)} that the last cache may keep from run to run"
+        if where.l2
+        else ""
+    )
+    compute, memory = (sentences.milliseconds(s * 1e3) for s in (least.compute, least.memory))
     rows: list[tuple[str, tuple[str, ...]]] = [
         (
             "Model",
             (f"{model}, {len(found.layers)} launches after fusion, for {where.name} ({where.source})",),
         ),
-        ("Floor", (f"{ms[0]} a run, bound {bound}",)),
-        ("Estimate", (f"{ms[1]} to {ms[2]} a run: computed, not measured",)),
+        (
+            "Floor",
+            (
+                f"{ms[0]} a run, bound by {least.bound}; {cold} with cold caches: no engine is faster, whatever it fuses",
+                f"the longer of all operations at their peaks, {compute}, and {sentences.megabytes(least.bytes)} of weights, "
+                f"inputs and outputs from memory{kept}, {memory}",
+            ),
+        ),
+        (
+            "Estimate",
+            (
+                f"{ms[1]} to {ms[2]} a run: computed, not measured",
+                "the sum of the layers: at best fused, at worst each node launched for itself and each value through memory",
+            ),
+        ),
     ]
+    if found.uncounted:
+        rows.append(
+            ("Not counted", (f"what these multiply, so times are too low: {', '.join(found.uncounted)}",))
+        )
+    if found.notes:
+        rows.append(("Assumed", found.notes))
     if costs is None:
         rows.append(("Cost", (f"no price of {where.name} is known (--price USD)",)))
     else:
@@ -97,16 +121,20 @@ def plan(
     us = [
         (
             layer.name, layer.op, str(layer.nodes), layer.format or "-", f"{layer.macs / 1e6:,.1f} M" if layer.macs else "",
-            f"{layer.bytes / 1e6:,.2f} MB", layer.bound, f"{layer.floor * 1e6:,.2f}", f"{layer.low * 1e6:,.1f} to {layer.high * 1e6:,.1f}",
+            f"{layer.needed / 1e6:,.2f} MB", f"{layer.bytes / 1e6:,.2f} MB", layer.bound, f"{layer.floor * 1e6:,.2f}", f"{layer.low * 1e6:,.1f} to {layer.high * 1e6:,.1f}",
         )
         for layer in longest
     ]  # fmt: skip
+    terminal.result(
+        "Floor of a layer: its operations, or its part of those bytes. Layers may overlap, so the run's floor is not their sum."
+    )
     head = (
         "Layer",
         "Operator",
         ">Nodes",
         "Format",
         ">MACs",
+        ">Needed",
         ">Moved",
         "Bound by",
         ">Floor, us",
@@ -148,7 +176,9 @@ def _document(
     names = ("floor", "low", "high")
     return {
         "model": model, "target": target, "precision": precision, "samples": samples, "measured": False,
-        "seconds": {k: getattr(found, k) for k in names}, "bound": {b: found.share(b) for b in ("compute", "memory")},
+        "seconds": {k: getattr(found, k) for k in names}, "bound": found.least.bound,
+        "cold": {"floor": found.cold.seconds, "bound": found.cold.bound}, "bytes": found.least.bytes,
+        "uncounted": list(found.uncounted), "notes": list(found.notes),
         "price": None if dollar is None else {"dollars_an_hour": dollar, "source": source},
         "dollars_a_million": None if costs is None else dict(zip(names, costs, strict=True)),
         "layers": [asdict(layer) for layer in found.layers],

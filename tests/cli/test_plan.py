@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
 
@@ -31,6 +32,32 @@ def test_as_json_it_says_that_nothing_was_measured(optkit, given):
     assert document["dollars_a_million"]["high"] == pytest.approx(document["seconds"]["high"] * 1e3)
     assert document["seconds"]["floor"] <= document["seconds"]["low"] <= document["seconds"]["high"]
     assert sum(layer["macs"] for layer in document["layers"]) == 32 * 128 + 128 * 128 + 128 * 10
+
+
+def test_the_page_says_what_floor_and_estimate_are(optkit, given):
+    said = optkit("plan", given / "model.onnx", "-t", "h100", "--shape", "x=4x32").out
+    wanted = (
+        "bound by compute",
+        "with cold caches",
+        "the longer of all operations at their peaks",
+        "less 52.4 MB that the last cache may keep from run to run",
+        "the sum of the layers",
+        "Layers may overlap, so the run's floor is not their sum",
+    )
+    for words in wanted:
+        assert words in said, words
+
+
+def test_operators_that_nobody_counts_are_named(optkit, tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[4, 64, 64] x) => (float[4] y) { h = MatMul (x, x) y = Det (h) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "det.onnx")
+    page = optkit("plan", tmp_path / "det.onnx", "-t", "h100").out
+    assert "Not counted" in page
+    assert "too low: Det" in page
+    assert optkit("plan", tmp_path / "det.onnx", "-t", "h100", "--json").json["uncounted"] == ["Det"]
 
 
 def test_a_table_of_prices_takes_the_place_of_the_list(optkit, given, tmp_path):
