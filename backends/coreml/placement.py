@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from optkit.placement import Placement, Row, rows
 
@@ -13,15 +14,19 @@ _COMPUTE = rows(
     Row(op="Gemm", output=False, absorbs=_ACTIVATIONS),
 )
 
-PLACEMENTS: Mapping[str, Placement] = {
-    "default": Placement(
-        name="default",
-        rows=_COMPUTE,
-        activation="s8",
-        weight="s8",
-        source=(
-            "coremltools guide, 'Quantization Overview': int8 per-tensor activations with per-channel symmetric int8 weights "
-            "run in the int8-int8 mode of the Neural Engine from A17 Pro and M4 on"
-        ),
+DEFAULT = Placement(
+    name="default",
+    rows=_COMPUTE,
+    activation="s8",
+    weight="s8",
+    source=(
+        "coremltools guide, 'Quantization Overview': int8 per-tensor activations with per-channel symmetric int8 weights "
+        "run in the int8-int8 mode of the Neural Engine from A17 Pro and M4 on"
     ),
-}
+)
+# As the placements of the same names for processors, so that their recipes do the same here.
+ALL = replace(DEFAULT, name="all")
+LINEAR = replace(DEFAULT, name="linear", rows={op: row for op, row in _COMPUTE.items() if op != "Conv"})
+CONV = replace(DEFAULT, name="conv", rows={"Conv": _COMPUTE["Conv"]})
+
+PLACEMENTS: Mapping[str, Placement] = {p.name: p for p in (DEFAULT, ALL, LINEAR, CONV)}

@@ -9,10 +9,14 @@ import onnx_ir as ir
 import pytest
 
 from optkit.backends import BACKENDS
+from optkit.data import CalibrationData
 from optkit.errors import UnsupportedOpError
+from optkit.graph import walk
 from optkit.passes.base import Context
 from optkit.passes.quantization.palette import PalettizeWeights
 from optkit.passes.quantization.weights import QuantizeWeights
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 from optkit.testing import parse, random_feeds
@@ -134,3 +138,25 @@ def test_blocks_need_ios_18(tmp_path):
     backend = BACKENDS.get("coreml")()
     with pytest.raises(UnsupportedOpError, match=r"4 unsupported(.|\n)*4 bits need iOS 18"):
         backend.lower(model, PHONE, backend.options.model_validate({"deployment": "iOS17"}), tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["int8-static", "int8-static-linear", "int8-static-all"])
+def test_recipes_of_int8_for_processors_do_the_same_for_core_ml(recipe, tmp_path):
+    """The graph with Q/DQ pairs gives in a package what it gives in ONNX Runtime, which convolutions stay out of or not."""
+    from optkit.backends.coreml.lower import CoreMl
+
+    model = _model()
+    feeds = [random_feeds(model, seed=seed) for seed in range(4)]
+    data = CalibrationData(feeds, name="random").check(model)
+    context = Context(target=PHONE, data=data, placements=CoreMl.placements)
+    run_passes(model, Recipe.load(recipe).passes, context)
+    quantized = {
+        node.op_type
+        for node in walk(model)
+        if (before := node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None)
+        is not None
+        and before.op_type == "DequantizeLinear"
+    }
+    assert ("Conv" in quantized) == (recipe != "int8-static-linear")
+    assert quantized & {"MatMul", "Gemm"}
+    _check(model, tmp_path, rtol=1e-3)
