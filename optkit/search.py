@@ -295,7 +295,13 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
         # Too slow, but float is no faster.
         shipped = record.model_copy(update={"verdict": "shipped"})
         return _settled(asked, [shipped, _record("float", floor, "slower", "")], slow, strict)
-    shipped = _record("float", floor, "shipped", "the best that keeps the limits")
+    still = [*shortfalls(floor, recipe, strict=strict), *_too_slow(floor, recipe)]
+    why = (
+        f"the most exact, and it misses too: {'; '.join(still)}"
+        if still
+        else "the best that keeps the limits"
+    )
+    shipped = _record("float", floor, "shipped", why)
     choice = _settled(floor, [record, shipped], reasons + slow, strict)
     judged = asked.accuracy is not None or asked.fidelity is not None
     if judged and not recipe.repair and losses(asked, recipe, strict=strict):

@@ -607,6 +607,16 @@ def test_one_that_loses_too_much_gives_way_to_its_exact_passes_and_is_missed(tmp
     assert "--set repair=true" in choice.advice[0]
 
 
+@pytest.mark.parametrize(
+    ("drop", "reason"),
+    [(0.1, "the most exact, and it misses too: "), (0.0, "the best that keeps the limits")],
+)
+def test_float_is_said_to_keep_the_limits_where_it_does_alone(tmp_path, drop, reason):
+    choice, _ = _carry_out(tmp_path, _Plan(2.0, drop=0.2), _Plan(1.0, drop=drop))
+    assert choice.records[-1].name == "float" and choice.records[-1].reason.startswith(reason)
+    assert ("0.1000" in choice.records[-1].reason) == bool(drop)
+
+
 def test_one_that_cannot_be_judged_gives_way_too(tmp_path):
     choice, _ = _carry_out(tmp_path, _Plan(2.0, unfit=DataError("the score of sample 3 is nan")))
     assert choice.best.name == "float"
