@@ -121,7 +121,7 @@ class Compilation:
         self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
         self.seed, self.folder, self.progress = seed, folder, progress
         data = None if data is None else data.remembered()
-        self.data, self.held_out = data, data
+        self.given = self.data = self.held_out = data
         self.inputs = "calibration data"
         # With an evaluator too, so that what it is for does not change what is built.
         if data is not None and len(data) >= 4:
@@ -221,11 +221,11 @@ class Compilation:
 
     @cached_property
     def sizes(self) -> dict[str, list[tuple[int, int, int]]] | None:
-        """Smallest, median and largest size of every axis in the batches that calibrate, by input; None without such."""
-        if self.data is None or self.data.random:
+        """Smallest, median and largest size of every axis in all batches, held out or not, by input; None without such."""
+        if self.given is None or self.given.random:
             return None
         seen: dict[str, list[tuple[int, ...]]] = {}
-        for batch in self.data:
+        for batch in self.given:
             for name, array in batch.items():
                 seen.setdefault(name, []).append(array.shape)
         columns = {

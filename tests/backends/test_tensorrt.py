@@ -152,6 +152,19 @@ def test_data_narrows_the_axes_that_nobody_named():
     assert found == {"batch": (1, 2, 64), "height": (16, 32, 128), "ids.1": (7, 9, 30)}
 
 
+def test_a_profile_spans_all_of_the_data_and_so_what_is_held_out_too(without_rtx, model, tmp_path):
+    # Of every four batches the last is held out: here those of 3 and of 100 rows, in a profile that starts at 1.
+    data = [{"x": np.ones((n, 32), np.float32)} for n in (40, 41, 42, 3, 44, 45, 46, 100)]
+    artifact, _ = _compile(model, data, tmp_path / "out", recipe="fp32")
+    assert json.loads((artifact.folder / bundle.BUNDLE).read_text())["profile"]["x"][2] == [100, 32]
+    text = HEAD + "g (float[1, P, 4] x) => (float[1, P, 4] y) { y = MatMul(x, w) }"
+    lengths = parse(text, w=np.ones((4, 4), np.float32))
+    data = [{"x": np.ones((1, n, 4), np.float32)} for n in (17, 18, 64, 3, 19, 20, 21, 200)]
+    artifact, _ = _compile(lengths, data, tmp_path / "out", recipe="fp32")
+    low, _, high = json.loads((artifact.folder / bundle.BUNDLE).read_text())["profile"]["x"]
+    assert (low, high) == ([1, 3, 4], [1, 200, 4])
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,6 +112,12 @@ def gpu(driver, tmp_path, monkeypatch) -> Path:
     log.touch()
     monkeypatch.setenv("FAKE_TENSORRT_LOG", str(log))
     return log
+
+
+def _program(artifact: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of the artifact's programs, as its reader starts it."""
+    command = [sys.executable, str(artifact / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_without_a_driver_it_says_so_and_exits_with_4(artifact, monkeypatch, capsys):
@@ -220,6 +227,28 @@ def test_each_evidence_is_there_when_its_step_is_done_and_no_earlier(artifact, g
     with pytest.raises(ModelError, match="stopped"):
         finalize(artifact, force=True)
     assert not Artifact(artifact).manifest.evidence.ran_on_device
+
+
+def test_inputs_outside_the_profile_are_refused_with_input_shape_and_profile(artifact, gpu):
+    facts = json.loads((artifact / "bundle.json").read_text())
+    facts["profile"]["x"] = [[1, 16], [2, 16], [4, 16]]
+    (artifact / "bundle.json").write_text(json.dumps(facts))
+    assert _program(artifact, "build_engine.py").returncode == 0
+    for program in ("verify.py", "bench.py"):
+        done = _program(artifact, program)
+        assert done.returncode and done.stderr == (
+            "input 'x' has shape [8, 16], which the engine was not built for: the profile is from [1, 16] to [4, 16]\n"
+        )
+
+
+def test_inputs_of_another_type_are_refused_and_not_read_as_what_they_are_not(artifact, gpu):
+    assert _program(artifact, "build_engine.py").returncode == 0
+    for file in (artifact / "golden").iterdir():
+        with np.load(file) as found:
+            batch = {k: v.astype(np.float64) if k == "in:x" else v for k, v in found.items()}
+        np.savez(file, **batch)
+    done = _program(artifact, "verify.py")
+    assert done.returncode and done.stderr.startswith("input 'x' is float64, the engine takes float32")
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ class Engine:
         self._outputs: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
 
     def bind(self, feeds: Mapping[str, np.ndarray]) -> None:
-        """Copy inputs to the device and make room for the outputs of their sizes."""
+        """Copy inputs to the device and make room for the outputs of their sizes; others than the engine takes are refused."""
         context: trt.IExecutionContext = self._context
         engine: trt.ICudaEngine = self._engine
         for name, array in feeds.items():
-            context.set_input_shape(name, array.shape)
+            self._fits(name, array)
             context.set_tensor_address(name, self._device.put(array))
         self._outputs = {}
         for index in range(engine.num_io_tensors):
@@ -55,6 +55,22 @@ class Engine:
             address = self._device.empty(int(np.prod(shape)) * dtype.itemsize)
             context.set_tensor_address(name, address)
             self._outputs[name] = (address, shape, dtype)
+
+    def _fits(self, name: str, array: np.ndarray) -> None:
+        """Set the shape of an input; its bytes are read as what the engine takes, so the type must be the same."""
+        context: trt.IExecutionContext = self._context
+        engine: trt.ICudaEngine = self._engine
+        wanted = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
+        if array.dtype != wanted:
+            raise SystemExit(
+                f"input {name!r} is {array.dtype}, the engine takes {wanted}: convert it with .astype"
+            )
+        if not context.set_input_shape(name, array.shape):
+            low, _, high = (list(shape) for shape in engine.get_tensor_profile_shape(name, 0))
+            raise SystemExit(
+                f"input {name!r} has shape {list(array.shape)}, which the engine was not built for: the profile is "
+                f"from {low} to {high}"
+            )
 
     def enqueue(self) -> None:
         """Start one run of what is bound."""

@@ -1,12 +1,13 @@
 """TensorRT's interface, as far as an artifact's programs use it, computed by ONNX Runtime on the memory of the host.
 
-An "engine" is the path of the ONNX file that it was built from.
+An "engine" is the path of the ONNX file that it was built from, and the profile.
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import os
 
 import numpy as np
@@ -47,7 +48,9 @@ class Builder:
         return Profile()
 
     def build_serialized_network(self, network, config):
-        return None if os.environ.get("FAKE_TENSORRT_FAILS") else network["file"].encode()
+        if os.environ.get("FAKE_TENSORRT_FAILS"):
+            return None
+        return json.dumps({"file": network["file"], "profile": config.profile}).encode()
 
 
 class OnnxParser:
@@ -62,15 +65,23 @@ class OnnxParser:
 
 
 class Profile:
+    def __init__(self):
+        self.shapes = {}
+
     def set_shape(self, name, low, usual, high):
         assert all(a <= b <= c for a, b, c in zip(low, usual, high, strict=True))
+        self.shapes[name] = (low, usual, high)
 
 
 class Config:
+    def __init__(self):
+        self.profile = {}
+
     def clear_flag(self, flag):
         assert flag is BuilderFlag.TF32
 
     def add_optimization_profile(self, profile):
+        self.profile = profile.shapes
         return 0
 
     def create_timing_cache(self, data):
@@ -94,11 +105,12 @@ class Runtime:
         pass
 
     def deserialize_cuda_engine(self, data):
-        return None if os.environ.get("FAKE_TENSORRT_REFUSES") else Engine(data.decode())
+        return None if os.environ.get("FAKE_TENSORRT_REFUSES") else Engine(**json.loads(data))
 
 
 class Engine:
-    def __init__(self, file):
+    def __init__(self, file, profile):
+        self.profile = profile
         self.session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
         self._all = [*self.session.get_inputs(), *self.session.get_outputs()]
         self.num_io_tensors = len(self._all)
@@ -113,6 +125,11 @@ class Engine:
         outputs = [v.name for v in self.session.get_outputs()]
         return TensorIOMode.OUTPUT if name in outputs else TensorIOMode.INPUT
 
+    def get_tensor_profile_shape(self, name, index):
+        assert index == 0
+        fixed = next(v.shape for v in self._all if v.name == name)
+        return self.profile.get(name, [fixed] * 3)
+
     def get_tensor_dtype(self, name):
         return next(_TYPES[v.type] for v in self._all if v.name == name)
 
@@ -123,9 +140,12 @@ class Context:
 
     def set_input_shape(self, name, shape):
         self._shapes[name] = tuple(shape)
+        low, _, high = self._engine.get_tensor_profile_shape(name, 0)
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def set_tensor_address(self, name, address):
         self._places[name] = address
+        return True
 
     def get_tensor_shape(self, name):
         feeds = {
