@@ -26,11 +26,10 @@ from optkit.artifact import MANIFEST, PAGE, RECIPE, REPORT, Artifact
 from optkit.backends import BACKENDS
 from optkit.bench import Speedup, race, speedup
 from optkit.candidate import Built
-from optkit.data import CalibrationData, specs, spelled, trial_sizes
+from optkit.data import CalibrationData, specs, spelled
 from optkit.errors import (
     BackendUnavailableError,
     DataError,
-    ModelError,
     RecipeError,
     UnknownNameError,
     UsageError,
@@ -48,7 +47,7 @@ from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
 from optkit.planning import estimate
 from optkit.recipe import Goal, Recipe, condition, shipped, validated
-from optkit.reference import LARGE, ReferenceSession, unsound
+from optkit.reference import LARGE, ReferenceSession, trial_batches, unsound
 from optkit.report import (
     AccuracyRecord,
     Achieved,
@@ -94,6 +93,8 @@ Batches = (
 
 # Batches that timing and the smoke run take in turn.
 _TIMED_BATCHES = 4
+# Of ``--calib random``.
+_DRAWN = 16
 # With an evaluator and no limit of the caller's: MLPerf's "99" class, so that a ruined metric never ships.
 _MAX_DROP = "1%"
 
@@ -147,21 +148,7 @@ class Compilation:
             return self.held_out
         if self.loaded.examples and not self.wanted:
             return CalibrationData(list(self.loaded.examples), name="example inputs").check(self.loaded.model)
-        reason = ""
-        for sizes in trial_sizes(specs(self.loaded.model)[0]):
-            drawn = CalibrationData.random_batches(
-                self.loaded.model, 4, seed=self.seed, sizes={**sizes, **self.wanted}
-            )
-            try:
-                self.reference.run(next(iter(drawn)))
-            except ModelError as error:
-                reason = reason or str(error)
-            else:
-                return drawn
-        raise DataError(
-            f"{self.loaded.name} runs with none of the inputs drawn from its input specification: {reason}",
-            hint="give --calib with inputs that it takes",
-        )
+        return trial_batches(self.loaded.model, 4, seed=self.seed, sizes=self.wanted, run=self.reference.run)
 
     @property
     def repeatable(self) -> bool:
@@ -675,7 +662,7 @@ def request(
                 hint="give --eval FILE, or limits.min_cosine for fidelity",
             )
     loaded = read(source, inputs=inputs, dynamic=dynamic_shapes, weights=weights)
-    batches = _batches(data, loaded, plan)
+    batches = _batches(data, loaded, plan, engine)
     if evaluator is not None:
         evaluator = evaluator.checked(specs(loaded.model)[0])
     return Request(
@@ -748,12 +735,15 @@ def recipe_for(precision: str | None) -> str:
     return name
 
 
-def _batches(data: Batches | None, loaded: Loaded, plan: Recipe) -> CalibrationData | None:
+def _batches(data: Batches | None, loaded: Loaded, plan: Recipe, engine: Backend) -> CalibrationData | None:
     if data is None:
         return None
-    if isinstance(data, str | Path):
+    if data == "random":
+        sizes = engine.sizes(loaded.model, engine.options.model_validate(plan.options))
+        found = trial_batches(loaded.model, _DRAWN, seed=plan.seed, sizes=sizes)
+    elif isinstance(data, str | Path):
         found = CalibrationData.load(data, loaded.model, seed=plan.seed)
-        found = found.check(loaded.model, loaded.axes) if loaded.axes and not found.random else found
+        found = found.check(loaded.model, loaded.axes) if loaded.axes else found
     else:
         given = data if isinstance(data, CalibrationData) else CalibrationData(data)
         found = given.check(loaded.model, loaded.axes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from optkit.data import CalibrationData, specs, trial_sizes
 from optkit.errors import DataError, ModelError
 from optkit.graph import walk, weight_bytes
 from optkit.store import detached
@@ -137,3 +138,41 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(values[name] for name in names)
     return copy
+
+
+def trial_batches(
+    model: ir.Model,
+    n: int,
+    *,
+    seed: int,
+    sizes: Mapping[str, int] | None = None,
+    run: Callable[[Mapping[str, np.ndarray]], object] | None = None,
+) -> CalibrationData:
+    """Batches drawn from the input specification, in the first sizes tried for the free axes that ``model`` runs with.
+
+    Args:
+        sizes: Of some of them, by symbol: these are not tried.
+        run: Runs it, where a session is open already.
+
+    Raises:
+        DataError: It runs with none.
+    """
+    if run is None:
+        session = ReferenceSession(model, disabled=unsound(model))
+        try:
+            return trial_batches(model, n, seed=seed, sizes=sizes, run=session.run)
+        finally:
+            session.close()
+    reason = ""
+    for trial in trial_sizes(specs(model)[0]):
+        drawn = CalibrationData.random_batches(model, n, seed=seed, sizes={**trial, **(sizes or {})})
+        try:
+            run(next(iter(drawn)))
+        except ModelError as error:
+            reason = reason or str(error)
+        else:
+            return drawn
+    raise DataError(
+        f"the model runs with none of the inputs drawn from its input specification: {reason}",
+        hint="give --calib with inputs that it takes",
+    )

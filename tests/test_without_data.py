@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import optkit
@@ -29,6 +30,26 @@ def test_free_axes_get_a_size_that_the_model_runs_with(tmp_path):
     _, report = optkit.compile(parse(WINDOW), out=tmp_path / "out")
     assert report.manifest.fidelity.inputs == "inputs drawn from the input specification"
     assert report.manifest.fidelity.met
+
+
+@pytest.mark.parametrize("data", [None, "random"])
+def test_half_precision_is_checked_on_sizes_that_the_model_runs_with(data, tmp_path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 1, H, W] x) => (float[N, 1, U, V] y) { y = Conv(x, w) }
+    """
+    model = parse(text, w=np.ones((1, 1, 7, 7), np.float32))
+    asked = {"target": "h100", "recipe": "tensorrt-fp16", "overrides": ["options.proxy=false"]}
+    _, report = optkit.compile(model, data=data, out=tmp_path / "out", **asked)
+    assert report.manifest.achieved.formats == {"fp16": 1.0}
+    assert report.manifest.data is None or report.manifest.data.random
+
+
+def test_data_that_is_drawn_has_the_sizes_that_the_options_ask_for():
+    from optkit.reference import trial_batches
+
+    found = trial_batches(parse(WINDOW), 2, seed=0, sizes={"T": 9})
+    assert found.random and [batch["x"].shape for batch in found] == [(2, 1, 9)] * 2
 
 
 def test_a_model_that_draws_random_numbers_is_not_compared_and_the_manifest_says_so(tmp_path):

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError
 from optkit.graph import constant, drop_unused_initializers, graphs, initializer
 from optkit.kernels import KERNELS
@@ -19,6 +18,7 @@ from optkit.ops import spec
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe
 from optkit.passes.quantization.plan import selects
+from optkit.reference import trial_batches
 from optkit.rewrite import Change
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class CastFloats(GraphPass):
 
     A node stays in float32 when its operator is in ``keep``, or when one of its constants or, on the calibration data,
     one of its values exceeds the largest float16 divided by ``margin``. Without data the values are those on inputs
-    drawn from the input specification. A call of a kernel reads and writes the format where the kernel has it, whatever it
+    drawn from the input specification, in sizes that the model runs with. A call of a kernel reads and writes the format where the kernel has it, whatever it
     computes in: norms that kernels compute are called before. Sines and cosines of places, with all that leads to them, stay
     in float32 as well: float16 has no whole numbers beyond 2048, and an angle of so many turns is then any angle. So does what
     logarithms are taken of: a power of sound spans more than float16 does, and what is below its smallest number would be 0.
@@ -159,11 +159,7 @@ class CastFloats(GraphPass):
         }
         live = [v for v in values if constant(v) is None and not v.is_initializer() and v.name]
         if live:
-            data = (
-                context.data
-                if context.data is not None
-                else CalibrationData.random_batches(model, 4, seed=context.seed)
-            )
+            data = trial_batches(model, 4, seed=context.seed) if context.data is None else context.data
             seen = observe(model, [str(v.name) for v in live], "min-max", 100.0, replace(context, data=data))
             wild |= {v for v in live if not max(-seen[str(v.name)].low, seen[str(v.name)].high) <= limit}
         kept = [n for n in chosen if any(v in wild for v in (*n.inputs, *n.outputs))]
