@@ -651,6 +651,7 @@ def request(
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
     engine.ready(where, validated(engine.options, "options", plan.options))
     candidates = _candidates(plan, engine, where)
+    _possible([r for _, r in candidates] or [plan], engine, where)
     needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
     if data is None and needy and len(needy) >= len(candidates) - 1:
         _refuse(plan, needy)
@@ -785,6 +786,26 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
     # A recipe for any backend and one for this backend may say the same.
     said = {repr((r.backend or engine.name, r.passes, r.options)): n for n, r in reversed(found)}
     return [(n, r) for n, r in found if n in said.values()]
+
+
+def _possible(recipes: Sequence[Recipe], engine: Backend, where: Target) -> None:
+    """Refuse what is asked for where the target lacks the formats of all recipes that change numbers.
+
+    Raises:
+        BackendUnavailableError: It does; with the reason of the first.
+    """
+    context, refused = Context(target=where, placements=engine.placements), list[BackendUnavailableError]()
+    wanted = [r for r in recipes if not all(p.exact for p in r.passes)]
+    for recipe in wanted:
+        for step in recipe.passes:
+            try:
+                step.refuse(context)
+            except BackendUnavailableError as error:
+                error.args = (f"{step.name}: {error}",)
+                refused.append(error)
+                break
+    if refused and len(refused) == len(wanted):
+        raise refused[0]
 
 
 def _refuse(plan: Recipe, needy: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from optkit.errors import BackendUnavailableError
 from optkit.rewrite import Change
 
 if TYPE_CHECKING:
@@ -125,6 +126,20 @@ class Pass(BaseModel, ABC):
     needs_data: ClassVar[bool] = False
     exact: ClassVar[bool] = True  # the numbers stay the same but for fp32 rounding
     floats: ClassVar[bool] = False  # it changes them by choosing among floats alone: nothing is quantized
+
+    def needs_format(self, context: Context) -> str | None:
+        """The number format that the target must have; None where any target will do."""
+        return None
+
+    def refuse(self, context: Context) -> None:
+        """Say that the target lacks the format: once before any work, and by the pass itself, whoever runs it.
+
+        Raises:
+            BackendUnavailableError: It does.
+        """
+        wanted = self.needs_format(context)
+        if wanted is not None and (why := context.target.lacks.get(wanted)) is not None:
+            raise BackendUnavailableError(why, hint="choose another --precision")
 
 
 class GraphPass(Pass):

@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from optkit.errors import BackendUnavailableError
 from optkit.graph import constant, drop_unused_initializers, graphs, initializer
 from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN
@@ -91,10 +90,13 @@ class CastFloats(GraphPass):
     keep: tuple[str, ...] = SENSITIVE
     margin: float = 2.0
 
+    def needs_format(self, context: Context) -> str:
+        """What is computed in."""
+        return self.to
+
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Cast every node that may be."""
-        if (why := context.target.lacks.get(self.to)) is not None:
-            raise BackendUnavailableError(why, hint="choose another --precision")
+        self.refuse(context)
         dtype = ir.DataType.FLOAT16 if self.to == "fp16" else ir.DataType.BFLOAT16
         apart = {n for g in graphs(model) for n in g if n.op_type in ("Cos", "Sin") for n in _of_places(n)}
         if self.to == "fp16":

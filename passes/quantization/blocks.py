@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optkit.errors import BackendUnavailableError
 from optkit.formats import FORMATS
 from optkit.graph import drop_unused_initializers, rank, walk
 from optkit.passes.base import Context, GraphPass
@@ -42,10 +41,13 @@ class QuantizeBlocks(GraphPass):
     ignore: tuple[str, ...] = ()
     smallest: int = 2048
 
+    def needs_format(self, context: Context) -> str:
+        """Of both operands."""
+        return _FORMAT.precision
+
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Quantize every suitable product."""
-        if (why := context.target.lacks.get(_FORMAT.precision)) is not None:
-            raise BackendUnavailableError(why, hint="choose another --precision")
+        self.refuse(context)
         names, changes = Names(model), list[Change]()
         chosen = set[ir.Node]()
         for site in sites(model, self.targets, self.ignore, self.smallest):

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from optkit.errors import BackendUnavailableError
 from optkit.graph import attribute, describe, drop_unused_initializers, rank, walk
 from optkit.microscaling import (
     BLOCK_FORMATS,
@@ -61,10 +60,13 @@ class QuantizeMicroscaling(GraphPass):
     ignore: tuple[str, ...] = ()
     smallest: int = 2048
 
+    def needs_format(self, context: Context) -> str:
+        """Of both operands."""
+        return self.format
+
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Quantize every suitable product."""
-        if (why := context.target.lacks.get(self.format)) is not None:
-            raise BackendUnavailableError(why, hint="choose another --precision")
+        self.refuse(context)
         fmt, names = BLOCK_FORMATS[self.format], Names(model)
         found = [s for s in sites(model, self.targets, self.ignore, self.smallest) if _suits(s, fmt)]
         readers = {use.node for site in found for use in site.value.uses()}

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from optkit.errors import BackendUnavailableError, PassError, UnknownNameError
+from optkit.errors import PassError, UnknownNameError
 from optkit.formats import FORMATS
 from optkit.graph import describe, drop_unused_initializers, rank
 from optkit.passes.base import Context, GraphPass
@@ -69,6 +69,11 @@ class QuantizeStatic(GraphPass):
     bias_correction: bool = False
     rounding: Literal["nearest", "adaptive"] = "nearest"
 
+    def needs_format(self, context: Context) -> str | None:
+        """Of activations, by the placement."""
+        placement = context.placements.get(self.placement)
+        return None if placement is None else FORMATS[placement.activation].precision
+
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Observe, then insert the pairs."""
         if self.placement not in context.placements:
@@ -76,8 +81,7 @@ class QuantizeStatic(GraphPass):
         placement = context.placements[self.placement]
         weights = Weights(placement, Names(model), self._saturating(model, context))
         fmt = FORMATS[placement.activation]
-        if (why := context.target.lacks.get(fmt.precision)) is not None:
-            raise BackendUnavailableError(why, hint="choose another --precision")
+        self.refuse(context)
         if self.method == "entropy" and not fmt.integer:
             raise PassError(f"entropy counts even steps, which {fmt.name} does not have", hint="method: mse")
         stored = FORMATS[placement.weight]

@@ -60,8 +60,13 @@ class QuantizeWeights(GraphPass):
     ignore: tuple[str, ...] = ()
     smallest: int = 2048
 
+    def needs_format(self, context: Context) -> str | None:
+        """That of 4 bits; any target reads integers of 8."""
+        return "w4a16" if self.bits == 4 else None
+
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Store every suitable constant."""
+        self.refuse(context)
         changes: list[Change] = []
         names = Names(model)
         chosen = [

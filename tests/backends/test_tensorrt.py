@@ -118,6 +118,24 @@ def test_formats_are_refused_where_the_card_lacks_them(stored, fmt, allowed, ref
         assert fmt in refusal(node, target(name))
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"precision": "w4a16"}, "quantize-weights: w4a16 starts with sm_80; t4 is sm_75"),
+        ({"recipe": "tensorrt-w4"}, "quantize-weights: w4a16 starts with sm_80; t4 is sm_75"),
+        ({"precision": "nvfp4"}, "quantize-microscaling: nvfp4 starts with sm_100 and sm_120; t4 is sm_75"),
+        ({"precision": "fp8"}, "quantize-static: fp8 starts with sm_89; t4 is sm_75"),
+    ],
+)
+def test_a_card_without_the_format_is_refused_before_the_model_is_read_or_data_asked_for(
+    asked, why, tmp_path
+):
+    with pytest.raises(BackendUnavailableError) as error:
+        optkit.compile(tmp_path / "missing.onnx", target="t4", out=tmp_path / "out", **asked)
+    assert str(error.value) == why and error.value.hint == "choose another --precision"
+    assert error.value.exit_code == 4
+
+
 def test_plain_operators_are_not_refused(model):
     assert all(
         refusal(node, t) is None for node in walk(model) for t in TARGETS.values() if t.vendor == "nvidia"
