@@ -163,6 +163,18 @@ class Backend(ABC):
             OptkitError: Says what is missing.
         """
 
+    def settled(self, target: Target, options: Any) -> Any:
+        """``options`` with what they leave open decided: for ``target``, and by what is at hand on this machine."""
+        return options
+
+    def mode(self, options: Any) -> str | None:
+        """Of several ways to make what runs, the one that settled ``options`` mean, by name and in words; None where there is one."""
+        return None
+
+    def finishes(self, options: Any) -> bool:
+        """Whether the device is that of this machine, so that ``compile`` goes on with ``finalize``."""
+        return False
+
     @abstractmethod
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """None, or why the runtime can't run ``node`` on ``target``."""

@@ -35,6 +35,7 @@ from optkit.errors import (
     UsageError,
 )
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
+from optkit.finish import finalize
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded, is_torch, read
@@ -338,6 +339,11 @@ class Compilation:
         chosen = engine.options.model_validate(built.recipe.options)
         return engine.predict(built.folder, self.target, chosen, threads=threads)
 
+    def finishes(self, built: Built) -> bool:
+        """Whether what is left to do on the device is done now, because it is at hand."""
+        engine = self.engine(built.recipe)
+        return engine.finishes(engine.options.model_validate(built.recipe.options))
+
     def measure(self, built: Built, *, rounds: int, budget: float, hopeless: float = 0.0) -> Speedup | None:
         """Time ``built`` in turn with the reference, briefly where it is ``hopeless``; None for a target that is not at hand."""
         if not self.target.runs_here:
@@ -569,6 +575,8 @@ def compile(
         choice = _choose(work, asked, strict=strict)
         scenario = share(work, asked.recipe, choice.best)
         report = _finish(work, asked.recipe, choice, scenario, started)
+        if work.finishes(choice.best):
+            report = _finished(choice.best.folder, report, started, work.progress)
         replace_folder(choice.best.folder, destination)
     return Artifact(destination), report
 
@@ -649,7 +657,11 @@ def request(
     evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
     if evaluator is not None and plan.limits.max_drop is None:
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
-    engine.ready(where, validated(engine.options, "options", plan.options))
+    given = validated(engine.options, "options", plan.options)
+    options = engine.settled(where, given)
+    engine.ready(where, options)
+    if options != given:
+        plan = plan.model_copy(update={"options": options.model_dump(mode="json", exclude_unset=True)})
     candidates = _candidates(plan, engine, where)
     _possible([r for _, r in candidates] or [plan], engine, where)
     needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
@@ -855,11 +867,10 @@ def _finish(
         achieved=facts, accuracy=_accuracy_record(best.accuracy), fidelity=_fidelity_record(best, work),
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
         evidence=_evidence(work, best), deferred=_deferred(work, best),
-        predicted=work.engine(best.recipe).prediction(work.target), saturation=best.saturation,
+        mode=_mode(work, best), predicted=work.engine(best.recipe).prediction(work.target), saturation=best.saturation,
         notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.loaded.packages, *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
-    usage = resource.getrusage(resource.RUSAGE_SELF)
     host = machine()
     # Ceilings of this machine say nothing of a target that is elsewhere, and matter only beside a latency.
     peaks = None if best.speedup is None else ceilings(host.get("processor", ""))
@@ -868,13 +879,38 @@ def _finish(
         eligibility=_eligibility(work, best),
         pass_seconds=best.seconds, operator_seconds=dict(sorted(operators.items(), key=lambda kv: -kv[1])),
         missed=tuple(choice.missed), inconclusive=tuple(choice.inconclusive), advice=tuple(choice.advice),
-        resources=Resources(cpu_seconds=time.process_time() - started[0], wall_seconds=time.perf_counter() - started[1], peak_rss_bytes=usage.ru_maxrss * 1024),
+        resources=_resources(started),
         machine=host,
     )  # fmt: skip
     (best.folder / MANIFEST).write_text(dump(manifest), encoding="utf-8")
-    (best.folder / REPORT).write_text(dump(report), encoding="utf-8")
-    (best.folder / PAGE).write_text(page(report), encoding="utf-8")
+    _write(best.folder, report)
     return report
+
+
+def _write(folder: Path, report: Report) -> None:
+    (folder / REPORT).write_text(dump(report), encoding="utf-8")
+    (folder / PAGE).write_text(page(report), encoding="utf-8")
+
+
+def _resources(started: tuple[float, float]) -> Resources:
+    """What was spent since."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cpu, wall = time.process_time() - started[0], time.perf_counter() - started[1]
+    return Resources(cpu_seconds=cpu, wall_seconds=wall, peak_rss_bytes=peak)
+
+
+def _finished(folder: Path, report: Report, started: tuple[float, float], progress: Progress) -> Report:
+    """Do what is left on the device of this machine, as ``optkit finalize`` does, and say so in the report."""
+    found = finalize(folder, progress=progress)
+    done = {"manifest": Artifact(folder).manifest, "finished": found, "resources": _resources(started)}
+    report = report.model_copy(update=done)
+    _write(folder, report)
+    return report
+
+
+def _mode(work: Compilation, best: Built) -> str | None:
+    engine = work.engine(best.recipe)
+    return engine.mode(engine.options.model_validate(best.recipe.options))
 
 
 def _evidence(work: Compilation, best: Built) -> Evidence:
@@ -905,7 +941,12 @@ def _deferred(work: Compilation, best: Built) -> tuple[str, ...]:
     options = engine.options.model_validate(best.recipe.options)
     steps = list(engine.deferred(best.folder, work.target, options))
     if limits.max_latency_ms is not None or limits.min_speedup > 1:
-        steps.append(f"hold the limits on speed against a measurement: there is no {work.target.name} here")
+        known = (
+            "what was measured"
+            if work.finishes(best)
+            else f"a measurement: there is no {work.target.name} here"
+        )
+        steps.append(f"hold the limits on speed against {known}")
     return tuple(steps)
 
 

@@ -191,7 +191,7 @@ def _latency(report: Report) -> str:
     found = report.latency
     if found is None:
         first, *rest = sentences.untimed(report)
-        return f"<h2>Latency</h2><p>{_e(first.capitalize())}.</p>{_paragraphs([f'{line.capitalize()}.' for line in rest])}"
+        return f"<h2>Latency</h2><p>{_e(first[:1].upper() + first[1:])}.</p>{_paragraphs([f'{line[:1].upper()}{line[1:]}.' for line in rest])}"
     figures, how = sentences.latency(found)
     bars = _bars(
         [
@@ -300,7 +300,7 @@ def _formats(achieved: Achieved | None, report: Report) -> str:
     )
     places = ", ".join(f"{where} {sentences.percent(share)}" for where, share in achieved.placement.items())
     kept = sentences.kept_float(report)
-    ran = report.manifest.evidence.ran_on_device
+    ran = report.profiled
     known = "read from the runtime's profile of one run" if ran else sentences.read_back(report)
     notes = [
         f"Share of the multiply-accumulates by the arithmetic that {'did' if ran else 'does'} them, {known}.",

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from optkit.backends.base import Finished
+
 
 class _Record(BaseModel):
     # JSON has no infinity, and the interval of a single sample is unbounded: "Infinity" reads back as what it was.
@@ -141,6 +143,7 @@ class Manifest(_Record):
 
     Attributes:
         deferred: Steps that only the target itself can do, in words.
+        mode: Of several ways to make what runs, the one that was taken: its name, and what it means.
         predicted: Where accuracy and fidelity were not taken from the target's own arithmetic: what gave its numbers instead.
         saturation: For targets that saturate.
     """
@@ -159,6 +162,7 @@ class Manifest(_Record):
     size: Size
     evidence: Evidence
     deferred: tuple[str, ...] = ()
+    mode: str | None = None
     predicted: str | None = None
     saturation: SaturationRecord | None = None
     notes: tuple[str, ...]
@@ -318,12 +322,17 @@ class Resources(_Record):
 
 
 class Report(_Record):
-    """A manifest with the measurements behind it."""
+    """A manifest with the measurements behind it.
+
+    Attributes:
+        finished: What was done on the target, where ``compile`` found it at hand.
+    """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     manifest: Manifest
     latency: Latency | None
     estimate: EstimateRecord | None = None
+    finished: Finished | None = None
     goal: Literal["latency", "throughput", "size"] = "latency"
     scenario: ScenarioRecord | None = None
     candidates: tuple[CandidateRecord, ...]
@@ -339,6 +348,11 @@ class Report(_Record):
     ceilings: Ceilings | None = None
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @property
+    def profiled(self) -> bool:
+        """Whether formats and operators are those of a profiled run: where it was finished on a device, that gave outputs and times alone."""
+        return self.manifest.evidence.ran_on_device and self.finished is None
 
     @property
     def exit_code(self) -> int:

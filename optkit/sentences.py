@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
+from optkit.backends.base import Finished
 from optkit.bench import NOISE
 from optkit.report import (
     AccuracyRecord,
@@ -23,6 +24,8 @@ from optkit.report import (
 _LISTED = 6
 # Times the samples at hand that one might still collect.
 _MANY = 100
+# What else a result depends on, as backends call it and as it is said.
+_SYSTEMS = {"cuda_driver": "CUDA driver", "macos": "macOS"}
 # Of the candidate: what ``CandidateRecord.verdict`` says.
 SHIPPED = "shipped"
 
@@ -167,7 +170,7 @@ def size(report: Report) -> str:
     after = manifest.passes[-1].nodes_after if manifest.passes else manifest.model.nodes
     run = (
         ""
-        if manifest.achieved is None or not manifest.evidence.ran_on_device
+        if manifest.achieved is None or not report.profiled
         else f", of which the runtime makes {sum(manifest.achieved.operators.values()):,}"
     )
     return (
@@ -221,7 +224,9 @@ def scenario(record: ScenarioRecord) -> tuple[str, ...]:
 
 
 def untimed(report: Report) -> tuple[str, ...]:
-    """Why there is no latency, and what is known instead."""
+    """Why there is no latency beside the reference's, and what is known instead."""
+    if report.finished is not None:
+        return measured(report.finished)
     e, target = report.estimate, report.manifest.target
     said = f"not measured: there is no {target} here"
     if e is None:
@@ -231,6 +236,21 @@ def untimed(report: Report) -> tuple[str, ...]:
         f"floor {milliseconds(e.floor_ms)} (bound by {e.bound}), estimate {milliseconds(e.low_ms)} to {milliseconds(e.high_ms)}: "
         f"computed from the data sheet{f' for {e.inputs}' if e.inputs else ''}",
     )
+
+
+def measured(found: Finished) -> tuple[str, ...]:
+    """On which device a run was timed, and how long it took."""
+    return measured_on(found), *(
+        f"{', '.join(f'{name} {shape}' for name, shape in b['inputs'].items())}: {milliseconds(b['median_ms'])} a run, "
+        f"99th percentile {milliseconds(b['p99_ms'])}, {b['runs']} runs"
+        for b in found.batches
+    )
+
+
+def measured_on(found: Finished) -> str:
+    """``measured on NVIDIA L4, CUDA driver 13000``."""
+    named = (f"{said} {found.device[key]}" for key, said in _SYSTEMS.items() if key in found.device)
+    return ", ".join((f"measured on {found.device['device']}", *named))
 
 
 def deferred(report: Report) -> str:
@@ -335,7 +355,7 @@ def formats(report: Report) -> tuple[str, ...]:
 
 def read_back(report: Report) -> str:
     """Where the formats are known from."""
-    if report.manifest.evidence.ran_on_device:
+    if report.profiled:
         return "as the runtime's profile shows"
     if report.manifest.evidence.proxy_compiled:
         return "as a vendor's compiler built it for another, similar target"

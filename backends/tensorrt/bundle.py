@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from optkit import closeness
 from optkit.kernels import cuda
@@ -12,6 +13,8 @@ from optkit.kernels import cuda
 MODEL, BUNDLE, ENGINE = "model.onnx", "bundle.json", "engine.plan"
 # The same graph in words that TensorRT alone reads, where there are such.
 SPELLED = "tensorrt.onnx"
+# Whose engine it is, by the package that runs it.
+TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 # What only the mode that builds on the device needs.
 _BUILD = ("build_engine.py",)
 _PROGRAMS = ("device.py", "closeness.py", "engine.py", "verify.py", "bench.py")
@@ -40,11 +43,16 @@ def write(
     """
     facts = {
         "target": target, "arch": arch, "profile": {k: [list(s) for s in v] for k, v in profile.items()},
-        "min_cosine": min_cosine, "tf32": tf32, "runtime": "tensorrt_rtx" if rtx else "tensorrt", "source": source,
+        "min_cosine": min_cosine, "tf32": tf32, "runtime": RTX if rtx else TENSORRT, "source": source,
     }  # fmt: skip
     (path / BUNDLE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in (*_PROGRAMS, *(() if rtx else _BUILD)):
         (path / name).write_text(program(name, rtx=rtx), encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What ``write`` put into ``bundle.json``."""
+    return json.loads((path / BUNDLE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def program(name: str, *, rtx: bool) -> str:

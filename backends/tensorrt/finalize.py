@@ -14,9 +14,11 @@ from optkit.backends.base import Finished
 from optkit.backends.records import TIMED, VERIFIED, proved
 from optkit.backends.tensorrt import bundle
 from optkit.errors import BackendUnavailableError, ModelError, UsageError
+from optkit.kernels import cuda
 
 if TYPE_CHECKING:
     from optkit.backends.base import Mark, Task
+    from optkit.targets import Target
 
 _PACKAGES = {"tensorrt": "pip install tensorrt-cu13", "tensorrt_rtx": "pip install 'optkit[tensorrt]'"}
 # What the records name the device by; with the engine's digest it decides whether a record is of this very pair.
@@ -31,19 +33,22 @@ def finalize(path: Path, task: Task, mark: Mark, *, force: bool) -> Finished:
         UsageError: The device is not the one that the artifact is for.
         ModelError: A step fails, or the engine's outputs are not those of the graph.
     """
-    facts = json.loads((path / bundle.BUNDLE).read_text(encoding="utf-8"))
-    device = _device(path)
-    if (found := f"sm_{device['major']}{device['minor']}") != facts["arch"].rstrip("a"):
+    facts = bundle.read(path)
+    device = _device(
+        path / "device.py",
+        "optkit finalize runs on the machine with the GPU; copy the artifact's folder there",
+    )
+    if device["arch"] != facts["arch"].rstrip("a"):
         raise UsageError(
-            f"the artifact is for {facts['target']} ({facts['arch']}), the device is {device['device']} ({found})",
-            hint=f"compile for it: optkit targets lists what is {found}",
+            f"the artifact is for {facts['target']} ({facts['arch']}), the device is {device['device']} ({device['arch']})",
+            hint=f"compile for it: optkit targets lists what is {device['arch']}",
         )
     package = facts["runtime"]
     if importlib.util.find_spec(package) is None:
         raise BackendUnavailableError(
             f"the engine runs in {package}, which is not installed", hint=_PACKAGES[package]
         )
-    if facts["runtime"] == "tensorrt":
+    if facts["runtime"] == bundle.TENSORRT:
         with task("build the engine"):
             _run(path, "build_engine.py", *(["--force"] if force else []))
         mark("compiled", True)
@@ -64,24 +69,43 @@ def finalize(path: Path, task: Task, mark: Mark, *, force: bool) -> Finished:
     )
 
 
-def _device(path: Path) -> dict[str, Any]:
-    """Name, driver and capability, asked for by the artifact's own program."""
-    done = _start(path, "device.py")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+def at_hand(target: Target) -> None:
+    """Refuse to build for ``target`` on this machine, where that cannot be.
+
+    Raises:
+        BackendUnavailableError: TensorRT, the driver or a device is missing, or the device is another one.
+    """
+    later = "--set options.mode=bundle to build it on the machine with the GPU"
+    package = f"{_PACKAGES['tensorrt']}, or {later}"
+    if importlib.util.find_spec("tensorrt") is None:
         raise BackendUnavailableError(
-            last, hint="optkit finalize runs on the machine with the GPU; copy the artifact's folder there"
+            f"an engine for {target.name} is built here by TensorRT, which is not installed", hint=package
         )
+    device = _device(Path(cuda.__file__), later)
+    if device["arch"] != target.arch.rstrip("a"):
+        raise BackendUnavailableError(
+            f"the device here is {device['device']} ({device['arch']}), not {target.name} ({target.arch})",
+            hint=later,
+        )
+    done = _python("-c", "import tensorrt")
+    if done.returncode:
+        raise BackendUnavailableError(f"TensorRT does not load: {_last(done)}", hint=package)
+
+
+def _device(program: Path, hint: str) -> dict[str, Any]:
+    """Name, driver and capability of the device here."""
+    done = _python(str(program))
+    if done.returncode:
+        raise BackendUnavailableError(_last(done), hint=hint)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 def _run(path: Path, program: str, *arguments: str, fails: bool = False) -> None:
     """Run one of the artifact's programs; with ``fails`` its exit code 1 says something else than that it broke."""
-    done = _start(path, program, *arguments)
+    done = _python(str((path / program).resolve()), *arguments)
     if done.returncode and not (fails and done.returncode == 1 and done.stdout.strip()):
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ModelError(
-            f"{program}: {last}", hint=f"python {program} in the artifact's folder shows all of it"
+            f"{program}: {_last(done)}", hint=f"python {program} in the artifact's folder shows all of it"
         )
 
 
@@ -95,8 +119,14 @@ def _written(
     return found
 
 
-def _start(path: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-B", str((path / program).resolve()), *arguments]
+def _last(done: subprocess.CompletedProcess[str]) -> str:
+    """What it said last."""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Start Python anew: what a vendor's library does there, even abort, stays there."""
+    command = [sys.executable, "-B", *arguments]
     return subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )

@@ -15,7 +15,7 @@ from optkit import golden
 from optkit.arithmetic import product_format, products
 from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
 from optkit.backends.tensorrt import bundle, rtx
-from optkit.backends.tensorrt.finalize import finalize
+from optkit.backends.tensorrt.finalize import at_hand, finalize
 from optkit.backends.tensorrt.placement import PLACEMENTS
 from optkit.backends.tensorrt.profiles import Range, profile, ranges, seen
 from optkit.backends.tensorrt.refusals import refusal
@@ -45,25 +45,38 @@ class TensorRtOptions(Options):
     """How the engine is built.
 
     Attributes:
-        mode: ``rtx-engine`` compiles with TensorRT-RTX here, ``bundle`` leaves it to TensorRT on the device; ``auto`` takes
-            the first where TensorRT-RTX supports the card.
+        mode: ``rtx-engine`` compiles with TensorRT-RTX here, ``bundle`` leaves it to TensorRT on the device, and
+            ``device-build`` writes a bundle and finishes it here; ``auto`` takes the last where TensorRT and such a card are
+            at hand, else the first where TensorRT-RTX supports the card.
         sizes: Smallest, usual and largest size of free axes, by their symbols or ``<input>.<axis>``; those that are not
             named are taken from the calibration data.
         tf32: Whether float32 products may round their operands to 10 bits, as TensorRT does by default.
         proxy: Whether a bundle is tried out with TensorRT-RTX for another card, which is named.
     """
 
-    mode: Literal["auto", "rtx-engine", "bundle"] = "auto"
+    mode: Literal["auto", "rtx-engine", "bundle", "device-build"] = "auto"
     sizes: dict[str, Range] = Field(default_factory=dict)
     tf32: bool = False
     proxy: bool = True
 
 
-def mode(target: Target, options: TensorRtOptions) -> Literal["rtx-engine", "bundle"]:
+_MODES = {
+    "rtx-engine": "TensorRT-RTX compiled the engine here, without the card",
+    "bundle": "TensorRT builds the engine on the device, when optkit finalize runs there",
+    "device-build": "TensorRT built the engine here, on the device of this machine",
+}
+
+
+def mode(target: Target, options: TensorRtOptions) -> str:
     """The mode that ``options`` mean for ``target``."""
     if options.mode != "auto":
         return options.mode
-    return "rtx-engine" if rtx.native(target) is not None else "bundle"
+    try:
+        at_hand(target)
+    except BackendUnavailableError as error:
+        logger.debug("no device-build: %s", error)
+        return "rtx-engine" if rtx.native(target) is not None else "bundle"
+    return "device-build"
 
 
 class TensorRt(Backend):
@@ -84,13 +97,16 @@ class TensorRt(Backend):
 
         Raises:
             UsageError: The target is no card of NVIDIA's, or none that TensorRT-RTX has.
-            BackendUnavailableError: TensorRT-RTX is to compile, and is not installed.
+            BackendUnavailableError: TensorRT-RTX is to compile, and is not installed; or TensorRT is to build here, and it or
+                the device is missing.
         """
         if target.capability is None:
             raise UsageError(
                 f"TensorRT runs on NVIDIA's GPUs; the target is {target.name}", hint="choose another --target"
             )
-        if mode(target, options) == "bundle":
+        if options.mode == "device-build":
+            at_hand(target)
+        if mode(target, options) != "rtx-engine":
             return
         if rtx.capability(target) is None:
             raise UsageError(
@@ -102,6 +118,18 @@ class TensorRt(Backend):
                 f"an engine for {target.name} is compiled with TensorRT-RTX, which is not installed",
                 hint=f"{_EXTRA}, or --set options.mode=bundle to build it on the device",
             )
+
+    def settled(self, target: Target, options: TensorRtOptions) -> TensorRtOptions:
+        """With the mode."""
+        return options.model_copy(update={"mode": mode(target, options)})
+
+    def mode(self, options: TensorRtOptions) -> str:
+        """By name and in words."""
+        return f"{options.mode}: {_MODES[options.mode]}"
+
+    def finishes(self, options: TensorRtOptions) -> bool:
+        """Where the engine is built here."""
+        return options.mode == "device-build"
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """Formats that the card lacks, and operators that TensorRT has no notion of."""
@@ -131,9 +159,11 @@ class TensorRt(Backend):
             UnsupportedOpError: TensorRT-RTX's parser refuses nodes; lists them all.
             ModelError: The graph has Q/DQ pairs and yet no quantized product, or TensorRT-RTX fails.
         """
-        self.ready(target, options)
+        chosen = mode(target, options)
+        native = chosen == "rtx-engine"
+        if native:
+            self.ready(target, options)
         model = inline(model)
-        native = mode(target, options) == "rtx-engine"
         inputs, _ = specs(model)
         sizes = ranges(inputs, options.sizes)
         shapes = profile(inputs, sizes)
@@ -157,7 +187,7 @@ class TensorRt(Backend):
             found = rtx.capability(target)
             assert found is not None
             self._compile(model, path / source, path / bundle.ENGINE, found, options.tf32, shapes)
-        elif options.proxy and rtx.installed():
+        elif chosen == "bundle" and options.proxy and rtx.installed():
             with tempfile.TemporaryDirectory(prefix=".proxy-", dir=path) as folder:
                 engine = Path(folder) / bundle.ENGINE
                 self._compile(
@@ -272,7 +302,7 @@ class TensorRt(Backend):
     def deferred(self, path: Path, target: Target, options: TensorRtOptions) -> Sequence[str]:
         """Build where that is left, verify, measure."""
         record = Record.load(path)
-        if mode(target, options) == "rtx-engine":
+        if bundle.read(path)["runtime"] == bundle.RTX:
             first = "load the engine, which chooses its kernels on the card (python verify.py)"
         elif record is None:
             first = f"build the engine with TensorRT 11 (python build_engine.py); not tried here: {_EXTRA}"

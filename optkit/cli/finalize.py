@@ -11,9 +11,6 @@ import typer
 from optkit.cli import options
 from optkit.cli.terminal import Terminal, command
 
-# What else a result depends on, as backends call it and as it is said.
-_SYSTEMS = {"cuda_driver": "CUDA driver", "macos": "macOS"}
-
 
 @command
 def finalize(
@@ -34,13 +31,13 @@ def finalize(
     from optkit.artifact import DEVICE
     from optkit.cli.render import table
     from optkit.finish import finalize
+    from optkit.sentences import measured_on
 
     found = finalize(artifact, force=force, progress=terminal.progress)
     if json:
         terminal.json({"artifact": str(artifact), **asdict(found)})
         return 0
-    named = (f"{said} {found.device[key]}" for key, said in _SYSTEMS.items() if key in found.device)
-    terminal.say(", ".join((f"measured on {found.device['device']}", *named)))
+    terminal.say(measured_on(found))
     rows = [
         (
             ", ".join(f"{name} {shape}" for name, shape in batch["inputs"].items()),

@@ -55,6 +55,8 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
     if one is not None:
         rows.append(("Shipped", (one.name + (f": {one.reason}" if one.reason else ""),)))
     rows.append(("Model", (sentences.size(report),)))
+    if manifest.mode is not None:
+        rows.append(("Mode", (manifest.mode,)))
     if report.latency is not None:
         rows.append(("Latency", sentences.latency(report.latency)))
     else:

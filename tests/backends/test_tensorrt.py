@@ -215,6 +215,23 @@ def test_each_card_has_the_mode_and_the_proxy_that_tensorrt_rtx_supports():
     }  # fmt: skip
 
 
+def test_the_mode_that_was_chosen_is_in_the_manifest_the_summary_and_the_json(
+    without_rtx, model, tmp_path, capsys
+):
+    file = tmp_path / "model.onnx"
+    onnx.save(ir.to_proto(model), file)
+    assert (
+        main(["compile", str(file), "-t", "h100", "-r", "fp32", "-o", str(tmp_path / "out"), "--json"]) == 0
+    )
+    out, said = capsys.readouterr()
+    words = "bundle: TensorRT builds the engine on the device"
+    assert f"Mode      {words}" in said
+    manifest = json.loads(out)["manifest"]
+    assert manifest["options"]["mode"] == "bundle" and manifest["mode"].startswith(words)
+    assert optkit.load(tmp_path / "out").manifest.mode == manifest["mode"]
+    assert "mode: bundle" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
 def test_an_engine_without_the_package_is_refused_before_any_work_with_the_pip_line(
     without_rtx, model, tmp_path, capsys
 ):

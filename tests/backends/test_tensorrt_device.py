@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -87,13 +88,16 @@ def test_tensorrt_rtx_has_the_same_names(name):
 # On a device
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Path:
+def _model() -> ir.Model:
     random = np.random.default_rng(0)
     text = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 16] x) => (float[N, 4] y) { y = MatMul(x, w) }'
-    model: ir.Model = parse(text, w=random.normal(size=(16, 4)).astype(np.float32))
+    return parse(text, w=random.normal(size=(16, 4)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("compiled") / "out"
-    optkit.compile(model, target="h100", recipe="fp32", overrides=["options.proxy=false"], out=out)
+    optkit.compile(_model(), target="h100", recipe="fp32", overrides=["options.proxy=false"], out=out)
     return out
 
 
@@ -112,6 +116,83 @@ def gpu(driver, tmp_path, monkeypatch) -> Path:
     log.touch()
     monkeypatch.setenv("FAKE_TENSORRT_LOG", str(log))
     return log
+
+
+# With the device at hand
+
+
+@pytest.mark.parametrize("target", ["h100", "h200"])
+def test_where_tensorrt_and_the_card_are_at_hand_compile_goes_on_and_finishes(gpu, tmp_path, target):
+    done, report = optkit.compile(_model(), target=target, recipe="fp32", out=tmp_path / "out")
+    manifest = done.manifest
+    assert manifest.options["mode"] == "device-build" and manifest.mode.startswith("device-build: ")
+    e = manifest.evidence
+    assert e.compiled and e.ran_on_device and e.timed_on_device and not e.proxy_compiled
+    assert manifest == report.manifest and manifest.deferred == () and gpu.read_text().count("a build") == 1
+    assert (done.folder / "engine.plan").is_file() and (done.folder / "timing.cache").is_file()
+    assert json.loads((done.folder / "device.json").read_text())["batches"] == list(report.finished.batches)
+    assert json.loads((done.folder / "report.json").read_text())["finished"]["cosine"] == pytest.approx(1.0)
+    finalize(done.folder)
+    assert gpu.read_text().count("a build") == 1
+
+
+def test_the_summary_of_a_build_on_the_device_says_what_ran_there_and_nothing_else(gpu, tmp_path, capsys):
+    file = tmp_path / "model.onnx"
+    onnx.save(ir.to_proto(_model()), file)
+    assert (
+        main(["compile", str(file), "-t", "h100", "-r", "fp32", "-o", str(tmp_path / "out"), "--json"]) == 0
+    )
+    out, said = capsys.readouterr()
+    assert "device-build: " in said and "measured on Pretended GPU, CUDA driver 13000" in said
+    assert "x [8, 16]: " in said and "200 runs" in said
+    assert "there is no h100 here" not in said and "DEFERRED" not in said
+    assert "as read back from what was built" in said
+    found = json.loads(out)
+    assert found["manifest"]["options"]["mode"] == "device-build" and found["latency"] is None
+    assert found["finished"]["device"]["device"] == "Pretended GPU"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("OPTKIT_LIBCUDA", "/nonexistent/libcuda.so.1", "there is no NVIDIA driver here"),
+        ("FAKE_CUDA_INIT", "100", "cuInit: CUDA_ERROR_NO_DEVICE"),
+        ("FAKE_CUDA_MAJOR", "8", "the device here is Pretended GPU (sm_80), not h100 (sm_90a)"),
+        ("FAKE_TENSORRT_BROKEN", "1", "TensorRT does not load: ImportError: libnvinfer.so.11"),
+    ],
+)
+def test_a_build_here_is_refused_before_any_work_where_something_is_missing(
+    gpu, tmp_path, monkeypatch, capsys, variable, value, said
+):
+    monkeypatch.setenv(variable, value)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"never read")
+    asked = ["compile", str(file), "-t", "h100", "-r", "fp32", "-o", str(tmp_path / "out")]
+    assert main([*asked, "--set", "options.mode=device-build", "--json"]) == 4
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert said in error["message"] and "options.mode=bundle" in error["hint"]
+    out, _ = optkit.compile(
+        _model(), target="h100", recipe="fp32", out=tmp_path / "out", overrides=["options.proxy=false"]
+    )
+    assert out.manifest.options["mode"] == "bundle" and not out.manifest.evidence.compiled
+
+
+def test_a_build_here_is_refused_without_tensorrt(driver, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTKIT_LIBCUDA", str(driver))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendUnavailableError, match="TensorRT, which is not installed") as error:
+        optkit.compile(
+            tmp_path / "missing.onnx", target="l4", recipe="fp32", overrides=["options.mode=device-build"]
+        )
+    assert error.value.hint.startswith("pip install tensorrt-cu13")
+
+
+def test_an_engine_that_the_device_cannot_build_leaves_what_was_there(gpu, artifact, monkeypatch):
+    monkeypatch.setenv("FAKE_TENSORRT_FAILS", "1")
+    before = (artifact / "manifest.json").read_bytes()
+    with pytest.raises(ModelError, match="TensorRT built nothing"):
+        optkit.compile(_model(), target="h100", recipe="fp32", out=artifact)
+    assert (artifact / "manifest.json").read_bytes() == before and not (artifact / "engine.plan").exists()
 
 
 def _program(artifact: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

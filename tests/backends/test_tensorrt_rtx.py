@@ -77,6 +77,7 @@ def test_an_engine_is_built_and_its_plan_shows_every_product(model, batches, tmp
     assert manifest.size.after == len(engine)
     assert report.latency is None and "load the engine" in manifest.deferred[0]
     assert json.loads((artifact.folder / "bundle.json").read_text())["runtime"] == "tensorrt_rtx"
+    assert manifest.options["mode"] == "rtx-engine" and manifest.mode.startswith("rtx-engine: TensorRT-RTX")
     assert not (artifact.folder / "build_engine.py").exists()
 
 

@@ -13,6 +13,9 @@ import os
 import numpy as np
 import onnxruntime as ort
 
+if os.environ.get("FAKE_TENSORRT_BROKEN"):
+    raise ImportError("libnvinfer.so.11: cannot open shared object file")
+
 __version__ = "11.4.0"
 
 ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "DETAILED")
