@@ -19,6 +19,12 @@ TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 _BUILD = ("build_engine.py",)
 _PROGRAMS = ("device.py", "closeness.py", "engine.py", "verify.py", "bench.py")
 _SCRIPTS = Path(__file__).resolve().parent / "scripts"
+# TensorRT-RTX has the same interface under a name of its own, and its engine is there from the start.
+_RTX = (
+    ("import tensorrt as trt", "import tensorrt_rtx as trt"),
+    ("pip install tensorrt-cu13", "pip install tensorrt-rtx-cu13"),
+    ("python build_engine.py builds it", "compile the model again"),
+)
 # Programs that are modules of optkit too.
 _SHARED = {"device.py": cuda.__file__, "closeness.py": closeness.__file__}
 
@@ -56,6 +62,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def program(name: str, *, rtx: bool) -> str:
-    """The text of a program; TensorRT-RTX has its own package of the same interface."""
+    """The text of a program, for TensorRT or for TensorRT-RTX."""
     text = Path(_SHARED.get(name, _SCRIPTS / name)).read_text(encoding="utf-8")
-    return text.replace("import tensorrt as trt", "import tensorrt_rtx as trt") if rtx else text
+    for own, other in _RTX if rtx else ():
+        text = text.replace(own, other)
+    return text

@@ -310,6 +310,38 @@ def test_each_evidence_is_there_when_its_step_is_done_and_no_earlier(artifact, g
     assert not Artifact(artifact).manifest.evidence.ran_on_device
 
 
+def _line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a program ended with."""
+    assert done.returncode and not done.stdout, done.stdout
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("program", ["verify.py", "bench.py"])
+def test_a_program_says_in_one_line_what_is_missing_and_what_to_do(artifact, gpu, monkeypatch, program):
+    assert _line(_program(artifact, program)) == "engine.plan is missing: python build_engine.py builds it"
+    for variable, value, said in (
+        (
+            "OPTKIT_LIBCUDA",
+            "/nonexistent/libcuda.so.1",
+            "there is no NVIDIA driver here (libcuda.so.1 does not load)",
+        ),
+        ("FAKE_CUDA_INIT", "100", "cuInit: CUDA_ERROR_NO_DEVICE (100)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            assert _line(_program(artifact, program)) == f"{said}: run this on the machine with the GPU"
+
+
+@pytest.mark.parametrize("program", ["build_engine.py", "verify.py", "bench.py"])
+def test_a_program_without_tensorrt_gives_the_pip_line(artifact, gpu, monkeypatch, program):
+    monkeypatch.setenv("FAKE_TENSORRT_BROKEN", "1")
+    said = (
+        "TensorRT does not load (libnvinfer.so.11: cannot open shared object file): pip install tensorrt-cu13"
+    )
+    assert _line(_program(artifact, program)) == said
+
+
 def test_inputs_outside_the_profile_are_refused_with_input_shape_and_profile(artifact, gpu):
     facts = json.loads((artifact / "bundle.json").read_text())
     facts["profile"]["x"] = [[1, 16], [2, 16], [4, 16]]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from closeness import batch, spread
 from device import Device
-from engine import Engine
+from engine import Engine, opened
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--warmup", type=int, default=50)
     arguments = parser.parse_args()
     records = []
-    with Device() as gpu:
+    with opened() as gpu:
         loaded = Engine(gpu)
         for file in sorted((HERE / "golden").glob("*.npz")):
             given, _ = batch(file)

@@ -14,7 +14,10 @@ import json
 import sys
 from pathlib import Path
 
-import tensorrt as trt
+try:
+    import tensorrt as trt
+except ImportError as error:
+    raise SystemExit(f"TensorRT does not load ({error}): pip install tensorrt-cu13") from None
 
 HERE = Path(__file__).resolve().parent
 BUNDLE, ENGINE, CACHE = "bundle.json", "engine.plan", "timing.cache"

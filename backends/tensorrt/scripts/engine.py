@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorrt as trt
-from device import Device
+from device import CudaError, Device
+
+try:
+    import tensorrt as trt
+except ImportError as error:
+    raise SystemExit(f"TensorRT does not load ({error}): pip install tensorrt-cu13") from None
 
 HERE = Path(__file__).resolve().parent
+
+
+def opened() -> Device:
+    """The device of this machine; the program ends where there is none."""
+    try:
+        return Device()
+    except CudaError as error:
+        raise SystemExit(f"{error}: run this on the machine with the GPU") from None
 
 
 class Engine:
@@ -21,7 +33,10 @@ class Engine:
     def __init__(self, device: Device) -> None:
         self.bundle: dict[str, Any] = json.loads((HERE / "bundle.json").read_text())
         self._device = device
-        data = (HERE / "engine.plan").read_bytes()
+        plan = HERE / "engine.plan"
+        if not plan.is_file():
+            raise SystemExit(f"{plan.name} is missing: python build_engine.py builds it")
+        data = plan.read_bytes()
         self.sha256 = hashlib.sha256(data).hexdigest()
         runtime: trt.Runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(data)

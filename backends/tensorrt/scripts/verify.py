@@ -2,7 +2,8 @@
 
     python verify.py
 
-The golden outputs are those of the same typed graph in ONNX Runtime on a CPU. Exit code 0: close enough; 1: not.
+The golden outputs are those of the same typed graph in ONNX Runtime on a CPU. Exit code 0: close
+enough; 1: not, or nothing was compared, and a line on stderr says why.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import json
 from pathlib import Path
 
 from closeness import verify
-from device import Device
-from engine import Engine
+from engine import Engine, opened
 
 HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    with Device() as device:
+    with opened() as device:
         engine = Engine(device)
         checked = verify(engine.run, HERE / "golden", engine.bundle["min_cosine"])
         record = {**checked, "engine": engine.sha256, **device.facts()}
