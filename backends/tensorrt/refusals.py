@@ -38,6 +38,9 @@ def refusal(node: ir.Node, target: Target) -> str | None:
         return "TensorRT has no int8 operators; it reads QuantizeLinear and DequantizeLinear alone (--precision int8)"
     if node.domain == "" and (node.op_type in _MISSING or node.op_type.startswith(_NO_TENSORS)):
         return "TensorRT's parser has no importer for it"
+    kinds = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+    if ir.DataType.DOUBLE in kinds:
+        return "TensorRT computes float64 in float32, which the graph must say itself: export it in float32"
     if node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return _pair(node, target)
     if (blocks := format_of(node)) is not None:
@@ -49,14 +52,7 @@ def refusal(node: ir.Node, target: Target) -> str | None:
             and value.dtype in (ir.DataType.INT8, ir.DataType.INT4)
         ):
             return "TensorRT takes quantized constants right in front of a DequantizeLinear alone"
-    for value in (*node.inputs, *node.outputs):
-        if (
-            value is not None
-            and value.dtype == ir.DataType.BFLOAT16
-            and (why := target.refusal("bf16")) is not None
-        ):
-            return why
-    return None
+    return target.refusal("bf16") if ir.DataType.BFLOAT16 in kinds else None
 
 
 def _pair(node: ir.Node, target: Target) -> str | None:

@@ -21,7 +21,14 @@ from optkit.backends.tensorrt.profiles import profile, ranges, seen
 from optkit.backends.tensorrt.refusals import refusal
 from optkit.cli.app import main
 from optkit.data import TensorSpec
-from optkit.errors import BackendUnavailableError, ModelError, PassError, RecipeError, UsageError
+from optkit.errors import (
+    BackendUnavailableError,
+    ModelError,
+    PassError,
+    RecipeError,
+    UnsupportedOpError,
+    UsageError,
+)
 from optkit.formats import FORMATS as NUMBERS
 from optkit.graph import walk
 from optkit.ops import OPS
@@ -145,6 +152,18 @@ def test_plain_operators_are_not_refused(model):
 def test_bfloat16_needs_ampere():
     node = _node("g (bfloat16[4] x) => (bfloat16[4] y) { [n] y = Relu(x) }")
     assert "sm_80" in refusal(node, target("t4")) and refusal(node, target("a10")) is None
+
+
+@pytest.mark.parametrize("name", ["h100", "l4"])
+def test_float64_is_refused_on_every_card_with_the_same_reason(name, tmp_path):
+    double = parse(
+        HEAD + "g (double[N, 4] x) => (double[N, 2] y) { [n] y = MatMul(x, w) }", w=np.ones((4, 2))
+    )
+    with pytest.raises(
+        UnsupportedOpError, match=r"n \(MatMul\): TensorRT computes float64 in float32"
+    ) as error:
+        _compile(double, None, tmp_path / "out", name=name, overrides=["options.mode=bundle"])
+    assert error.value.exit_code == 1 and not (tmp_path / "out").exists()
 
 
 # Shape profiles
