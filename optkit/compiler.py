@@ -564,7 +564,7 @@ def compile(
         ModelError: The model cannot be read or built.
         BackendUnavailableError: A package is missing.
     """
-    started = (time.process_time(), time.perf_counter())
+    started = _clocks()
     destination = Path(out)
     asked = request(
         source, inputs=inputs, dynamic_shapes=dynamic_shapes, weights=weights, target=target, recipe=recipe, precision=precision,
@@ -892,10 +892,16 @@ def _write(folder: Path, report: Report) -> None:
     (folder / PAGE).write_text(page(report), encoding="utf-8")
 
 
+def _clocks() -> tuple[float, float]:
+    """CPU seconds of this process and of those it started that have ended, as compilers of vendors do, and seconds on the wall."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime, time.perf_counter()
+
+
 def _resources(started: tuple[float, float]) -> Resources:
-    """What was spent since."""
+    """What was spent since; the peak is that of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cpu, wall = time.process_time() - started[0], time.perf_counter() - started[1]
+    cpu, wall = (now - before for now, before in zip(_clocks(), started, strict=True))
     return Resources(cpu_seconds=cpu, wall_seconds=wall, peak_rss_bytes=peak)
 
 

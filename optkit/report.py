@@ -314,7 +314,7 @@ class EligibilityRecord(_Record):
 
 
 class Resources(_Record):
-    """What compiling cost."""
+    """What compiling cost: CPU with all processes that it started, memory of its own."""
 
     cpu_seconds: float
     wall_seconds: float

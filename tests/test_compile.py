@@ -650,3 +650,12 @@ def test_no_more_batches_are_alive_when_there_are_more(model, tmp_path, monkeypa
         return most
 
     assert most_alive(40) == most_alive(12) < 12
+
+
+def test_the_cost_counts_what_processes_spent_that_have_ended():
+    from optkit.compiler import _clocks, _resources
+
+    started = _clocks()
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert _resources(started).cpu_seconds >= 0.3
