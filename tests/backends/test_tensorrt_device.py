@@ -68,6 +68,7 @@ def test_the_programs_use_names_that_tensorrt_has(name):
         ("trt.BuilderFlag.FP16", "trt.BuilderFlag.FP16"),
         ("config: trt.IBuilderConfig = f()\nconfig.int8_calibrator", "config.int8_calibrator"),
         ("trt.init_plugins", "trt.init_plugins"),
+        ("registry: trt.IPluginRegistry = f()\nregistry.load", "registry.load"),
     ],
 )
 def test_names_that_tensorrt_no_longer_has_are_found(line, wrong):
@@ -362,6 +363,37 @@ def test_inputs_of_another_type_are_refused_and_not_read_as_what_they_are_not(ar
         np.savez(file, **batch)
     done = _program(artifact, "verify.py")
     assert done.returncode and done.stderr.startswith("input 'x' is float64, the engine takes float32")
+
+
+def test_plug_ins_are_loaded_before_a_graph_that_calls_them_is_read_and_before_its_engine(
+    artifact, gpu, tmp_path
+):
+    library, graph = tmp_path / "liboptkit_plugins.so", tmp_path / "called.onnx"
+    library.write_bytes(b"code")
+    shutil.copy(artifact / "model.onnx", graph)
+    asked = ["--plugin", str(library), "--model", str(graph)]
+    for _ in range(2):
+        assert _program(artifact, "build_engine.py", *asked).returncode == 0
+    steps = ["a plug-in: liboptkit_plugins.so", "a build", "parsed called.onnx"]
+    assert gpu.read_text().splitlines() == steps
+    library.unlink()
+    assert _program(artifact, "verify.py").returncode == 0
+    assert gpu.read_text().splitlines() == [*steps, steps[0]]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (None, "libodd.so is missing"),
+        (b"", "libodd.so: TensorRT does not load it, or has its plug-ins already"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_loaded_is_named(artifact, gpu, tmp_path, code, said):
+    library = tmp_path / "libodd.so"
+    if code is not None:
+        library.write_bytes(code)
+    done = _program(artifact, "build_engine.py", "--plugin", str(library))
+    assert said in _line(done) and "a build" not in gpu.read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,12 @@
 
 Precision comes from the types and the Q/DQ pairs of the graph alone. The timing cache is kept beside the engine, so that a
 rebuild takes the same kernels. Nothing is done where the engine is there already (--force builds it anew).
+
+    python build_engine.py --plugin liboptkit_plugins.so --model tensorrt/model.onnx
+
+The graph of this folder calls no plug-ins. With these options another one of the same inputs and outputs is built, such as that in
+tensorrt/ of a Triton artifact of the same model, with the library that its optkit_plugins.cpp compiles to; verify.py and bench.py
+then run that engine. optkit finalize builds the graph of this folder again.
 """
 
 from __future__ import annotations
@@ -11,7 +17,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 try:
@@ -38,27 +46,43 @@ class Log(trt.ILogger):  # type: ignore[misc]
             print(message, file=sys.stderr)
 
 
-def key(bundle: dict[str, object]) -> str:
-    """What an engine is built from: another model, profile or version makes another engine."""
-    digest = hashlib.sha256((HERE / str(bundle["source"])).read_bytes())
-    for data in sorted(HERE.glob("*.data")):
-        digest.update(data.read_bytes())
+def key(bundle: dict[str, object], source: Path, plugins: Sequence[Path]) -> str:
+    """What an engine is built from: another model, plug-in, profile or version makes another engine."""
+    digest = hashlib.sha256(source.read_bytes())
+    for file in (*sorted(source.parent.glob("*.data")), *plugins):
+        digest.update(file.read_bytes())
     digest.update(json.dumps([bundle["profile"], bundle["tf32"], trt.__version__], sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def build(*, force: bool = False) -> Path:
-    """Parse, set the shape profile, build, and write engine and timing cache."""
+def load(plugins: Sequence[Path]) -> None:
+    """Load libraries of plug-ins; a copy of each lies beside the engine, which needs it too."""
+    registry: trt.IPluginRegistry = trt.get_plugin_registry()
+    for library in plugins:
+        own = HERE / library.name
+        if library.resolve() != own:
+            shutil.copyfile(library, own)
+        if registry.load_library(str(own)) is None:
+            raise SystemExit(f"{library.name}: TensorRT does not load it, or has its plug-ins already")
+
+
+def build(*, force: bool = False, model: Path | None = None, plugins: Sequence[Path] = ()) -> Path:
+    """Load plug-ins, parse, set the shape profile, build, and write engine and timing cache."""
     bundle = json.loads((HERE / BUNDLE).read_text())
-    engine, stamp, wanted = HERE / ENGINE, HERE / f"{ENGINE}.json", key(bundle)
+    source = HERE / bundle["source"] if model is None else model
+    for file in (source, *plugins):
+        if not file.is_file():
+            raise SystemExit(f"{file} is missing")
+    engine, stamp, wanted = HERE / ENGINE, HERE / f"{ENGINE}.json", key(bundle, source, plugins)
     if not force and engine.is_file() and stamp.is_file() and json.loads(stamp.read_text())["key"] == wanted:
         print(f"{engine.name} is there already")
         return engine
+    load(plugins)
     log = Log()
     builder: trt.Builder = trt.Builder(log)
     network: trt.INetworkDefinition = builder.create_network(0)
     parser: trt.OnnxParser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(HERE / bundle["source"])):
+    if not parser.parse_from_file(str(source)):
         for index in range(parser.num_errors):
             print(parser.get_error(index), file=sys.stderr)
         raise SystemExit("TensorRT's parser refuses the model")
@@ -85,12 +109,21 @@ def build(*, force: bool = False) -> Path:
     if timing is not None:
         file.write_bytes(memoryview(timing.serialize()))
     sha = hashlib.sha256(engine.read_bytes()).hexdigest()
-    stamp.write_text(json.dumps({"key": wanted, "tensorrt": trt.__version__, "sha256": sha}, indent=2) + "\n")
+    made = {"key": wanted, "tensorrt": trt.__version__, "sha256": sha, "plugins": [p.name for p in plugins]}
+    stamp.write_text(json.dumps(made, indent=2) + "\n")
     print(f"wrote {engine.name}, {engine.stat().st_size / 1e6:.1f} MB, with TensorRT {trt.__version__}")
     return engine
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--force", action="store_true", help="build although the engine is there")
-    build(force=arguments.parse_args().force)
+    arguments.add_argument("--model", type=Path, metavar="ONNX", help="another graph than this folder's")
+    arguments.add_argument(
+        "--plugin", type=Path, action="append", default=[], metavar="LIB",
+        help="a library of plug-ins to load before the graph is read; may be given again",
+    )  # fmt: skip
+    asked = arguments.parse_args()
+    build(force=asked.force, model=asked.model, plugins=asked.plugin)

@@ -38,6 +38,11 @@ class Engine:
             raise SystemExit(f"{plan.name} is missing: python build_engine.py builds it")
         data = plan.read_bytes()
         self.sha256 = hashlib.sha256(data).hexdigest()
+        stamp = plan.with_name(f"{plan.name}.json")
+        registry: trt.IPluginRegistry = trt.get_plugin_registry()
+        for name in json.loads(stamp.read_text()).get("plugins", ()) if stamp.is_file() else ():
+            if registry.load_library(str(HERE / name)) is None:
+                raise SystemExit(f"{name}: TensorRT does not load it, and the engine needs its plug-ins")
         runtime: trt.Runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(data)
         if engine is None:

@@ -63,6 +63,8 @@ class OnnxParser:
         self._network = network
 
     def parse_from_file(self, file):
+        with open(os.environ["FAKE_TENSORRT_LOG"], "a") as log:
+            log.write(f"parsed {os.path.basename(file)}\n")
         self._network["file"] = file
         return True
 
@@ -166,6 +168,17 @@ class Context:
             found = -array if os.environ.get("FAKE_TENSORRT_WRONG") else array
             ctypes.memmove(self._places[name], np.ascontiguousarray(found).ctypes.data, found.nbytes)
         return True
+
+
+class IPluginRegistry:
+    def load_library(self, plugin_path):
+        with open(os.environ["FAKE_TENSORRT_LOG"], "a") as log:
+            log.write(f"a plug-in: {os.path.basename(plugin_path)}\n")
+        return object() if os.path.getsize(plugin_path) else None
+
+
+def get_plugin_registry():
+    return IPluginRegistry()
 
 
 def nptype(kind):
