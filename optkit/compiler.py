@@ -751,7 +751,7 @@ def recipe_for(precision: str | None) -> str:
 def _batches(data: Batches | None, loaded: Loaded, plan: Recipe, engine: Backend) -> CalibrationData | None:
     if data is None:
         return None
-    if data == "random":
+    if isinstance(data, str | Path) and str(data) == "random":
         sizes = engine.sizes(loaded.model, engine.options.model_validate(plan.options))
         found = trial_batches(loaded.model, _DRAWN, seed=plan.seed, sizes=sizes)
     elif isinstance(data, str | Path):

@@ -351,7 +351,7 @@ class Report(_Record):
 
     @property
     def profiled(self) -> bool:
-        """Whether formats and operators are those of a profiled run: where it was finished on a device, that gave outputs and times alone."""
+        """Whether formats and operators are from a profile: a device on which it was finished gave outputs and times alone."""
         return self.manifest.evidence.ran_on_device and self.finished is None
 
     @property
