@@ -12,7 +12,7 @@ import onnx_ir as ir
 from pydantic import Field
 
 from optkit import golden
-from optkit.arithmetic import product_format, products
+from optkit.arithmetic import FLOATS, product_format, products
 from optkit.backends.base import Backend, Executed, Finished, Mark, Options, Task
 from optkit.backends.tensorrt import bundle, rtx
 from optkit.backends.tensorrt.finalize import at_hand, finalize
@@ -21,7 +21,7 @@ from optkit.backends.tensorrt.profiles import Range, profile, ranges, seen
 from optkit.backends.tensorrt.refusals import refusal
 from optkit.backends.tensorrt.session import TypedGraphSession
 from optkit.backends.tensorrt.spelling import inline, spelled
-from optkit.backends.tensorrt.verdict import FLOATS, Record
+from optkit.backends.tensorrt.verdict import Record
 from optkit.data import specs
 from optkit.errors import BackendUnavailableError, ModelError, UnsupportedOpError, UsageError
 from optkit.graph import describe, walk

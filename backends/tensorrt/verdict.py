@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from optkit.arithmetic import FLOATS
 from optkit.backends.tensorrt import plan
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from optkit.backends.tensorrt.rtx import Verdict
 
 FILE = "rtx.json"
-FLOATS = frozenset({"fp32", "fp16", "bf16"})
 
 
 class Record(BaseModel):
