@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from optkit.data import TensorSpec
+from optkit.dims import worked_out
 from optkit.errors import UsageError
 
 Range = tuple[int, int, int]
@@ -54,7 +55,18 @@ def ranges(inputs: Sequence[TensorSpec], given: Mapping[str, Range]) -> dict[str
                 hint="smallest, usual, largest",
             )
         found[name] = (low, usual, high)
-    return found
+    return found | {
+        name: (sizes[0], sizes[1], sizes[2])
+        for name in found.keys() - given.keys()
+        if (sizes := _sum(name, found)) is not None
+    }
+
+
+def _sum(name: str, known: Mapping[str, Range]) -> list[int] | None:
+    """The sizes of an axis that is a sum of others, such as ``past + 1``; None for one that stands for itself."""
+    others = {n: r for n, r in known.items() if n != name}
+    sizes = [worked_out(name, {n: r[which] for n, r in others.items()}) for which in range(3)]
+    return None if None in sizes else sorted(size for size in sizes if size is not None)
 
 
 def seen(

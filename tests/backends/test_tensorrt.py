@@ -183,6 +183,14 @@ def test_free_axes_have_a_range_by_what_they_are_and_a_name():
     assert profile([fixed], ranges([fixed], {})) == {}
 
 
+def test_an_axis_that_is_a_sum_of_others_has_the_sizes_of_the_sum():
+    past = TensorSpec(name="past", dtype=np.dtype(np.float32), shape=(1, 4, "p", 8))
+    mask = TensorSpec(name="mask", dtype=np.dtype(np.int64), shape=(1, "p + 1"))
+    assert ranges([past, mask], {}) == {"p": (32, 224, 512), "p + 1": (33, 225, 513)}
+    assert ranges([mask, past], {"p": (1, 16, 64)})["p + 1"] == (2, 17, 65)
+    assert ranges([past, mask], {"p + 1": (2, 3, 4)})["p + 1"] == (2, 3, 4)
+
+
 def test_data_narrows_the_axes_that_nobody_named():
     sizes = {"image": [(2, 2, 4), (3, 3, 3), (32, 48, 96), (64, 64, 64)], "ids": [(1, 2, 64), (7, 9, 30)]}
     found = seen([IMAGE, IDS], sizes, {"height": (16, 32, 128)})
