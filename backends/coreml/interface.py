@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
+from optkit.backends.coreml.quiet import sanitizer
 from optkit.backends.coreml.shapes import Axes, keys
 from optkit.data import TensorSpec
 from optkit.errors import ModelError
@@ -98,11 +99,12 @@ class Interface(BaseModel):
 
 
 def feature(name: str, taken: set[str]) -> str:
-    """``name`` as Core ML takes it: letters, digits and underscores, not a digit first; unique."""
+    """``name`` as Core ML takes it: letters, digits and underscores, not a digit first, no word of its language; unique."""
     plain = re.sub(r"\W", "_", name, flags=re.ASCII) or "_"
     plain = f"_{plain}" if plain[0].isdigit() else plain
     found, n = plain, 1
-    while found in taken:
+    # Words such as `state` and `tensor`: coremltools would rename them while it converts.
+    while found in taken or sanitizer().sanitize_name(found) != found:
         found, n = f"{plain}_{n}", n + 1
     taken.add(found)
     return found

@@ -47,3 +47,6 @@ mb: Any = mil.Builder
 types: Any = mil.types
 MIL_pb2: Any = importlib.import_module("coremltools.proto.MIL_pb2")
 Model_pb2: Any = importlib.import_module("coremltools.proto.Model_pb2")
+sanitizer: Any = importlib.import_module(
+    "coremltools.converters.mil.mil.passes.defs.preprocess"
+).NameSanitizer

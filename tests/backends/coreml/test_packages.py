@@ -161,6 +161,37 @@ def test_names_types_and_scalars_are_the_models_own(tmp_path):
     assert [f.name for f in _description(tmp_path).input] == ["input_0", "_1st", "s"]
 
 
+# What coremltools renames while it converts (its NameSanitizer), and names that are one as soon as they are written its way.
+WORDS = (
+    "any", "bool", "program", "func", "tensor", "list", "dict", "tuple", "true", "false", "string", "bf16", "fp16", "fp32", "fp64",
+    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "state",
+)  # fmt: skip
+
+
+def test_inputs_may_be_called_by_words_of_core_mls_language(tmp_path):
+    names = [*WORDS, "a.b", "a_b", "a/b"]
+    inputs, outputs = (", ".join(f"float[2] {c}{n}" for n in range(len(names))) for c in "xy")
+    nodes = " ".join(f"y{n} = Add(x{n}, x{n})" for n in range(len(names)))
+    model = parse(HEAD + f"g ({inputs}) => ({outputs}) {{ {nodes} }}")
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        value.name = name
+    with _lower(model, tmp_path) as session:
+        _same(model, session, random_feeds(model))
+    features = [f.name for f in (*_description(tmp_path).input, *_description(tmp_path).output)]
+    assert len(set(features)) == len(features) and not set(features) & set(WORDS)
+
+
+@pytest.mark.parametrize("states", [{}, {"state": "string"}])
+def test_outputs_states_and_values_between_may_be_called_by_words_of_core_mls_language(states, tmp_path):
+    model = parse(
+        HEAD + "g (float[4] x, float[4] state) => (float[4] tensor, float[4] string) {"
+        " list = Mul(x, x) string = Add(list, state) tensor = Mul(string, x) }"
+    )
+    with _lower(model, tmp_path, states=states) as session:
+        # States are kept in float16: half a step of 11 bits.
+        _same(model, session, random_feeds(model), tolerance=2**-11 if states else 1e-6)
+
+
 def test_masks_stay_finite_in_half_precision(tmp_path):
     model = parse(MASKED)
     mask = np.array([[1] * 5 + [0] * 3, [1] * 8], np.float32)
