@@ -296,6 +296,14 @@ class Backend(ABC):
         """
         return {}
 
+    def fed(self, options: Any, feeds: Mapping[str, np.ndarray], *, drawn: bool) -> dict[str, np.ndarray]:
+        """``feeds`` as inputs that ``options`` let the artifact be given, such as what becomes of pixels.
+
+        Args:
+            drawn: From N(0, 1); else they are examples, and become what is nearest.
+        """
+        return dict(feeds)
+
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
         return options

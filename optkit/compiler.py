@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -117,11 +117,15 @@ class Compilation:
         seed: int,
         folder: Path,
         progress: Progress,
-        wanted: Mapping[str, int] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.wanted = dict(wanted or {})
+        chosen = backend.options.model_validate(options or {})
+        self.wanted = dict(backend.sizes(loaded.model, chosen))
+        self._fed = partial(backend.fed, chosen)
         self.loaded, self.target, self.backend, self.evaluator = loaded, target, backend, evaluator
         self.seed, self.folder, self.progress = seed, folder, progress
+        if data is not None and data.random:
+            data = data.mapped(partial(self._fed, drawn=True))
         data = None if data is None else data.remembered()
         self.given = self.data = self.held_out = data
         self.inputs = "calibration data"
@@ -148,8 +152,10 @@ class Compilation:
         if self.held_out is not None:
             return self.held_out
         if self.loaded.examples and not self.wanted:
-            return CalibrationData(list(self.loaded.examples), name="example inputs").check(self.loaded.model)
-        return trial_batches(self.loaded.model, 4, seed=self.seed, sizes=self.wanted, run=self.reference.run)
+            examples = [self._fed(feeds, drawn=False) for feeds in self.loaded.examples]
+            return CalibrationData(examples, name="example inputs").check(self.loaded.model)
+        found = trial_batches(self.loaded.model, 4, seed=self.seed, sizes=self.wanted, run=self.reference.run)
+        return found.mapped(partial(self._fed, drawn=True))
 
     @property
     def repeatable(self) -> bool:
@@ -605,7 +611,7 @@ class Request:
         """The compilation that carries this out in ``folder``."""
         return Compilation(
             self.loaded, self.target, self.backend, self.data, self.evaluator, seed=self.recipe.seed, folder=folder, progress=progress,
-            wanted=self.backend.sizes(self.loaded.model, self.backend.options.model_validate(self.recipe.options)),
+            options=self.recipe.options,
         )  # fmt: skip
 
 

@@ -384,6 +384,14 @@ class CalibrationData:
     def __bool__(self) -> bool:
         return True
 
+    def mapped(self, function: Callable[[Feeds], Feeds]) -> CalibrationData:
+        """Each batch after ``function``."""
+
+        def read() -> Iterator[tuple[str, Feeds]]:
+            return ((place, function(feeds)) for place, feeds in self.named())
+
+        return self._make(read, name=self.name, count=self._count, random=self.random)
+
     def limit(self, n: int) -> CalibrationData:
         """The first ``n`` batches."""
         if n < 1:

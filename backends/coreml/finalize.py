@@ -22,7 +22,7 @@ from optkit import golden
 from optkit.backends import records
 from optkit.backends.base import Finished
 from optkit.backends.coreml.eligibility import eligibility
-from optkit.backends.coreml.interface import Interface
+from optkit.backends.coreml.interface import Interface, Port
 from optkit.backends.coreml.package import DATA, PACKAGE
 from optkit.backends.coreml.quiet import ct, silence
 from optkit.backends.coreml.reference.program import Package
@@ -193,13 +193,8 @@ def _defaults(path: Path) -> dict[str, list[int]]:
     return found
 
 
-def _fed(port: Any, array: np.ndarray) -> np.ndarray:
-    """Of a picture what some pixels become."""
-    if port.picture is None:
-        return array
-    pixels = np.clip(np.rint(array * 64 + 128), 0, 255)
-    bias = np.reshape(np.asarray(port.picture.bias, np.float32), (1, -1, 1, 1))
-    return np.asarray(pixels * port.picture.scale + bias, array.dtype)
+def _fed(port: Port, array: np.ndarray) -> np.ndarray:
+    return array if port.picture is None else port.picture.fed(array, drawn=True)
 
 
 def _verify(path: Path, session: MacSession, precision: str) -> dict[str, Any]:

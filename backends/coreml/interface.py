@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from optkit.backends.coreml.quiet import sanitizer
 from optkit.backends.coreml.shapes import Axes, keys
@@ -27,13 +27,52 @@ _STORED = {
 
 
 class Picture(BaseModel):
-    """An input that takes pictures: the network gets ``pixel * scale + bias``."""
+    """An input that takes pictures: the network gets ``pixel * scale + bias``.
+
+    Attributes:
+        bias: Of each channel, or one for all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scale: float
-    bias: tuple[float, ...]
+    scale: float = Field(allow_inf_nan=False)
+    bias: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     color: Literal["RGB", "BGR", "G"] = "RGB"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.scale:
+            raise ValueError("a scale of 0 makes all pixels alike")
+        if len(self.bias) not in (1, self.channels):
+            raise ValueError(
+                f"{self.color} has {self.channels} channel(s), and bias {len(self.bias)} numbers"
+            )
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Of a picture."""
+        return 1 if self.color == "G" else 3
+
+    @property
+    def biases(self) -> np.ndarray:
+        """``[1, C, 1, 1]``."""
+        return np.broadcast_to(np.asarray(self.bias, np.float32), self.channels).reshape(1, -1, 1, 1)
+
+    def pixels(self, array: np.ndarray) -> np.ndarray:
+        """The nearest picture, in whole numbers up to 255, to what the network gets."""
+        found: np.ndarray = np.clip(np.rint((array - self.biases) / np.float32(self.scale)), 0, 255)
+        return found
+
+    def values(self, pixels: np.ndarray) -> np.ndarray:
+        """What the network gets of a picture."""
+        found: np.ndarray = pixels * np.float32(self.scale) + self.biases
+        return found
+
+    def fed(self, array: np.ndarray, *, drawn: bool) -> np.ndarray:
+        """What the network gets of the nearest picture or, where ``array`` was drawn from N(0, 1), of pixels around the middle."""
+        pixels = np.clip(np.rint(array * 64 + 128), 0, 255) if drawn else self.pixels(array)
+        return self.values(pixels).astype(array.dtype)
 
 
 class Port(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,7 +25,7 @@ from optkit.backends.coreml.placement import PLACEMENTS
 from optkit.backends.coreml.program import build
 from optkit.backends.coreml.quiet import silence
 from optkit.backends.coreml.session import MacSession, ReferenceSession, has_core_ml
-from optkit.backends.coreml.shapes import Size, axes, fix
+from optkit.backends.coreml.shapes import Axes, Size, axes, fix, keys
 from optkit.backends.coreml.validate import problems
 from optkit.errors import ModelError, UnsupportedOpError, UsageError
 from optkit.graph import describe, graphs, walk
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Where neither options nor target say: the oldest with all compressed forms.
 _USUAL = 18
+# What pixels become.
+_COLORS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
 class CoreMlOptions(Options):
@@ -98,10 +100,19 @@ class CoreMl(Backend):
 
     def sizes(self, model: ir.Model, options: CoreMlOptions) -> Mapping[str, int]:
         """Those that are fixed, the first that are listed, and the defaults of ranges."""
-        asked = axes(model, options.shapes, options.usual)
+        asked = _chosen(model, options)
         first = {k: sizes[0] for k, sizes in asked.listed.items()}
         ranges = {k: r.usual for k, r in asked.ranged.items() if r.usual > 1}
         return {**asked.fixed, **first, **ranges}
+
+    def fed(
+        self, options: CoreMlOptions, feeds: Mapping[str, np.ndarray], *, drawn: bool
+    ) -> dict[str, np.ndarray]:
+        """Pixels, where pictures are taken."""
+        return {
+            name: options.pictures[name].fed(array, drawn=drawn) if name in options.pictures else array
+            for name, array in feeds.items()
+        }
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """What Core ML cannot express of a node."""
@@ -132,7 +143,7 @@ class CoreMl(Backend):
             ModelError: A node turns out not to fit, or Core ML would refuse the package.
         """
         oldest = version(options, target)
-        chosen = axes(model, options.shapes, options.usual)
+        chosen = _chosen(model, options)
         _check(model, options, oldest, several=len(chosen.listed) > 0)
         _refuse_newer(model, target, oldest)
         interface = describe_ports(model, chosen, options.states, options.pictures, options.labels)
@@ -250,18 +261,49 @@ def macs(kind: str, arguments: Mapping[str, Any], results: list[Any]) -> int:
     return 0
 
 
+def _chosen(model: ir.Model, options: CoreMlOptions) -> Axes:
+    """What the free axes become; pictures have their sizes among them.
+
+    Raises:
+        UsageError: An option names what the model does not have, or a picture is none.
+    """
+    found = axes(model, options.shapes, options.usual)
+    inputs = {str(v.name): v for v in model.graph.inputs if not v.is_initializer()}
+    _known("pictures", options.pictures, inputs)
+    for name, picture in options.pictures.items():
+        value = inputs[name]
+        named, wanted = keys(value), [1, picture.channels]
+        shape = [found.fixed.get(str(k), k) for k in named]
+        if len(shape) != 4 or shape[:2] != wanted:
+            free = [
+                f"options.shapes.{k}={n}" for k, n in zip(named, wanted, strict=False) if isinstance(k, str)
+            ]
+            raise UsageError(
+                f"options.pictures: {name!r} is {shape}, and a picture in {picture.color} is [1, {picture.channels}, height, width]",
+                hint=f"give {' and '.join(free)}"
+                if free
+                else "G is for one channel, RGB and BGR for three, which come first",
+            )
+        if value.dtype not in _COLORS or name in options.states:
+            what = "a state" if name in options.states else f"of type {value.dtype}"
+            raise UsageError(f"options.pictures: {name!r} is {what}, and pictures become floats")
+    return found
+
+
+def _known(option: str, names: Iterable[str], known: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"options.{option}: the model has no {name!r}", hint=f"known: {', '.join(known)}"
+            )
+
+
 def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: bool) -> None:
     inputs = {str(v.name): v for v in model.graph.inputs if not v.is_initializer()}
     outputs = {str(v.name): v for v in model.graph.outputs}
-    for option, names, known in (
-        ("states", options.states, inputs), ("pictures", options.pictures, inputs), ("states", options.states.values(), outputs),
-        ("labels", options.labels, outputs),
-    ):  # fmt: skip
-        for name in names:
-            if name not in known:
-                raise UsageError(
-                    f"options.{option}: the model has no {name!r}", hint=f"known: {', '.join(known)}"
-                )
+    _known("states", options.states, inputs)
+    _known("states", options.states.values(), outputs)
+    _known("labels", options.labels, outputs)
     if options.states and oldest < 18:
         raise UsageError(f"options.states: states need iOS 18, the package is for iOS {oldest}")
     for name, output in options.states.items():

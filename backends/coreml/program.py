@@ -73,7 +73,7 @@ def _feature(port: Port, axes: Axes, ranges: Mapping[str, Any]) -> Any:
         found = ct.Shape([ranges[k] if isinstance(k, str) else k for k in shape])
     if port.picture is not None:
         color = {"RGB": ct.colorlayout.RGB, "BGR": ct.colorlayout.BGR, "G": ct.colorlayout.GRAYSCALE}
-        bias = list(port.picture.bias)
+        bias = [float(b) for b in port.picture.biases.reshape(-1)]
         return ct.ImageType(
             name=port.feature, shape=found, scale=port.picture.scale, bias=bias if len(bias) > 1 else bias[0],
             color_layout=color[port.picture.color],

@@ -79,7 +79,7 @@ class PackageSession(Session):
         if wide and (array.min() < _INT32.min or array.max() > _INT32.max):
             raise DataError(f"input {port.name!r} holds integers beyond 32 bits, and Core ML has none")
         if port.picture is not None:
-            array = _pixels(port, array)
+            array = port.picture.pixels(array)
         array = array.reshape(1) if port.scalar else array
         return np.ascontiguousarray(array.astype(_KINDS[port.stored], copy=False))
 
@@ -131,13 +131,6 @@ def _array(port: Port, found: Mapping[str, Any]) -> np.ndarray:
         return np.asarray(found[port.feature])
     scores = found[SCORES]
     return np.asarray([scores[name] for name in port.labels]).reshape([int(d or 1) for d in port.shape or ()])
-
-
-def _pixels(port: Port, array: np.ndarray) -> np.ndarray:
-    assert port.picture is not None
-    bias = np.reshape(np.asarray(port.picture.bias, np.float32), (1, -1, 1, 1))
-    pixels: np.ndarray = np.clip(np.rint((array - bias) / np.float32(port.picture.scale)), 0, 255)
-    return pixels
 
 
 class ReferenceSession(PackageSession):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 import optkit
 from optkit.backends import BACKENDS
+from optkit.compiler import request
 from optkit.errors import DataError, ModelError, UnsupportedOpError, UsageError
 from optkit.legalize import legalize
+from optkit.passes.base import Silent
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
@@ -377,6 +380,67 @@ def test_a_picture_is_what_the_network_gets_after_scale_and_bias(tmp_path):
     assert _description(tmp_path).input[0].type.WhichOneof("Type") == "imageType"
 
 
+@pytest.mark.parametrize(
+    ("shape", "picture", "shapes", "message"),
+    [
+        ("1, 3, 4, 4", {"scale": 0, "bias": [0]}, {}, "a scale of 0 makes all pixels alike"),
+        ("1, 3, 4, 4", {"scale": 1, "bias": [1, 2]}, {}, r"RGB has 3 channel\(s\), and bias 2 numbers"),
+        ("1, 1, 4, 4", {"scale": 1, "bias": [1, 2, 3], "color": "G"}, {}, r"G has 1 channel\(s\), and bias 3 numbers"),
+        ("1, 3, 4, 4", {"scale": 1, "bias": [0], "color": "G"}, {}, r"'x' is \[1, 3, 4, 4\], and a picture in G is \[1, 1, h"),
+        ("1, 1, 4, 4", {"scale": 1, "bias": [0]}, {}, r"'x' is \[1, 1, 4, 4\], and a picture in RGB is \[1, 3, h"),
+        ("1, 4, 4, 3", {"scale": 1, "bias": [0]}, {}, "for three, which come first"),
+        ("2, 3, 4, 4", {"scale": 1, "bias": [0]}, {}, r"'x' is \[2, 3, 4, 4\]"),
+        ("n, 3, 4, 4", {"scale": 1, "bias": [0]}, {}, r"'x' is \['n', 3, 4, 4\].*give options.shapes.n=1"),
+        ("n, 3, 4, 4", {"scale": 1, "bias": [0]}, {"n": 2}, r"'x' is \[2, 3, 4, 4\].*give options.shapes.n=1"),
+        ("n, 3, 4, 4", {"scale": 1, "bias": [0]}, {"n": [1, 2]}, r"'x' is \['n', 3, 4, 4\].*give options.shapes.n=1"),
+    ],
+)  # fmt: skip
+def test_what_no_picture_is_is_refused_before_any_work(shape, picture, shapes, message, tmp_path):
+    model = parse(HEAD + f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Relu(x) }}")
+    recipe = {"recipe": 1, "backend": "coreml", "options": {"pictures": {"x": picture}, "shapes": shapes}}
+    with pytest.raises(UsageError) as found:
+        request(model, target="iphone15", recipe=recipe).work(tmp_path, Silent())
+    assert re.search(message, f"{found.value} {found.value.hint}"), found.value
+
+
+def test_pictures_become_floats_and_are_no_states(tmp_path):
+    integers = parse(HEAD + "g (uint8[1, 3, 4, 4] x) => (float[1, 3, 4, 4] y) { y = Cast<to = 1>(x) }")
+    with pytest.raises(UsageError, match="'x' is of type UINT8, and pictures become floats"):
+        _lower(integers, tmp_path, pictures={"x": {"scale": 1, "bias": [0]}})
+    kept = parse(HEAD + "g (float[1, 3, 4, 4] x) => (float[1, 3, 4, 4] y) { y = Relu(x) }")
+    with pytest.raises(UsageError, match="'x' is a state, and pictures become floats"):
+        _lower(kept, tmp_path, pictures={"x": {"scale": 1, "bias": [0]}}, states={"x": "y"})
+
+
+@pytest.mark.parametrize("data", [None, "random"])
+def test_inputs_drawn_for_a_picture_are_pixels(data, tmp_path):
+    """Numbers around 0 would be cut off at the end of the pixels, and the package judged on what no picture holds."""
+    weight = np.random.default_rng(0).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    model = parse(HEAD + "g (float[1, 3, 8, 8] x) => (float[1, 8, 6, 6] y) { y = Conv(x, w) }", w=weight)
+    picture = {"scale": 1 / 127.5, "bias": [-1.0]}
+    recipe = {"recipe": 1, "backend": "coreml", "options": {"pictures": {"x": picture}}}
+    _, report = optkit.compile(model, target="iphone15", recipe=recipe, data=data, out=tmp_path / "out")
+    assert report.manifest.fidelity.cosine > 1 - 1e-6
+    work = request(model, target="iphone15", recipe=recipe, data=data).work(tmp_path, Silent())
+    for batch in work.unseen:
+        pixels = (batch["x"] + 1) * 127.5
+        np.testing.assert_allclose(pixels, np.rint(pixels), atol=1e-3)
+        assert pixels.min() >= 0 and pixels.max() <= 255 and len(np.unique(pixels)) > 32
+
+
+def test_examples_of_a_module_become_the_nearest_pixels():
+    from optkit.backends.coreml.interface import Picture
+
+    picture = Picture(scale=0.5, bias=(-10.0, 0.0, 10.0))
+    given = np.array([-100.0, -0.1, 0.3, 200.0], np.float32).reshape(1, 1, 1, 4).repeat(3, axis=1)
+    found = picture.fed(given, drawn=False)
+    assert found.dtype == np.float32
+    # From bias to bias + 127.5, in steps of a half.
+    np.testing.assert_array_equal(
+        found[0, :, 0], [[-10, 0, 0.5, 117.5], [0, 0, 0.5, 127.5], [10, 10, 10, 137.5]]
+    )
+
+
 CLASSES = "g (float[%s, 8] x) => (float[%s, 3] p, float[%s, 3] z) { z = MatMul(x, w) p = Softmax(z) }"
 
 
@@ -520,6 +584,7 @@ class Missing:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Missing())
 from optkit.backends import BACKENDS
+from optkit.compiler import request
 from optkit.errors import BackendUnavailableError
 try:
     BACKENDS["coreml"]
