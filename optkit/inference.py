@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Targets of Reshape, pads, axes and the like are this small; weights are not, and inference never reads them.
 _SMALL = 1024
+_POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
+# The opset whose rule leaves out windows that would start in the pads.
+_RIGHT = 22
 _SAME_SHAPE = frozenset(
     {
         "Abs", "Cast", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
@@ -49,7 +52,7 @@ def infer(model: ir.Model) -> Mapping[ir.Value, Known]:
         if isinstance(d, ir.SymbolicDim) and is_name(d.value)
     }
     _forget_names(model, declared)
-    if not any(_constant_bytes(node) > _SMALL for graph in graphs(model) for node in graph):
+    if not any(_constant_bytes(node) > _SMALL or _misread(node) for graph in graphs(model) for node in graph):
         # What ONNX is given is a copy, which weights must not be part of.
         _infer_with_onnx(model, declared)
     walk = _Walk(declared)
@@ -165,6 +168,25 @@ def _forget_new_names(found: onnx.TypeProto, declared: set[str | None]) -> None:
 def _constant_bytes(node: ir.Node) -> int:
     held = node.attributes.get("value") if node.op_type == "Constant" else None
     return 0 if held is None or held.type != ir.AttributeType.TENSOR else int(held.value.nbytes)
+
+
+def _misread(node: ir.Node) -> bool:
+    """Whether ONNX's rule may give another shape than the operator has.
+
+    Before opset 22 it counts windows of a pool that would start in the pads at the end; it takes STFT for two-sided where it
+    is one-sided by default (onnx 1.23).
+    """
+    if node.op_type == "STFT":
+        return node.domain == "" and "onesided" not in node.attributes
+    if node.op_type not in _POOLS or node.domain != "" or not node.attributes.get_int("ceil_mode", 0):
+        return False
+    window = node.attributes.get_ints("kernel_shape", ())
+    strides = node.attributes.get_ints("strides", [1] * len(window))
+    dilations = node.attributes.get_ints("dilations", [1] * len(window))
+    ends = node.attributes.get_ints("pads", [0] * 2 * len(window))[len(window) :]
+    return any(
+        s + end > (k - 1) * d + 1 for k, s, d, end in zip(window, strides, dilations, ends, strict=True)
+    )
 
 
 def _collect(graph: onnx.GraphProto, known: dict[str, onnx.TypeProto | None]) -> None:
@@ -331,10 +353,14 @@ def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:
             data[name] = onnx.helper.make_tensor(
                 name, int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True
             )
+    if (misread := _misread(node)) and node.op_type in _POOLS:
+        opset = max(opset, _RIGHT)
     proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
     proto.input.extend("" if v is None else names[v] for v in node.inputs)
     proto.output.extend(f"o{i}" for i in range(len(node.outputs)))
     proto.attribute.extend(ir.serde.serialize_attribute(a) for a in node.attributes.values())
+    if misread and node.op_type == "STFT":
+        proto.attribute.append(onnx.helper.make_attribute("onesided", 1))
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     imports = [onnx.helper.make_opsetid("", opset)]
     try:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from optkit.dims import divide, minus, plus, quotient, remainder, shape_of, times
 from optkit.graph import text
 from optkit.inference import at_shapes, infer, infer_node
-from optkit.testing import parse
+from optkit.reference import ReferenceSession
+from optkit.testing import parse, random_feeds
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 SIZES = {"a": 2, "b": 3, "c": 5}
@@ -268,3 +269,22 @@ def test_sizes_from_constants_that_are_attributes_are_known():
     model.graph.outputs[0].shape = None
     fixed = at_shapes(model, {"x": (8, 12, 51, 32)})
     assert fixed.graph.outputs[0].shape.numpy() == (8, 12, 51, 32)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(float[1, 3, 2, 8] x) => (float[] y) { y = MaxPool<ceil_mode = 1, kernel_shape = [1, 1], strides = [2, 2]>(x) }",
+        "(float[1, 3, 9, 8] x) => (float[] y) {"
+        " p = AveragePool<ceil_mode = 1, kernel_shape = [3, 3], strides = [3, 3], pads = [1, 1, 1, 1]>(x) y = Relu(p) }",
+        "(float[1, 2, 7] x) => (float[] y) { y = LpPool<ceil_mode = 1, kernel_shape = [2], strides = [3], pads = [1, 1]>(x) }",
+        "(float[1, 3, 9] x) => (float[] y) { y = AveragePool<ceil_mode = 1, kernel_shape = [3], strides = [2]>(x) }",
+        "(float[1, 64, 1] x) => (float[] y) <int64 a = {8}, int64 b = {16}> { y = STFT(x, a, , b) }",
+        "(float[1, 64, 1] x) => (float[] y) <int64 a = {8}, int64 b = {16}> { y = STFT<onesided = 0>(x, a, , b) }",
+    ],
+)
+def test_sizes_are_those_that_onnx_runtime_computes_where_onnx_infers_others(body):
+    model = parse(f'<ir_version: 10, opset_import: ["" : 21]>\ng {body}')
+    (output,) = model.graph.outputs
+    expected = ReferenceSession(model, optimize=False).run(random_feeds(model))["y"].shape
+    assert tuple(output.shape) == expected

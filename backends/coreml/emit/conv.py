@@ -119,12 +119,14 @@ def _pool(c: Context, node: ir.Node) -> Any:
     if integer(node, "ceil_mode", 0) and settings["pad_type"] in ("valid", "custom"):
         # Spelled out as pads at the end, of which an average counts none: those that it counts become part of the input.
         pads = ints(node, "pads", [0] * 2 * axes) or []
+        more = _ceiling(node, x, kernel, pads)
         if counted and any(pads):
             amounts = [0, 0, 0, 0, *(p for i in range(axes) for p in (pads[i], pads[i + axes]))]
             settings["x"] = x = mb.pad(x=x, pad=amounts, mode="constant", constant_val=like(x, 0))
             pads = [0] * 2 * axes
         counted = False
-        settings |= _ceiling(node, x, kernel, pads)
+        pad = [p for i in range(axes) for p in (pads[i], pads[i + axes] + more[i])]
+        settings |= {"pad_type": "custom", "pad": pad}
     if node.op_type == "MaxPool":
         out = mb.max_pool(**settings)
     else:
@@ -132,10 +134,11 @@ def _pool(c: Context, node: ir.Node) -> Any:
     return [out, None] if len(node.outputs) > 1 else out
 
 
-def _ceiling(node: ir.Node, x: Any, kernel: list[int], pads: list[int]) -> dict[str, Any]:
+def _ceiling(node: ir.Node, x: Any, kernel: list[int], pads: list[int]) -> list[int]:
+    """What ceil_mode adds to the pads at the end of each axis."""
     axes = len(kernel)
     strides = ints(node, "strides", [1] * axes) or []
-    custom = []
+    found = []
     for i, k in enumerate(kernel):
         size = x.shape[i + 2]
         if not isinstance(size, int | np.integer):
@@ -145,8 +148,8 @@ def _ceiling(node: ir.Node, x: Any, kernel: list[int], pads: list[int]) -> dict[
         # A window that would start in the pads at the end is left out.
         if steps * strides[i] >= int(size) + pads[i]:
             steps -= 1
-        custom += [pads[i], pads[i + axes] + max(0, steps * strides[i] - left)]
-    return {"pad_type": "custom", "pad": custom}
+        found.append(max(0, steps * strides[i] - left))
+    return found
 
 
 @emits("GlobalAveragePool", "GlobalMaxPool")

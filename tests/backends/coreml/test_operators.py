@@ -162,6 +162,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         b = AveragePool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 0, 1, 1], ceil_mode = 1, count_include_pad = 1>(x) }""",
         {},
     ),
+    "windows that would start behind the end": (
+        """(float[N, 3, 9, 8] x) => (float[] a, float[] b, float[] c) {
+        a = AveragePool<kernel_shape = [3, 3], strides = [3, 3], pads = [1, 1, 1, 1], ceil_mode = 1, count_include_pad = 1>(x)
+        b = AveragePool<kernel_shape = [3, 3], strides = [3, 3], pads = [1, 1, 1, 1], ceil_mode = 1>(x)
+        c = MaxPool<kernel_shape = [1, 1], strides = [2, 2], ceil_mode = 1>(x) }""",
+        {},
+    ),
     "samples of a plane": (
         """(float[N, 3, 5, 4] x, float[N, 6, 7, 2] g) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f) {
         a = GridSample(x, g) b = GridSample<align_corners = 1>(x, g) c = GridSample<mode = "nearest">(x, g)
