@@ -179,7 +179,9 @@ class Context:
         if value not in self.variables:
             array = constant(value)
             if array is None:
-                raise ModelError(f"the value {value.name!r} is used before it is computed")
+                node = value.producer()
+                assert node is not None, value.name
+                raise refused(node, f"optkit has no translation of its output {value.name!r}")
             self.variables[value] = mb.const(val=narrow(array, f"the constant {value.name!r}"))
         return self.variables[value]
 

@@ -154,10 +154,17 @@ def _scan(c: Context, node: ir.Node) -> Any:
         for some, one in zip(found, made, strict=True):
             some.append(one)
     stacked = [
-        mb.stack(values=some[::-1] if turn else some, axis=axis)
+        _stack(some[::-1] if turn else some, axis)
         for some, axis, turn in zip(found, ends, turns, strict=True)
     ]
     return [*carried, *stacked]
+
+
+def _stack(values: list[Any], axis: int) -> Any:
+    if values[0].rank:
+        return mb.stack(values=values, axis=axis)
+    # A pass of coremltools (rank0_expand_dims_swap) stops at a stack of numbers that also are outputs.
+    return mb.concat(values=[mb.expand_dims(x=v, axes=[0]) for v in values], axis=0)
 
 
 def _part(x: Any, axis: int, place: int) -> Any:

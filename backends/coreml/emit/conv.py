@@ -101,7 +101,7 @@ def _refuse_pool(node: ir.Node) -> str | None:
         return f"Core ML pools over one to three axes, not {len(kernel)}"
     if any(d != 1 for d in ints(node, "dilations", [1]) or []):
         return "Core ML has no dilated pooling"
-    if len(node.outputs) > 1 and node.outputs[1].uses():
+    if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
         return "Core ML's pooling gives no indices"
     if integer(node, "storage_order", 0):
         return "storage_order 1"

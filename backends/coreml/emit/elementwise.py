@@ -321,13 +321,29 @@ def _cast(c: Context, node: ir.Node) -> Any:
     return mb.cast(x=x, dtype=to)
 
 
-@emits(
-    "Identity",
-    "Dropout",
-    refuse=lambda n: "its mask is used" if len(n.outputs) > 1 and n.outputs[1].uses() else None,
-)
+@emits("Identity")
 def _identity(c: Context, node: ir.Node) -> Any:
     return mb.identity(x=c.input(node, 0))
+
+
+def _refuse_dropout(node: ir.Node) -> str | None:
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    training = constant(node.inputs[2])
+    return (
+        None
+        if training is not None and not training.any()
+        else "it drops at random: training_mode is not off"
+    )
+
+
+@emits("Dropout", refuse=_refuse_dropout)
+def _dropout(c: Context, node: ir.Node) -> Any:
+    x = c.input(node, 0)
+    if len(node.outputs) == 1:
+        return mb.identity(x=x)
+    kept = mb.fill(shape=c.shape(c.sizes(x)), value=np.int32(1)) if x.rank else mb.const(val=np.int32(1))
+    return [mb.identity(x=x), mb.cast(x=kept, dtype="bool")]
 
 
 @emits("Trilu")

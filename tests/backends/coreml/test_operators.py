@@ -388,6 +388,16 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
           p = Mul(t, a) v = Add(p, a) n = Neg(v) m = Exp(c) }>(s, x, w) }""",
         {},
     ),
+    "masks of what is dropped": (
+        """(float[N, 3] x, float[2, 3] s, float z) => (float[N, 3] a, bool[N, 3] b, float[2, 3] c, bool[2, 3] d, float e, bool f) {
+        a, b = Dropout(x) c, d = Dropout(s) e, f = Dropout(z) }""",
+        {},
+    ),
+    "scan of numbers": (
+        """(float i) => (float y, float[5] z) <float[5] x = {0, 1, 2, 3, 4}> {
+        y, z = Scan<num_scan_inputs = 1, body = b (float s, float n) => (float o, float p) { o = Add(s, n) p = Identity(o) }>(i, x) }""",
+        {},
+    ),
     "quantized": (
         """(float[N, 4] x) => (float[N, 4] a, float[N, 4] b, float[N, 3] c)
         <float s = {0.05}, int8 z = {3}, uint8 u = {120}, float[3] ws = {0.01, 0.02, 0.03}, int8[3] wz = {0, 0, 0}> {

@@ -486,16 +486,18 @@ def test_metadata_is_kept(tmp_path):
 def test_everything_that_core_ml_lacks_is_listed_at_once():
     model = parse(
         HEAD
-        + """g (float[2, 2] x, float[1, 1, 4, 4] p) => (float[] d, float[] e, float[] f, float[] i) {
+        + """g (float[2, 2] x, float[1, 1, 4, 4] p) => (float[] d, float[] e, float[] f, float[] i, float[] m, int64[] n, float[] o) <bool t = {1}> {
         d = Det(x) e = MaxPool<kernel_shape = [2, 2], dilations = [2, 2]>(p) f = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(p, , s)
-        i = Einsum<equation = "ii">(x) }""",
+        i = Einsum<equation = "ii">(x) m, n = MaxPool<kernel_shape = [2, 2]>(p) o = Dropout(x, , t) }""",
         s=np.ones(4, np.float32),
     )
     with pytest.raises(UnsupportedOpError) as found:
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
     text = str(found.value)
     for part in (
-        "4 unsupported",
+        "6 unsupported",
+        "pooling gives no indices",
+        "it drops at random: training_mode is not off",
         "no translation of Det",
         "no dilated pooling",
         "'tf_crop_and_resize'",
