@@ -46,6 +46,13 @@ def _resize(c: Context, node: ir.Node) -> Any:
     if not moved:
         return mb.identity(x=x)
     fixed = all(isinstance(x.shape[a], int | np.integer) for a in moved)
+    if fixed and any(sizes.get(a) is None for a in moved):
+        wanted = node.inputs[3]
+        assert wanted is not None
+        raise refused(
+            node,
+            f"its sizes {wanted.name!r} depend on data or on free axes of other inputs, and Core ML needs them here",
+        )
     whole = [float(s).is_integer() for s in (scales[a] for a in moved) if s is not None]
     plane = x.rank >= 3 and set(moved) <= {x.rank - 2, x.rank - 1}
     if (

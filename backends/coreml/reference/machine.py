@@ -36,6 +36,11 @@ _MOVES = frozenset({
 _PICKS = _MOVES | {
     "abs", "clip", "max_pool", "maximum", "minimum", "reduce_max", "reduce_min", "relu", "relu6", "select", "threshold", "topk",
 }  # fmt: skip
+# Their results may be beyond the integers that they are given.
+_GROWS = frozenset({
+    "add", "cumsum", "mul", "pow", "reduce_l1_norm", "reduce_prod", "reduce_sum", "reduce_sum_square", "square", "sub",
+})  # fmt: skip
+_INT32 = np.iinfo(np.int32)
 # Elements of weights in float16 from which on they are not kept in float32 beside.
 _SMALL = 1 << 10
 # Of an element of float32, which values are held in.
@@ -320,6 +325,9 @@ class Machine:
         for parameter, names, several in step.moving:
             found = [_argument(self._value(n, values), wide=step.wide) for n in names]
             arguments[parameter] = found if several else found[0]
+        if step.op.kind in _GROWS and step.op.outputs[0].type.dtype == np.int32:
+            # So that it shows where the result does not fit.
+            arguments |= {k: v.astype(np.int64) for k, v in arguments.items() if isinstance(v, np.ndarray)}
         return arguments
 
     def _call(self, op: Operation, arguments: dict[str, Any]) -> list[Any]:
@@ -529,6 +537,13 @@ def _checked(op: Operation, output: Output, value: Any) -> np.ndarray:
         raise ModelError(
             f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {output.type}"
         )
+    if op.kind in _GROWS and output.type.dtype == np.int32:
+        low, high = array.min(), array.max()
+        if low < _INT32.min or high > _INT32.max:
+            raise ModelError(
+                f"{op} gives integers beyond 32 bits ({low} to {high}), and Core ML has none",
+                hint="it is called after its value in the model: compute that in float32, or keep it smaller",
+            )
     return array
 
 

@@ -537,6 +537,14 @@ def test_quantized_activations_need_ios_17(tmp_path):
             "needs k when it is compiled",
         ),
         (
+            'g (float[1, 3, 8, 8] x, int64[4] s) => (float[1, 3, h, w] y) { y = Resize<mode = "nearest">(x, , , s) }',
+            r"\(Resize\): its sizes 's' depend on data",
+        ),
+        (
+            'g (float[1, 3, 8, 8] x, int64[4] s) => (float[1, 3, h, w] y) { y = Resize<mode = "linear">(x, , , s) }',
+            r"\(Resize\): its sizes 's' depend on data",
+        ),
+        (
             "g (uint64[2] x) => (uint64[2] y) { y = Add(x, x) }",
             "of type uint64, which no input or output of Core ML has",
         ),

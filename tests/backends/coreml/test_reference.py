@@ -1041,3 +1041,27 @@ def test_a_clip_that_lacks_its_bounds_is_named_where_it_is_done_while_rounding(t
     changed = _edited(tmp_path / "a", tmp_path / "b", _drop("clip", "alpha"))
     with backend.load(changed, PHONE, None) as session, pytest.raises(ModelError, match=r"clip '.*alpha"):
         session.run(random_feeds(model))
+
+
+@pytest.mark.parametrize(
+    ("body", "x", "name"),
+    [
+        ("a = Abs(x) b = Add(a, k) y = Add(b, k)", 1, "add 'y_1'"),
+        ("c = Mul(x, k) y = Sub(c, k)", 2, "mul 'c'"),
+        ("p = Mul(x, x) y = ReduceSum(p)", 40_000, "reduce_sum 'y_1'"),
+    ],
+)
+def test_a_value_beyond_the_integers_of_core_ml_is_told_by_its_name(body, x, name, tmp_path):
+    """ONNX computes it in 64 bits; in 32 it would be another number."""
+    model = parse(HEAD + f"g (int64[3] x) => (int64[n] y) <int64 k = {{2000000000}}> {{ {body} }}")
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(), tmp_path)
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        with pytest.raises(
+            ModelError, match=f"{name} gives integers beyond 32 bits .*, and Core ML has none"
+        ):
+            session.run({"x": np.full(3, x)})
+        small = {"x": np.array([-1, 0, 0])}
+        expected = ReferenceSession(model).run(small)["y"]
+        if np.abs(expected).max() < 1 << 31:
+            np.testing.assert_array_equal(session.run(small)["y"], expected)
