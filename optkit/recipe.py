@@ -26,6 +26,7 @@ from pydantic import (
 from optkit.errors import RecipeError, UnknownNameError, UsageError
 from optkit.passes import PASSES
 from optkit.passes.base import Pass
+from optkit.words import Worded
 
 _CONDITION = re.compile(r"\s*(>=|<=|==|>|<)\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*")
 
@@ -90,7 +91,7 @@ class Limits(BaseModel):
     max_size_mb: float | None = Field(default=None, gt=0)
 
 
-class Recipe(BaseModel):
+class Recipe(Worded):
     """How to compile.
 
     Attributes:
@@ -380,7 +381,7 @@ def validated(kind: type[BaseModel], where: str, values: Mapping[str, Any]) -> A
                 f"{where}: unknown option {place!r}", hint=_nearest(str(first["loc"][-1]), tuple(fields))
             ) from error
         said = first["msg"].removeprefix("Value error, ")
-        said = said if said != first["msg"] else said.lower()
+        said = said[:1].lower() + said[1:] if said == first["msg"] else said
         shown = repr(first.get("input"))
         shown = shown if len(shown) < 100 else f"{shown[:100]}…"
         raise RecipeError(f"{where}: {place}: {said}, not {shown}") from error

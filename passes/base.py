@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from optkit.errors import BackendUnavailableError
 from optkit.rewrite import Change
+from optkit.words import Worded
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -114,7 +115,7 @@ class Context:
     training: Training | None = None
 
 
-class Pass(BaseModel, ABC):
+class Pass(Worded, ABC):
     """A step of a recipe. Its fields are its options; instances are frozen."""
 
     model_config = ConfigDict(

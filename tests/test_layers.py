@@ -16,7 +16,7 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "origin", "ops", "formats", "microscaling", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding",
+        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding", "words",
     ],
     3: ["kernels", "training_sharded"],
     4: ["passes", "backends"],

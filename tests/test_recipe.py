@@ -457,3 +457,13 @@ def test_the_schema_names_every_pass_and_every_option():
     assert set(options) == set(PASSES)
     for name, rules in options.items():
         assert set(rules.get("properties", {})) == set(PASSES[name].model_fields)
+
+
+def test_words_are_taken_in_any_case():
+    recipe = Recipe.load({"recipe": 1, "goal": "Latency", "passes": [{"quantize-static": {"method": "MSE"}}]})
+    assert recipe.goal == "latency" and recipe.passes[0].method == "mse"
+
+
+def test_words_that_are_none_are_told_with_those_that_are():
+    with pytest.raises(RecipeError, match="'latency', 'throughput' or 'size', not 'Speed'"):
+        Recipe.load({"recipe": 1, "goal": "Speed"})

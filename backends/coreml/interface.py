@@ -14,6 +14,7 @@ from optkit.backends.coreml.quiet import sanitizer
 from optkit.backends.coreml.shapes import Axes, keys
 from optkit.data import TensorSpec
 from optkit.errors import ModelError
+from optkit.words import Worded
 
 FILE = "interface.json"
 # What a classifier gives: the name of the likeliest class, and a dictionary of all.
@@ -26,7 +27,7 @@ _STORED = {
 }  # fmt: skip
 
 
-class Picture(BaseModel):
+class Picture(Worded):
     """An input that takes pictures: the network gets ``pixel * scale + bias``.
 
     Attributes:

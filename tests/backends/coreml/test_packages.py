@@ -15,10 +15,10 @@ import pytest
 import optkit
 from optkit.backends import BACKENDS
 from optkit.compiler import request
-from optkit.errors import DataError, ModelError, UnsupportedOpError, UsageError
+from optkit.errors import DataError, ModelError, RecipeError, UnsupportedOpError, UsageError
 from optkit.legalize import legalize
 from optkit.passes.base import Silent
-from optkit.recipe import Recipe
+from optkit.recipe import Recipe, validated
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 from optkit.testing import parse, random_feeds
@@ -369,6 +369,24 @@ def test_compile_takes_a_decoder_with_states_and_compares_it_step_by_step(tmp_pa
 def test_options_that_do_not_fit_the_model_are_refused(options, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         _lower(_linear(), tmp_path, **options)
+
+
+def test_words_of_options_are_taken_in_any_case(tmp_path):
+    picture = {"scale": 1, "bias": [0], "color": "bgr"}
+    kind = BACKENDS.get("coreml")().options
+    options = validated(
+        kind, "options", {"deployment": "ios17", "units": "cpu_only", "pictures": {"x": picture}}
+    )
+    assert (options.deployment, options.units, options.pictures["x"].color) == ("iOS17", "CPU_ONLY", "BGR")
+    with pytest.raises(RecipeError, match="'iOS16', 'iOS17' or 'iOS18', not 'iOS15'"):
+        validated(kind, "options", {"deployment": "iOS15"})
+    recipe = {"recipe": 1, "backend": "coreml"}
+    overrides = ["options.deployment=IOS17", "options.units=cpu_and_ne"]
+    artifact, _ = optkit.compile(
+        _linear(), target="iphone15", recipe=recipe, overrides=overrides, out=tmp_path / "out"
+    )
+    assert artifact.manifest.options["deployment"] == "iOS17"
+    assert artifact.manifest.options["units"] == "CPU_AND_NE"
 
 
 def test_a_picture_is_what_the_network_gets_after_scale_and_bias(tmp_path):
