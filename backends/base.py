@@ -142,7 +142,7 @@ class Backend(ABC):
         packages: Distributions whose versions the manifest names, besides optkit's own requirements.
         stands_in: Whether what ``load`` opens computes the same in another runtime, so that its time means nothing.
         generic: Whether quantized recipes that name no backend are candidates for it.
-        floor: The recipe of exact passes that ships where no other candidate keeps the limits.
+        floor: The recipe of exact passes that ships where no other candidate keeps the limits; ``fallback`` asks the target.
     """
 
     name: ClassVar[str]
@@ -308,6 +308,14 @@ class Backend(ABC):
     def exact(self, options: Any) -> Any:
         """``options``, changed only where they ask for less than float32 arithmetic of a float32 graph."""
         return options
+
+    def widest(self, options: Any, target: Target) -> Any:
+        """``options`` with the widest floats that ``target`` computes in: what ships where fewer bits miss the limits."""
+        return self.exact(options)
+
+    def fallback(self, target: Target) -> str:
+        """The recipe that ships where no other candidate for ``target`` keeps the limits."""
+        return self.floor
 
     def narrows(self, options: Any) -> bool:
         """Whether ``options`` let inputs, or what is kept between runs, hold less than the graph's types do."""

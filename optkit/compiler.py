@@ -665,13 +665,17 @@ def request(
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
     given = validated(engine.options, "options", plan.options)
     options = engine.settled(where, given)
-    engine.ready(where, options)
     if options != given:
         plan = plan.model_copy(update={"options": options.model_dump(mode="json", exclude_unset=True)})
     candidates = _candidates(plan, engine, where)
+    first = candidates[0][1] if candidates else plan
+    engine.ready(where, validated(engine.options, "options", first.options))
     _possible([r for _, r in candidates] or [plan], engine, where)
     needy = [name for name, r in candidates or (("recipe", plan),) if any(p.needs_data for p in r.passes)]
-    if data is None and needy and len(needy) >= len(candidates) - 1:
+    floor = engine.fallback(where)
+    # The floor is nothing that was asked for, unless it is no float32 and named among the candidates.
+    wanted = len(candidates) - (floor == engine.floor or floor not in plan.candidates)
+    if data is None and needy and len(needy) >= wanted:
         _refuse(plan, needy)
     if plan.limits.max_drop is not None:
         Budget.parse(plan.limits.max_drop)
@@ -782,8 +786,9 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
         "samples": plan.samples,
         "goal": plan.goal,
     }
+    fallback = engine.fallback(where)
     found: list[tuple[str, Recipe]] = []
-    for name in (engine.floor if name == "fp32" else name for name in plan.candidates):
+    for name in dict.fromkeys(fallback if name == "fp32" else name for name in plan.candidates):
         candidate = Recipe.load(name)
         if candidate.candidates:
             raise RecipeError(f"candidates: {name} has candidates itself", hint="name those instead")
@@ -799,8 +804,9 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
         found.append((name, candidate.model_copy(update={**shared, "options": options})))
     if found and not all(p.exact for p in found[0][1].passes):
         # What ships where nothing keeps the limits.
-        floor = Recipe.load(engine.floor).model_copy(update={**shared, "options": plan.options})
-        found = [(engine.floor, floor), *((n, r) for n, r in found if n != engine.floor)]
+        floor = Recipe.load(fallback)
+        floor = floor.model_copy(update={**shared, "options": {**floor.options, **plan.options}})
+        found = [(fallback, floor), *((n, r) for n, r in found if n != fallback)]
     # A recipe for any backend and one for this backend may say the same.
     said = {repr((r.backend or engine.name, r.passes, r.options)): n for n, r in reversed(found)}
     return [(n, r) for n, r in found if n in said.values()]

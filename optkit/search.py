@@ -280,14 +280,18 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
             return _settled(fixed, [record, shipped], _too_slow(fixed, recipe), strict)
     engine = work.engine(recipe)
     given = engine.options.model_validate(recipe.options)
+    widest = engine.widest(given, work.target)
     exact: dict[str, Any] = {"passes": tuple(p for p in recipe.passes if p.exact)}
     floats = {"passes": tuple(p for p in recipe.passes if p.exact or p.floats)}
-    short = engine.exact(given) != given or floats != exact
+    short = widest != given or floats != exact
+    if not short and exact["passes"] == recipe.passes:
+        # There is nothing wider that the target computes in.
+        return _settled(asked, [_record(name, asked, "shipped", "")], reasons + slow, strict)
     if short and (found := _unquantized(work, recipe, floats, strict=strict)) is not None:
         # Of less than float32 arithmetic, and within the limits.
         shipped = _record(found.name, found, "shipped", "the smallest that keeps the limits")
         return _settled(found, [record, shipped], reasons + slow, strict)
-    exact["options"] = engine.exact(given).model_dump(mode="json")
+    exact["options"] = widest.model_dump(mode="json")
     floor = work.build("float", recipe.model_copy(update=exact))
     floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
     work.judge(floor, recipe.limits)

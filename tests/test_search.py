@@ -84,6 +84,9 @@ class _Engine:
     def exact(self, options):
         return options
 
+    def widest(self, options, target):
+        return self.exact(options)
+
     def variants(self, model, target, options, path, feeds):
         count = len(self._work.plans[path.name.partition("-")[2]].variants)
         return [options.model_copy(update={"threads": i + 1}) for i in range(count)]

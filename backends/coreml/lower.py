@@ -90,9 +90,28 @@ class CoreMl(Backend):
         """None: writing and evaluating packages works wherever coremltools does."""
         return None
 
+    def ready(self, target: Target, options: CoreMlOptions) -> None:
+        """Refuse a precision that the target does not compute in.
+
+        Raises:
+            UsageError: It does not.
+        """
+        if (why := target.lacks.get(options.precision)) is not None:
+            raise UsageError(
+                f"options.precision={options.precision} for {target.name}: {why}", hint="-r coreml-fp16"
+            )
+
     def exact(self, options: CoreMlOptions) -> CoreMlOptions:
         """The same in float32."""
         return options.model_copy(update={"precision": "fp32"})
+
+    def widest(self, options: CoreMlOptions, target: Target) -> CoreMlOptions:
+        """In float32, but for what computes in float16 alone."""
+        return options if "fp32" in target.lacks else self.exact(options)
+
+    def fallback(self, target: Target) -> str:
+        """Float32, but for what computes in float16 alone."""
+        return "coreml-fp16" if "fp32" in target.lacks else self.floor
 
     def narrows(self, options: CoreMlOptions) -> bool:
         """Pictures are whole numbers up to 255, and states are kept in float16 whatever the program computes in."""
@@ -139,9 +158,10 @@ class CoreMl(Backend):
         """Write ``model.mlpackage`` and ``interface.json``.
 
         Raises:
-            UsageError: The options name what the model does not have.
+            UsageError: The options name what the model does not have, or the target does not.
             ModelError: A node turns out not to fit, or Core ML would refuse the package.
         """
+        self.ready(target, options)
         oldest = version(options, target)
         chosen = _chosen(model, options)
         _check(model, options, oldest, several=len(chosen.listed) > 0)

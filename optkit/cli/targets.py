@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from optkit.cli import options
 from optkit.cli.terminal import Terminal, command
+
+if TYPE_CHECKING:
+    from optkit.targets import Target
 
 
 @command
@@ -23,6 +28,9 @@ def targets(terminal: Terminal, json: options.Json = False) -> int:
                     "formats": sorted(t.formats),
                     "runs_here": t.runs_here,
                     "saturates": t.saturates,
+                    "system": t.system or None,
+                    "specification": t.specification,
+                    "compute_units": list(t.compute_units),
                     "memory": t.memory,
                     "bandwidth": t.bandwidth,
                     "peak": dict(t.peak),
@@ -33,10 +41,28 @@ def targets(terminal: Terminal, json: options.Json = False) -> int:
         )
         return 0
     rows = [
-        (t.name, t.vendor, t.arch, ", ".join(t.backends), ", ".join(sorted(t.formats)), "yes" if t.runs_here else "no", t.source)
+        (t.name, t.vendor, t.arch, ", ".join(t.backends), ", ".join(sorted(t.formats)), _system(t), ", ".join(t.compute_units), "yes" if t.runs_here else "no", t.source)
         for t in TARGETS.values()
     ]  # fmt: skip
     terminal.result(
-        table(("Target", "Vendor", "Architecture", "Backends", "Formats", "Runs here", "Figures"), rows)
+        table(
+            (
+                "Target",
+                "Vendor",
+                "Architecture",
+                "Backends",
+                "Formats",
+                "System",
+                "Units",
+                "Runs here",
+                "Figures",
+            ),
+            rows,
+        )
     )
     return 0
+
+
+def _system(target: Target) -> str:
+    """The oldest that an artifact has to run on, and the file format that it reads."""
+    return f"{target.system}, format {target.specification}" if target.specification else target.system

@@ -11,22 +11,31 @@ _INT8 = _FLOATS | {"int8"}
 # The system that all of these devices run (Apple, "iPhone models compatible with iOS 18" and its like for iPadOS 18 and
 # macOS 15, which read the same version of ML Programs), and the first with every compressed form of weights.
 _SYSTEM = "iOS18"
+# coremltools 9.0: _SPECIFICATION_VERSION_IOS_18, which is that of macOS 15 as well.
+_SPECIFICATION = 9
+# All of them have the three (Apple, specifications of A14 to A19 and M1 to M5).
+_UNITS = ("Neural Engine", "GPU", "CPU")
+_READ = (
+    "file format of the system: coremltools 9.0; compute units: coremltools guide, 'Set the Compute Units'"
+)
 # MIL takes no more (coremltools: "Core ML only supports tensors with rank <= 5").
 _AXES = 5
 
 
 def _phone(number: str, chip: str, memory: int, formats: frozenset[str]) -> Target:
     return Target(
-        name=f"iphone{number}", vendor="apple", arch=chip, backends=("coreml",), formats=formats, memory=memory * _GIB, system=_SYSTEM, axes=_AXES,
+        name=f"iphone{number}", vendor="apple", arch=chip, backends=("coreml",), formats=formats, memory=memory * _GIB, system=_SYSTEM,
+        specification=_SPECIFICATION, compute_units=_UNITS, axes=_AXES,
         source="chip: Apple, technical specifications of the model; memory: reported by developers' tools, Apple states neither it nor "
-        "the bandwidth",
+        f"the bandwidth; {_READ}",
     )  # fmt: skip
 
 
 def _mac(name: str, chip: str, memory: int, bandwidth: float, formats: frozenset[str], source: str) -> Target:
     return Target(
         name=name, vendor="apple", arch=chip, backends=("coreml",), formats=formats, memory=memory * _GIB,
-        bandwidth=bandwidth * 1e9, system=_SYSTEM, axes=_AXES, source=f"{source}; memory: of the smallest configuration",
+        bandwidth=bandwidth * 1e9, system=_SYSTEM, specification=_SPECIFICATION, compute_units=_UNITS, axes=_AXES,
+        source=f"{source}; memory: of the smallest configuration; {_READ}",
     )  # fmt: skip
 
 
@@ -46,7 +55,9 @@ ROWS = (
     _mac("mac-m5", "M5", 16, 153, _INT8, "Apple newsroom, 15 October 2025: 153 GB/s"),
     Target(
         name="apple-ane", vendor="apple", arch="Neural Engine", backends=("coreml",), formats=frozenset({"fp16"}), system=_SYSTEM,
-        convolves=True, axes=4, source="any device since A14 and M1; the Neural Engine computes in float16 (Apple, ml-ane-transformers)",
+        specification=_SPECIFICATION, compute_units=_UNITS, convolves=True, axes=4, lacks={"fp32": "the Neural Engine computes in float16"},
+        source="any device since A14 and M1; the Neural Engine computes in float16 (Apple, ml-ane-transformers), and what it does not "
+        f"take runs on the other units; {_READ}",
     ),
     Target(
         name="coreai", vendor="apple", arch="Core AI on iOS 27 and macOS 27; experimental", backends=("coreai",), formats=_FLOATS,

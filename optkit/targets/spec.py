@@ -23,6 +23,8 @@ class Target:
         bandwidth: Bytes per second, or None where it has to be measured.
         peak: Operations per second by format, dense; empty where it has to be measured.
         system: Oldest system that an artifact for it has to run on, such as ``iOS18``; empty where there is no such thing.
+        specification: Newest version of Core ML's file format that ``system`` reads, or None.
+        compute_units: Parts of the device that its runtime may choose among, best first; empty where there is no choice.
         source: Where the numbers come from.
         capability: CUDA compute capability, ``(9, 0)``.
         units: Streaming multiprocessors or compute units.
@@ -45,6 +47,8 @@ class Target:
     bandwidth: float | None = None
     peak: Mapping[str, float] = field(default_factory=dict)
     system: str = ""
+    specification: int | None = None
+    compute_units: tuple[str, ...] = ()
     source: str = ""
     capability: tuple[int, int] | None = None
     units: int | None = None

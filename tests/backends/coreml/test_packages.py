@@ -14,6 +14,7 @@ import pytest
 
 import optkit
 from optkit.backends import BACKENDS
+from optkit.cli import main
 from optkit.compiler import request
 from optkit.errors import DataError, ModelError, RecipeError, UnsupportedOpError, UsageError
 from optkit.legalize import legalize
@@ -612,7 +613,6 @@ class Missing:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Missing())
 from optkit.backends import BACKENDS
-from optkit.compiler import request
 from optkit.errors import BackendUnavailableError
 try:
     BACKENDS["coreml"]
@@ -678,7 +678,6 @@ def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path,
     assert artifact.manifest.achieved.formats.keys() == {"fp16"}
     options = Recipe.load(tmp_path / "out" / "recipe.yaml").options
     assert options["usual"] == {"x": [2, 16, 8]}
-    from optkit.cli import main
 
     assert main(["bench", str(tmp_path / "out"), "--runs", "5"]) == 2
     assert "no measure of its speed there" in capsys.readouterr().err
@@ -717,6 +716,57 @@ def test_a_broken_artifact_is_refused(tmp_path):
     "name", ["iphone12", "iphone15", "iphone17", "ipad-m4", "mac-m1", "mac-m5", "apple-ane"]
 )
 def test_apple_targets_say_what_they_can_and_where_that_is_from(name):
+    import coremltools
+
     row = target(name)
     assert row.backends == ("coreml",) and row.system == "iOS18" and row.source and not row.runs_here
     assert "fp16" in row.formats
+    # What coremltools writes for the system is what the row says that it reads.
+    assert row.specification == getattr(coremltools.target, row.system).value
+    assert row.compute_units == ("Neural Engine", "GPU", "CPU") and "'Set the Compute Units'" in row.source
+
+
+def test_the_command_lists_system_file_format_and_units_of_apples_targets(capsys):
+    assert main(["targets", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    wanted = {"system": "iOS18", "specification": 9, "compute_units": ["Neural Engine", "GPU", "CPU"]}
+    assert wanted.items() <= rows["iphone15"].items() and wanted.items() <= rows["apple-ane"].items()
+    assert not any(rows["cpu"][key] for key in wanted)
+    assert main(["targets"]) == 0
+    (line,) = (li for li in capsys.readouterr().out.splitlines() if li.startswith("mac-m1 "))
+    assert "iOS18, format 9" in line and "Neural Engine, GPU, CPU" in line
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"recipe": "coreml-fp32"}, {"precision": "fp32"}, {"overrides": ["options.precision=fp32"]}],
+)
+def test_the_neural_engine_computes_in_float16_alone(asked, tmp_path):
+    with pytest.raises(UsageError, match="apple-ane: the Neural Engine computes in float16"):
+        optkit.compile(_linear(), target="apple-ane", out=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_integers_for_the_neural_engine_need_data_whatever_its_floor_is(tmp_path):
+    recipe = {"recipe": 1, "candidates": ["fp32", "coreml-int8"]}
+    with pytest.raises(DataError, match="coreml-int8 needs calibration data"):
+        optkit.compile(_linear(), target="apple-ane", recipe=recipe, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shipped"), [("auto", "coreml-fp16"), ("coreml-palette4", "float"), ("coreml-fp16", "recipe")]
+)
+def test_what_ships_for_the_neural_engine_where_nothing_keeps_the_limits_is_float16(
+    recipe, shipped, tmp_path
+):
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    model = parse(
+        HEAD + "g (float[1, 64] x) => (float[1, 64] y) { h = MatMul(x, w) y = Sigmoid(h) }", w=weight
+    )
+    overrides = ["limits.min_cosine=1", "repair=false"]
+    artifact, report = optkit.compile(
+        model, target="apple-ane", recipe=recipe, overrides=overrides, out=tmp_path / "out"
+    )
+    assert artifact.manifest.options["precision"] == "fp16"
+    assert [c.name for c in report.candidates if c.verdict == "shipped"] == [shipped]
+    assert any("cosine" in reason for reason in report.missed)
