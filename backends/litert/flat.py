@@ -11,6 +11,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from optkit.backends.litert.kernels import check
 from optkit.errors import ModelError
 
 Shape = tuple[int, ...]
@@ -188,7 +189,12 @@ class Graph:
     def op(
         self, code: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], settings: Settings | None = None
     ) -> None:
-        """An operator."""
+        """An operator.
+
+        Raises:
+            NotTakenError: Its kernel does not take these inputs.
+        """
+        check(code, inputs)
         made = schema.OperatorT()
         integers = any(t.dtype == np.int8 for t in (*inputs, *outputs) if t is not NOTHING)
         made.opcodeIndex = self._file.code(code, integers=integers)

@@ -14,9 +14,11 @@ from pydantic import Field
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.litert.emit import ROWS, Context
 from optkit.backends.litert.flat import File
+from optkit.backends.litert.kernels import NotTakenError
 from optkit.backends.litert.placement import PLACEMENTS
 from optkit.backends.litert.profile import operators
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
+from optkit.backends.litert.trial import survives
 from optkit.backends.sizes import fixed, inputs, signatures
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe, walk
@@ -88,7 +90,7 @@ class LiteRt(Backend):
         Raises:
             UsageError: The options name what the model does not have, or leave a size open.
             UnsupportedOpError: Nodes turn out not to fit once all sizes are known.
-            ModelError: A shape depends on data.
+            ModelError: A shape depends on data, or LiteRT dies of the file.
         """
         chosen = signatures(model, options.shapes, options.usual)
         file, shapes = File(), {}
@@ -99,7 +101,11 @@ class LiteRt(Backend):
                 raise UnsupportedOpError(
                     f"LiteRT for {target.name}", problems, hint="choose another --backend"
                 )
-            floats = _emit(file, sized, signature.key)
+            floats, problems = _emit(file, sized, signature.key)
+            if problems:
+                raise UnsupportedOpError(
+                    f"LiteRT for {target.name}", problems, hint="choose another --backend"
+                )
             if floats and (why := target.refusal("fp32")) is not None:
                 raise UnsupportedOpError(
                     f"LiteRT for {target.name}",
@@ -108,6 +114,7 @@ class LiteRt(Backend):
                 )
             shapes[signature.key] = [list(map(int, v.shape)) for v in inputs(sized)]  # type: ignore[arg-type]
         (path / MODEL).write_bytes(file.bytes())
+        survives(path / MODEL)
         told = {
             "inputs": _ports(inputs(model), list(shapes.values())),
             "outputs": _ports(model.graph.outputs, None),
@@ -169,9 +176,9 @@ def _refused(node: ir.Node) -> str | None:
     return row.refuse(node) if row.refuse is not None else None
 
 
-def _emit(file: File, model: ir.Model, key: str) -> list[str]:
-    """Add a subgraph; gives the names of products that are computed in floats."""
-    context = Context(file, key)
+def _emit(file: File, model: ir.Model, key: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Add a subgraph; gives the names of products that are computed in floats, and nodes that no kernel takes with the reason."""
+    context, problems = Context(file, key), []
     given = {}
     for value in inputs(model):
         assert value.shape is not None and value.dtype is not None
@@ -184,14 +191,19 @@ def _emit(file: File, model: ir.Model, key: str) -> list[str]:
             ROWS[node.op_type].emit(context, node)
         except OptkitError:
             raise
+        except NotTakenError as error:
+            problems.append((describe(node), str(error)))
+            context.skip(node)
         except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{describe(node)}: cannot be written for LiteRT: {type(error).__name__}: {error}",
                 hint="this is a mistake in optkit: please report it with the model",
             ) from error
+    if problems:
+        return [], problems
     outputs = {str(v.name): context.result(v) for v in model.graph.outputs}
     file.add(context.graph, key, given, outputs)
-    return context.graph.products(integers=False)
+    return context.graph.products(integers=False), []
 
 
 def _ports(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ from ai_edge_litert.schema_py_generated import ActivationFunctionType, TensorTyp
 
 from optkit.backends.litert.emit.grids import floats_of, stored
 from optkit.backends.litert.flat import File, Graph, Grid, Settings, Tensor
+from optkit.backends.litert.kernels import wider
 from optkit.errors import ModelError
-from optkit.graph import attribute, constant, describe, rank, users
+from optkit.graph import attribute, constant, describe, is_float, rank, users
 
 Refuse = Callable[[ir.Node], str | None]
 Emit = Callable[["Context", ir.Node], None]
@@ -216,6 +217,13 @@ class Context:
         self._floats[value, layout] = tensor
         return tensor
 
+    def skip(self, node: ir.Node) -> None:
+        """Stand-ins for what a node gives that was refused, so that those that read it can be looked at too."""
+        absorbed = [u for o in node.outputs for u in users(o) if u in self.done]
+        for output in (o for n in (node, *absorbed) for o in n.outputs):
+            kind = np.float32 if output.dtype is None else output.dtype.numpy()
+            self.put(output, self.graph.tensor(str(output.name), size(output), kind))
+
     def put_integers(self, value: ir.Value, tensor: Tensor, layout: Layout = "plain") -> None:
         """The same of integers on a grid."""
         self._integers[value, layout] = tensor
@@ -225,11 +233,23 @@ class Context:
         settings: Settings | None = None, *, grid: Grid | None = None, name: str = "",
     ) -> Tensor:  # fmt: skip
         """An operator with one output, of the type of its first input unless said otherwise."""
-        made = self.graph.tensor(
-            name or code.lower(), shape, inputs[0].dtype if dtype is None else dtype, grid
-        )
-        self.graph.op(code, inputs, [made], settings)
-        return made
+        return self.ops(code, inputs, {name or code.lower(): shape}, dtype, settings, grid=grid)[0]
+
+    def ops(
+        self, code: str, inputs: Sequence[Tensor], shapes: Mapping[str, Sequence[int]], dtype: Any = None,
+        settings: Settings | None = None, *, grid: Grid | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """An operator with an output for each of ``shapes``; its kernel may compute in a wider type, which wraps around alike."""
+        own = inputs[0].dtype
+        kind, wide = np.dtype(own if dtype is None else dtype), wider(code, inputs)
+        back = wide is not None and kind == own
+        if wide is not None:
+            inputs = [self.cast(t, wide) if t.dtype == own else t for t in inputs]
+        made = [
+            self.graph.tensor(name, shape, wide if back else kind, grid) for name, shape in shapes.items()
+        ]
+        self.graph.op(code, inputs, made, settings)
+        return [self.cast(t, kind) for t in made] if back else made
 
     def number(self, value: float, dtype: Any = np.float32) -> Tensor:
         """A constant of one element."""
@@ -274,7 +294,13 @@ class Context:
         """Where a kernel with one output ends: behind a ReLU and on the grid of what reads it alone."""
         value, activation = node.outputs[0], ActivationFunctionType.NONE
         reader = _reader(value)
-        if activations and reader is not None and (kind := _activation(reader)) is not None:
+        # Integers wrap around before an activation cuts them off.
+        if (
+            activations
+            and is_float(value)
+            and reader is not None
+            and (kind := _activation(reader)) is not None
+        ):
             self.done.add(reader)
             value, activation = reader.outputs[0], kind
             reader = _reader(value)

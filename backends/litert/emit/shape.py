@@ -133,12 +133,13 @@ def _split(c: Context, node: ir.Node) -> None:
     x = c.get(source, layout)
     axis = integer(node, "axis") % len(x.shape)
     place = MOVED[axis] if layout == "last" else axis
-    sizes, made = [size(o)[axis] for o in node.outputs], []
-    for output, n in zip(node.outputs, sizes, strict=True):
-        shape = [n if i == place else d for i, d in enumerate(x.shape)]
-        made.append(c.graph.tensor(str(output.name), shape, x.dtype))
+    sizes = [size(o)[axis] for o in node.outputs]
+    shapes = {
+        str(output.name): [n if i == place else d for i, d in enumerate(x.shape)]
+        for output, n in zip(node.outputs, sizes, strict=True)
+    }
     inputs = [x, c.vector(sizes), c.number(place, np.int32)]
-    c.graph.op("SPLIT_V", inputs, made, ("SplitVOptions", {"numSplits": len(made)}))
+    made = c.ops("SPLIT_V", inputs, shapes, settings=("SplitVOptions", {"numSplits": len(shapes)}))
     for output, tensor in zip(node.outputs, made, strict=True):
         c.put(output, tensor, layout)
 
