@@ -9,6 +9,7 @@ from optkit.backends.litert.emit import norm as norm
 from optkit.backends.litert.emit import quant as quant
 from optkit.backends.litert.emit import recurrent as recurrent
 from optkit.backends.litert.emit import reduce as reduce
+from optkit.backends.litert.emit import resize as resize
 from optkit.backends.litert.emit import shape as shape
 from optkit.backends.litert.emit.base import ROWS, Context, Row
 

@@ -165,7 +165,7 @@ class Context:
         for form in (layout, other):
             if (value, form) in self._integers:
                 q = self._integers[value, form]
-                self.put(value, self._dequantized(q, value), form)
+                self.put(value, self._dequantized(q, value) if is_float(value) else self._raw(q, value), form)
                 return self.get(value, layout)
         raise ModelError(f"{value.name!r} was not computed")
 
@@ -173,6 +173,20 @@ class Context:
         return self.op(
             "DEQUANTIZE", [q], q.shape, np.float32, ("DequantizeOptions", {}), name=str(value.name)
         )
+
+    def _raw(self, q: Tensor, value: ir.Value) -> Tensor:
+        """Integers as they are, for who reads them as numbers: those of a grid are signed, and kernels would scale them."""
+        if value.dtype != ir.DataType.UINT8:
+            return self.op(
+                "RESHAPE",
+                [q, self.vector(q.shape)],
+                q.shape,
+                settings=("ReshapeOptions", {"newShape": list(q.shape)}),
+            )
+        wide = self.op(
+            "ADD", [self.cast(q, np.int32), self.number(128, np.int32)], q.shape, settings=("AddOptions", {})
+        )
+        return self.cast(wide, np.uint8)
 
     def result(self, value: ir.Value) -> Tensor:
         """An output of the subgraph, which must be computed: neither a constant nor an input."""

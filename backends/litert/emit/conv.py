@@ -57,31 +57,39 @@ def _refuse_conv(node: ir.Node) -> str | None:
     return None
 
 
-def padded(
+def _edges(
     node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, dilations: Pair
-) -> tuple[int, list[int]]:
-    """The schema's padding, and rows and columns to pad before (top, left, bottom, right) where that is not enough."""
+) -> tuple[list[int], list[int]]:
+    """Rows and columns around (top, left, bottom, right), and those that the schema calls SAME."""
     automatic = text(node, "auto_pad", "NOTSET")
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     total = [max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in zip(shape, strides, reach, strict=True)]
     same = [t // 2 for t in total] + [t - t // 2 for t in total]
     if automatic == "VALID":
-        return Padding.VALID, []
+        return [0] * 4, same
     if automatic == "SAME_LOWER":
-        pads = [t - t // 2 for t in total] + [t // 2 for t in total]
-    else:
-        pads = same if automatic == "SAME_UPPER" else _picture(node, "pads", [0] * 4)
+        return same[2:] + same[:2], same
+    return (same if automatic == "SAME_UPPER" else _picture(node, "pads", [0] * 4)), same
+
+
+def padded(
+    node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, dilations: Pair
+) -> tuple[int, list[int]]:
+    """The schema's padding, and rows and columns to pad before (top, left, bottom, right) where that is not enough."""
+    pads, same = _edges(node, shape, kernel, strides, dilations)
     if not any(pads):
         return Padding.VALID, []
     return (Padding.SAME, []) if pads == same else (Padding.VALID, pads)
 
 
-def _pad(c: Context, x: Tensor, pads: Sequence[int]) -> Tensor:
-    if not pads:
+def _pad(c: Context, x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
+    if not any(pads):
         return x
     top, left, bottom, right = pads
     edges = c.graph.constant(np.asarray([[0, 0], [top, bottom], [left, right], [0, 0]], np.int32))
     shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right, x.shape[3])
+    if value:
+        return c.op("PADV2", [x, edges, c.number(value, x.dtype)], shape, settings=("PadV2Options", {}))
     return c.op("PAD", [x, edges], shape, settings=("PadOptions", {}), grid=x.grid)
 
 
@@ -164,7 +172,7 @@ def bias(c: Context, node: ir.Node, outs: int, inputs: Grid, weights: Grid) -> T
     return c.graph.constant(array, "bias", Grid(scale=scale, zero=np.zeros(scale.shape, np.int64)))
 
 
-def _pool(c: Context, node: ir.Node, code: str, *, lowest: float | None) -> None:
+def _pool(c: Context, node: ir.Node, code: str) -> None:
     source = node.inputs[0]
     assert source is not None
     kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
@@ -174,13 +182,10 @@ def _pool(c: Context, node: ir.Node, code: str, *, lowest: float | None) -> None
     x = _same_grid(c, source, end) if not pads else None
     if x is None:
         x = c.get(source, "last")
-    if pads and lowest is not None:
-        top, left, bottom, right = pads
-        edges = c.graph.constant(np.asarray([[0, 0], [top, bottom], [left, right], [0, 0]], np.int32))
-        shape = (x.shape[0], x.shape[1] + top + bottom, x.shape[2] + left + right, x.shape[3])
-        x = c.op("PADV2", [x, edges, c.number(lowest)], shape, settings=("PadV2Options", {}))
-    elif pads:
-        x = _pad(c, x, pads)
+    if pads:
+        # What is never the largest.
+        lowest = (np.finfo if x.dtype.kind == "f" else np.iinfo)(x.dtype).min  # type: ignore[operator]
+        x = _pad(c, x, pads, float(lowest))
     rows = [
         -(-x.shape[i + 1] // s) if kind == Padding.SAME else (x.shape[i + 1] - k) // s + 1
         for i, (k, s) in enumerate(zip(kernel, strides, strict=True))
@@ -208,51 +213,45 @@ def _same_grid(c: Context, source: ir.Value, end: End) -> Tensor | None:
     return q
 
 
-def _refuse_max(node: ir.Node) -> str | None:
+def _refuse_pool(node: ir.Node) -> str | None:
     if set(_picture(node, "dilations", [1, 1])) != {1}:
         return "LiteRT has no pools with gaps"
-    if len(node.outputs) > 1 and node.outputs[1].uses():
+    if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
         return "LiteRT gives no indices of a pool"
     return _refuse_window(node)
 
 
-@emits("MaxPool", refuse=_refuse_max)
+@emits("MaxPool", refuse=_refuse_pool)
 def _max_pool(c: Context, node: ir.Node) -> None:
-    _pool(c, node, "MAX_POOL_2D", lowest=float(np.finfo(np.float32).min))
+    _pool(c, node, "MAX_POOL_2D")
 
 
-def _refuse_average(node: ir.Node) -> str | None:
-    reason = _refuse_window(node)
-    pads = _picture(node, "pads", [0] * 4)
-    if reason is None and any(pads) and not integer(node, "count_include_pad"):
-        source = node.inputs[0]
-        if source is None or source.shape is None or not source.shape.is_static():
-            return None
-        kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
-        kind, _ = padded(node, _area(source), (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
-        return None if kind == Padding.SAME else "LiteRT leaves padding out of averages only as SAME pads"
-    return reason
-
-
-@emits("AveragePool", refuse=_refuse_average)
+@emits("AveragePool", refuse=_refuse_pool)
 def _average_pool(c: Context, node: ir.Node) -> None:
-    # What SAME pads does not count; what is padded before does.
-    if integer(node, "count_include_pad") and any(_picture(node, "pads", [0] * 4)):
-        source = node.inputs[0]
-        assert source is not None
-        x = _pad(c, c.get(source, "last"), _picture(node, "pads", [0] * 4))
-        kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
-        rows = [(x.shape[i + 1] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, strides, strict=True))]
-        settings = {
-            "padding": Padding.VALID, "strideH": strides[0], "strideW": strides[1], "filterHeight": kernel[0],
-            "filterWidth": kernel[1],
-        }  # fmt: skip
-        made = c.op(
-            "AVERAGE_POOL_2D", [x], (x.shape[0], *rows, x.shape[3]), settings=("Pool2DOptions", settings)
-        )
-        c.put(node.outputs[0], made, "last")
+    source = node.inputs[0]
+    assert source is not None
+    kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
+    area, counted = _area(source), integer(node, "count_include_pad")
+    pads, same = _edges(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
+    if not any(pads) or (pads == same and not counted):
+        _pool(c, node, "AVERAGE_POOL_2D")
         return
-    _pool(c, node, "AVERAGE_POOL_2D", lowest=None)
+    # The kernel leaves out what SAME pads and counts what is padded before: the averages of other windows are made larger.
+    x = _pad(c, c.get(source, "last"), pads)
+    rows = [(x.shape[i + 1] - k) // s + 1 for i, (k, s) in enumerate(zip(kernel, strides, strict=True))]
+    settings = {
+        "padding": Padding.VALID, "strideH": strides[0], "strideW": strides[1], "filterHeight": kernel[0], "filterWidth": kernel[1],
+    }  # fmt: skip
+    shape = (x.shape[0], *rows, x.shape[3])
+    made = c.op("AVERAGE_POOL_2D", [x], shape, settings=("Pool2DOptions", settings))
+    if not counted:
+        shares = [
+            [k / (min(i * s - p + k, n) - max(i * s - p, 0)) for i in range(r)]
+            for k, s, p, n, r in zip(kernel, strides, pads, area, rows, strict=False)
+        ]
+        larger = np.multiply.outer(*shares)[None, :, :, None].astype(np.float32)
+        made = c.op("MUL", [made, c.graph.constant(larger)], shape, settings=("MulOptions", {}))
+    c.put(node.outputs[0], made, "last")
 
 
 @emits("GlobalMaxPool", refuse=_refuse_window)

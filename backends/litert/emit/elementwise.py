@@ -52,9 +52,23 @@ def _table(c: Context, node: ir.Node) -> None:
     _unary(c, node, lambda x: c.op(code, [x], x.shape, settings=settings, name=str(node.outputs[0].name)))
 
 
-@emits("Identity", "Dropout")
+@emits("Identity")
 def _identity(c: Context, node: ir.Node) -> None:
     _unary(c, node, lambda x: x)
+
+
+def _refuse_dropout(node: ir.Node) -> str | None:
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    if training is None or ((known := constant(training)) is not None and not known.any()):
+        return None
+    return "LiteRT draws no elements to drop: training_mode must be false"
+
+
+@emits("Dropout", refuse=_refuse_dropout)
+def _dropout(c: Context, node: ir.Node) -> None:
+    _unary(c, node, lambda x: x)
+    for mask in node.outputs[1:]:
+        c.put(mask, c.graph.constant(np.ones(size(mask), bool)))
 
 
 @emits("Reciprocal")
@@ -161,6 +175,11 @@ def _refuse_binary(node: ir.Node) -> str | None:
     for value in node.outputs:
         if value.shape is not None and len(value.shape) > _MOST:
             return f"LiteRT broadcasts up to {_MOST} axes"
+    if node.op_type == "Pow" and not is_float(node.inputs[0]):
+        base, power = node.inputs[0], node.inputs[1]
+        known = constant(power)
+        if base is None or power is None or base.dtype != power.dtype or known is None or (known < 0).any():
+            return "LiteRT raises integers to constant powers of their own type that are not negative"
     if node.op_type == "Div" and not is_float(node.outputs[0]):
         return "LiteRT divides floats alone as ONNX does"
     return None
@@ -194,6 +213,8 @@ def _binary(c: Context, node: ir.Node) -> None:
     x = operand(c, values[0], len(shape), layout)
     for value in values[1:]:
         y = operand(c, value, len(shape), layout)
+        if node.op_type == "Pow":
+            y = c.cast(y, x.dtype)
         reached = placed if len(values) == 2 else tuple(np.broadcast_shapes(x.shape, y.shape))
         kind = np.bool_ if node.op_type in _COMPARED else x.dtype
         x = c.op(code, [x, y], reached, kind, settings, name=str(outcome.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import Context, emits, integer, real, size
+from optkit.backends.litert.emit.base import Context, End, emits, integer, real, size
 from optkit.backends.litert.emit.conv import bias
 from optkit.backends.litert.emit.grids import grid_of, stored
 from optkit.backends.litert.emit.quant import store
@@ -16,9 +16,6 @@ from optkit.graph import constant, rank
 def _refuse_gemm(node: ir.Node) -> str | None:
     if real(node, "alpha", 1.0) != 1 or real(node, "beta", 1.0) != 1:
         return "LiteRT has no factors in front of products and biases"
-    c = node.inputs[2] if len(node.inputs) > 2 else None
-    if c is not None and (rank(c) or 0) > 1 and constant(c) is None:
-        return "LiteRT has biases of one axis alone"
     return None
 
 
@@ -37,7 +34,7 @@ def _gemm(c: Context, node: ir.Node) -> None:
         "FULLY_CONNECTED", [x, w, _plain_bias(c, node, w.shape[0])], (x.shape[0], w.shape[0]),
         settings=("FullyConnectedOptions", {}),
     )  # fmt: skip
-    c.put(node.outputs[0], made)
+    c.put(node.outputs[0], _added(c, node, made))
 
 
 @emits(
@@ -68,9 +65,28 @@ def _known(value: ir.Value) -> bool:
     return constant(value) is not None or stored(value) is not None
 
 
+def _bias(node: ir.Node) -> ir.Value | None:
+    return node.inputs[2] if len(node.inputs) > 2 else None
+
+
+def _row(value: ir.Value | None, outs: int) -> bool:
+    """Whether a bias is what kernels add themselves: nothing, or a number for each output."""
+    if value is None or size(value) == (outs,):
+        return True
+    return constant(value) is not None and set(size(value)[:-1]) <= {1}
+
+
+def _added(c: Context, node: ir.Node, made: Tensor) -> Tensor:
+    """The product with the bias that its kernel does not add."""
+    value = _bias(node)
+    if value is None or _row(value, made.shape[-1]):
+        return made
+    return c.op("ADD", [made, c.get(value)], made.shape, settings=("AddOptions", {}))
+
+
 def _plain_bias(c: Context, node: ir.Node, outs: int) -> Tensor:
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    if value is None:
+    value = _bias(node)
+    if value is None or not _row(value, outs):
         return NOTHING
     array = constant(value)
     if array is None:
@@ -85,7 +101,8 @@ def _connected(c: Context, node: ir.Node, a: ir.Value, b: ir.Value, *, rows: boo
     """
     shape, kept = size(b), stored(b)
     outs = shape[0] if rows else shape[1]
-    end = c.end(node)
+    alone = _row(_bias(node), outs)
+    end = c.end(node) if alone else End(value=node.outputs[0], activation=0, quantizer=None)
     q = c.integers(a)
     eight = kept is not None and kept[0].dtype == np.int8
     whole = q is not None and eight and end.quantizer is not None and not turned
@@ -118,7 +135,7 @@ def _connected(c: Context, node: ir.Node, a: ir.Value, b: ir.Value, *, rows: boo
         "FULLY_CONNECTED", [x, w, vector], (*x.shape[:-1], outs), np.int8 if whole else np.float32,
         ("FullyConnectedOptions", settings), grid=grid, name=str(end.value.name),
     )  # fmt: skip
-    store(c, end, made, "plain")
+    store(c, end, _added(c, node, made), "plain")
 
 
 def _integer_weights(c: Context, value: ir.Value, kept: tuple[np.ndarray, Grid], *, rows: bool) -> Tensor:

@@ -89,10 +89,13 @@ def _instance_norm(c: Context, node: ir.Node) -> None:
     c.put(node.outputs[0], _scaled(c, node, _centred(c, x, [1, 2], real(node, "epsilon", 1e-5)), 1), "last")
 
 
-@emits(
-    "BatchNormalization",
-    refuse=lambda n: None if rank(n.inputs[0]) in (2, 4) else "LiteRT: of two or four axes alone",
-)
+def _refuse_batch_norm(node: ir.Node) -> str | None:
+    if integer(node, "training_mode"):
+        return "LiteRT takes no statistics of a batch: training_mode must be 0"
+    return None if rank(node.inputs[0]) in (2, 4) else "LiteRT: of two or four axes alone"
+
+
+@emits("BatchNormalization", refuse=_refuse_batch_norm)
 def _batch_norm(c: Context, node: ir.Node) -> None:
     source, *rest = node.inputs
     assert source is not None

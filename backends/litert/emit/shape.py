@@ -21,7 +21,7 @@ from optkit.backends.litert.emit.base import (
 from optkit.backends.litert.emit.grids import grid_of, stored
 from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Tensor
-from optkit.graph import constant, rank
+from optkit.graph import constant
 
 
 def _carried(c: Context, node: ir.Node, layout: Layout | None = None) -> tuple[End, Tensor, Layout]:
@@ -253,55 +253,6 @@ def _gather(c: Context, node: ir.Node) -> None:
             name=str(node.outputs[0].name),
         ),
     )
-
-
-def _refuse_resize(node: ir.Node) -> str | None:
-    if rank(node.inputs[0]) != 4:
-        return "LiteRT resizes pictures alone"
-    mode, where = text(node, "mode", "nearest"), text(node, "coordinate_transformation_mode", "half_pixel")
-    if mode == "nearest" and where in ("asymmetric", "half_pixel"):
-        rounding = text(node, "nearest_mode", "round_prefer_floor")
-        fits = {"asymmetric": ("floor",), "half_pixel": ("floor", "round_prefer_floor", "round_prefer_ceil")}[
-            where
-        ]
-        if where == "half_pixel" and not _whole_factors(node):
-            return "LiteRT rounds another way where pictures do not grow by whole factors"
-        return None if rounding in fits else f"LiteRT has no nearest_mode {rounding} with {where}"
-    if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
-        return None
-    return f"LiteRT has no mode {mode} with {where}"
-
-
-def _whole_factors(node: ir.Node) -> bool:
-    before, after = node.inputs[0], node.outputs[0]
-    if before is None or before.shape is None or after.shape is None:
-        return False
-    if not before.shape.is_static() or not after.shape.is_static():
-        return True  # asked again once sizes are known
-    return all(b % a == 0 for a, b in zip(size(before), size(after), strict=True))
-
-
-@emits("Resize", refuse=_refuse_resize)
-def _resize(c: Context, node: ir.Node) -> None:
-    source = node.inputs[0]
-    assert source is not None
-    x, out = c.get(source, "last"), size(node.outputs[0])
-    where = text(node, "coordinate_transformation_mode", "half_pixel")
-    fields = {
-        "alignCorners": where == "align_corners",
-        "halfPixelCenters": where in ("half_pixel", "pytorch_half_pixel"),
-    }
-    nearest = text(node, "mode", "nearest") == "nearest"
-    if nearest:
-        # By whole factors, the nearest is that of the corner in each mode.
-        fields = {"alignCorners": False, "halfPixelCenters": False}
-    code, kind = (
-        ("RESIZE_NEAREST_NEIGHBOR", "ResizeNearestNeighborOptions")
-        if nearest
-        else ("RESIZE_BILINEAR", "ResizeBilinearOptions")
-    )
-    shape = (out[0], out[2], out[3], out[1])
-    c.put(node.outputs[0], c.op(code, [x, c.vector(shape[1:3])], shape, settings=(kind, fields)), "last")
 
 
 @emits(

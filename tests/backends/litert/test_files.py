@@ -243,10 +243,24 @@ LSTM = """(float[%s, 1, 1] x%s) => (float[] y) <float[1, 16, 1] w = {1, 1, 1, 1,
         ("(float[1, 2, 5, 5] x, float[2, 2, 3, 3] w) => (float[] y) { [name] y = Conv(x, w) }", "weights of a convolution to be constant"),
         ("(float[3, 4] x, float z) => (float[3, 4] y) { [name] y = Clip(x, z) }", "needs constant bounds"),
         (
-            """(float[1, 2, 4, 4] x) => (float[] y) <float[4] f = {1, 1, 2, 2}> {
-            [name] y = Resize<mode = "cubic">(x, , f) }""",
-            "no mode cubic",
+            """(float[1, 2, 4, 4] x) => (float[] y) <float[4] f = {1, 1, 2, 2}, float[8] r = {0, 0, 0, 0, 1, 1, 1, 1}> {
+            [name] y = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(x, r, f) }""",
+            "coordinate_transformation_mode tf_crop_and_resize",
         ),
+        (
+            """(float[1, 2, 4, 4] x) => (float[] y) <int64[4] s = {1, 2, 6, 7}> {
+            [name] y = Resize<mode = "linear", keep_aspect_ratio_policy = "not_larger">(x, , , s) }""",
+            "keep_aspect_ratio_policy not_larger",
+        ),
+        ("(uint8[1, 1, 4, 4] x) => (uint8[] y) <float[4] f = {1, 1, 2, 2}> { [name] y = Resize<mode = \"linear\">(x, , f) }", "weighs floats alone"),
+        ("(int64[4] x, int64[4] k) => (int64[4] y) { [name] y = Pow(x, k) }", r"name \(Pow\): LiteRT raises integers to constant powers"),
+        ("(int64[4] x) => (int64[4] y) <int64 k = {3}> { [name] y = Pow(x, k) }", r"name \(Pow\): LiteRT's POW takes float32, int32, not int64"),
+        (
+            "(float[4] x) => (float[4] y) <float r = {0.5}, bool t = {1}> { [name] y = Dropout(x, r, t) }",
+            r"name \(Dropout\): .* training_mode must be false",
+        ),
+        ("(float[1, 2, 4, 4] x) => (float[] y, int64[] i) { [name] y, i = MaxPool<kernel_shape = [2, 2]>(x) }", "no indices of a pool"),
+        ("(float[1, 2, 9, 9] x) => (float[] y) { [name] y = AveragePool<kernel_shape = [2, 2], dilations = [2, 2]>(x) }", "pools with gaps"),
         ("(int64[4] x) => (int64[4] y) <int64 two = {2}> { [name] y = Div(x, two) }", "divides floats alone"),
         ("(float[4, 3] x) => (int64[2, M] y) { [name] y = NonZero(x) }", "NonZero"),
         (LSTM % ("5", "", "", "x, w, r, , n"), "sequences of different lengths"),

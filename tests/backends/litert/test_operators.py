@@ -129,6 +129,15 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         e = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2], count_include_pad = 1>(x) f = GlobalMaxPool(x) }""",
         {},
     ),
+    "averages beside padding": (
+        """(float[2, 3, 8, 9] x, float[1, 4, 7] z) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+        a = AveragePool<kernel_shape = [2, 3], auto_pad = "SAME_LOWER">(x)
+        b = AveragePool<kernel_shape = [2, 4], auto_pad = "SAME_LOWER", strides = [1, 2]>(x)
+        c = AveragePool<kernel_shape = [3, 3], pads = [2, 0, 1, 1], strides = [2, 2]>(x)
+        n = AveragePool<kernel_shape = [3, 3], pads = [2, 2, 0, 1]>(x) d = Relu(n)
+        e = AveragePool<kernel_shape = [3], pads = [0, 2], strides = [2]>(z) }""",
+        {},
+    ),
     "products": (
         """(float[2, 3, 4] x, float[2, 4, 5] z, float[3, 4] s) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
         a = MatMul(x, z) b = MatMul(x, w) c = MatMul(s, w) d = MatMul(x, u) e = MatMul(s, z) }""",
@@ -139,6 +148,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         a = Gemm<transB = 1>(x, w, v) b = Gemm(x, u) c = Gemm<transA = 1>(t, u) r = Gemm<transB = 1>(x, w, v) d = Relu(r)
         e = Gemm<transB = 1>(x, m, n) }""",
         {"w": (5, 4), "v": (5,), "u": (4, 2)},
+    ),
+    "biases that are no row": (
+        """(float[4, 3] x, float[4, 5] m, float[1] o, float[4, 1] p) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+        a = Gemm(x, w, u) b = Gemm(x, w, m) c = Gemm(x, w, o) n = Gemm(x, w, v) d = Relu(n) e = Gemm(x, t, p) }""",
+        {"w": (3, 5), "u": (4, 5), "v": (4, 1), "t": (3, 4)},
     ),
     "norms": (
         """(float[2, 3, 8] x, float[2, 4, 5, 3] p) => (float[] a, float[] b, float[] c) {
@@ -200,6 +214,33 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         e = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(x, , f) }""",
         {},
     ),
+    "resized by fractions": (
+        """(float[1, 3, 5, 4] x, float[1, 1, 8, 8] z) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f, float[] h)
+        <float[4] up = {1, 1, 2.5, 1.3}, float[4] down = {1, 1, 0.6, 0.6}, int64[4] line = {1, 1, 3, 1}, int64[4] third = {1, 1, 3, 3}> {
+        a = Resize<mode = "linear">(x, , up) b = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(x, , down)
+        c = Resize<mode = "linear", coordinate_transformation_mode = "pytorch_half_pixel">(z, , , line)
+        d = Resize<mode = "linear", antialias = 1>(z, , , third) e = Resize<mode = "linear", antialias = 1>(x, , down)
+        f = Resize<mode = "linear", coordinate_transformation_mode = "align_corners">(z, , , third)
+        h = Resize<mode = "linear", coordinate_transformation_mode = "half_pixel_symmetric">(x, , down) }""",
+        {},
+    ),
+    "resized by cubes and indices": (
+        """(float[1, 3, 5, 4] x, int32[1, 2, 4, 4] i) => (float[] a, float[] b, float[] c, float[] d, int32[] e, float[] f, float[] h)
+        <float[4] up = {1, 1, 2, 1.75}, float[2] rows = {1.5, 1}, int64[4] less = {1, 3, 2, 3}, float[4] twice = {1, 1, 2, 2}> {
+        a = Resize<mode = "cubic">(x, , up) b = Resize<mode = "cubic", cubic_coeff_a = -0.5, exclude_outside = 1>(x, , up)
+        c = Resize<mode = "linear", axes = [2, 3]>(x, , rows) d = Resize<mode = "nearest">(x, , , less)
+        e = Resize<mode = "nearest", nearest_mode = "ceil", coordinate_transformation_mode = "asymmetric">(i, , twice)
+        f = Resize<mode = "nearest", nearest_mode = "floor">(x, , twice) h = Resize<mode = "nearest", axes = [1]>(x, , one) }""".replace(
+            "float[2] rows", "float[1] one = {2}, float[2] rows"
+        ),
+        {},
+    ),
+    "powers": (
+        """(float[3, 4] x, int32[4] i) => (float[3, 4] a, float[3, 4] b, int32[4] c) <int64 k = {3}, int32[4] q = {0, 1, 2, 3}> {
+        a = Pow(x, k) b = Pow(x, q) c = Pow(i, q) }""",
+        {},
+    ),
+    "masks of nothing dropped": ("(float[3, 4] x) => (float[3, 4] y, bool[3, 4] m) { y, m = Dropout(x) }", {}),
     "blocks": ("(float[1, 8, 4, 6] x) => (float[] a, float[] b) { a = DepthToSpace<blocksize = 2>(x) b = SpaceToDepth<blocksize = 2>(x) }", {}),
     "reduced": (
         """(float[2, 3, 4, 5] x) => (float[] a, float[] b, float[] d, float[] e, float[] f, float[] g, float[] h)
@@ -209,7 +250,8 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         {"w": (4, 3, 1, 1)},
     ),
     "largest": (
-        "(float[3, 4, 5] x) => (int64[] a, int64[] b, float[3, 4, 5] c) <int64 two = {2}> { a = ArgMax<axis = 1>(x) b = ArgMin<axis = 2, keepdims = 0>(x) c = CumSum(x, two) }",
+        """(float[3, 4, 5] x, int64[3, 4] i) => (int64[] a, int64[] b, float[3, 4, 5] c, int64[3, 4] d) <int64 two = {2}, int64 one = {1}> {
+        a = ArgMax<axis = 1>(x) b = ArgMin<axis = 2, keepdims = 0>(x) c = CumSum(x, two) d = CumSum<reverse = 1>(i, one) }""",
         {},
     ),
     "lstm": (
@@ -222,6 +264,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "one step of an lstm": (
         "(float[1, 1, 3] x) => (float[] y, float[] h) { y, h = LSTM<hidden_size = 4>(x, w, again) }",
         {"w": (1, 16, 3), "again": (1, 16, 4)},
+    ),
+    "integers of a grid as outputs": (
+        """(float[3, 4] x, float[1, 3, 6, 5] p) => (uint8[3, 4] a, int8[3, 4] b, int8[4, 3] c, int32[3, 4] d, float[3, 4] e, uint8[] f)
+        <float s = {0.05}, int8 z = {3}, uint8 u = {120}> {
+        a = QuantizeLinear(x, s, u) b = QuantizeLinear(x, s, z) c = Transpose(b) d = Cast<to = 6>(a) e = DequantizeLinear(a, s, u)
+        q = QuantizeLinear(p, s, u) f = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(q) }""",
+        {},
     ),
     "quantized": (
         """(float[3, 4] x) => (float[3, 4] a, float[3, 4] b)
