@@ -184,7 +184,7 @@ def _pool(c: Context, node: ir.Node, code: str) -> None:
         x = c.get(source, "last")
     if pads:
         # What is never the largest.
-        lowest = (np.finfo if x.dtype.kind == "f" else np.iinfo)(x.dtype).min  # type: ignore[operator]
+        lowest = (np.finfo if x.dtype.kind == "f" else np.iinfo)(x.dtype).min
         x = _pad(c, x, pads, float(lowest))
     rows = [
         -(-x.shape[i + 1] // s) if kind == Padding.SAME else (x.shape[i + 1] - k) // s + 1
