@@ -32,6 +32,7 @@ from optkit.errors import (
     DataError,
     RecipeError,
     UnknownNameError,
+    UnsupportedOpError,
     UsageError,
 )
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
@@ -843,7 +844,12 @@ def _refuse(plan: Recipe, needy: Sequence[str]) -> None:
 def _choose(work: Compilation, asked: Request, *, strict: bool) -> Choice:
     if not asked.candidates:
         return carry_out(work, asked.recipe, strict=strict)
-    choice = choose(work, asked.recipe, asked.candidates, strict=strict)
+    try:
+        choice = choose(work, asked.recipe, asked.candidates, strict=strict)
+    except UnsupportedOpError as error:
+        if asked.closed and asked.target.floatless:
+            error.hint = f"give calibration data (--calib FOLDER): {', '.join(asked.closed)} would be tried, which quantizes"
+        raise
     if asked.closed:
         choice.advice.append(
             f"with calibration data (--calib) these would be tried too: {', '.join(asked.closed)}"

@@ -62,15 +62,21 @@ def choose(
 ) -> Choice:
     """Build, time and judge ``recipes``; the first is exact and is the floor.
 
+    Hardware that computes in integers alone has no floor: of what was quantized for it, the closest ships where nothing keeps the limits.
     Candidates are judged in the order of their measured speed, those alike in speed by how close their outputs are to
     the reference's, so that the metric is computed for few of them; the first that keeps the limits ships. One that
     misses a limit is repaired, where the recipe allows it: the layers that hurt most go back to float.
+
+    Raises:
+        OptkitError: Why the floor cannot be built; where there is none, why that candidate cannot which comes nearest to it.
     """
     tried: dict[str, CandidateRecord] = {}
     built: list[Built] = []
+    refused: list[UnsupportedOpError] = []
     for name, candidate in recipes:
         try:
-            one = work.build(name, candidate) if built else _floor(work, name, candidate, tried)
+            first = not (built or refused)
+            one = _floor(work, name, candidate, tried) if first else work.build(name, candidate)
             if built and not one.lossy and any(not p.exact for p in candidate.passes):
                 tried[name] = _record(name, one, "not needed", "it found nothing to quantize")
                 continue
@@ -79,12 +85,21 @@ def choose(
                 continue
             _rank(work, one, built)
         except OptkitError as error:
+            if isinstance(error, UnsupportedOpError) and work.target.floatless:
+                refused.append(error)
+                tried[name] = _record(name, None, "failed", str(error))
+                continue
             if not built:
                 raise
             tried[name] = _left_out(name, error)
             continue
         built.append(one)
-    floor = built[0]
+    if not built:
+        raise min(refused, key=lambda e: len(e.problems))
+    floor = None if refused else built[0]
+    if floor is None:
+        # Layers that go back to float are refused.
+        recipe = recipe.model_copy(update={"repair": False})
     order = _raced(work, sorted(built, key=lambda b: -ratio(b)))
     best: Built | None = None
     while order and best is None:
@@ -97,7 +112,7 @@ def choose(
                 work.judge(one, recipe.limits)
             except OptkitError as error:
                 # What it gives cannot be judged: NaN, or nothing that the evaluator understands.
-                if one is floor:
+                if one is floor or (floor is None and len(built) == 1):
                     raise
                 logger.warning("%s: left out: %s", one.name, error)
                 tried[one.name] = _record(one.name, one, "failed", str(error))
@@ -111,7 +126,7 @@ def choose(
             break
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))
-        if recipe.repair and one.lossy and losses(one, recipe, strict=strict):
+        if floor is not None and recipe.repair and one.lossy and losses(one, recipe, strict=strict):
             fixed = repair(work, recipe, one, strict=strict, faster_than=ratio(floor))
             if fixed is not None:
                 # It goes back into the line: what comes next may be faster than the repaired one.
@@ -121,7 +136,8 @@ def choose(
         best = _proven(work, recipe, best, order, tried)
     missed: list[str] = []
     if best is None:
-        best, missed = floor, shortfalls(floor, recipe, strict=strict)
+        best = floor if floor is not None else max(built, key=_kept)
+        missed = shortfalls(best, recipe, strict=strict)
     ranked = ratio(best)
     best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
     for one in order:
@@ -138,6 +154,13 @@ def choose(
         best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")
     return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
+
+
+def _kept(built: Built) -> float:
+    """What is left of the reference: by the metric where it was computed, else by the outputs."""
+    if built.accuracy is not None:
+        return -built.accuracy.drop
+    return -math.inf if built.fidelity is None else built.fidelity.cosine
 
 
 def _more_accurate(
@@ -270,6 +293,9 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
         reasons = [f"it cannot be judged: {error}"]
     slow = _too_slow(asked, recipe)
     if not asked.lossy or not (reasons or slow):
+        return _settled(asked, [_record(name, asked, "shipped", "")], reasons + slow, strict)
+    if work.target.floatless:
+        # Neither some of its layers nor all of them may be float: it is the best that there is.
         return _settled(asked, [_record(name, asked, "shipped", "")], reasons + slow, strict)
     record = _record(name, asked, "missed", "; ".join(reasons + slow))
     if recipe.repair and losses(asked, recipe, strict=strict):

@@ -110,7 +110,7 @@ class LiteRt(Backend):
                 raise UnsupportedOpError(
                     f"LiteRT for {target.name}",
                     [(name, f"a product of floats: {why}") for name in floats],
-                    hint="quantize everything: -r litert-int8 --calib …",
+                    hint="all products have to be quantized: -r auto or litert-int8 with --calib FOLDER; those that stay in float cannot run there",
                 )
             shapes[signature.key] = [list(map(int, v.shape)) for v in inputs(sized)]  # type: ignore[arg-type]
         (path / MODEL).write_bytes(file.bytes())

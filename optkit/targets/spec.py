@@ -63,3 +63,8 @@ class Target:
         if fmt in self.formats:
             return None
         return self.lacks.get(fmt, f"{self.name} ({self.arch}) has no hardware support for {fmt}")
+
+    @property
+    def floatless(self) -> bool:
+        """Whether it computes in integers alone, so that no model runs on it as it was trained."""
+        return not self.formats & {"fp32", "fp16"}
