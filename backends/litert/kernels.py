@@ -20,8 +20,8 @@ _WIDE = frozenset({"float32", "int32", "int64"})
 _NUMBERS = _WIDE | {"int8", "uint8"}
 _ANY = _NUMBERS | {"bool"}
 _FIRST, _PAIR = (0, 1, 1), (0, 2, 1)
-# Each of their values is one of int32, which wraps around to them again.
-_NARROW = frozenset({"int8", "uint8", "bool"})
+# Types that hold all values of a narrow one, and wrap around to it again; of booleans, also what a reduction of nothing gives.
+_WIDER = {"int8": ("int32",), "uint8": ("int32",), "bool": ("uint8", "int32")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,8 @@ def wider(code: str, inputs: Sequence[Tensor]) -> str | None:
     """The type to compute in, where the kernel does not take that of its operands but one that holds all their values."""
     kernel = KERNELS[code]
     kinds = {t.dtype.name for t in inputs[slice(*kernel.operands)] if t.grid is None}
-    return "int32" if kinds & (_NARROW - kernel.types) and "int32" in kernel.types else None
+    narrow = next(iter(kinds - kernel.types), "") if len(kinds) == 1 else ""
+    return next((k for k in _WIDER.get(narrow, ()) if k in kernel.types), None)
 
 
 def check(code: str, inputs: Sequence[Tensor]) -> None:

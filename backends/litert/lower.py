@@ -201,7 +201,10 @@ def _emit(file: File, model: ir.Model, key: str) -> tuple[list[str], list[tuple[
             ) from error
     if problems:
         return [], problems
-    outputs = {str(v.name): context.result(v) for v in model.graph.outputs}
+    try:
+        outputs = {str(v.name): context.result(v) for v in model.graph.outputs}
+    except NotTakenError as error:
+        raise ModelError(f"an output of the model: {error}", hint="leave it out of the model") from error
     file.add(context.graph, key, given, outputs)
     return context.graph.products(integers=False), []
 

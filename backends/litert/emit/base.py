@@ -12,7 +12,7 @@ from ai_edge_litert.schema_py_generated import ActivationFunctionType, TensorTyp
 
 from optkit.backends.litert.emit.grids import floats_of, stored
 from optkit.backends.litert.flat import File, Graph, Grid, Settings, Tensor
-from optkit.backends.litert.kernels import wider
+from optkit.backends.litert.kernels import NotTakenError, wider
 from optkit.errors import ModelError
 from optkit.graph import attribute, constant, describe, is_float, rank, users
 
@@ -138,12 +138,15 @@ class Context:
 
         Raises:
             ModelError: It was not computed, which is a mistake in the emitter of its node.
+            NotTakenError: It is a constant without elements.
         """
         found = self._floats.get((value, layout))
         if found is not None:
             return found
         array = constant(value)
         if array is not None:
+            if not array.size:
+                raise NotTakenError(f"{value.name!r} is constant and empty, and LiteRT stores nothing empty")
             if layout == "last":
                 array = np.transpose(array, TO_LAST) if array.ndim == 4 else np.swapaxes(array, 1, 2)[:, None]
             return self.put(value, self.graph.constant(array, str(value.name)), layout)

@@ -58,8 +58,8 @@ def _identity(c: Context, node: ir.Node) -> None:
 
 
 def _refuse_dropout(node: ir.Node) -> str | None:
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    if training is None or ((known := constant(training)) is not None and not known.any()):
+    ratio, training = (node.inputs[i] if len(node.inputs) > i else None for i in (1, 2))
+    if training is None or any((v := constant(k)) is not None and not v.any() for k in (ratio, training)):
         return None
     return "LiteRT draws no elements to drop: training_mode must be false"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -21,13 +23,12 @@ _PLANE = {2: 1, 3: 2}
 
 
 def _refuse_resize(node: ir.Node) -> str | None:
-    where, policy = _where(node), text(node, "keep_aspect_ratio_policy", "stretch")
-    if where == "tf_crop_and_resize":
+    if _where(node) == "tf_crop_and_resize":
         return "optkit has no translation of coordinate_transformation_mode tf_crop_and_resize into LiteRT"
-    if policy != "stretch":
-        return f"optkit has no translation of keep_aspect_ratio_policy {policy} into LiteRT"
-    given = node.inputs[2] if len(node.inputs) > 2 else None
-    if given is not None and constant(given) is None:
+    scales, sizes = (node.inputs[i] if len(node.inputs) > i else None for i in (2, 3))
+    if (scales is not None and constant(scales) is None) or (
+        _policy(node) != "stretch" and constant(sizes) is None
+    ):
         return "LiteRT needs constant scales"
     if text(node, "mode", "nearest") != "nearest" and not is_float(node.inputs[0]):
         return "LiteRT weighs floats alone"
@@ -38,13 +39,21 @@ def _where(node: ir.Node) -> str:
     return text(node, "coordinate_transformation_mode", "half_pixel")
 
 
-def _scales(node: ir.Node, n: int) -> dict[int, float | None]:
+def _policy(node: ir.Node) -> str:
+    return text(node, "keep_aspect_ratio_policy", "stretch")
+
+
+def _scales(node: ir.Node, before: Sequence[int]) -> dict[int, float | None]:
     """The scale of each axis that is named, None where the sizes say it."""
-    axes = [a % n for a in ints(node, "axes", range(n))]
-    given = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if given is None or not given.size:
+    axes = [a % len(before) for a in ints(node, "axes", range(len(before)))]
+    scales, sizes = (constant(node.inputs[i]) if len(node.inputs) > i else None for i in (2, 3))
+    if scales is not None and scales.size:
+        return {a: float(s) for a, s in zip(axes, scales.reshape(-1), strict=True)}
+    if _policy(node) == "stretch":
         return dict.fromkeys(axes)
-    return {a: float(s) for a, s in zip(axes, given.reshape(-1), strict=True)}
+    assert sizes is not None
+    ratios = [int(n) / before[a] for a, n in zip(axes, sizes.reshape(-1), strict=True)]
+    return dict.fromkeys(axes, (min if _policy(node) == "not_larger" else max)(ratios))
 
 
 @emits("Resize", refuse=_refuse_resize)
@@ -52,7 +61,7 @@ def _resize(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
     before, after = size(source), size(node.outputs[0])
-    scales, where, mode = _scales(node, len(before)), _where(node), text(node, "mode", "nearest")
+    scales, where, mode = _scales(node, before), _where(node), text(node, "mode", "nearest")
     moved = [a for a, s in scales.items() if before[a] != after[a] or s not in (None, 1.0)]
     picture = len(before) == 4 and set(moved) <= _PLANE.keys()
     if mode == "nearest":

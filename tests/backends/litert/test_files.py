@@ -17,6 +17,8 @@ from optkit.legalize import legalize
 from optkit.passes.base import Context
 from optkit.passes.quantization.static import QuantizeStatic
 from optkit.passes.quantization.weights import QuantizeWeights
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.store import save
 from optkit.targets import target
@@ -247,11 +249,6 @@ LSTM = """(float[%s, 1, 1] x%s) => (float[] y) <float[1, 16, 1] w = {1, 1, 1, 1,
             [name] y = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(x, r, f) }""",
             "coordinate_transformation_mode tf_crop_and_resize",
         ),
-        (
-            """(float[1, 2, 4, 4] x) => (float[] y) <int64[4] s = {1, 2, 6, 7}> {
-            [name] y = Resize<mode = "linear", keep_aspect_ratio_policy = "not_larger">(x, , , s) }""",
-            "keep_aspect_ratio_policy not_larger",
-        ),
         ("(uint8[1, 1, 4, 4] x) => (uint8[] y) <float[4] f = {1, 1, 2, 2}> { [name] y = Resize<mode = \"linear\">(x, , f) }", "weighs floats alone"),
         ("(int64[4] x, int64[4] k) => (int64[4] y) { [name] y = Pow(x, k) }", r"name \(Pow\): LiteRT raises integers to constant powers"),
         ("(int64[4] x) => (int64[4] y) <int64 k = {3}> { [name] y = Pow(x, k) }", r"name \(Pow\): LiteRT's POW takes float32, int32, not int64"),
@@ -293,6 +290,20 @@ def test_a_shape_that_depends_on_data_is_named(tmp_path):
     body = "(float[3, 4] x, int64[2] to) => (float[2, 6] y) { a = Reshape(x, to) [name] y = Neg(a) }"
     with pytest.raises(ModelError, match=r"the shape of 'a' depends on data"):
         _lowered(parse(HEAD + body), tmp_path)
+
+
+def test_an_empty_constant_is_named_with_the_node_that_reads_it_or_as_an_output(tmp_path):
+    none, body = (
+        np.zeros((0, 3), np.float32),
+        "(float[2, 3] x) => (float[2, 3] y) { [name] y = Concat<axis = 0>(x, w) }",
+    )
+    with pytest.raises(UnsupportedOpError, match=r"name \(Concat\): 'w' is constant and empty"):
+        _lowered(parse(HEAD + body, w=none), tmp_path)
+    body = "(float[2, 3] x) => (float[2, 3] y, int64[0] z) { y = Neg(x) z = Shape<start = 1, end = 1>(x) }"
+    model = parse(HEAD + body)
+    run_passes(model, Recipe.load("cleanup").passes, Context(target=PHONE))
+    with pytest.raises(ModelError, match="an output of the model: 'z' is constant and empty"):
+        _lowered(model, tmp_path)
 
 
 def test_a_file_that_was_cut_off_is_refused(tmp_path):

@@ -235,12 +235,22 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         ),
         {},
     ),
+    "resized within bounds": (
+        """(float[1, 2, 4, 6] x) => (float[] a, float[] b, float[] c) <int64[4] s = {1, 2, 7, 8}, int64[2] t = {9, 7}> {
+        a = Resize<mode = "linear", keep_aspect_ratio_policy = "not_larger", axes = [2, 3]>(x, , , t)
+        b = Resize<mode = "nearest", keep_aspect_ratio_policy = "not_smaller", axes = [2, 3]>(x, , , t)
+        c = Resize<mode = "cubic", keep_aspect_ratio_policy = "stretch">(x, , , s) }""",
+        {},
+    ),
     "powers": (
         """(float[3, 4] x, int32[4] i) => (float[3, 4] a, float[3, 4] b, int32[4] c) <int64 k = {3}, int32[4] q = {0, 1, 2, 3}> {
         a = Pow(x, k) b = Pow(x, q) c = Pow(i, q) }""",
         {},
     ),
-    "masks of nothing dropped": ("(float[3, 4] x) => (float[3, 4] y, bool[3, 4] m) { y, m = Dropout(x) }", {}),
+    "masks of nothing dropped": (
+        "(float[3, 4] x) => (float[3, 4] y, bool[3, 4] m, float[3, 4] z) <float r = {0}, bool t = {1}> { y, m = Dropout(x) z = Dropout(x, r, t) }",
+        {},
+    ),
     "blocks": ("(float[1, 8, 4, 6] x) => (float[] a, float[] b) { a = DepthToSpace<blocksize = 2>(x) b = SpaceToDepth<blocksize = 2>(x) }", {}),
     "reduced": (
         """(float[2, 3, 4, 5] x) => (float[] a, float[] b, float[] d, float[] e, float[] f, float[] g, float[] h)
