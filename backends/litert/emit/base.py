@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -250,21 +250,19 @@ class Context:
         settings: Settings | None = None, *, grid: Grid | None = None, name: str = "",
     ) -> Tensor:  # fmt: skip
         """An operator with one output, of the type of its first input unless said otherwise."""
-        return self.ops(code, inputs, {name or code.lower(): shape}, dtype, settings, grid=grid)[0]
+        return self.ops(code, inputs, [(name or code.lower(), shape)], dtype, settings, grid=grid)[0]
 
     def ops(
-        self, code: str, inputs: Sequence[Tensor], shapes: Mapping[str, Sequence[int]], dtype: Any = None,
+        self, code: str, inputs: Sequence[Tensor], outputs: Sequence[tuple[str, Sequence[int]]], dtype: Any = None,
         settings: Settings | None = None, *, grid: Grid | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """An operator with an output for each of ``shapes``; its kernel may compute in a wider type, which wraps around alike."""
+        """An operator with ``outputs``, each a name and a shape; its kernel may compute in a wider type, which wraps around alike."""
         own = inputs[0].dtype
         kind, wide = np.dtype(own if dtype is None else dtype), wider(code, inputs)
         back = wide is not None and kind == own
         if wide is not None:
             inputs = [self.cast(t, wide) if t.dtype == own else t for t in inputs]
-        made = [
-            self.graph.tensor(name, shape, wide if back else kind, grid) for name, shape in shapes.items()
-        ]
+        made = [self.graph.tensor(name, shape, wide if back else kind, grid) for name, shape in outputs]
         self.graph.op(code, inputs, made, settings)
         return [self.cast(t, kind) for t in made] if back else made
 

@@ -134,12 +134,12 @@ def _split(c: Context, node: ir.Node) -> None:
     axis = integer(node, "axis") % len(x.shape)
     place = MOVED[axis] if layout == "last" else axis
     sizes = [size(o)[axis] for o in node.outputs]
-    shapes = {
-        str(output.name): [n if i == place else d for i, d in enumerate(x.shape)]
+    outputs = [
+        (str(output.name), [n if i == place else d for i, d in enumerate(x.shape)])
         for output, n in zip(node.outputs, sizes, strict=True)
-    }
+    ]
     inputs = [x, c.vector(sizes), c.number(place, np.int32)]
-    made = c.ops("SPLIT_V", inputs, shapes, settings=("SplitVOptions", {"numSplits": len(shapes)}))
+    made = c.ops("SPLIT_V", inputs, outputs, settings=("SplitVOptions", {"numSplits": len(outputs)}))
     for output, tensor in zip(node.outputs, made, strict=True):
         c.put(output, tensor, layout)
 
