@@ -289,7 +289,9 @@ def _one_input(node: ir.Node) -> ir.Value | None:
 
 
 def _split(node: ir.Node) -> ir.Value | None:
-    return node.inputs[0] if len(node.outputs) == 1 else None
+    sizes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    whole = len(node.outputs) == 1 or (sizes is not None and not sizes[1:].any())
+    return node.inputs[0] if whole else None
 
 
 def _clip(node: ir.Node) -> ir.Value | None:

@@ -232,6 +232,26 @@ def test_parts_of_a_concatenation_without_elements_go(end, ops):
     )
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ops"), [("4, 0", ["Exp", "Neg"]), ("3, 1", ["Exp", "Split", "Neg"])], ids=["all", "a part"]
+)
+def test_a_split_of_which_one_part_is_all_goes(sizes, ops):
+    check_pass(
+        RemoveNoops(),
+        f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 4] x) => (float[N, M] y) <int64[2] sizes = {{{sizes}}}> {{
+          a = Exp(x)
+          b, rest = Split<axis = 1>(a, sizes)
+          y = Neg(b)
+        }}
+        """,
+        ops=ops,
+        atol=0,
+        rtol=0,
+    )
+
+
 LSTM = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (float[T, N, 3] x) => (float[T, 1, N, 4] y) <int64[1] one = {1}, int64[1] four = {4}, float start = {%s}> {
