@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, is_float, narrow, refused
+from optkit.backends.coreml.emit.base import Context, cast, emits, integer, is_float, name_of, narrow, refused
 from optkit.backends.coreml.emit.compressed import affine, palettized, scaled, sparse, uncompressed
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import constant
@@ -183,7 +183,10 @@ def _dequantize(c: Context, node: ir.Node) -> Any:
     if held is None:
         if c.version < 17:
             raise refused(node, "quantized activations need iOS 17")
-        return mb.dequantize(**_parameters(c, node, c.input(node, 0)))
+        x = c.input(node, 0)
+        if name_of(x) == "int32":  # As which inputs of 8 bits are passed.
+            x = cast(x, "int8" if _kind(node) == ir.DataType.INT8 else "uint8")
+        return mb.dequantize(**_parameters(c, node, x))
     # An int32 bias.
     scale = np.asarray(constant(node.inputs[1]), np.float64)
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None

@@ -405,6 +405,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         r = QuantizeLinear<axis = 1>(w, ws, wz) d = DequantizeLinear<axis = 1>(r, ws, wz) c = MatMul(a, d) }""",
         {"w": (4, 3)},
     ),
+    "integers of the caller's": (
+        """(uint8[N, 4] x, int8[N, 4] z) => (float[N, 4] a, float[N, 4] b) <float s = {0.05}, uint8 u = {120}, int8 i = {-3}> {
+        a = DequantizeLinear(x, s, u) b = DequantizeLinear(z, s, i) }""",
+        {},
+    ),
 }  # fmt: skip
 
 
