@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 
 from optkit.errors import ModelError, UnsupportedOpError
+from optkit.functions import NotDefinedError, alone, put, written_out
 from optkit.graph import OPSET, constant, describe, subgraphs, walk
 from optkit.store import outline
 
@@ -450,55 +450,14 @@ def _expand(
         )
     if node.op_type == "Attention":
         _mask_nothing(at, version)
-    small = _alone(at, schema, version)
     try:
-        expanded = onnx.inliner.inline_selected_functions(
-            small, [("", node.op_type)], inline_schema_functions=True
-        )
-    except RuntimeError as error:
-        raise _NotConvertible(f"its definition cannot be written out: {error}") from error
-    graph = ir.serde.deserialize_model(expanded).graph
-    if any(n.op_type == node.op_type for n in graph):
-        raise _NotConvertible(
-            f"it exists from opset {schema.since_version} on and its types are not known well enough"
-        )
-    inner = {f"i{i}": value for i, value in enumerate(node.inputs)}
-    outer = {f"o{i}": value for i, value in enumerate(node.outputs)}
-    base = node.name or node.outputs[0].name or node.op_type
-    made = []
-    for new in tuple(graph):
-        for index, value in enumerate(new.inputs):
-            if value is not None and value.producer() is None:
-                new.replace_input_with(index, inner[str(value.name)])
-        made.append(new)
-    renamed = []
-    for new in made:
-        for output in new.outputs:
-            if output.name in outer:
-                renamed.append((outer[output.name], output))
-            elif output.name:
-                output.name = f"{base}/{output.name}"
-    # Values belong to one graph at a time.
-    graph.outputs.clear()
-    graph.remove(made)
-    owner = node.graph
-    assert owner is not None
-    owner.insert_before(node, made)
-    for index, new in enumerate(made):
-        new.name, new.version = f"{base}/{new.op_type}_{index}", version
-        new.metadata_props.update(node.metadata_props)
-    for old, value in renamed:
-        value.type, value.shape = old.type, old.shape
-        value.metadata_props.update(old.metadata_props)
-        for user, index in tuple(old.uses()):
-            user.replace_input_with(index, value)
-        for index, output in enumerate(owner.outputs):
-            if output is old:
-                owner.outputs[index] = value
-        value.name, old.name = old.name, None
-    owner.remove(node, safe=True)
-    for new in made:
-        _convert_node(_At(new, at.function, at.types), problems, name)
+        written = written_out(alone(node, version, lambda v: (at.dtype(v), at.shape(v))))
+    except NotDefinedError as error:
+        raise _NotConvertible(f"it exists from opset {schema.since_version} on and {error}") from error
+    for new in put(node, ir.serde.deserialize_model(written).graph):
+        for inner in (new, *(n for body in subgraphs(new) for n in walk(body))):
+            inner.version = version
+            _convert_node(_At(inner, at.function, at.types), problems, name)
 
 
 def _mask_nothing(at: _At, version: int) -> None:
@@ -518,29 +477,3 @@ def _mask_nothing(at: _At, version: int) -> None:
     zeros = at.before("Expand", [at.constant(0, dtype.numpy(), "zero"), shape], "mask")
     zeros.type, zeros.shape = ir.TensorType(dtype), ir.Shape([1, None])
     at.set_input(3, zeros)
-
-
-def _alone(at: _At, schema: onnx.defs.OpSchema, version: int) -> onnx.ModelProto:
-    """A model of this node alone, with inputs ``i0``, ``i1`` and outputs ``o0``, ``o1`` and so on."""
-    node = at.node
-    proto = ir.serde.serialize_node(node)
-    del proto.input[:], proto.output[:], proto.metadata_props[:]
-    # Bodies read attributes by name, and the defaults that the schema gives are not filled in.
-    for key, attribute in sorted(schema.attributes.items()):
-        if key not in node.attributes and attribute.default_value.type != onnx.AttributeProto.UNDEFINED:
-            proto.attribute.append(attribute.default_value)
-    proto.input.extend("" if v is None else f"i{i}" for i, v in enumerate(node.inputs))
-    proto.output.extend(f"o{i}" if v.name else "" for i, v in enumerate(node.outputs))
-    graph = onnx.GraphProto(name="g", node=[proto])
-    for infos, letter, values in ((graph.input, "i", node.inputs), (graph.output, "o", node.outputs)):
-        for index, value in enumerate(values):
-            if value is None or not value.name:
-                continue
-            info, dtype, shape = infos.add(name=f"{letter}{index}"), at.dtype(value), at.shape(value)
-            if dtype is not None:
-                info.type.tensor_type.elem_type = int(dtype)
-                if shape is not None:
-                    ir.serde.serialize_shape_into(info.type, shape)
-    return onnx.ModelProto(
-        ir_version=10, graph=graph, opset_import=[onnx.OperatorSetIdProto(version=version)]
-    )

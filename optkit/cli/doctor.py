@@ -170,7 +170,7 @@ def _operators(loaded: Loaded, target: str | None, backend: str | None) -> tuple
 
     where = find_target(target or "cpu")
     engine = BACKENDS[backend or where.backends[0]]()
-    legalize(loaded.model, engine, where, name=loaded.name)
+    legalize(loaded.model.clone(), engine, where, name=loaded.name)
     unknown = sorted({n.op_type for n in walk(loaded.model) if spec(n) is None and n.op_type != "Constant"})
     detail = f"{engine.name} runs all of them"
     return "ok", detail + (f"; stay as they are: {', '.join(unknown)}" if unknown else "")

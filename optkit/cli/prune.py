@@ -109,7 +109,7 @@ def prune(
                 else:
                     assert isinstance(step, ZeroWeights)
                     found = zero_weights(work, step, folder, force=force)
-            legalize(found.graph, asked.backend, asked.target, name=asked.loaded.name)
+            legalize(found.graph.clone(), asked.backend, asked.target, name=asked.loaded.name)
             written = save(found.graph, folder / final.name)
             check_runs(written[0], found.graph, work.feeds[0])
             files = move(written, final)

@@ -97,7 +97,7 @@ def quantize(
             work = asked.work(folder, terminal.progress)
             graph, records, _ = work.transform(asked.recipe)
             _check_changed(asked, records, path)
-            legalize(graph, asked.backend, asked.target, name=asked.loaded.name)
+            legalize(graph.clone(), asked.backend, asked.target, name=asked.loaded.name)
             written = save(graph, folder / final.name)
             check_runs(written[0], graph, work.feeds[0])
             nodes, kinds = count_nodes(graph), scheme(graph)

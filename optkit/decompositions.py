@@ -1,0 +1,291 @@
+"""Operators in terms of others, where ONNX has no function for them: what takes the place of a node that a backend can't run."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.dims import Dim, shape_of
+from optkit.graph import attribute, rank
+from optkit.rewrite import Builder
+
+Rule = Callable[[Builder, ir.Node], "ir.Value | None"]
+"""Makes what takes the place of the only output of a node; None where it does not apply."""
+
+# An operand of Einsum and its axes.
+_Operand = tuple[ir.Value, str]
+
+
+def _acosh(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``asinh(sqrt(x^2 - 1))``, by factors: near 1 nothing cancels out, and large squares do not overflow."""
+    x = node.inputs[0]
+    one = _like(x, 1)
+    return op.Asinh(op.Mul(op.Sqrt(op.Sub(x, one)), op.Sqrt(op.Add(x, one))))
+
+
+def _asinh(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``log(1 + a + a^2 / (1 + sqrt(a^2 + 1)))`` of ``a = |x|``, or ``log(2 a)`` where that is the same; with the sign of ``x``."""
+    x = node.inputs[0]
+    one, a = op.constant(_like(x, 1)), op.Abs(x)
+    square = op.Mul(a, a)
+    more = op.Div(square, op.Add(op.Sqrt(op.Add(square, one)), one))
+    near, far = _log1p(op, op.Add(a, more)), op.Add(op.Log(a), _like(x, math.log(2)))
+    # From here on 1 / (4 a^2), by which the logarithm is too small, is less than a rounding; no square is too large before.
+    limit = 4 / math.sqrt(float(np.finfo(_like(x, 1).dtype).eps))
+    return op.Mul(op.Sign(x), op.Where(op.Less(a, _like(x, limit)), near, far))
+
+
+def _atanh(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``log((1 + a) / (1 - a)) / 2`` of ``a = |x|``, with the sign of ``x``; small ones by ``log(1 + 2 a / (1 - a))``."""
+    x = node.inputs[0]
+    one, half, a = op.constant(_like(x, 1)), op.constant(_like(x, 0.5)), op.Abs(x)
+    left = op.Sub(one, a)
+    near, far = _log1p(op, op.Div(op.Add(a, a), left)), op.Log(op.Div(op.Add(one, a), left))
+    return op.Mul(op.Mul(op.Sign(x), half), op.Where(op.Less(a, half), near, far))
+
+
+def _log1p(op: Builder, x: ir.Value) -> ir.Value:
+    """``log(1 + x)`` of what is not negative, as exact where it is small: what rounding ``1 + x`` loses, a quotient makes up for.
+
+    Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991, theorem 4.
+    """
+    one = op.constant(_like(x, 1))
+    whole = op.Add(x, one)
+    exact = op.Mul(op.Log(whole), op.Div(x, op.Sub(whole, one)))
+    return op.Where(op.Equal(whole, one), x, exact)
+
+
+def _lp_pool(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``(n * mean(|x|^p))^(1/p)``; the mean counts what pads add, which are zeros."""
+    x, kernel = node.inputs[0], list(attribute(node, "kernel_shape"))  # type: ignore[call-overload]
+    pads = _pads(node, kernel)
+    if pads is None or attribute(node, "ceil_mode", 0):
+        return None  # Windows that overhang have fewer elements.
+    kept = {k: v for k, v in node.attributes.items() if k not in ("p", "ceil_mode", "auto_pad", "pads")}
+    power = _power(op, x, node)
+    mean = op.node("AveragePool", [power], {**kept, "pads": pads, "count_include_pad": 1})[0]
+    return _root(op, op.Mul(mean, _like(x, math.prod(kernel))), node)
+
+
+def _pads(node: ir.Node, kernel: list[int]) -> list[int] | None:
+    """Of a window, as numbers; None where they follow from sizes that are not known."""
+    mode, none = str(attribute(node, "auto_pad", "NOTSET")), [0] * len(kernel)
+    if not mode.startswith("SAME"):
+        return none * 2 if mode == "VALID" else list(attribute(node, "pads", none * 2))  # type: ignore[call-overload]
+    sizes = (shape_of(node.inputs[0]) or ())[2:]
+    ones = [1] * len(kernel)
+    strides, dilations = (list(attribute(node, name, ones)) for name in ("strides", "dilations"))  # type: ignore[call-overload]
+    wanted = []
+    for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=False):
+        if not isinstance(size, int):
+            return None
+        wanted.append(max(0, (-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size))
+    less, more = [w // 2 for w in wanted], [w - w // 2 for w in wanted]
+    if len(wanted) < len(kernel):
+        return None
+    return less + more if mode == "SAME_UPPER" else more + less
+
+
+def _global_lp_pool(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``(sum(|x|^p))^(1/p)`` over all axes behind the second."""
+    x, axes = node.inputs[0], rank(node.inputs[0])
+    if axes is None:
+        return None
+    places = np.arange(2, axes, dtype=np.int64)
+    return _root(op, op.ReduceSum(_power(op, x, node), places, keepdims=1), node)
+
+
+def _power(op: Builder, x: ir.Value | None, node: ir.Node) -> ir.Value:
+    p = int(attribute(node, "p", 2))  # type: ignore[call-overload]
+    return op.Mul(x, x) if p == 2 else op.Abs(x) if p == 1 else op.Pow(op.Abs(x), _like(x, p))
+
+
+def _root(op: Builder, x: ir.Value, node: ir.Node) -> ir.Value:
+    p = int(attribute(node, "p", 2))  # type: ignore[call-overload]
+    return op.Sqrt(x) if p == 2 else x if p == 1 else op.Pow(x, _like(x, 1 / p))
+
+
+def _last_of_several(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Counted from the end, the last of several extrema is the first."""
+    x, axis = node.inputs[0], int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    shape = shape_of(x)
+    if not attribute(node, "select_last_index", 0) or shape is None or not isinstance(shape[axis], int):
+        return None
+    ends = [np.array([v], np.int64) for v in (-1, -(2**31) + 1, axis, -1)]
+    found = op.node(
+        node.op_type,
+        [op.Slice(x, *ends)],
+        {k: v for k, v in node.attributes.items() if k != "select_last_index"},
+    )
+    return op.Sub(np.array(shape[axis] - 1, np.int64), found[0])
+
+
+def _quantized_product(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Between Q/DQ pairs, which say the same; rounded sums of floats may fall on the other side of a tie."""
+    a, a_scale, a_zero, b, b_scale, b_zero, scale, zero = node.inputs
+    if any(rank(v) is None or (rank(v) and shape_of(v) != (1,)) for v in (a_scale, b_scale, scale)):
+        return None
+    product = op.MatMul(_floats(op, a, a_scale, a_zero), _floats(op, b, b_scale, b_zero))
+    return op.QuantizeLinear(product, _single(op, scale), _single(op, zero))
+
+
+def _quantized_convolution(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Between Q/DQ pairs, which say the same; rounded sums of floats may fall on the other side of a tie."""
+    x, x_scale, x_zero, w, w_scale, w_zero, scale, zero, *bias = node.inputs
+    if any(rank(v) is None or (rank(v) and shape_of(v) != (1,)) for v in (x_scale, scale)):
+        return None
+    operands = [_floats(op, x, x_scale, x_zero), _floats(op, w, w_scale, w_zero)]
+    if bias and bias[0] is not None:
+        steps = op.Mul(_single(op, x_scale), _single(op, w_scale))
+        operands.append(op.DequantizeLinear(bias[0], steps, axis=0))
+    found = op.node("Conv", operands, dict(node.attributes))[0]
+    return op.QuantizeLinear(found, _single(op, scale), _single(op, zero))
+
+
+def _floats(op: Builder, x: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None) -> ir.Value:
+    return op.DequantizeLinear(x, _single(op, scale), _single(op, zero), axis=0)
+
+
+def _single(op: Builder, x: ir.Value | None) -> ir.Value | None:
+    """A vector of one element as a scalar."""
+    return op.Reshape(x, np.array([], np.int64)) if shape_of(x) == (1,) else x
+
+
+def _einsum_in_pairs(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Two operands at a time, with all axes named and none summed that another operand does not have."""
+    return _einsum(op, node, lambda x, a, y, b, c: op.Einsum(x, y, equation=f"{a},{b}->{c}"))
+
+
+def _einsum_as_products(op: Builder, node: ir.Node) -> ir.Value | None:
+    """By products of matrices."""
+    return _einsum(op, node, lambda x, a, y, b, c: _product(op, (x, a), (y, b), c))
+
+
+def _einsum(
+    op: Builder, node: ir.Node, contract: Callable[[ir.Value, str, ir.Value, str, str], ir.Value | None]
+) -> ir.Value | None:
+    found = _operands(op, node)
+    if found is None:
+        return None
+    operands, output = found
+    for i, (x, term) in enumerate(operands):
+        elsewhere = output + "".join(t for j, (_, t) in enumerate(operands) if j != i)
+        if single := [axis for axis, k in enumerate(term) if k not in elsewhere]:
+            x = op.ReduceSum(x, np.array(single, np.int64), keepdims=0)
+        operands[i] = x, "".join(k for k in term if k in elsewhere)
+    while len(operands) > 1:
+        (x, a), (y, b), *rest = operands
+        later = "".join(term for _, term in rest)
+        both = "".join(k for k in dict.fromkeys(a + b) if k in output + later)
+        if not a or not b:
+            result: ir.Value | None = op.Mul(x, y)
+        else:
+            both = both if rest else output
+            result = contract(x, a, y, b, both)
+        if result is None:
+            return None
+        operands = [(result, both), *rest]
+    ((x, term),) = operands
+    if term != output:
+        return _moved(op, x, [term.index(k) for k in output])
+    return op.Identity(x) if x in node.inputs else x
+
+
+def _operands(op: Builder, node: ir.Node) -> tuple[list[_Operand], str] | None:
+    """Operands and axes of the result, each axis with a letter; None where one has an axis twice, or ranks are not known."""
+    inputs, arrow, output = str(attribute(node, "equation")).replace(" ", "").partition("->")
+    terms, values = inputs.split(","), [v for v in node.inputs if v is not None]
+    shapes = [shape_of(v) for v in values]
+    if any(s is None for s in shapes):
+        return None
+    if not arrow:
+        output = "..." * ("." in inputs) + "".join(
+            k for k in sorted(set(inputs) - set(".,")) if inputs.count(k) == 1
+        )
+    free = [k for k in string.ascii_letters if k not in inputs]
+    counts = [
+        len(s or ()) - len(t.replace(".", "")) if "." in t else 0 for s, t in zip(shapes, terms, strict=True)
+    ]
+    shared = "".join(free[: max(counts)])
+    terms = [t.replace("...", shared[len(shared) - n :]) for t, n in zip(terms, counts, strict=True)]
+    output = output.replace("...", shared)
+    if any(len(set(t)) != len(t) for t in terms) or any(
+        len(t) != len(s or ()) for t, s in zip(terms, shapes, strict=True)
+    ):
+        return None
+    operands = list(zip(values, terms, strict=True))
+    for k in shared:
+        sizes = [s[t.index(k)] for s, t in zip(shapes, terms, strict=True) if s is not None and k in t]
+        if len(set(sizes) - {1}) > 1 or None in sizes:
+            return None
+        if len(set(sizes)) > 1:  # What has one element is repeated.
+            operands = [
+                (op.Squeeze(v, np.array([t.index(k)], np.int64)), t.replace(k, ""))
+                if k in t and (shape_of(v) or ())[t.index(k)] == 1
+                else (v, t)
+                for v, t in operands
+            ]
+    return operands, output
+
+
+def _product(op: Builder, left: _Operand, right: _Operand, output: str) -> ir.Value | None:
+    """The sum over what ``left`` and ``right`` have and ``output`` has not, as a MatMul; None where sizes are missing."""
+    (x, a), (y, b) = left, right
+    batch, summed = ([k for k in a if k in b and (k in output) == there] for there in (True, False))
+    rows, columns = [k for k in a if k not in b], [k for k in b if k not in a]
+    sizes: dict[str, Dim | None] = dict(
+        zip(a + b, (*(shape_of(x) or ()), *(shape_of(y) or ())), strict=False)
+    )
+    x = _moved(op, x, [a.index(k) for k in (*batch, *rows, *summed)])
+    y = _moved(op, y, [b.index(k) for k in (*batch, *summed, *columns)])
+    targets = (
+        _target(len(batch), [rows, summed], sizes),
+        _target(len(batch), [summed, columns], sizes),
+        _target(len(batch), [[k] for k in (*rows, *columns)], sizes),
+    )
+    if any(t is None for t in targets):
+        return None
+    out = op.Reshape(op.MatMul(op.Reshape(x, targets[0]), op.Reshape(y, targets[1])), targets[2])
+    order = [*batch, *rows, *columns]
+    return _moved(op, out, [order.index(k) for k in output])
+
+
+def _moved(op: Builder, x: ir.Value, order: list[int]) -> ir.Value:
+    return x if order == sorted(order) else op.Transpose(x, perm=order)
+
+
+def _target(kept: int, groups: Sequence[Sequence[str]], sizes: Mapping[str, Dim | None]) -> np.ndarray | None:
+    """Of a Reshape that keeps the first axes and makes one of each group; None where more than one size is not known."""
+    products = []
+    for group in groups:
+        known = [sizes[k] for k in group]
+        products.append(
+            math.prod(k for k in known if isinstance(k, int))
+            if all(isinstance(k, int) for k in known)
+            else -1
+        )
+    return None if products.count(-1) > 1 else np.array([0] * kept + products, np.int64)
+
+
+def _like(x: ir.Value | None, number: float) -> np.ndarray:
+    """A scalar of the type of ``x``."""
+    assert x is not None and x.dtype is not None
+    return np.asarray(number, x.dtype.numpy())
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "Acosh": (_acosh,),
+    "ArgMax": (_last_of_several,),
+    "ArgMin": (_last_of_several,),
+    "Asinh": (_asinh,),
+    "Atanh": (_atanh,),
+    "Einsum": (_einsum_in_pairs, _einsum_as_products),
+    "GlobalLpPool": (_global_lp_pool,),
+    "LpPool": (_lp_pool,),
+    "QLinearConv": (_quantized_convolution,),
+    "QLinearMatMul": (_quantized_product,),
+}
