@@ -85,7 +85,8 @@ class LiteRtSession(Session):
             DataError: Names, types or shapes are not those that the file was made for.
             ModelError: LiteRT fails.
         """
-        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        # Not `ascontiguousarray`, which gives scalars an axis.
+        arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         key = self.key(arrays)
         try:
             # The interpreter's buffers are one set for all callers.
