@@ -125,7 +125,8 @@ def _emit(context: Context, node: ir.Node) -> None:
         raise
     except Exception as error:
         # The builder says what does not fit by whatever its checks raise.
-        raise refused(node, f"coremltools refuses it: {type(error).__name__}: {error}") from error
+        said = f": {error}" if str(error) else ", without saying why"
+        raise refused(node, f"coremltools refuses it: {type(error).__name__}{said}") from error
     for value, variable in zip(
         node.outputs, found if isinstance(found, list | tuple) else [found], strict=False
     ):

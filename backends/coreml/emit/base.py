@@ -148,6 +148,16 @@ def select(condition: Any, a: Any, b: Any) -> Any:
     return mb.select(cond=condition, a=a, b=b)
 
 
+def _bounds_slices(value: ir.Value) -> bool:
+    """Whether it is read as bounds of slices alone, or as parts of such: beyond the ends of an axis, all are the same."""
+    return not value.is_graph_output() and all(
+        use.idx in (1, 2)
+        if use.node.op_type == "Slice"
+        else use.node.op_type in ("Concat", "Unsqueeze", "Identity") and _bounds_slices(use.node.outputs[0])
+        for use in value.uses()
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Context:
     """The program as far as it was built.
@@ -182,6 +192,8 @@ class Context:
                 node = value.producer()
                 assert node is not None, value.name
                 raise refused(node, f"optkit has no translation of its output {value.name!r}")
+            if array.dtype == np.int64 and _bounds_slices(value):
+                array = np.clip(array, INT32.min, INT32.max)
             self.variables[value] = mb.const(val=narrow(array, f"the constant {value.name!r}"))
         return self.variables[value]
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from optkit.backends.coreml.emit.base import Context, emits, integer, ints, refused, through_ints
 from optkit.backends.coreml.quiet import mb, types
-from optkit.graph import constant, scalar, subgraphs
+from optkit.graph import constant, rank, scalar, subgraphs
 
 
 def _refuse_if(node: ir.Node) -> str | None:
@@ -53,6 +53,12 @@ def _refuse_loop(node: ir.Node) -> str | None:
     carried = len(node.inputs) - 2
     if len(body.outputs) - 1 > carried:
         return "its scan outputs: Core ML has no tensors that grow"
+    for value, given, made in zip(body.inputs[2:], node.inputs[2:], body.outputs[1:], strict=False):
+        before, after = rank(given), rank(made)
+        if before is not None and after is not None and before != after:
+            return (
+                f"it carries {value.name!r} with {before} axes into its first step and {after} into the next"
+            )
     if node.inputs[0] is None and _stays_true(body):
         return "it has neither a count nor a condition that changes, and never ends"
     return None

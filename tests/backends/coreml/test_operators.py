@@ -405,6 +405,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         r = QuantizeLinear<axis = 1>(w, ws, wz) d = DequantizeLinear<axis = 1>(r, ws, wz) c = MatMul(a, d) }""",
         {"w": (4, 3)},
     ),
+    "sliced to the end by a number that 32 bits do not hold": (
+        """(float[N, 5] x, float[M, 5] z) => (float[K, L] y) <int64[1] last = {9223372036854775807}, int64[2] begin = {0, 1}> {
+        n = Shape<start = 0, end = 1>(z) ends = Concat<axis = 0>(n, last) y = Slice(x, begin, ends) }""",
+        {},
+    ),
     "integers of the caller's": (
         """(uint8[N, 4] x, int8[N, 4] z) => (float[N, 4] a, float[N, 4] b) <float s = {0.05}, uint8 u = {120}, int8 i = {-3}> {
         a = DequantizeLinear(x, s, u) b = DequantizeLinear(z, s, i) }""",

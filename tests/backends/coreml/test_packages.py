@@ -642,6 +642,19 @@ def test_a_loop_that_collects_values_is_refused():
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
 
 
+def test_a_loop_whose_values_change_their_rank_is_refused():
+    model = parse(
+        HEAD
+        + """g (float x, int64 times) => (float[M] y) <bool on = {1}> {
+        y = Loop(times, on, x)<body = b (int64 i, bool c, float v) => (bool d, float[3] w) <float[3] z = {1, 2, 3}> {
+          d = Identity(c) w = Neg(z) }> }"""
+    )
+    with pytest.raises(
+        UnsupportedOpError, match="carries 'v' with 0 axes into its first step and 1 into the next"
+    ):
+        legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
+
+
 SCAN = """g (float[4] x, float[%s, 4] u) => (float[4] y, float[%s, 4] z) {
     y, z = Scan<num_scan_inputs = 1, body = b (float[4] v, float[4] a) => (float[4] w, float[4] s) { w = Add(v, a) s = Neg(w) }>(x, u) }"""
 
