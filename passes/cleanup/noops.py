@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optkit.dims import shape_of
+from optkit.dims import Dim, shape_of
 from optkit.graph import attribute, constant, graphs, users
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Change, label, remove_unused, replaceable, substitute
@@ -259,7 +259,7 @@ def _empty(value: ir.Value | None) -> bool:
 
 
 def _slice(node: ir.Node) -> ir.Value | None:
-    x, starts, ends = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
+    x, starts, ends = node.inputs[0], constant(node.inputs[1]), _sizes(node.inputs[2])
     axes = constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
     steps = constant(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
     if len(node.inputs) > 4 and node.inputs[4] is not None and (steps is None or np.any(steps != 1)):
@@ -268,16 +268,27 @@ def _slice(node: ir.Node) -> ir.Value | None:
         return None
     if len(node.inputs) > 3 and node.inputs[3] is not None and axes is None:
         return None
-    places = np.arange(len(starts)) if axes is None else axes
+    places, shape = np.arange(len(starts)) if axes is None else axes, shape_of(x)
     for start, end, axis in zip(starts, ends, places, strict=True):
-        size = x.shape[int(axis)] if x.shape is not None and int(axis) < len(x.shape) else None
+        size = shape[int(axis)] if shape is not None and int(axis) < len(shape) else None
         starts_at_zero = start == 0 or (isinstance(size, int) and start <= -size)
-        # Symbolic axes end where ONNX says "to the end": the largest number of the type, or of int32.
-        if not starts_at_zero or not (
-            end >= np.iinfo(np.int32).max or (isinstance(size, int) and end >= size)
-        ):
+        # Symbolic axes end at their own size, or where ONNX says "to the end": the largest number of the type, or of int32.
+        most = size if isinstance(size, int) else np.iinfo(np.int32).max
+        if not starts_at_zero or end is None or not (end >= most if isinstance(end, int) else end == size):
             return None
     return x
+
+
+def _sizes(value: ir.Value | None) -> Sequence[Dim | None] | None:
+    """A list of integers, where it is constant or the sizes of a value."""
+    array, node = constant(value), None if value is None else value.producer()
+    if array is not None:
+        return [int(v) for v in array]
+    if node is None or node.op_type != "Shape" or node.domain != "":
+        return None
+    sizes = shape_of(node.inputs[0])
+    first, last = attribute(node, "start", 0), attribute(node, "end")
+    return None if sizes is None else sizes[slice(first, last)]  # type: ignore[arg-type]
 
 
 def _pad(node: ir.Node) -> ir.Value | None:

@@ -232,6 +232,25 @@ def test_parts_of_a_concatenation_without_elements_go(end, ops):
     )
 
 
+@pytest.mark.parametrize(("end", "gone"), [("x", True), ("z", False)])
+def test_a_slice_up_to_the_size_of_its_axis_goes(end, gone):
+    check_pass(
+        RemoveNoops(),
+        f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 4] x, float[M, 4] z) => (float[K, 4] y) <int64[1] zero = {{0}}> {{
+          a = Exp(x)
+          n = Shape<end = 1>({end})
+          b = Slice(a, zero, n, zero)
+          y = Neg(b)
+        }}
+        """,
+        ops=["Exp", "Shape", *([] if gone else ["Slice"]), "Neg"],
+        atol=0,
+        rtol=0,
+    )
+
+
 @pytest.mark.parametrize(
     ("sizes", "ops"), [("4, 0", ["Exp", "Neg"]), ("3, 1", ["Exp", "Split", "Neg"])], ids=["all", "a part"]
 )
