@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from optkit.errors import ModelError
+from optkit.graph import walk
 from optkit.passes.base import Context
 from optkit.passes.cleanup.places import PlacesToWhere
+from optkit.pipeline import run_passes
+from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.targets import target
-from optkit.testing import check_pass, parse
+from optkit.testing import check_pass, parse, random_feeds, same_numbers
 
 EMBEDDING = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -115,3 +118,25 @@ def test_near_misses_stay(rows, updates):
         *(["GatherND"] if rows == "4" else ["GatherND", "Xor"]),
     ]
     check_pass(PlacesToWhere(), model, ops=[*before, "ScatterND"], atol=0, rtol=0, **given)
+
+
+def test_a_mask_whose_places_are_found_twice_chooses_all_the_same():
+    model = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 5] x) => (float[N, 5] y) <int64[1] zero = {0}, float limit = {0.3}> {
+          m = Greater(x, limit)
+          n = NonZero(m) p = Transpose<perm = [1, 0]>(n)
+          o = NonZero(m) q = Transpose<perm = [1, 0]>(o)
+          z = GatherND(x, p) count = Shape<end = 1>(q) cut = Slice(z, zero, count, zero)
+          s = Shape(x) none = ConstantOfShape(s)
+          y = ScatterND(none, q, cut)
+        }
+        """
+    )
+    after = model.clone()
+    run_passes(after, Recipe.load("cleanup").passes, Context(target=target("cpu")))
+    assert "NonZero" not in {n.op_type for n in walk(after)}
+    # Also where the mask holds nowhere.
+    for x in (random_feeds(model)["x"], np.zeros((2, 5), np.float32)):
+        same_numbers(model, after, {"x": x}, atol=0, rtol=0)
