@@ -16,9 +16,22 @@ def _refuse_if(node: ir.Node) -> str | None:
     for then, other in zip(*(g.outputs for g in subgraphs(node)), strict=True):
         if then.dtype != other.dtype:
             return f"its branches give {then.name!r} as {then.dtype} and {other.name!r} as {other.dtype}"
-        if then.shape is not None and other.shape is not None and len(then.shape) != len(other.shape):
-            return "its branches give tensors of different rank"
+        before, after = rank(then), rank(other)
+        # A condition of sizes is known once the inputs have theirs, and one branch is left.
+        if before is not None and after is not None and before != after and not _of_sizes(node.inputs[0]):
+            return _RANKS
     return None
+
+
+_RANKS = "its branches give tensors of different rank"
+
+
+def _of_sizes(value: ir.Value | None) -> bool:
+    """Whether a value depends on nothing but the sizes of others."""
+    node = None if value is None else value.producer()
+    if node is None or any(True for _ in subgraphs(node)):
+        return value is None or constant(value) is not None
+    return node.op_type in ("Shape", "Size") or all(_of_sizes(v) for v in node.inputs)
 
 
 def _branches(node: ir.Node) -> tuple[ir.Graph, ir.Graph]:
@@ -31,6 +44,8 @@ def _if(c: Context, node: ir.Node) -> Any:
     known = c.known(node, 0)
     if known is not None:
         return c.body(c, then if bool(np.asarray(known).reshape(-1)[0]) else other)
+    if any(rank(a) != rank(b) for a, b in zip(then.outputs, other.outputs, strict=True)):
+        raise refused(node, f"{_RANKS}, and the sizes leave open which it is")
     condition = c.input(node, 0)
     if condition.rank:
         condition = mb.squeeze(x=condition)

@@ -783,3 +783,17 @@ def test_what_ships_for_the_neural_engine_where_nothing_keeps_the_limits_is_floa
     assert artifact.manifest.options["precision"] == "fp16"
     assert [c.name for c in report.candidates if c.verdict == "shipped"] == [shipped]
     assert any("cosine" in reason for reason in report.missed)
+
+
+BY_SIZE = """g (float[1, N] x) => (float[P, Q] y) <int64 one = {1}, int64 last = {1}> {
+    s = Shape(x) n = Gather(s, last) c = Equal(n, one)
+    y = If(c) <then_branch = t () => (float u) { u = Squeeze(x) }, else_branch = e () => (float[1, K] v) { v = Neg(x) }> }"""
+
+
+def test_branches_of_different_rank_are_taken_by_sizes_that_are_fixed(tmp_path):
+    model = parse(HEAD + BY_SIZE)
+    with _lower(model, tmp_path / "fixed", shapes={"N": 3}) as session:
+        x = np.array([[1, 2, 3]], np.float32)
+        np.testing.assert_array_equal(session.run({"x": x})["y"], -x)
+    with pytest.raises(ModelError, match="different rank, and the sizes leave open which it is"):
+        _lower(model, tmp_path / "free")
