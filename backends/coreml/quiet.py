@@ -45,7 +45,10 @@ ct: Any = _load()
 mil: Any = importlib.import_module("coremltools.converters.mil.mil")
 mb: Any = mil.Builder
 types: Any = mil.types
+input_type: Any = importlib.import_module("coremltools.converters.mil.mil.input_type")
+registry: Any = importlib.import_module("coremltools.converters.mil.mil.ops.registry").SSAOpRegistry
 MIL_pb2: Any = importlib.import_module("coremltools.proto.MIL_pb2")
+FeatureTypes_pb2: Any = importlib.import_module("coremltools.proto.FeatureTypes_pb2")
 Model_pb2: Any = importlib.import_module("coremltools.proto.Model_pb2")
 sanitizer: Any = importlib.import_module(
     "coremltools.converters.mil.mil.passes.defs.preprocess"

@@ -14,6 +14,11 @@ import numpy as np
 from optkit.errors import ModelError
 
 _SENTINEL = 0xDEADBEEF
+# What a record says of the type of its values; found by what coremltools' own writer writes.
+_TYPES = {
+    1: "FLOAT16", 2: "FLOAT32", 3: "UINT8", 4: "INT8", 6: "INT16", 7: "UINT16", 8: "INT4", 9: "UINT1", 10: "UINT2", 11: "UINT4",
+    12: "UINT3", 13: "UINT6", 14: "INT32", 15: "UINT32",
+}  # fmt: skip
 
 
 def unpack(data: np.ndarray, count: int, bits: int, *, signed: bool) -> np.ndarray:
@@ -57,12 +62,26 @@ class Blobs:
         Raises:
             ModelError: There is no record, or it points outside the file.
         """
+        data, _, start, size = self._record(offset)
+        return data[start : start + size]
+
+    def kind(self, offset: int) -> str:
+        """MIL's name of the type of the values whose record is at ``offset``.
+
+        Raises:
+            ModelError: As of ``raw``.
+        """
+        _, kind, _, _ = self._record(offset)
+        return _TYPES.get(kind, f"of type {kind}")
+
+    def _record(self, offset: int) -> tuple[np.ndarray, int, int, int]:
+        """The file, and of a blob type, start and size."""
         data = self._data
         if data is None or offset < 0 or offset + 64 > data.size:
             raise ModelError(f"{self._file.name}: no blob at {offset}")
-        sentinel, _, size, start = struct.unpack_from("<IIQQ", data.data, offset)
+        sentinel, kind, size, start = struct.unpack_from("<IIQQ", data.data, offset)
         if sentinel != _SENTINEL:
             raise ModelError(f"{self._file.name}: no record of a blob at {offset}")
         if start % 64 or start + size > data.size:
             raise ModelError(f"{self._file.name}: the blob at {offset} lies outside the file")
-        return data[start : start + size]
+        return data, kind, start, size

@@ -15,6 +15,8 @@ from optkit.backends.coreml.reference.blobs import Blobs, unpack
 from optkit.errors import ModelError
 
 _FOLDER = "Data/com.apple.CoreML"
+# What programs call the file of weights.
+_WEIGHTS = "@model_path/weights/weight.bin"
 
 _KINDS = {
     "FLOAT16": np.float16, "FLOAT32": np.float32, "FLOAT64": np.float64, "INT8": np.int8, "INT16": np.int16, "INT32": np.int32,
@@ -25,6 +27,13 @@ _KINDS = {
 _SHORT = {
     "INT4": (4, True), "UINT4": (4, False), "UINT1": (1, False), "UINT2": (2, False), "UINT3": (3, False), "UINT6": (6, False),
 }  # fmt: skip
+# Where values of a type stand in the program; of the rest as bytes, and integers of two bytes as either.
+_FIELDS = {
+    "FLOAT32": "floats", "FLOAT64": "doubles", "INT32": "ints", "INT64": "longInts", "BOOL": "bools", "STRING": "strings",
+}  # fmt: skip
+_EITHER = ("INT16", "UINT16")
+# Under which an array of values of less than a byte keeps their type.
+_KIND = "MIL"
 # Elements of a value that stands in the program, up to which one of its kind is looked for.
 _FEW = 32
 
@@ -45,8 +54,19 @@ class Type:
     shape: tuple[int, ...] | None
     state: bool = False
 
+    @property
+    def short(self) -> bool:
+        """Whether its values are of less than a byte."""
+        return self.kind in _SHORT
+
+    @property
+    def bits(self) -> int:
+        """Of one value."""
+        return _SHORT[self.kind][0] if self.short else 8 * np.dtype(self.dtype).itemsize if self.dtype else 0
+
     def __str__(self) -> str:
-        return f"{self.kind.lower()}{list(self.shape) if self.shape is not None else '[?]'}"
+        sizes = "[?]" if self.shape is None else str(list(self.shape)).replace("-1", "?")
+        return f"{'a state of ' if self.state else ''}{self.kind.lower()}{sizes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +140,19 @@ class Lazy:
     offset: int
     type: Type
 
+    def check(self) -> None:
+        """That the file holds values of its type and count, without reading them.
+
+        Raises:
+            ModelError: It does not.
+        """
+        count, size = math.prod(self.type.shape or ()), self.blobs.raw(self.offset).size
+        stored = self.blobs.kind(self.offset)
+        if (size, stored) != (-(-count * self.type.bits // 8), self.type.kind):
+            raise ModelError(
+                f"the blob at {self.offset} holds {size} bytes {stored.lower()}, the program says {self.type}"
+            )
+
     def read(self) -> np.ndarray:
         """Its values; of whole bytes where they lie, without a copy."""
         shape = self.type.shape or ()
@@ -182,10 +215,14 @@ class Package:
         )  # fmt: skip
 
     def _operation(self, proto: Any) -> Operation:
+        name = proto.outputs[0].name if proto.outputs else proto.type
+        try:
+            inputs = {self._once(k): [self._binding(b) for b in a.arguments] for k, a in proto.inputs.items()}
+            attributes = {self._once(k): self._value(v) for k, v in proto.attributes.items() if k != "name"}
+        except ModelError as error:
+            raise ModelError(f"{proto.type} {name!r}: {error}") from error
         return Operation(
-            kind=self._once(proto.type), name=self._once(proto.outputs[0].name if proto.outputs else proto.type),
-            inputs={self._once(k): [self._binding(b) for b in a.arguments] for k, a in proto.inputs.items()},
-            attributes={self._once(k): self._value(v) for k, v in proto.attributes.items() if k != "name"},
+            kind=self._once(proto.type), name=self._once(name), inputs=inputs, attributes=attributes,
             outputs=tuple(self._output(v) for v in proto.outputs), blocks=tuple(self._block(b) for b in proto.blocks),
         )  # fmt: skip
 
@@ -204,12 +241,16 @@ class Package:
     def _value(self, proto: Any) -> Any:
         if proto.WhichOneof("value") == "blobFileValue":
             kind = self._once(_type(proto.type))
+            if proto.blobFileValue.fileName != _WEIGHTS:
+                raise ModelError(
+                    f"a value lies in {proto.blobFileValue.fileName!r}, and {_WEIGHTS} alone is read"
+                )
             return Lazy(blobs=self.blobs, offset=proto.blobFileValue.offset, type=kind)
         held = proto.immediateValue
         if held.WhichOneof("value") == "list":
             return [self._value(v) for v in held.list.values]
         if held.WhichOneof("value") != "tensor":
-            raise ModelError(f"{self.path.name}: a value of kind {held.WhichOneof('value')} is not known")
+            raise ModelError(f"a value of kind {held.WhichOneof('value')} is not known")
         kind = self._once(_type(proto.type))
         value = _tensor(held.tensor, kind)
         if not isinstance(value, np.ndarray) or value.size > _FEW:
@@ -239,6 +280,8 @@ def _tensor(proto: Any, kind: Type) -> Any:
     """A value that stands in the program: a string, or an array."""
     which = proto.WhichOneof("value")
     shape = kind.shape or ()
+    if which is not None and which != _FIELDS.get(kind.kind, "bytes") and kind.kind not in _EITHER:
+        raise ModelError(f"a value of {which} is declared as {kind}")
     if kind.kind == "STRING":
         strings = list(proto.strings.values)
         return strings[0] if not shape else strings
@@ -246,7 +289,10 @@ def _tensor(proto: Any, kind: Type) -> Any:
         raw = np.frombuffer(proto.bytes.values, np.uint8)
         if kind.kind in _SHORT:
             bits, signed = _SHORT[kind.kind]
-            return unpack(raw, math.prod(shape), bits, signed=signed).reshape(shape)
+            held = np.dtype(kind.dtype, metadata={_KIND: kind.kind})
+            return unpack(raw, math.prod(shape), bits, signed=signed).reshape(shape).view(held)
+        if raw.nbytes != math.prod(shape) * np.dtype(kind.dtype).itemsize:
+            raise ModelError(f"{raw.nbytes} bytes are declared as {kind}")
         return raw.view(kind.dtype).reshape(shape)
     values = list(getattr(proto, which).values) if which is not None else []
     # A single zero may be left out.
@@ -256,3 +302,9 @@ def _tensor(proto: Any, kind: Type) -> Any:
     if array.size != math.prod(shape):
         raise ModelError(f"a value of {array.size} elements is declared as {kind}")
     return array.reshape(shape)
+
+
+def kind_of(array: np.ndarray) -> str:
+    """MIL's name of the type of a value that stands in the program."""
+    told = array.dtype.metadata
+    return str(told[_KIND]) if told else next(k for k, v in _KINDS.items() if v == array.dtype.type)
