@@ -44,6 +44,18 @@ _WORDS: Mapping[tuple[str, str], frozenset[str]] = {
     **{(kind, "direction"): _WAYS for kind in ("gru", "rnn")},
     **{(kind, word): _GATES for kind in ("gru", "rnn") for word in ("activation", "recurrent_activation")},
 }
+# Parameters with an element for each of: the channels of x, its axes, the axes behind the channels, both ends of those.
+_CHANNELS, _AXES, _PLACES, _ENDS = "channels", "axes", "places", "ends"
+_LENGTHS: Mapping[tuple[str, str], str] = {
+    **{("batch_norm", p): _CHANNELS for p in ("mean", "variance", "gamma", "beta")},
+    **{("instance_norm", p): _CHANNELS for p in ("gamma", "beta")},
+    ("prelu", "alpha"): _CHANNELS,
+    **{("slice_by_index", f"{p}_mask"): _AXES for p in ("begin", "end", "squeeze")},
+    ("slice_by_index", "stride"): _AXES,
+    **{(kind, p): _PLACES for kind in ("conv", "conv_transpose") for p in ("strides", "dilations")},
+    **{(kind, p): _PLACES for kind in ("avg_pool", "max_pool") for p in ("strides", "kernel_sizes")},
+    **{(kind, "pad"): _ENDS for kind in ("conv", "conv_transpose", "avg_pool", "max_pool")},
+}
 # What definitions raise where something does not fit; some find out by stumbling over it.
 _REFUSALS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
@@ -137,7 +149,7 @@ class Definitions:
             return
         found = [*_parameters(self.opset, definition, arguments), *_words(op.kind, arguments)]
         found = found or [*_types(op.kind, definition, arguments)]
-        found = found or [*_axes(op.kind, arguments)]
+        found = found or [*_axes(op.kind, arguments), *_lengths(op.kind, arguments)]
         yield from found or self._results(op, definition, arguments)
 
     def _results(
@@ -220,9 +232,23 @@ def _axes(kind: str, arguments: Mapping[str, Sequence[Value]]) -> Iterator[str]:
     for parameter in ("axis", "axes"):
         for value in arguments.get(parameter, ()):
             if shape is not None and isinstance(value.held, np.ndarray):
-                for axis in value.held.reshape(-1):
+                axes = value.held.reshape(-1).tolist()
+                for axis in axes:
                     if not -len(shape) <= axis < len(shape):
                         yield f"{parameter} is {axis}, and x has {len(shape)} axes"
+                if len({a % len(shape) for a in axes if shape}) < len(axes):
+                    yield f"{parameter} is {axes}, and names an axis twice"
+
+
+def _lengths(kind: str, arguments: Mapping[str, Sequence[Value]]) -> Iterator[str]:
+    shape = arguments["x"][0].type.shape if "x" in arguments else None
+    if shape is None or len(shape) < 2:
+        return
+    counts = {_CHANNELS: shape[1], _AXES: len(shape), _PLACES: len(shape) - 2, _ENDS: 2 * len(shape) - 4}
+    for parameter, (value, *_) in arguments.items():
+        count = counts.get(_LENGTHS.get((kind, parameter), ""), -1)
+        if count >= 0 and value.type.shape not in ((count,), (-1,)):
+            yield f"{parameter} is {value.type}, and x has {count} {_LENGTHS[kind, parameter]}"
 
 
 def _reshaped(kind: str, arguments: Mapping[str, Sequence[Value]]) -> list[Type]:
@@ -251,8 +277,14 @@ def _inferred(definition: Any, arguments: Mapping[str, Sequence[Value]]) -> list
         give(parameter, values)
     op.__dict__.update(op._input_vars)
     for parameter, default in op.default_inputs().items():
-        if parameter not in arguments and default is not None:
+        if default is None:
+            continue
+        if parameter not in arguments:
             give(parameter, [Value.stored(_plain(default))])
+        elif np.ndim(default) != len(arguments[parameter][0].type.shape or ()):
+            raise ValueError(
+                f"{parameter} is {arguments[parameter][0].type}, and has {np.ndim(default)} axes"
+            )
     op.__dict__.update(op._input_vars)
     found = op.type_inference()
     return [_read(t) for t in (found if isinstance(found, tuple) else (found,))]

@@ -138,6 +138,15 @@ def _set(kind: str, parameter: str, *values: Any) -> Callable[[Any], None]:
     return edit
 
 
+def _with_an_axis(kind: str, parameter: str) -> Callable[[Any], None]:
+    def edit(spec: Any) -> None:
+        constant = _given(spec, kind, parameter)
+        for value_type in (constant.attributes["val"].type, constant.outputs[0].type):
+            _another_axis(value_type.tensorType)
+
+    return edit
+
+
 def _strides_of_floats(spec: Any) -> None:
     constant = _given(spec, "conv", "strides")
     held = constant.attributes["val"]
@@ -227,12 +236,15 @@ OPERATIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "weights in another file": ("const", _another_file, "weight.bin alone is read"),
     "an axis that is not there": ("softmax", _set("softmax", "axis", 5), "axis is 5, and x has 2 axes"),
     "axes of which one is not there": ("reduce_mean", _set("reduce_mean", "axes", 2, -5), "axes is -5, and x has 4 axes"),
+    "an axis twice": ("reduce_mean", _set("reduce_mean", "axes", 2, -2), r"axes is \[2, -2\], and names an axis twice"),
+    "pads for one axis": ("conv", _set("conv", "pad", 1, 1), r"pad is int32\[2\], and x has 4 ends"),
+    "a flag with an axis": ("reduce_mean", _with_an_axis("reduce_mean", "keep_dims"), r"keep_dims is bool\[1\], and has 0 axes"),
     "groups that do not divide": ("conv", _set("conv", "groups", 2), "channels 3 not divisible by groups 2"),
     "padding of no known kind": ("conv", _set("conv", "pad_type", "sam"), "sam"),
     "a gelu of no known kind": ("gelu", _set("gelu", "mode", "QUICK"), "mode is 'QUICK', and may be EXACT, SIGMOID_APPROXIMATION, TANH"),
     "strides of floats": ("conv", _strides_of_floats, r"strides is float32\[2\], and conv takes int32"),
     "strides stored as floats": ("const", _strides_as_floats, r"a value of floats is declared as int32\[2\]"),
-    "strides for three axes": ("conv", _set("conv", "strides", 1, 1, 1), r"strides \(length 3\)"),
+    "strides for three axes": ("conv", _set("conv", "strides", 1, 1, 1), r"strides is int32\[3\], and x has 2 places"),
     "a parameter too few": ("conv", _drop("conv", "x"), "the parameter 'x' is missing"),
     "no kind of padding": ("conv", _drop("conv", "pad_type"), "the parameter 'pad_type' is missing"),
     "a parameter too many": ("conv", _unknown_parameter, "has no parameter 'color'"),
