@@ -669,6 +669,7 @@ def request(
     if options != given:
         plan = plan.model_copy(update={"options": options.model_dump(mode="json", exclude_unset=True)})
     candidates = _candidates(plan, engine, where)
+    _quantizing(plan, candidates, engine, where)
     first = candidates[0][1] if candidates else plan
     engine.ready(where, validated(engine.options, "options", first.options))
     _possible([r for _, r in candidates] or [plan], engine, where)
@@ -813,6 +814,28 @@ def _candidates(plan: Recipe, engine: Backend, where: Target) -> list[tuple[str,
     return [(n, r) for n, r in found if n in said.values()]
 
 
+def _quantizing(
+    plan: Recipe, candidates: Sequence[tuple[str, Recipe]], engine: Backend, where: Target
+) -> None:
+    """Refuse candidates that all quantize, but for the floor, where none of them is for the target: floats would ship in silence.
+
+    Raises:
+        UsageError: That is so; with the recipes that there are.
+    """
+    asked = [Recipe.load(name) for name in plan.candidates if name != "fp32"]
+    if not asked or any(_is_exact(r) for r in asked) or not all(_is_exact(r) for _, r in candidates):
+        return
+    own = [name for name in shipped() if (Recipe.load(name).backend or "").lower() == engine.name]
+    raise UsageError(
+        f"none of {', '.join(n for n in plan.candidates if n != 'fp32')} is for {engine.name} and {where.name}",
+        hint=f"-r auto{', or -r with one of ' + ', '.join(own) if own else ''}",
+    )
+
+
+def _is_exact(recipe: Recipe) -> bool:
+    return all(p.exact for p in recipe.passes)
+
+
 def _possible(recipes: Sequence[Recipe], engine: Backend, where: Target) -> None:
     """Refuse what is asked for where the target lacks the formats of all recipes that change numbers.
 
@@ -820,7 +843,7 @@ def _possible(recipes: Sequence[Recipe], engine: Backend, where: Target) -> None
         BackendUnavailableError: It does; with the reason of the first.
     """
     context, refused = Context(target=where, placements=engine.placements), list[BackendUnavailableError]()
-    wanted = [r for r in recipes if not all(p.exact for p in r.passes)]
+    wanted = [r for r in recipes if not _is_exact(r)]
     for recipe in wanted:
         for step in recipe.passes:
             try:

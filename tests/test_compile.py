@@ -431,6 +431,22 @@ def test_candidates_get_the_limits_options_and_seed_of_the_recipe_that_lists_the
     assert artifact.manifest.options["threads"] == 3
 
 
+@pytest.mark.parametrize("precision", ["int8", "w4a16"])
+def test_a_precision_that_no_recipe_makes_for_a_target_is_refused_and_not_shipped_in_float(
+    model, precision, tmp_path
+):
+    """Every candidate is for another backend: what was left was the floor, with exit code 0."""
+    named = tuple(
+        name
+        for name in Recipe.load(precision).candidates
+        if Recipe.load(name).backend not in (None, "onnxruntime")
+    )
+    assert named
+    recipe = {"recipe": 1, "candidates": ["fp32", *named]}
+    with pytest.raises(UsageError, match=f"none of {', '.join(named)} is for onnxruntime and cpu"):
+        optkit.compile(model, target="cpu", backend="onnxruntime", recipe=recipe, out=tmp_path / "out")
+
+
 def test_a_list_of_lossy_candidates_has_float_as_its_floor(model, tmp_path):
     recipe = {"recipe": 1, "candidates": ["int8-static"], "limits": {"min_cosine": 1}}
     artifact, report = compile(model, data=_batches(), out=tmp_path / "o", recipe=recipe)
