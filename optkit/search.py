@@ -315,7 +315,7 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
         return _settled(asked, [_record(name, asked, "shipped", "")], reasons + slow, strict)
     if short and (found := _unquantized(work, recipe, floats, strict=strict)) is not None:
         # Of less than float32 arithmetic, and within the limits.
-        shipped = _record(found.name, found, "shipped", "the smallest that keeps the limits")
+        shipped = _record(found.name, found, "shipped", "without what quantizes it keeps the limits")
         return _settled(found, [record, shipped], reasons + slow, strict)
     exact["options"] = widest.model_dump(mode="json")
     floor = work.build("float", recipe.model_copy(update=exact))

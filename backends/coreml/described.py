@@ -67,7 +67,7 @@ def _array(array: Any, type_: Type, *, given: bool) -> Iterator[str]:
         return
     # Of outputs a shape need not be told.
     for shape in dict.fromkeys([usual, *listed] if usual or given else listed):
-        if not _fits(shape, type_.shape):
+        if not type_.takes(shape):
             yield f"is described as {list(shape)}, and the function has {type_}"
     if listed and given and usual not in listed:
         yield f"is usually {list(usual)}, which is none of its listed shapes"
@@ -89,9 +89,5 @@ def _image(image: Any, type_: Type) -> Iterator[str]:
     color = _IMAGE.ColorSpace.Name(image.colorSpace)
     channels = 1 if color.startswith("GRAYSCALE") else 3
     shape = (1, channels, image.height, image.width)
-    if type_.shape is None or not _fits(shape, type_.shape):
+    if type_.shape is None or not type_.takes(shape):
         yield f"is a picture of {color}, {image.height} by {image.width}, and the function has {type_}"
-
-
-def _fits(shape: Sequence[int], function: Sequence[int]) -> bool:
-    return len(shape) == len(function) and all(b < 0 or a == b for a, b in zip(shape, function, strict=True))

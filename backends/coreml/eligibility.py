@@ -38,7 +38,7 @@ def _block(block: Block, known: dict[str, Output], *, inside: bool) -> Iterator[
     fixed: set[str] = set()
     for op in block.operations:
         types |= {o.name: o for o in op.outputs}
-        if op.kind == "const" or op.kind.startswith("constexpr_"):
+        if op.is_constant:
             fixed.update(o.name for o in op.outputs)
             continue
         units, reason = (_PROCESSOR, "inside control flow") if inside else _judged(op, types, fixed)

@@ -69,9 +69,8 @@ def _block(block: Block, definitions: Definitions, outside: _Known) -> Iterator[
                 yield f"{op}: the name {output.name!r} is defined twice"
             if output.type.shape is not None and len(output.type.shape) > _MOST_AXES:
                 yield f"{op}: {output.name!r} has {len(output.type.shape)} axes, and Core ML has at most {_MOST_AXES}"
-            constant = op.kind == "const" or op.kind.startswith("constexpr_")
             held = op.attributes.get("val") if op.kind == "const" and not found else None
-            known[output.name] = Value(output.type, op.kind if constant else "", held)
+            known[output.name] = Value(output.type, op.kind if op.is_constant else "", held)
     for name in block.outputs:
         if name not in known:
             yield f"the output {name!r} is not computed"

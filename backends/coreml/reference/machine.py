@@ -212,7 +212,7 @@ class Machine:
             if port.name not in feeds:
                 raise DataError(f"the input {port.name!r} is missing")
             array = np.asarray(feeds[port.name])
-            if not _fits(array.shape, port.type.shape):
+            if not port.type.takes(array.shape):
                 raise DataError(
                     f"the input {port.name!r} is {list(array.shape)}, the program takes {port.type}"
                 )
@@ -422,14 +422,10 @@ class Machine:
 
 def _declared(block: Block) -> tuple[int, int]:
     """Bytes in float32 of the largest value of fixed sizes, and of the largest with a free first axis for each of its elements."""
-    shapes = [o.type.shape or () for op in block.operations if not _is_constant(op) for o in op.outputs]
+    shapes = [o.type.shape or () for op in block.operations if not op.is_constant for o in op.outputs]
     fixed = [_BYTES * math.prod(s) for s in shapes if -1 not in s]
     each = [_BYTES * math.prod(s[1:]) for s in shapes if s and s[0] == -1 and -1 not in s[1:]]
     return max(fixed, default=0), max(each, default=0)
-
-
-def _is_constant(op: Operation) -> bool:
-    return op.kind == "const" or op.kind.startswith("constexpr_")
 
 
 def _read(value: Any) -> Any:
@@ -454,12 +450,6 @@ def _argument(value: Any, *, wide: bool = True) -> Any:
     if wide and value.dtype == np.float16:
         value = widened(value)
     return value.item() if value.ndim == 0 else value
-
-
-def _fits(shape: tuple[int, ...], declared: tuple[int, ...] | None) -> bool:
-    return declared is None or (
-        len(shape) == len(declared) and all(d in (-1, n) for n, d in zip(shape, declared, strict=True))
-    )
 
 
 def _over(step: _Step, arguments: Mapping[str, Any], own: set[str]) -> dict[str, np.ndarray]:
@@ -533,7 +523,7 @@ def _checked(op: Operation, output: Output, value: Any) -> np.ndarray:
             f"{op}: {output.name!r} comes out as {list(array.shape)}, and Core ML has no tensors without elements",
             hint="the inputs may be too small for the model: give --calib, or the sizes as options.shapes",
         )
-    if not _fits(array.shape, output.type.shape):
+    if not output.type.takes(array.shape):
         raise ModelError(
             f"{op}: {output.name!r} comes out as {list(array.shape)}, the program declares {output.type}"
         )

@@ -17,7 +17,7 @@ def late(block: Block) -> list[Operation]:
     One that moves right in front of the first that reads it holds what it reads for longer, and what it gives for less
     long; it moves where the latter is at least as large. A free size counts as 1, since it is mostly that of all.
     """
-    computed = _outputs(op for op in block.operations if not op.kind.startswith("const"))
+    computed = _outputs(op for op in block.operations if not op.is_constant)
     sizes = {value.name: _size(value) for value in (*block.inputs, *computed)}
     readers: dict[str, list[Operation]] = {}
     for op in block.operations:

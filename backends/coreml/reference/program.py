@@ -64,6 +64,13 @@ class Type:
         """Of one value."""
         return _SHORT[self.kind][0] if self.short else 8 * np.dtype(self.dtype).itemsize if self.dtype else 0
 
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a value of ``shape`` is of it."""
+        return self.shape is None or (
+            len(shape) == len(self.shape)
+            and all(d in (-1, n) for n, d in zip(shape, self.shape, strict=True))
+        )
+
     def __str__(self) -> str:
         sizes = "[?]" if self.shape is None else str(list(self.shape)).replace("-1", "?")
         return f"{'a state of ' if self.state else ''}{self.kind.lower()}{sizes}"
@@ -104,6 +111,11 @@ class Operation:
     def names(self) -> list[str]:
         """Of the values that are its inputs."""
         return [b.name for bindings in self.inputs.values() for b in bindings if isinstance(b, Name)]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it gives the same in every run: a constant, or one that is stored compressed."""
+        return self.kind == "const" or self.kind.startswith("constexpr_")
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
