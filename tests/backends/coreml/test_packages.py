@@ -21,6 +21,7 @@ from optkit.legalize import legalize
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe, validated
 from optkit.reference import ReferenceSession
+from optkit.store import save
 from optkit.targets import target
 from optkit.testing import parse, random_feeds
 
@@ -797,3 +798,25 @@ def test_branches_of_different_rank_are_taken_by_sizes_that_are_fixed(tmp_path):
         np.testing.assert_array_equal(session.run({"x": x})["y"], -x)
     with pytest.raises(ModelError, match="different rank, and the sizes leave open which it is"):
         _lower(model, tmp_path / "free")
+
+
+def test_packages_are_written_and_run_where_torch_is_not_installed(tmp_path):
+    """coremltools imports it where it finds it; that of a process which finds none is enough."""
+    save(_linear(), tmp_path / "m.onnx")
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import optkit
+artifact, _ = optkit.compile(sys.argv[1], target="iphone15", recipe="coreml-fp32", out=sys.argv[2])
+assert "torch" not in sys.modules
+assert artifact.manifest.fidelity.cosine > 0.99999, artifact.manifest.fidelity
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m.onnx"), str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
