@@ -54,6 +54,8 @@ _ROWS = {("conv", "weight"), ("linear", "weight"), ("matmul", "y")} | {
 # They take values between two numbers of the type: rounded before or after, these are the same.
 _CLIPS = frozenset({"clip", "relu", "relu6"})
 _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+# Of operations that may write over one of them: the result has their common shape.
+_OPERANDS = {"x", "y"}
 # What is nearer to 0 rounds to no infinity.
 _FAR = 2.0**15
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -461,7 +463,8 @@ def _over(step: _Step, arguments: Mapping[str, Any], own: set[str]) -> dict[str,
             and isinstance(array, np.ndarray)
             and array.dtype == np.float32
             and step.op.outputs[0].type.dtype in (np.float16, np.float32)
-            and array.shape == np.broadcast_shapes(*(np.shape(a) for a in arguments.values()))
+            and array.shape
+            == np.broadcast_shapes(*(np.shape(arguments[k]) for k in _OPERANDS & arguments.keys()))
         ):
             return {"out": array}
     return {}

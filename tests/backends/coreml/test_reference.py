@@ -409,7 +409,6 @@ def test_convolutions_in_parts_are_those_in_one_piece(monkeypatch):
     }
     whole, bands = linear.conv(**dense), linear.conv(**deep)
     monkeypatch.setattr(linear, "_LEAST", 1)
-    monkeypatch.setattr(linear, "_LEAST_UNFOLDED", 1)
     np.testing.assert_allclose(linear.conv(**dense, room=0), whole, atol=1e-5)
     np.testing.assert_allclose(linear.conv(**deep, room=0), bands, atol=1e-5)
     monkeypatch.setattr(linear, "_WIDE", 1 << 20)
@@ -711,11 +710,14 @@ def test_a_constant_is_not_written_over_through_a_view():
 
 @pytest.mark.parametrize(
     "kind",
-    ["conv", "conv of one element", "grouped conv", "linear", "matmul", "transposed", "lstm", "gru", "rnn"],
-)
+    [
+        "conv", "conv of one element", "grouped conv", "linear", "matmul", "transposed", "lstm", "lstm both ways", "gru",
+        "gru backwards", "rnn",
+    ],
+)  # fmt: skip
 def test_weights_in_float16_are_widened_some_rows_at_a_time(kind, monkeypatch):
     """The numbers are those of the weights in float32 at once, up to the order of sums."""
-    from optkit.backends.coreml.reference.ops import OPERATIONS, linear
+    from optkit.backends.coreml.reference.ops import OPERATIONS, linear, recurrent
 
     random = np.random.default_rng(0)
 
@@ -723,7 +725,12 @@ def test_weights_in_float16_are_widened_some_rows_at_a_time(kind, monkeypatch):
         return random.normal(size=shape).astype(np.float32)
 
     cells = {"x": draw(5, 2, 6), "initial_h": draw(2, 8)}
-    weights = lambda gates: {"weight_ih": draw(gates * 8, 6), "weight_hh": draw(gates * 8, 8)}  # noqa: E731
+    lstm = cells | {"initial_c": draw(2, 8), "bias": draw(32), "output_sequence": True}
+    both = lstm | {"initial_h": draw(2, 16), "initial_c": draw(2, 16), "direction": "bidirectional"}
+
+    def weights(gates, way=""):
+        return {f"weight_ih{way}": draw(gates * 8, 6), f"weight_hh{way}": draw(gates * 8, 8)}
+
     given, narrow = {
         "conv": ({"x": draw(2, 3, 9, 7)}, {"weight": draw(10, 3, 3, 2)}),
         "conv of one element": ({"x": draw(2, 3, 9, 7)}, {"weight": draw(10, 3, 1, 1)}),
@@ -731,8 +738,10 @@ def test_weights_in_float16_are_widened_some_rows_at_a_time(kind, monkeypatch):
         "linear": ({"x": draw(2, 5, 6), "bias": draw(10)}, {"weight": draw(10, 6)}),
         "matmul": ({"x": draw(2, 5, 6)}, {"y": draw(6, 10)}),
         "transposed": ({"x": draw(2, 6, 5), "transpose_x": True, "transpose_y": True}, {"y": draw(10, 6)}),
-        "lstm": (cells | {"initial_c": draw(2, 8), "bias": draw(32), "output_sequence": True}, weights(4)),
+        "lstm": (lstm, weights(4)),
+        "lstm both ways": (both, weights(4) | weights(4, "_back")),
         "gru": (cells | {"output_sequence": True}, weights(3)),
+        "gru backwards": (cells | {"direction": "reverse"}, weights(3)),
         "rnn": (cells | {"bias": draw(8), "output_sequence": True}, weights(1)),
     }[kind]
     halves = {k: v.astype(np.float16) for k, v in narrow.items()}
@@ -741,8 +750,9 @@ def test_weights_in_float16_are_widened_some_rows_at_a_time(kind, monkeypatch):
     ]
     expected = run(**given, **{k: v.astype(np.float32) for k, v in halves.items()})
     monkeypatch.setattr(linear, "_WIDENED", 1)
-    monkeypatch.setattr(linear, "_LEAST", 1)
-    found = run(**given, **halves)
+    for module in (linear, recurrent):
+        monkeypatch.setattr(module, "_LEAST", 1)
+    found = run(**given, **halves, **({"room": 0} if "initial_h" in given else {}))
     for a, b in zip(expected, found, strict=True) if isinstance(expected, list) else [(expected, found)]:
         assert b.dtype == np.float32
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
@@ -800,6 +810,26 @@ def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_pa
         session.run(feeds)
         peak = _peak(lambda: session.run(feeds))
     assert peak < weight.nbytes / 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_recurrent_layer_takes_little_more_memory_than_its_input_and_output(precision, tmp_path):
+    """Four gates of all steps would be four times the output, and the weights in float32 more than both."""
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD + "g (float[200, 1, 256] x) => (float[200, 1, 1, 256] y) { y = LSTM<hidden_size = 256>(x, w, r) }",
+        w=random.normal(size=(1, 1024, 256)).astype(np.float32) / 16, r=random.normal(size=(1, 1024, 256)).astype(np.float32) / 16,
+    )  # fmt: skip
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model).run(feeds)["y"]
+    with backend.load(tmp_path, PHONE, backend.options()) as session:
+        np.testing.assert_allclose(
+            session.run(feeds)["y"], expected, atol=1e-5 if precision == "fp32" else 1e-2
+        )
+        peak = _peak(lambda: session.run(feeds))
+    assert peak < 2 * feeds["x"].nbytes + 2**17
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

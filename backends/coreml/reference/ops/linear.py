@@ -19,13 +19,13 @@ Array = np.ndarray
 # Elements that steps of an operation hold at a time where there is room for more: of unfolded input, of channels side by side,
 # and of bands with their products, so that these stay in cache.
 _UNFOLDED, _BESIDE, _BANDED = 1 << 18, 1 << 18, 1 << 16
-# Where there is less, as many as pay for a step of its own; of unfolded input as many columns as a product runs well with, up to
-# so many elements.
-_LEAST, _LEAST_COLUMNS, _LEAST_UNFOLDED = 1 << 14, 64, 1 << 16
+# Where there is less, as many as pay for a step of its own, of weights and of all else; of unfolded input fewer channels rather than
+# fewer columns than these.
+_LEAST_WIDENED, _LEAST, _LEAST_COLUMNS = 1 << 13, 1 << 14, 64
 # Elements of weights in float16 that are in float32 at a time, where activations have fewer than eight times as many.
 _WIDENED = 1 << 16
 # Room enough for all of these.
-_AMPLE = 1 << 20
+AMPLE = 1 << 20
 # Columns of the output that one banded matrix gives: more multiply more zeros, fewer make more products.
 _COLUMNS = 14
 # From so many channels on, and up to so many elements of each, their products are taken side by side.
@@ -39,7 +39,7 @@ def _by_rows(rows: Array, size: int, room: int) -> Iterator[tuple[slice, Array]]
     if rows.dtype != np.float16:
         yield slice(0, len(rows)), rows
         return
-    step = max(1, within(room, max(_WIDENED, size // 8)) // max(1, rows[:1].size))
+    step = max(1, min(max(_WIDENED, size // 8), max(_LEAST_WIDENED, room)) // max(1, rows[:1].size))
     for start in range(0, len(rows), step):
         some = slice(start, start + step)
         yield some, wide(rows[some])
@@ -51,7 +51,7 @@ def within(room: int, most: int) -> int:
 
 
 @operation("linear", room=True)
-def linear(x: Array, weight: Array, bias: Array | None = None, room: int = _AMPLE) -> Array:
+def linear(x: Array, weight: Array, bias: Array | None = None, room: int = AMPLE) -> Array:
     """``x W^T + b``."""
     # One product of matrices, whatever comes before the last axis.
     flat = x.reshape(-1, x.shape[-1])
@@ -65,7 +65,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None, room: int = _AMPL
 
 @operation("matmul", room=True)
 def matmul(
-    x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False, room: int = _AMPLE
+    x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False, room: int = AMPLE
 ) -> Array:
     """The product, of the last two axes."""
     x = np.swapaxes(x, -1, -2) if transpose_x and x.ndim > 1 else x
@@ -162,7 +162,7 @@ def _spatial(x: Array, slices: Sequence[slice]) -> Array:
 @operation("conv", room=True)
 def conv(
     x: Array, weight: Array, bias: Array | None = None, strides: Array | None = None, pad_type: str = "valid",
-    pad: Array | None = None, dilations: Array | None = None, groups: int = 1, room: int = _AMPLE,
+    pad: Array | None = None, dilations: Array | None = None, groups: int = 1, room: int = AMPLE,
 ) -> Array:  # fmt: skip
     """A convolution over the axes after the second; weights ``[out, in / groups, *kernel]``."""
     axes = x.ndim - 2
@@ -207,15 +207,24 @@ def _dense(
                 np.matmul(rows, image.reshape(len(image), -1), out=place.reshape(len(place), -1))
             del rows
         return
-    least = min(_LEAST_UNFOLDED, _LEAST_COLUMNS * matrix.shape[1])
-    for some, rows in _by_rows(matrix, activations, room // 2):
-        for image, place, columns in _unfolded(
-            x, kernel, strides, dilations, pads, sizes, max(least, within(room // 2, _UNFOLDED))
+    (each, *_), count = np.shape(weight)[1:], math.prod(kernel)
+    held = within(room // 2, _UNFOLDED)
+    # Channels at a time where columns of all of them would be too few for a product to run well.
+    several = min(each, max(1, held // (count * min(_LEAST_COLUMNS, math.prod(sizes)))))
+    for first in range(0, each, several):
+        part = x[:, first : first + several]
+        for some, rows in _by_rows(
+            matrix[:, first * count : (first + several) * count], activations, room // 2
         ):
-            # Whole rows of the output, and parts of one, lie so that this is a view.
-            np.matmul(rows, columns, out=out[(image, some, *place)].reshape(len(rows), -1))
-            del columns
-        del rows
+            for image, place, columns in _unfolded(part, kernel, strides, dilations, pads, sizes, held):
+                # Whole rows of the output, and parts of one, lie so that this is a view.
+                found = out[(image, some, *place)].reshape(len(rows), -1)
+                if first:
+                    found += np.matmul(rows, columns)
+                else:
+                    np.matmul(rows, columns, out=found)
+                del columns
+            del rows
 
 
 def _unfolded(

@@ -12,14 +12,15 @@ from optkit.backends.coreml.reference.ops.table import operation
 Array = np.ndarray
 
 
-@operation("batch_norm")
+@operation("batch_norm", over=True)
 def batch_norm(
-    x: Array, mean: Array, variance: Array, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5
+    x: Array, mean: Array, variance: Array, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5,
+    out: Array | None = None,
 ) -> Array:  # fmt: skip
     """``gamma * (x - mean) / sqrt(variance + epsilon) + beta`` for each channel."""
     scale = (1 if gamma is None else gamma) / np.sqrt(variance + np.float32(epsilon))
     shift = (0 if beta is None else beta) - mean * scale
-    out = x * along(scale, x)
+    out = np.multiply(x, along(scale, x), out=out)
     return np.add(out, along(shift, x), out=out)
 
 
