@@ -73,12 +73,19 @@ def convert(
                     option_name="op_selector", option_val=lambda op: not (_is_logged(op) or _is_spread(op))
                 )
             ]
-        spec, _ = mil_convert_to_proto(
-            program, "milinternal", "mlprogram", ConverterRegistry, main_pipeline=pipeline, inputs=features, outputs=None,
-            classifier_config=named, debug=False, specification_version=getattr(ct.target, f"iOS{version}"),
-            use_default_fp16_io=False, states=[], weights_dir=str(weights),
-        )  # fmt: skip
-        _reset_conversion_state()
+        # Whether all of it still hangs together would be looked at after each of a hundred passes; once, at the end, is enough.
+        program.validate = lambda **_: None
+        try:
+            spec, _ = mil_convert_to_proto(
+                program, "milinternal", "mlprogram", ConverterRegistry, main_pipeline=pipeline, inputs=features, outputs=None,
+                classifier_config=named, debug=False, specification_version=getattr(ct.target, f"iOS{version}"),
+                use_default_fp16_io=False, states=[], weights_dir=str(weights),
+            )  # fmt: skip
+            del program.validate
+            program.validate(check_essential_scope=True)
+        finally:
+            # Else the names of the next program would count on from those of this one.
+            _reset_conversion_state()
     return spec
 
 

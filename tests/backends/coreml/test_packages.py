@@ -64,6 +64,21 @@ def _same(model: ir.Model, session, feeds, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_program_that_a_pass_breaks_is_refused_at_the_end_of_all(tmp_path, monkeypatch):
+    """coremltools looks after each of a hundred passes; here once, after the last."""
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+    last = type(PASS_REGISTRY["mil_backend::sanitize_name_strings"])
+
+    def forgets(self, program):
+        relu = next(op for op in program.functions["main"].operations if op.op_type == "relu")
+        relu.x.child_ops.remove(relu)
+
+    monkeypatch.setattr(last, "apply", forgets)
+    with pytest.raises(Exception, match="should be consumed by op"):
+        _lower(_linear(), tmp_path / "broken", precision="fp32")
+
+
 def test_two_builds_are_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         _lower(_linear(), tmp_path / name, precision="fp16").close()
