@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from optkit.data import TensorSpec
+    from optkit.kernels.gates import LeftOut
     from optkit.placement import Placement
     from optkit.targets import Target
 
@@ -231,6 +232,10 @@ class Backend(ABC):
         That the files were written and that ``load`` ran them here, optkit knows by itself.
         """
         return frozenset()
+
+    def left_out(self, path: Path, target: Target, options: Any) -> Sequence[LeftOut]:
+        """Of programs among which the device chooses, those that were compiled and are not in ``path``, with the reason."""
+        return ()
 
     def deferred(self, path: Path, target: Target, options: Any) -> Sequence[str]:
         """For a target that is not at hand: what is left to do there, each step in words with its command."""

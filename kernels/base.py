@@ -75,6 +75,12 @@ class Program:
         """As JSON has it."""
         return asdict(self)
 
+    @property
+    def config(self) -> str:
+        """What tells it from others of its kernel, in words."""
+        fixed = " ".join(f"{k}={v}" for k, v in self.constants.items() if v is not None)
+        return f"{self.arguments[0].type.lstrip('*')} {fixed}, {self.warps} warps, {self.stages} stages"
+
     def digest(self) -> str:
         """Of everything in it."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
@@ -122,7 +128,7 @@ class Kernel(ABC):
     def finalists(self, problem: Problem, capability: Capability) -> Sequence[Program]:
         """All specializations that are worth a try on a device, the likeliest first: it picks by time.
 
-        Those whose machine code does not pass its gates are left out. Where matrix units wait for memory, how many loads are
+        Those whose machine code does not pass its gates are left out, and named. Where matrix units wait for memory, how many loads are
         under way at a time is what no table knows.
         """
         first = self.program(problem, capability)

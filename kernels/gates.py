@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optkit.kernels.occupancy import of_record
 from optkit.targets.gpu import ARCHITECTURES, formats, is_amd
+
+if TYPE_CHECKING:
+    from optkit.kernels.base import Program
 
 # Matrix instructions by format of the operands and major compute capability: mma.sync below 9.0 and on 12.x, wgmma on 9.0,
 # tcgen05 on 10.x. A tile with fewer than 64 rows has neither of these two: then it is mma.sync everywhere.
@@ -105,6 +108,28 @@ def read_size(instruction: str) -> int:
         kind = instruction.partition("_load_")[2]
         return next((n for end, n in reversed(_AMD_BYTES.items()) if end in kind), 4)
     return max((n for part, n in _BYTES.items() if part in instruction.split(".")), default=4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A finalist that is not shipped, and a condition that it does not keep; see ``Gate``."""
+
+    kernel: str
+    config: str
+    gate: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.config}): {self.gate}: {self.found}"
+
+
+def left_out(kernel: str, program: Program, record: Mapping[str, Any]) -> list[LeftOut]:
+    """Why a program of a kernel is not shipped; empty where it may be."""
+    return [
+        LeftOut(kernel=kernel, config=program.config, gate=g.name, found=g.found)
+        for g in gates(record)
+        if not g.passed and not g.waived
+    ]
 
 
 def failures(record: Mapping[str, Any]) -> list[str]:

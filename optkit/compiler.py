@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +61,7 @@ from optkit.report import (
     FidelityRecord,
     FileRecord,
     Latency,
+    LeftOutRecord,
     Manifest,
     ModelFacts,
     PassRecord,
@@ -909,6 +910,7 @@ def _finish(
         size=Size(before=_source_bytes(work.loaded), after=best.bytes),
         evidence=_evidence(work, best), deferred=_deferred(work, best),
         mode=_mode(work, best), predicted=work.engine(best.recipe).prediction(work.target), saturation=best.saturation,
+        left_out=_left_out(work, best),
         notes=work.notes, versions={name: version(name) for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", *work.loaded.packages, *work.engine(best.recipe).packages)} | {"optkit": optkit.__version__},
         files=tuple(FileRecord(path=f.relative_to(best.folder).as_posix(), bytes=f.stat().st_size, sha256=digest(f)) for f in sorted(best.folder.rglob("*")) if f.is_file()),
     )  # fmt: skip
@@ -995,6 +997,12 @@ def _deferred(work: Compilation, best: Built) -> tuple[str, ...]:
         )
         steps.append(f"hold the limits on speed against {known}")
     return tuple(steps)
+
+
+def _left_out(work: Compilation, best: Built) -> tuple[LeftOutRecord, ...]:
+    engine = work.engine(best.recipe)
+    options = engine.options.model_validate(best.recipe.options)
+    return tuple(LeftOutRecord(**asdict(one)) for one in engine.left_out(best.folder, work.target, options))
 
 
 def _estimate(best: Built) -> EstimateRecord | None:

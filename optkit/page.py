@@ -71,6 +71,7 @@ def page(report: Report) -> str:
         _units(report),
         _passes(report),
         _operators(report.operator_seconds),
+        _left_out(report),
         _evidence(report),
         _again(report),
         _machine(report),
@@ -423,6 +424,13 @@ def _operators(seconds: Mapping[str, float]) -> str:
     rows = [(name, value, sentences.percent(value / total), "b") for name, value in order[:_LONGEST]]
     note = "Shares of one run under the runtime's profiler, by the runtime's own operators; profiling itself costs time, so these are shares, not latencies."
     return f"<h2>Where the time goes</h2>{_paragraphs((note,), 'soft')}{_bars(rows)}{_more(len(order))}"
+
+
+def _left_out(report: Report) -> str:
+    lines = sentences.left_out(report.manifest)
+    if not lines:
+        return ""
+    return f"<h2>Left out</h2><p>Programs among which {_e(report.manifest.target)} does not choose, and why</p>{_paragraphs(lines, 'soft')}"
 
 
 def _evidence(report: Report) -> str:

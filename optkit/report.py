@@ -123,6 +123,21 @@ class SaturationRecord(_Record):
     narrowed: dict[str, str]
 
 
+class LeftOutRecord(_Record):
+    """A program that the device could have chosen, and what of its machine code kept it out of the artifact.
+
+    Attributes:
+        config: Number format, sizes, tile, warps and stages.
+        gate: The condition that does not hold.
+        found: What was found in its place.
+    """
+
+    kernel: str
+    config: str
+    gate: str
+    found: str
+
+
 class FileRecord(_Record):
     """A file of the artifact."""
 
@@ -146,6 +161,7 @@ class Manifest(_Record):
         mode: Of several ways to make what runs, the one that was taken: its name, and what it means.
         predicted: Where accuracy and fidelity were not taken from the target's own arithmetic: what gave its numbers instead.
         saturation: For targets that saturate.
+        left_out: Programs that were compiled and are not shipped.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -165,6 +181,7 @@ class Manifest(_Record):
     mode: str | None = None
     predicted: str | None = None
     saturation: SaturationRecord | None = None
+    left_out: tuple[LeftOutRecord, ...] = ()
     notes: tuple[str, ...]
     versions: dict[str, str]
     files: tuple[FileRecord, ...]

@@ -15,6 +15,7 @@ from optkit.report import (
     Evidence,
     FidelityRecord,
     Latency,
+    Manifest,
     Report,
     Roofline,
     ScenarioRecord,
@@ -303,6 +304,11 @@ def saturation(report: Report) -> tuple[str, ...]:
     )
     left = f"{len(s.at_risk)} could saturate on other inputs" if s.at_risk else "none can saturate any more"
     return kept, f"{left}, by their weights alone"
+
+
+def left_out(manifest: Manifest) -> tuple[str, ...]:
+    """Every program that the device cannot choose, as what the compiler made of it does not pass a gate."""
+    return tuple(f"{one.kernel} ({one.config}): {one.gate}: {one.found}" for one in manifest.left_out)
 
 
 def judged(a: AccuracyRecord) -> str:

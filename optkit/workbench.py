@@ -12,7 +12,7 @@ from optkit.errors import UsageError
 from optkit.estimate import of_kernel
 from optkit.kernels import KERNELS
 from optkit.kernels.build import build
-from optkit.kernels.gates import Gate, gates
+from optkit.kernels.gates import Gate, LeftOut, gates, left_out
 from optkit.kernels.numerics import errors, interpret, launch, sanitize
 from optkit.kernels.occupancy import Occupancy, of_record
 from optkit.targets.gpu import Capability
@@ -79,13 +79,7 @@ def sheets(
                 f"kernels are compiled for NVIDIA's GPUs from sm_80 on and for AMD's gfx942; {target.name} is {target.arch}",
                 hint="choose another --target",
             )
-    wanted = [
-        (kernel, problem, target)
-        for kernel in chosen(names)
-        for problem in kernel.examples
-        for target in targets
-        if target.capability is not None and kernel.unsupported(problem, target.capability) is None
-    ]
+    wanted = _wanted(names, targets)
     if not wanted:
         raise UsageError("; ".join(refused(names, targets)), hint="choose another --target")
     jobs = [(k.program(p, t.capability), t.capability) for k, p, t in wanted if t.capability is not None]
@@ -93,6 +87,48 @@ def sheets(
     return [
         _sheet(kernel, problem, target, one.record, rows, one.cached)
         for (kernel, problem, target), one in zip(wanted, built, strict=True)
+    ]
+
+
+def _wanted(names: Sequence[str], targets: Sequence[Target]) -> list[tuple[Kernel, Problem, Target]]:
+    return [
+        (kernel, problem, target)
+        for kernel in chosen(names)
+        for problem in kernel.examples
+        for target in targets
+        if target.capability is not None and kernel.unsupported(problem, target.capability) is None
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finalist:
+    """A program that a device may choose for an example.
+
+    Attributes:
+        left_out: Why it is not shipped; empty where it is.
+    """
+
+    target: str
+    left_out: tuple[LeftOut, ...]
+
+
+def finalists(names: Sequence[str], targets: Sequence[Target]) -> list[Finalist]:
+    """All that a bundle for the examples would hold or leave out; the targets have the formats of some, as for ``sheets``.
+
+    Raises:
+        BackendUnavailableError: Triton is not installed.
+        ModelError: Triton refuses a program.
+    """
+    wanted = [
+        (kernel, target, program)
+        for kernel, problem, target in _wanted(names, targets)
+        if target.capability is not None
+        for program in kernel.finalists(problem, target.capability)
+    ]
+    built = build([(program, t.capability) for _, t, program in wanted if t.capability is not None])
+    return [
+        Finalist(target=target.name, left_out=tuple(left_out(kernel.name, program, one.record)))
+        for (kernel, target, program), one in zip(wanted, built, strict=True)
     ]
 
 

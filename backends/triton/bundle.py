@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, TYPES
 from optkit.kernels.build import build
 from optkit.kernels.expressions import symbols
-from optkit.kernels.gates import failures, gates
+from optkit.kernels.gates import gates, left_out
 from optkit.ops import spec
 from optkit.rewrite import label
 from optkit.store import save
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from optkit.targets import Target
 
 MODEL, LAUNCHES, FOLDER = "model.onnx", "launches.json", "kernels"
-VERSION = 3
+VERSION = 4
+
+logger = logging.getLogger(__name__)
 
 
 def kernels() -> dict[str, Kernel]:
@@ -70,15 +74,21 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
     unique = {program.digest(): program for found in programs for program in found}
     built = dict(zip(unique, build([(p, target.capability) for p in unique.values()]), strict=True))
     bad = {
-        digest: [f"{program.function} {why}" for why in failures(built[digest].record)]
-        for digest, program in unique.items()
+        p.digest(): left_out(kernel.name, p, built[p.digest()].record)
+        for (_, kernel, _), found in zip(calls, programs, strict=True)
+        for p in found
     }
     fit = [[p.digest() for p in found if not bad[p.digest()]] for found in programs]
     if not all(fit):
         why = dict.fromkeys(
             w for d, found in zip(fit, programs, strict=True) if not d for p in found for w in bad[p.digest()]
         )
-        raise ModelError(f"machine code for {target.arch} does not pass its gates: {'; '.join(why)}")
+        raise ModelError(
+            f"machine code for {target.arch} does not pass its gates: {'; '.join(map(str, why))}"
+        )
+    left = [gap for gaps in bad.values() for gap in gaps]
+    for gap in left:
+        logger.info("left out: %s", gap)
     save(model, path / MODEL)
     folder, names = path / FOLDER, {}
     folder.mkdir()
@@ -103,10 +113,10 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
         else:
             steps.append({"launch": len(launches)})
             launches.append(rows[step])
-    left = [label(node) for node in walk(model) if node not in rows and _computes(node)]
+    others = [label(node) for node in walk(model) if node not in rows and _computes(node)]
     facts = {
         "version": VERSION, "target": target.name, "arch": target.arch, "launches": launches, "steps": steps,
-        "without_kernel": left,
+        "without_kernel": others, "left_out": [asdict(gap) for gap in left],
     }  # fmt: skip
     _json(path / LAUNCHES, facts)
 

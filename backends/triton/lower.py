@@ -26,6 +26,7 @@ from optkit.graph import describe, walk
 from optkit.inference import at_shapes
 from optkit.kernels.base import DOMAIN
 from optkit.kernels.build import need_triton
+from optkit.kernels.gates import LeftOut
 from optkit.ops import spec
 
 if TYPE_CHECKING:
@@ -219,6 +220,10 @@ class Triton(Backend):
     def evidence(self, path: Path, target: Target, options: TritonOptions) -> frozenset[str]:
         """Compiled and inspected only where kernels are all that the graph computes with."""
         return frozenset() if bundle.read(path)["without_kernel"] else frozenset({"compiled", "inspected"})
+
+    def left_out(self, path: Path, target: Target, options: TritonOptions) -> Sequence[LeftOut]:
+        """Finalists whose machine code does not pass its gates."""
+        return [LeftOut(**row) for row in bundle.read(path)["left_out"]]
 
     def deferred(self, path: Path, target: Target, options: TritonOptions) -> Sequence[str]:
         """What nobody has done: launching, and all that has no kernel."""

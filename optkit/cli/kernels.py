@@ -103,15 +103,19 @@ def check(
 ) -> int:
     """Build, hold the machine code against the gates, and the arithmetic in Triton's interpreter against float64.
 
+    All programs among which a device chooses are built; those that a bundle would leave out are named.
+
     Where the package ttsem is installed, every access is held against the tensors, and blocks against each other, too.
     Exit code 1 where a gate, a number or an access fails.
     """
     from optkit.cli.render import table
     from optkit.kernels.numerics import sanitizer
-    from optkit.workbench import memory, numerics, sheets
+    from optkit.workbench import finalists, memory, numerics, sheets
 
     targets = _targets(target)
     found = sheets(kernels or (), targets)
+    choice = finalists(kernels or (), targets)
+    missing = [(f.target, one) for f in choice for one in f.left_out]
     capabilities = sorted({t.capability for t in targets if t.capability})
     numbers = [n for c in capabilities for n in numerics(kernels or (), c)]
     accesses = [m for c in capabilities for m in memory(kernels or (), c)] if sanitizer() else None
@@ -121,6 +125,7 @@ def check(
         terminal.json(
             {
                 "kernels": [_record(sheet) for sheet in found],
+                "left_out": [{**asdict(one), "target": name} for name, one in missing],
                 "numerics": [asdict(n) for n in numbers],
                 "memory": None if accesses is None else [asdict(m) for m in accesses],
                 "ran_on_device": False,
@@ -132,6 +137,9 @@ def check(
             at = (n.kernel, str(n.problem["format"]))
             worst[at] = max(worst.get(at, n), n, key=lambda n: n.steps / n.allowed)
         terminal.result(_table(found))
+        terminal.say(
+            f"{sum(bool(f.left_out) for f in choice)} of {len(choice)} finalists, among which a device chooses, are left out"
+        )
         terminal.result(
             table(
                 ("Kernel", "Format", ">Worst error, steps", ">Allowed", ">Launches"),
@@ -155,6 +163,8 @@ def check(
                 f"accesses and races: {judged} of {len(accesses)} launches checked by ttsem, {len(faults)} faults"
             )
         terminal.say(_NOT_RUN)
+    for name, one in missing:
+        terminal.log(f"left out: {one.kernel} ({one.config}) for {name}: {one.gate}: {one.found}")
     for n in wrong:
         terminal.log(
             f"{n.kernel} {dict(n.problem)}, {n.rows} rows: {n.steps:.3g} steps off, {n.allowed:.3g} allowed"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Reasons why operations may not run on the best unit of a target that the summary tells.
 _REASONS = 4
+# Programs that were left out, of which it tells why.
+_LEFT_OUT = 4
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -80,6 +82,20 @@ def summary(report: Report, folder: Path) -> list[str | Table]:
                 "In float",
                 (
                     f"{len(kept)} of {len(report.layers)} layers, because quantizing them hurts most: {_some(kept)}",
+                ),
+            )
+        )
+    if lines := sentences.left_out(manifest):
+        rows.append(
+            (
+                "Left out",
+                (
+                    *lines[:_LEFT_OUT],
+                    *(
+                        [f"and {len(lines) - _LEFT_OUT} more, in the report"]
+                        if len(lines) > _LEFT_OUT
+                        else []
+                    ),
                 ),
             )
         )

@@ -244,20 +244,54 @@ def test_sizes_that_no_axis_has_are_refused(tmp_path):
     assert caught.value.hint == "free axes: N"
 
 
-def test_a_finalist_that_does_not_pass_its_gates_is_not_shipped(compiled, tmp_path, monkeypatch):
+def crowded(self, problem, capability):
+    """One of the table, and one that needs more shared memory than there is."""
+    first = self.program(problem, capability)
+    return (first, dataclasses.replace(first, stages=9))
+
+
+def test_a_finalist_that_does_not_pass_its_gates_is_not_shipped_and_is_named(
+    compiled, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Linear, "finalists", crowded)
+    out = tmp_path / "out"
+    arguments = [
+        "compile",
+        str(compiled / "model.onnx"),
+        "-t",
+        "h100",
+        "-r",
+        "triton-fp32",
+        "-o",
+        str(out),
+        "--json",
+    ]
+    assert main(arguments) == 0
+    assert len(linear(out)["kernels"]) == 1
+    said = capsys.readouterr()
+    told, more = json.loads(said.out)["manifest"]["left_out"]
+    assert told["kernel"] == "linear"
+    assert "9 stages" in told["config"]
+    assert "M=128 N=256 K=64" in told["config"]
+    assert (told["gate"], told["found"]) == ("shared memory", "509000 of 232448 bytes")
+    assert more == {**told, "gate": "occupancy", "found": "0 blocks, 0% of the warps"}
+    assert json.loads((out / "manifest.json").read_bytes())["left_out"] == [told, more]
+    assert (
+        f"linear ({told['config']}): shared memory: 509000 of 232448 bytes"
+        in (out / "report.html").read_text()
+    )
+    summary = " ".join(said.err.split())
+    assert "Left out linear (" in summary
+    assert "509000 of 232448 bytes" in summary
+
+
+def test_where_no_finalist_passes_its_gates_nothing_is_written(compiled, tmp_path, monkeypatch):
     from optkit.backends.triton.lower import Triton, TritonOptions
     from optkit.targets import target
 
     monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
-
-    def finalists(self, problem, capability):
-        first = self.program(problem, capability)
-        return (first, dataclasses.replace(first, stages=9))  # more shared memory than there is
-
-    monkeypatch.setattr(Linear, "finalists", finalists)
-    model = ir.load(compiled / "model.onnx")
-    Triton().lower(model, target("h100"), TritonOptions(), tmp_path)
-    assert len(linear(tmp_path)["kernels"]) == 1
-    monkeypatch.setattr(Linear, "finalists", lambda *a: finalists(*a)[1:])
-    with pytest.raises(ModelError, match=r"does not pass its gates: .*shared memory"):
-        Triton().lower(model, target("h100"), TritonOptions(), tmp_path / "more")
+    monkeypatch.setattr(Linear, "finalists", lambda *a: crowded(*a)[1:])
+    with pytest.raises(ModelError, match=r"linear \(.*9 stages\): shared memory: 509000 of 232448 bytes"):
+        Triton().lower(ir.load(compiled / "model.onnx"), target("h100"), TritonOptions(), tmp_path)
+    assert not (tmp_path / "launches.json").exists()

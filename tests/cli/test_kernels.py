@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from optkit.cli.app import main
 from optkit.kernels import KERNELS
+from optkit.kernels.triton.matmul import Linear
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +52,22 @@ def test_a_failing_gate_is_named_and_is_exit_code_1(capsys, monkeypatch):
     assert main(["kernels", "build", "layer-norm", "-t", "l4"]) == 1
     said = capsys.readouterr()
     assert "stack" in said.err
+
+
+@pytest.mark.needs("triton", "torch")
+def test_check_names_the_finalists_that_a_bundle_would_leave_out(capsys, monkeypatch):
+    monkeypatch.setattr(Linear, "finalists", lambda self, *a: (p := self.program(*a), replace(p, stages=9)))
+    assert main(["kernels", "check", "linear", "-t", "l4", "--json"]) == 0
+    said = capsys.readouterr()
+    told, _ = json.loads(said.out)["left_out"]
+    assert (told["kernel"], told["target"], told["gate"]) == ("linear", "l4", "shared memory")
+    assert "9 stages" in told["config"]
+    line = f"left out: linear ({told['config']}) for l4: shared memory: {told['found']}"
+    assert line in said.err
+    assert main(["kernels", "check", "linear", "-t", "l4"]) == 0
+    said = capsys.readouterr()
+    assert line in said.err
+    assert "1 of 2 finalists" in " ".join(said.err.split())
 
 
 def test_unknown_kernels_and_targets_are_usage_errors(capsys):
