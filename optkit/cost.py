@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from optkit.ops import spec
 from optkit.passes import PASSES
 from optkit.passes.base import Context
 from optkit.pipeline import run_passes
+from optkit.seen import seen
 from optkit.targets import target
 
 # What products with weights compute in, and bytes of a weight, by the name of a precision.
@@ -64,13 +66,16 @@ class Costs:
 
     Attributes:
         nodes: By name.
-        operations: By format, two for each multiply-accumulate; None where some depend on free axes.
+        operations: By format, two for each multiply-accumulate but for those of keys that no query sees; None where some
+            depend on free axes.
+        seen: The share of multiply-accumulates that is of keys that are seen, where that is not all.
         weights: Bytes of constants that products read, by the constant.
         outside: Bytes of inputs and outputs; None where they depend on free axes.
     """
 
     nodes: Mapping[str, Cost]
     operations: Mapping[str, int] | None
+    seen: Mapping[ir.Node, Fraction]
     weights: Mapping[ir.Value, float]
     outside: int | None
 
@@ -138,10 +143,11 @@ def costs(model: ir.Model, precision: str | None = None) -> Costs:
             if None in (cost.macs, cost.bytes):
                 nodes[name] = later.get(name, gone)
         outside = _outside(settled, precision)
-    executed = list(once(settled.graph))
+    executed, shares = list(once(settled.graph)), seen(settled)
     return Costs(
         nodes=nodes,
-        operations=_operations(executed, precision),
+        operations=_operations(executed, precision, shares),
+        seen=shares,
         weights=weights(executed, precision),
         outside=outside,
     )
@@ -168,14 +174,17 @@ def once(graph: ir.Graph) -> Iterator[ir.Node]:
             yield from body
 
 
-def _operations(nodes: Iterable[ir.Node], precision: str | None) -> dict[str, int] | None:
+def _operations(
+    nodes: Iterable[ir.Node], precision: str | None, shares: Mapping[ir.Node, Fraction]
+) -> dict[str, int] | None:
     total: dict[str, int] = {}
     for node in nodes:
         if (count := macs(node)) is None:
             return None
         if count:
             fmt = format_in(node, precision)
-            total[fmt] = total.get(fmt, 0) + 2 * count
+            needed = math.floor(count * shares.get(node, 1))
+            total[fmt] = total.get(fmt, 0) + 2 * needed
     return total
 
 

@@ -132,7 +132,8 @@ def _heads(node: ir.Node) -> int | None:
     keys = tokens if not k else k[2] if len(k) == 4 else k[1]
     values = hidden if grouped or len(v) != 3 else v[2]
     causal = grouped or bool(attribute(node, "unidirectional", 0))
-    return batch * _pairs(tokens, before + keys, before, causal=causal) * (hidden + values)
+    window = int(str(attribute(node, "local_window_size", -1)))
+    return batch * _pairs(tokens, before + keys, before, causal=causal, window=window) * (hidden + values)
 
 
 def _projected(node: ir.Node) -> int | None:
@@ -145,9 +146,12 @@ def _projected(node: ir.Node) -> int | None:
     return x[0] * (x[1] * math.prod(w) + 2 * pairs * width)
 
 
-def _pairs(queries: int, keys: int, before: int, *, causal: bool) -> int:
-    """Of a query and a key that it sees."""
-    return sum(min(keys, before + i + 1) for i in range(queries)) if causal else queries * keys
+def _pairs(queries: int, keys: int, before: int, *, causal: bool, window: int = -1) -> int:
+    """Of a query and a key that it sees, of the last ``window`` at most where that is positive."""
+    if not causal:
+        return queries * keys
+    most = keys if window <= 0 else min(keys, window)
+    return sum(min(most, before + i + 1) for i in range(queries))
 
 
 def _bits(node: ir.Node) -> int | None:

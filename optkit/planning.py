@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 
 from optkit.backends.base import Estimate
-from optkit.cost import WEIGHTS, Floor, costs, floor, format_in, once, size, source, weights
+from optkit.cost import WEIGHTS, Costs, Floor, costs, floor, format_in, once, size, source, weights
 from optkit.errors import BackendUnavailableError, UsageError
 from optkit.estimate import expected
 from optkit.formats import Precision
@@ -40,10 +40,10 @@ class Layer:
     Attributes:
         name: Of its first node.
         nodes: How many are fused into it.
-        macs: Of its products; 0 where it has none.
+        macs: Of its products, those of keys that no query sees too; 0 where it has none.
         bytes: Read and written by it alone, each value once and in the narrowest type that it has on the way.
         needed: Of these, weights, inputs and outputs of the model, which no fusion saves.
-        floor: Seconds of its operations at the peak, or of the part of ``needed`` that the last cache cannot keep.
+        floor: Seconds of its operations at the peak, of attention those of keys that are seen, or of the part of ``needed`` that the last cache cannot keep.
         low: Seconds, the optimistic end of what is expected: fused, values between layers in the last cache as far as they fit.
         high: Seconds, the pessimistic end: each node launched for itself, each value through memory.
     """
@@ -154,7 +154,7 @@ def _plan(model: ir.Model, notes: tuple[str, ...], target: Target, precision: st
     # Which weights stay in the cache nobody knows: of each, the part that cannot.
     beyond = max(0.0, 1 - cache / cold.bytes) if cold.bytes else 0.0
     return Plan(
-        layers=tuple(_layers(nodes, found.weights, beyond, target, precision)),
+        layers=tuple(_layers(nodes, found, beyond, target, precision)),
         least=least, cold=cold,
         uncounted=tuple(sorted({f"{n.domain}:{n.op_type}".lstrip(":") for n in nodes if uncounted(n)})),
         notes=(*notes, *(f"the body of {loop} counts once" for loop in loops)),
@@ -163,7 +163,7 @@ def _plan(model: ir.Model, notes: tuple[str, ...], target: Target, precision: st
 
 def _layers(
     nodes: list[ir.Node],
-    stored: Mapping[ir.Value, float],
+    found: Costs,
     beyond: float,
     target: Target,
     precision: str | None,
@@ -173,8 +173,9 @@ def _layers(
         made = [n for n in group if multiplies(n)]
         formats = [format_in(n, precision) for n in made]
         multiplied = [macs(n) or 0 for n in made]
-        compute = sum(2 * m / target.peak[f] for m, f in zip(multiplied, formats, strict=True) if m)
-        own = {v: stored[v] for v in weights(made, precision)}
+        whole = [2 * m / target.peak[f] if m else 0.0 for m, f in zip(multiplied, formats, strict=True)]
+        compute = sum(s * found.seen.get(n, 1) for n, s in zip(made, whole, strict=True))
+        own = {v: found.weights[v] for v in weights(made, precision)}
         read, written, inner = moves.of(group, own)
         outside = [v for v in read if v.is_graph_input() and not v.is_initializer()]
         needed = sum(size_ for v, size_ in own.items() if v not in counted)
@@ -188,7 +189,7 @@ def _layers(
         memory = beyond * needed / target.bandwidth
         fitting = max(memory, (moved - (target.l2 or 0)) / target.bandwidth)
         low, _ = expected(compute, fitting, 1)
-        _, high = expected(compute, (moved + 2 * inner) / target.bandwidth, 1 if call else fused)
+        _, high = expected(sum(whole), (moved + 2 * inner) / target.bandwidth, 1 if call else fused)
         main = max(range(len(made)), key=lambda i: multiplied[i]) if made else None
         yield Layer(
             name=name or str(group[0].name), nodes=fused, macs=sum(multiplied), bytes=math.ceil(moved), needed=math.ceil(needed),

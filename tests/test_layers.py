@@ -24,7 +24,7 @@ LAYERS = {
     6: [
         "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate",
         "bench", "report", "artifact", "search", "candidate", "repair", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
-        "estimate", "finish", "planning", "multiplies", "sized", "progress", "workbench",
+        "estimate", "finish", "planning", "multiplies", "seen", "sized", "progress", "workbench",
         "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",
         "functions", "decompositions", "narrowing", "latency_table", "sparsity", "pruning", "torch",
     ],

@@ -46,6 +46,12 @@ X = (2, 16, 64)
             ),
             2 * 10 * 128,
         ),
+        (
+            node(
+                "GroupQueryAttention", [X, (2, 16, 32), (2, 16, 32)], [X], num_heads=4, kv_num_heads=2, local_window_size=5
+            ),
+            2 * (1 + 2 + 3 + 4 + 5 * 12) * 128,
+        ),
         (node("MatMulNBits", [(8, 64), (32, 2, 16), (64,)], [(8, 32)], K=64, N=32), 8 * 64 * 32),
         (node("FusedMatMul", [(64, 8), (64, 32)], [(8, 32)], transA=1), 8 * 64 * 32),
     ],

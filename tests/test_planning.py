@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from optkit.errors import BackendUnavailableError, UsageError
+from optkit.kernels.triton.attention import CausalAttention
 from optkit.planning import dollars, estimate, plan
 from optkit.targets import TARGETS, target
 from optkit.targets.prices import PRICES
@@ -128,6 +129,90 @@ def test_attention_is_one_layer_whose_scores_stay_inside():
     assert (layer.op, layer.nodes, layer.format) == ("Attention", 4, "fp16")
     assert layer.macs == 2 * (2 * 16 * 16 * 8)
     assert layer.bytes == 2 * 4 * (2 * 16 * 8) + 4 * 16 * 16
+
+
+# What exporters write for a causal mask: from places, with the tokens that padding leaves, as a choice among scores.
+MASKS = {
+    "added": ("m = Where (near, zero, low) a = Add (f, m)", False),
+    "chosen": ("a = Where (near, f, low)", False),
+    "padded": (
+        "p1 = Unsqueeze (tokens, one) b = And (near, p1) m = Where (b, zero, low) a = Add (f, m)",
+        False,
+    ),
+    "multiplied": ("o = Not (near) c = Cast <to = 1> (o) m = Mul (c, low) a = Add (f, m)", False),
+    "a window": (
+        "d = Sub (i, j) w = Less (d, five) o = And (near, w) m = Where (o, zero, low) a = Add (f, m)",
+        True,
+    ),
+    "a shift": ("m = Where (near, shift, low) a = Add (f, m)", False),
+}
+CAUSAL = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[2, 4, 12, 8] q, float[2, 4, 8, 12] k, float[2, 4, 12, 8] v, bool[2, 1, 12] tokens, float[2, 1, 1, 12] shift) => (float[2, 4, 12, 8] y)
+<float zero = {0}, float low = {-3.4e38}, int64 start = {0}, int64 step = {1}, int64[1] one = {1}, int64 five = {5}> {
+  s = MatMul (q, k)
+  f = Mul (s, eighth)
+  shape = Shape <start = 2, end = 3> (q)
+  n = Squeeze (shape)
+  j = Range (start, n, step)
+  i = Unsqueeze (j, one)
+  near = LessOrEqual (j, i)
+  %s
+  p = Softmax (a)
+  y = MatMul (p, v)
+}
+"""
+
+
+@pytest.mark.parametrize("how", list(MASKS))
+def test_the_floor_counts_no_key_that_no_query_sees(how):
+    mask, window = MASKS[how]
+    model = parse(CAUSAL % mask, eighth=np.float32(0.125))
+    seen = sum(j <= i and (not window or i - j < 5) for i in range(12) for j in range(12))
+    found = plan(model, replace(COLD, bandwidth=1e30))
+    (layer,) = [one for one in found.layers if one.macs]
+    assert found.least.compute == pytest.approx(2 * 2 * 2 * 4 * seen * 8 / H100.peak["fp32"])
+    assert layer.floor == pytest.approx(found.floor)
+    assert layer.macs == 2 * 2 * 4 * 12 * 12 * 8
+
+
+def test_masks_in_halves_are_read_too():
+    text = (CAUSAL % MASKS["added"][0]).replace("float zero = {0}, float low = {-3.4e38}, ", "")
+    given = {"eighth": np.float16(0.125), "zero": np.float16(0), "low": np.float16(-65504)}
+    found = plan(parse(text.replace("float", "float16"), **given), COLD)
+    assert found.least.compute == pytest.approx(2 * 2 * 2 * 4 * 78 * 8 / H100.peak["fp16"])
+
+
+def test_a_kernel_whose_body_makes_the_mask_counts_what_it_computes():
+    text = """
+    <ir_version: 10, opset_import: ["" : 21, "optkit" : 1]>
+    g (float16[2, 4, 64, 16] q, float16[2, 4, 64, 16] k, float16[2, 4, 64, 16] v) => (float16[2, 4, 64, 16] y) {
+      y = optkit.CausalAttention <scale = 0.25, window = 9, last = 0> (q, k, v)
+    }
+    """
+    model = parse(text)
+    function = CausalAttention().function()
+    model.functions[function.identifier()] = function
+    seen = sum(max(0, i - 8) <= j <= i for i in range(64) for j in range(64))
+    assert plan(model, COLD).least.compute == pytest.approx(2 * 2 * 2 * 4 * seen * 16 / H100.peak["fp16"])
+
+
+def test_a_mask_from_outside_hides_nothing_for_sure():
+    mask = "p1 = Cast <to = 1> (tokens) c = Unsqueeze (p1, one) h = Sub (zero, c) m = Mul (h, low) a = Add (f, m)"
+    found = plan(parse(CAUSAL % mask, eighth=np.float32(0.125)), COLD)
+    assert found.least.compute == pytest.approx(2 * 2 * 2 * 4 * 12 * 12 * 8 / H100.peak["fp32"])
+
+
+def test_scores_that_are_an_output_are_all_computed():
+    text = CAUSAL.replace("=> (", "=> (float[2, 4, 12, 12] s, ") % MASKS["added"][0]
+    found = plan(parse(text, eighth=np.float32(0.125)), COLD)
+    assert found.least.compute > 1.9 * 2 * 2 * 4 * 78 * 8 / H100.peak["fp32"]
+
+
+def test_of_a_mask_too_large_to_look_at_the_floor_counts_nothing(monkeypatch):
+    monkeypatch.setattr("optkit.seen._MOST", 100)
+    found = plan(parse(CAUSAL % MASKS["added"][0], eighth=np.float32(0.125)), COLD)
+    assert found.least.compute == 0
 
 
 def test_a_softmax_behind_a_product_with_weights_is_no_attention():

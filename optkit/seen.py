@@ -1,0 +1,233 @@
+"""How many scores of attention a run needs: those that no mask hides, whatever the inputs are.
+
+Values between scores and Softmax are followed as intervals, ``[low, high]`` for each element: exact where they depend on shapes and
+constants alone, open where they come from inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from optkit.graph import constant, elements, users, walk
+from optkit.multiplies import multiplies
+
+# What is lower is what exporters hide keys with; see ``optkit.masks``.
+_HIDDEN = -1e4
+# Elements of a mask that is looked at; of a larger one nothing is counted, which is no more than what is needed either.
+_MOST = 1 << 26
+# What may stand between a product and a Softmax so that scores of 0 stay 0 where no mask hides them, and behind it.
+_AROUND = frozenset(
+    {
+        "Add", "Sub", "Mul", "Div", "Where", "Min", "Max", "Cast", "CastLike", "Tanh", "Clip", "QuantizeLinear", "DequantizeLinear",
+        "Identity", "Reshape", "Unsqueeze", "Squeeze", "Dropout",
+    }
+)  # fmt: skip
+# These move elements of their first operand, which may be anything.
+_MOVES = frozenset(
+    {
+        "Identity",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Flatten",
+        "Expand",
+        "Transpose",
+        "Slice",
+        "Gather",
+        "Trilu",
+    }
+)
+_FAILED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+
+_Bounds = tuple[np.ndarray, np.ndarray]
+
+
+class _TooLargeError(Exception):
+    """A mask has more elements than are looked at."""
+
+
+def seen(model: ir.Model) -> Mapping[ir.Node, Fraction]:
+    """For products of attention whose masks hide keys: which share of their multiply-accumulates is of keys that are seen."""
+    found: dict[ir.Node, Fraction] = {}
+    known: dict[tuple[ir.Value, ...], Fraction] = {}
+    for softmax in walk(model):
+        if softmax.op_type != "Softmax" or softmax.domain != "":
+            continue
+        scores, count = softmax.inputs[0], elements(softmax.outputs[0].shape)
+        if not count or scores is None or (path := _scores(scores, count)) is None:
+            continue
+        product, *others = path
+        masks = tuple(v for node in others for v in node.inputs if v is not None and v.producer() not in path)
+        if masks not in known:
+            known[masks] = _share(scores, product.outputs[0], count)
+        if known[masks] < 1:
+            products = (product, *_values(softmax.outputs[0], count))
+            found.update((node, known[masks]) for node in products)
+    return found
+
+
+def _scores(value: ir.Value, count: int) -> list[ir.Node] | None:
+    """From the product on, whose results nothing else reads, up to ``value``."""
+    node = value.producer()
+    if node is None or value.is_graph_output() or len(value.uses()) != 1 or elements(value.shape) != count:
+        return None
+    if multiplies(node):
+        return [node]
+    if node.domain != "" or node.op_type not in _AROUND:
+        return None
+    paths = (_scores(v, count) for v in node.inputs if v is not None)
+    return next(([*path, node] for path in paths if path), None)
+
+
+def _values(value: ir.Value, count: int) -> Iterator[ir.Node]:
+    """The products that read the shares."""
+    if elements(value.shape) != count:
+        return
+    for node in users(value):
+        if multiplies(node):
+            yield node
+        elif node.domain == "" and node.op_type in _AROUND:
+            yield from _values(node.outputs[0], count)
+
+
+def _share(masked: ir.Value, scores: ir.Value, count: int) -> Fraction:
+    try:
+        _, high = _bounds(masked, {scores: _everywhere(scores, np.float32(0), np.float32(0))})
+    except _TooLargeError:
+        return Fraction(0)
+    return Fraction(count - int(np.count_nonzero(high <= _HIDDEN)), count)
+
+
+def _everywhere(value: ir.Value, low: np.generic, high: np.generic) -> _Bounds:
+    shape = () if value.shape is None or not value.shape.is_static() else value.shape.numpy()
+    first = np.broadcast_to(low, shape)
+    return first, first if low == high else np.broadcast_to(high, shape)
+
+
+def _unknown(value: ir.Value) -> _Bounds:
+    if value.dtype == ir.DataType.BOOL:
+        return _everywhere(value, np.False_, np.True_)
+    return _everywhere(value, np.float32(-np.inf), np.float32(np.inf))
+
+
+def _bounds(value: ir.Value, known: dict[ir.Value, _Bounds]) -> _Bounds:
+    """The least and the greatest of each element; the same array where it is known."""
+    if value not in known:
+        known[value] = _computed(value, known)
+    return known[value]
+
+
+def _computed(value: ir.Value, known: dict[ir.Value, _Bounds]) -> _Bounds:
+    if (elements(value.shape) or 0) > _MOST:
+        raise _TooLargeError
+    array = constant(value)
+    if array is not None:
+        return _exactly(array)
+    node = value.producer()
+    if node is None or node.domain != "" or multiplies(node) or value is not node.outputs[0]:
+        return _unknown(value)
+    if node.op_type == "Shape":
+        sizes = node.inputs[0].shape if node.inputs[0] is not None else None
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 1 << 30)
+        if sizes is None or not all(isinstance(d, int) for d in sizes[start:end]):
+            return _unknown(value)
+        return _exactly(np.array(sizes[start:end], np.int64))
+    given = [None if v is None else _bounds(v, known) for v in node.inputs]
+    try:
+        if all(g is None or g[0] is g[1] for g in given):
+            return _exactly(_run(node, [None if g is None else g[0] for g in given]))
+        if node.op_type in _MOVES and all(g is None or g[0] is g[1] for g in given[1:]):
+            low, high = (_run(node, [None if g is None else g[end] for g in given]) for end in (0, 1))
+            return low, high
+    except _FAILED:
+        return _unknown(value)
+    rule = _RULES.get(node.op_type)
+    sides = [g for g in given if g is not None]
+    if rule is None or len(sides) != len(given):
+        return _unknown(value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return rule(value, sides)
+
+
+def _exactly(array: np.ndarray) -> _Bounds:
+    # All floats are of one type here: scores are, and NumPy has none of its own for some.
+    if array.dtype.kind not in "biu":
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    return array, array
+
+
+def _run(node: ir.Node, arrays: Sequence[np.ndarray | None]) -> np.ndarray:
+    """What ONNX says that ``node`` computes."""
+    copy = ir.Node(
+        "", node.op_type,
+        [None if a is None else ir.Value(name=f"i{i}") for i, a in enumerate(arrays)],
+        node.attributes.values(), outputs=[ir.Value(name="o")],
+    )  # fmt: skip
+    feeds = {f"i{i}": np.asarray(a) for i, a in enumerate(arrays) if a is not None}
+    evaluator = ReferenceEvaluator(ir.serde.serialize_node(copy))
+    (result,) = evaluator.run(None, feeds)
+    return np.asarray(result)
+
+
+def _add(_: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    (a, b), (c, d) = sides
+    # What is open is finite: minus infinity stays that whatever is added.
+    return tuple(np.nan_to_num(s, nan=-np.inf, posinf=np.inf, neginf=-np.inf) for s in (a + c, b + d))
+
+
+def _subtract(value: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    first, (c, d) = sides
+    return _add(value, (first, (-d, -c)))
+
+
+def _multiply(_: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    first, second = sides
+    corners = [np.nan_to_num(a * b, nan=0.0, posinf=np.inf, neginf=-np.inf) for a in first for b in second]
+    return np.minimum.reduce(corners), np.maximum.reduce(corners)
+
+
+def _choose(_: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    (surely, perhaps), (a, b), (c, d) = sides
+    low = np.where(surely, a, np.where(perhaps, np.minimum(a, c), c))
+    return low, np.where(surely, b, np.where(perhaps, np.maximum(b, d), d))
+
+
+def _cast(value: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    ((low, high),) = sides
+    if value.dtype == ir.DataType.BOOL:
+        return (low > 0) | (high < 0), (low != 0) | (high != 0)
+    return low.astype(np.float32), high.astype(np.float32)
+
+
+def _less(_: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    (a, b), (c, d) = sides
+    return b < c, a < d
+
+
+def _less_or_equal(_: ir.Value, sides: Sequence[_Bounds]) -> _Bounds:
+    (a, b), (c, d) = sides
+    return b <= c, a <= d
+
+
+_RULES: dict[str, Callable[[ir.Value, Sequence[_Bounds]], _Bounds]] = {
+    "Add": _add,
+    "Sub": _subtract,
+    "Mul": _multiply,
+    "Where": _choose,
+    "Cast": _cast,
+    "And": lambda _, s: (s[0][0] & s[1][0], s[0][1] & s[1][1]),
+    "Or": lambda _, s: (s[0][0] | s[1][0], s[0][1] | s[1][1]),
+    "Not": lambda _, s: (~s[0][1], ~s[0][0]),
+    "Min": lambda _, s: (np.minimum.reduce([a for a, _ in s]), np.minimum.reduce([b for _, b in s])),
+    "Max": lambda _, s: (np.maximum.reduce([a for a, _ in s]), np.maximum.reduce([b for _, b in s])),
+    "Less": _less,
+    "LessOrEqual": _less_or_equal,
+    "Greater": lambda v, s: _less(v, s[::-1]),
+    "GreaterOrEqual": lambda v, s: _less_or_equal(v, s[::-1]),
+}  # fmt: skip
