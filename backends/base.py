@@ -126,6 +126,13 @@ class Session(ABC):
         """Whether it was built for inputs of these sizes; a runtime that fixes sizes says no to others."""
         return True
 
+    def admit(self, feeds: Mapping[str, np.ndarray]) -> None:  # noqa: B027  (most refuse by themselves)
+        """Refuse inputs of sizes that what it stands in for was not built for, though it runs them.
+
+        Raises:
+            DataError: Says which axis, and how it is built for more.
+        """
+
     def __enter__(self) -> Session:
         return self
 
@@ -142,6 +149,7 @@ class Backend(ABC):
         placements: Rows for the placement pass, by name.
         packages: Distributions whose versions the manifest names, besides optkit's own requirements.
         stands_in: Whether what ``load`` opens computes the same in another runtime, so that its time means nothing.
+        fixes: Whether what it builds runs inputs within the sizes of ``span`` alone, so that an evaluator's samples count as well.
         generic: Whether quantized recipes that name no backend are candidates for it.
         floor: The recipe of exact passes that ships where no other candidate keeps the limits; ``fallback`` asks the target.
     """
@@ -151,6 +159,7 @@ class Backend(ABC):
     placements: ClassVar[Mapping[str, Placement]] = {}
     packages: ClassVar[tuple[str, ...]] = ()
     stands_in: ClassVar[bool] = False
+    fixes: ClassVar[bool] = False
     generic: ClassVar[bool] = True
     floor: ClassVar[str] = "fp32"
 

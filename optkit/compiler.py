@@ -35,7 +35,7 @@ from optkit.errors import (
     UnsupportedOpError,
     UsageError,
 )
-from optkit.evaluate import Budget, Comparison, Evaluator, compare, fidelity
+from optkit.evaluate import Budget, Comparison, Evaluator, admitted, compare, fidelity
 from optkit.finish import finalize
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
@@ -94,6 +94,7 @@ Batches = (
     | Path
 )
 
+Span = tuple[int, int, int]
 # Batches that timing and the smoke run take in turn.
 _TIMED_BATCHES = 4
 # Of ``--calib random``.
@@ -181,15 +182,26 @@ class Compilation:
             disabled=unsound(self.loaded.model),
         )
 
-    @cached_property
+    @property
     def reference_scores(self) -> list[Any]:
         """The evaluator's scores of the reference, once."""
+        return self._judged[0]
+
+    @cached_property
+    def _judged(self) -> tuple[list[Any], list[dict[str, tuple[int, ...]]]]:
+        """Scores of the reference, and the shapes of the samples."""
         assert self.evaluator is not None
+        shapes = []
+
+        def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            shapes.append({name: array.shape for name, array in feeds.items()})
+            return self.reference.run(feeds)
+
         start = time.process_time()
         with self.progress.task("evaluate reference") as task:
-            scores = self.evaluator.scores(self.reference.run, progress=task.advance)
+            scores = self.evaluator.scores(run, progress=task.advance)
         self.evaluation_seconds = time.process_time() - start
-        return scores
+        return scores, shapes
 
     @cached_property
     def feeds(self) -> list[dict[str, np.ndarray]]:
@@ -216,18 +228,23 @@ class Compilation:
         return dict(shapes) if count * 2 > len(self.data) else None
 
     @cached_property
-    def sizes(self) -> dict[str, list[tuple[int, int, int]]] | None:
-        """Smallest, median and largest size of every axis in all batches, held out or not, by input; None without such."""
+    def sizes(self) -> Mapping[str, Sequence[Span]]:
+        """Smallest, median and largest size of every axis in all batches, held out or not, by input; empty without such."""
         if self.given is None or self.given.random:
-            return None
-        seen: dict[str, list[tuple[int, ...]]] = {}
-        for batch in self.given:
-            for name, array in batch.items():
-                seen.setdefault(name, []).append(array.shape)
-        columns = {
-            name: [sorted(axis) for axis in zip(*shapes, strict=True)] for name, shapes in seen.items()
+            return {}
+        return _spans({name: array.shape for name, array in batch.items()} for batch in self.given)
+
+    @cached_property
+    def all_sizes(self) -> Mapping[str, Sequence[Span]]:
+        """The same with what the evaluator's samples have; usual is what is in the data."""
+        found = self.sizes
+        if self.evaluator is None:
+            return found
+        judged = _spans(self._judged[1])
+        return judged | {
+            name: [(min(a[0], b[0]), a[1], max(a[2], b[2])) for a, b in zip(axes, judged[name], strict=True)]
+            for name, axes in found.items()
         }
-        return {name: [(c[0], c[len(c) // 2], c[-1]) for c in axes] for name, axes in columns.items()}
 
     @cached_property
     def probes(self) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
@@ -299,8 +316,8 @@ class Compilation:
         folder = self.folder / f"{self._built:03d}-{name}"
         folder.mkdir()
         options = engine.fit(engine.options.model_validate(recipe.options), self.usual_shapes)
-        if self.sizes is not None:
-            options = engine.span(model, options, self.sizes)
+        if sizes := self.all_sizes if engine.fixes else self.sizes:
+            options = engine.span(model, options, sizes)
         recipe = recipe.model_copy(
             update={
                 "options": options.model_dump(mode="json"),
@@ -394,7 +411,7 @@ class Compilation:
         after: list[Any] = []
         probe = max(32, len(before) // 5)
         with self.progress.task(f"evaluate {built.name}", len(before)) as task:
-            for score in evaluator.stream(session.run, progress=task.advance):
+            for score in evaluator.stream(admitted(session), progress=task.advance):
                 after.append(score)
                 if len(after) == probe and budget is not None and probe < len(before):
                     early = compare(evaluator, before[:probe], after, budget, seed=self.seed)
@@ -407,6 +424,16 @@ class Compilation:
         engine = self.engine(built.recipe)
         options = engine.options.model_validate(built.recipe.options)
         return engine.executed(built.folder, self.target, options, self.feeds[0] if feeds is None else feeds)
+
+
+def _spans(batches: Iterable[Mapping[str, tuple[int, ...]]]) -> dict[str, list[Span]]:
+    """Smallest, median and largest size of each axis, by input, of batches of such shapes."""
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    for shapes in batches:
+        for name, shape in shapes.items():
+            seen.setdefault(name, []).append(shape)
+    columns = {name: [sorted(axis) for axis in zip(*shapes, strict=True)] for name, shapes in seen.items()}
+    return {name: [(c[0], c[len(c) // 2], c[-1]) for c in axes] for name, axes in columns.items()}
 
 
 def available(name: str) -> Backend:

@@ -49,7 +49,7 @@ class TensorRtOptions(Options):
             ``device-build`` writes a bundle and finishes it here; ``auto`` takes the last where TensorRT and such a card are
             at hand, else the first where TensorRT-RTX supports the card.
         sizes: Smallest, usual and largest size of free axes, by their symbols or ``<input>.<axis>``; those that are not
-            named are taken from the calibration data.
+            named are taken from the calibration data and the evaluator's samples.
         tf32: Whether float32 products may round their operands to 10 bits, as TensorRT does by default.
         proxy: Whether a bundle is tried out with TensorRT-RTX for another card, which is named.
     """
@@ -86,6 +86,7 @@ class TensorRt(Backend):
     options: ClassVar[type[Options]] = TensorRtOptions
     placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
     stands_in: ClassVar[bool] = True
+    fixes: ClassVar[bool] = True
     generic: ClassVar[bool] = False
 
     def available(self) -> str | None:
@@ -259,7 +260,7 @@ class TensorRt(Backend):
         self, path: Path, target: Target, options: TensorRtOptions, *, threads: int | None = None
     ) -> Session:
         """The typed graph in ONNX Runtime: the engine itself needs its card."""
-        return TypedGraphSession(path / bundle.MODEL)
+        return TypedGraphSession(path / bundle.MODEL, bundle.read(path)["profile"])
 
     def executed(
         self, path: Path, target: Target, options: TensorRtOptions, feeds: Mapping[str, np.ndarray]

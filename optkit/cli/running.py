@@ -50,7 +50,7 @@ def opened(
     Args:
         threads: Of one operator.
         streams: Requests at the same time, on one thread each; ``run`` may then be called by as many threads.
-        predict: Give the numbers of the artifact's target where this machine's differ.
+        predict: Give the numbers of the artifact's target where this machine's differ, and refuse inputs that it would refuse.
         timed: Refuse what runs here in the stead of something else.
 
     Raises:
@@ -59,6 +59,7 @@ def opened(
     """
     if Path(model).is_dir():
         from optkit.artifact import load
+        from optkit.evaluate import admitted
 
         artifact = load(model)
         if timed and artifact.backend.stands_in:
@@ -71,7 +72,7 @@ def opened(
         shared = None if streams is not None else threads
         with artifact.session(threads=shared, streams=streams, predict=predict) as session:
             yield Opened(
-                name=model, inputs=session.inputs, run=session.run, target=artifact.manifest.target, predicted=said
+                name=model, inputs=session.inputs, run=admitted(session) if predict else session.run, target=artifact.manifest.target, predicted=said
             )  # fmt: skip
         return
     from optkit.data import specs

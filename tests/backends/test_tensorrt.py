@@ -23,12 +23,14 @@ from optkit.cli.app import main
 from optkit.data import TensorSpec
 from optkit.errors import (
     BackendUnavailableError,
+    DataError,
     ModelError,
     PassError,
     RecipeError,
     UnsupportedOpError,
     UsageError,
 )
+from optkit.evaluate import Evaluator
 from optkit.formats import FORMATS as NUMBERS
 from optkit.graph import walk
 from optkit.ops import OPS
@@ -208,6 +210,57 @@ def test_a_profile_spans_all_of_the_data_and_so_what_is_held_out_too(without_rtx
     artifact, _ = _compile(lengths, data, tmp_path / "out", recipe="fp32")
     low, _, high = json.loads((artifact.folder / bundle.BUNDLE).read_text())["profile"]["x"]
     assert (low, high) == ([1, 3, 4], [1, 200, 4])
+
+
+def judged(*rows):
+    """Samples of so many rows each, every one counted when it is made."""
+    made = []
+
+    def samples():
+        for n in rows:
+            made.append(n)
+            yield {"x": np.full((n, 32), 0.1, np.float32)}, None
+
+    return Evaluator(samples=samples, score=lambda outputs, _: float(outputs["y"].size > 0)), made
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_profile_takes_the_samples_of_the_evaluator_too(without_rtx, model, tmp_path, calibrated):
+    data = [{"x": np.ones((n, 32), np.float32)} for n in (2, 4, 4, 4)]
+    evaluator, made = judged(3, 300, 5)
+    artifact, _ = _compile(
+        model, data if calibrated else None, tmp_path / "out", recipe="fp32", evaluate=evaluator
+    )
+    usual = 4 if calibrated else 5
+    shapes = json.loads((artifact.folder / bundle.BUNDLE).read_text())["profile"]["x"]
+    assert shapes == [[1, 32], [usual, 32], [300, 32]]
+    # For the reference, for what is built, and the first as inputs where there are no others.
+    assert made.count(300) <= 2 + (not calibrated)
+
+
+def test_a_sample_that_the_engine_cannot_take_is_refused_with_its_axis(without_rtx, model, tmp_path, capsys):
+    evaluator, _ = judged(3, 300)
+    with pytest.raises(
+        DataError, match=r"x has 300 along axis 0 \(N\), and the engine takes 1 to 8"
+    ) as caught:
+        _compile(
+            model,
+            None,
+            tmp_path / "out",
+            recipe="fp32",
+            evaluate=evaluator,
+            overrides=["options.sizes.N=[1, 4, 8]"],
+        )
+    assert caught.value.hint == "--set options.sizes.N=[1, 4, 300]"
+    _compile(model, None, tmp_path / "out", recipe="fp32", overrides=["options.sizes.N=[1, 4, 8]"])
+    script = tmp_path / "judge.py"
+    script.write_text(
+        "import numpy as np\n"
+        "def samples(): yield {'x': np.zeros((9, 32), np.float32)}, 0\n"
+        "def score(outputs, label): return 1.0\n"
+    )
+    assert main(["eval", str(tmp_path / "out"), "--eval", str(script)]) == 2
+    assert "x has 9 along axis 0 (N), and the engine takes 1 to 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
