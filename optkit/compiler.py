@@ -49,7 +49,7 @@ from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
 from optkit.planning import estimate
 from optkit.recipe import Goal, Recipe, condition, shipped, validated
-from optkit.reference import LARGE, ReferenceSession, trial_batches, unsound
+from optkit.reference import LARGE, ReferenceSession, exchanged, trial_batches, unsound
 from optkit.report import (
     AccuracyRecord,
     Achieved,
@@ -715,6 +715,7 @@ def request(
                 hint="give --eval FILE, or limits.min_cosine for fidelity",
             )
     loaded = read(source, inputs=inputs, dynamic=dynamic_shapes, weights=weights)
+    exchanged(loaded.model, loaded.name)
     batches = _batches(data, loaded, plan, engine)
     if evaluator is not None:
         evaluator = evaluator.checked(specs(loaded.model)[0])

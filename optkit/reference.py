@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,10 +17,16 @@ from optkit.store import detached
 
 # Beyond, a second, packed copy of the weights would cost more memory than it saves time.
 LARGE = 1_500_000_000
+# Types without a counterpart in NumPy.
+_ALIEN = re.compile(r"bfloat16|float[468]e|u?int[24]$|complex")
+_IN_FLOATS = "export the model in float32; -p or -r chooses what the artifact computes in"
 
 
 class ReferenceSession:
     """A model in ONNX Runtime on this CPU, one thread by default, so that sums come out the same each time.
+
+    Raises:
+        ModelError: ONNX Runtime does not take it, or its inputs and outputs are of types that NumPy does not have.
 
     Args:
         model: A path, or a graph; a graph is not changed.
@@ -60,7 +67,13 @@ class ReferenceSession:
                 disabled_optimizers=list(disabled) or None,
             )
         except Exception as error:
-            raise ModelError(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from error
+            lacks = "NOT_IMPLEMENTED" in str(error)
+            raise ModelError(
+                f"{where}: ONNX Runtime cannot load it: {first_line(error)}",
+                hint=f"it has no kernel for these types on a processor: {_IN_FLOATS}" if lacks else None,
+            ) from error
+        ports = (*self._session.get_inputs(), *self._session.get_outputs())
+        _exchanged(where, {p.name: p.type.removeprefix("tensor(").removesuffix(")") for p in ports})
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 
@@ -93,6 +106,24 @@ class ReferenceSession:
         """Free the session."""
         del self._session
         self._weights.clear()
+
+
+def exchanged(model: ir.Model, name: str) -> None:
+    """Refuse a graph whose inputs or outputs no array can hold.
+
+    Raises:
+        ModelError: Lists them all.
+    """
+    ports = (*model.graph.inputs, *model.graph.outputs)
+    _exchanged(name, {str(v.name): v.dtype.name.lower() for v in ports if v.dtype is not None})
+
+
+def _exchanged(where: str, types: Mapping[str, str]) -> None:
+    if alien := [f"{name} ({kind})" for name, kind in types.items() if _ALIEN.match(kind)]:
+        raise ModelError(
+            f"{where}: inputs and outputs of types that ONNX Runtime does not exchange with NumPy: {', '.join(alien)}",
+            hint=_IN_FLOATS,
+        )
 
 
 def unsound(model: ir.Model) -> tuple[str, ...]:

@@ -6,7 +6,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import optkit
+from optkit.errors import ModelError
 from optkit.reference import ReferenceSession, unsound
+from optkit.store import save
 from optkit.testing import parse
 
 QUANTIZED = """
@@ -36,3 +39,49 @@ def test_what_lies_in_front_of_floats_of_8_bits_is_computed(activation, as_file,
 def test_integers_keep_every_optimizer():
     model = parse(QUANTIZED % "Relu(a)", s=np.float32(0.5), z=np.int8(0))
     assert unsound(model) == ()
+
+
+BRAIN = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (bfloat16[N, 4] x, float[N, 4] c) => (float[N, 4] y, bfloat16[N, 4] z) { f = Cast <to = 1> (x) y = Add (f, c) z = Cast <to = 16> (y) }
+"""
+
+
+def _session(file):
+    ReferenceSession(file)
+
+
+def _graph(file):
+    ReferenceSession(ir.load(file))
+
+
+def _bundle(file):
+    optkit.compile(file, target="h100", out=file.parent / "out")
+
+
+def _kernels(file):
+    optkit.compile(
+        file, target="h100", backend="triton", recipe="triton-fp16", data="random", out=file.parent / "out"
+    )
+
+
+def _here(file):
+    optkit.compile(file, target="cpu", out=file.parent / "out")
+
+
+@pytest.mark.parametrize("act", [_session, _graph, _bundle, _kernels, _here])
+def test_types_that_numpy_does_not_have_are_refused_by_name(tmp_path, act):
+    save(parse(BRAIN), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"NumPy: x \(bfloat16\), z \(bfloat16\)$") as caught:
+        act(tmp_path / "m.onnx")
+    assert "float32" in str(caught.value.hint)
+
+
+def test_formats_that_have_no_kernel_on_a_processor_are_said_to_be_why():
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 4] x) => (float[N, 4] y) { b = Cast <to = 16> (x) m = MatMul (b, w) y = Cast <to = 1> (m) }
+    """
+    with pytest.raises(ModelError, match="MatMul") as caught:
+        ReferenceSession(parse(text, w=np.ones((4, 4), ml_dtypes.bfloat16)))
+    assert "float32" in str(caught.value.hint)
