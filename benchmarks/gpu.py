@@ -29,7 +29,7 @@ from optkit.estimate import of_kernel
 from optkit.kernels.base import Kernel, Problem
 from optkit.kernels.build import build
 from optkit.kernels.cuda import CudaError, Device
-from optkit.kernels.gates import failures
+from optkit.kernels.gates import left_out
 from optkit.kernels.numerics import Launch, errors, launch
 from optkit.kernels.placed import place
 from optkit.targets import TARGETS, Target, target
@@ -140,7 +140,8 @@ def kernel_record(
     assert where.capability is not None
     every = kernel.finalists(problem, where.capability)
     built = build([(program, where.capability) for program in every])
-    programs = [p for p, one in zip(every, built, strict=True) if not failures(one.record)]
+    judged = [(p, left_out(kernel.name, p, one.record)) for p, one in zip(every, built, strict=True)]
+    programs, gaps = [p for p, why in judged if not why], [gap for _, why in judged for gap in why]
     rows = rows or rows_of(kernel, problem, programs[0].products)
     inputs = kernel.draw(problem, rows, seed=0)
     shapes = [() if a is None else a.shape for a in inputs]
@@ -153,7 +154,7 @@ def kernel_record(
         times = one.prepared.times(device)
         one.close()
         finalists.append({
-            "warps": program.warps, "stages": program.stages, "ms": statistics.median(times) * 1e3,
+            "config": program.config, "warps": program.warps, "stages": program.stages, "ms": statistics.median(times) * 1e3,
             "spread_ms": (max(times) - min(times)) * 1e3,
             "cosine": min(closeness(a, b)["cosine"] for a, b in zip(outputs, found, strict=True)),
         })  # fmt: skip
@@ -179,7 +180,7 @@ def kernel_record(
     floor = of_kernel(operations, moved, programs[0].products or "fp32", where)
     record = {
         "kernel": kernel.name, "problem": dict(problem), "shapes": [list(s) for s in shapes], "ms": best,
-        "finalists": finalists, "rivals": others, "floor_ms": floor.floor * 1e3, "bound": floor.bound,
+        "finalists": finalists, "left_out": [str(gap) for gap in gaps], "rivals": others, "floor_ms": floor.floor * 1e3, "bound": floor.bound,
         "share_of_floor": floor.floor * 1e3 / best, "bytes_per_second": moved / best * 1e3,
         "operations_per_second": operations / best * 1e3,
         "share_of_copy": moved / best * 1e3 / copied,

@@ -129,7 +129,7 @@ class Kernel(ABC):
         """All specializations that are worth a try on a device, the likeliest first: it picks by time.
 
         Those whose machine code does not pass its gates are left out, and named. Where matrix units wait for memory, how many loads are
-        under way at a time is what no table knows.
+        under way at a time is what no table knows; products with a free number of rows differ in their tiles (``Tiled``).
         """
         first = self.program(problem, capability)
         if first.products is None:

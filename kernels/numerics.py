@@ -81,6 +81,20 @@ def launch(kernel: Kernel, problem: Problem, capability: Capability, rows: int, 
     )
 
 
+def rivals(kernel: Kernel, problem: Problem, capability: Capability, seed: int = 0) -> list[Launch]:
+    """The other programs that a device may choose, at the most rows that are worth a test, random inputs for all.
+
+    Those that differ in warps and stages alone compute the same: the interpreter has neither.
+    """
+    first, *others = kernel.finalists(problem, capability)
+    inputs = kernel.draw(problem, max(kernel.edges(problem, capability)), seed)
+    return [
+        Launch(kernel=kernel, problem=problem, program=program, inputs=inputs)
+        for program in others
+        if program.constants != first.constants
+    ]
+
+
 def interpret(launches: Sequence[Launch]) -> list[list[np.ndarray]]:
     """The outputs of each launch.
 

@@ -13,7 +13,7 @@ from optkit.estimate import of_kernel
 from optkit.kernels import KERNELS
 from optkit.kernels.build import build
 from optkit.kernels.gates import Gate, LeftOut, gates, left_out
-from optkit.kernels.numerics import errors, interpret, launch, sanitize
+from optkit.kernels.numerics import Launch, errors, interpret, launch, rivals, sanitize
 from optkit.kernels.occupancy import Occupancy, of_record
 from optkit.targets.gpu import Capability
 
@@ -176,28 +176,26 @@ class Numerics:
 
 
 def numerics(names: Sequence[str], capability: Capability) -> list[Numerics]:
-    """The small problems of kernels, at sizes around a block's, in the interpreter.
+    """The small problems of kernels, at sizes around a block's, in the interpreter; of other finalists one size.
 
     Raises:
         BackendUnavailableError: Triton is not installed.
         ModelError: The interpreter fails its own test, or a kernel writes where it may not.
     """
-    cases = [
-        (kernel, problem, rows)
-        for kernel in chosen(names)
-        for problem in kernel.small
-        if kernel.unsupported(problem, capability) is None
-        for rows in kernel.edges(problem, capability)
-    ]
-    launches = [launch(kernel, problem, capability, rows) for kernel, problem, rows in cases]
+    cases: list[tuple[int, Launch]] = []
+    for kernel in chosen(names):
+        for problem in kernel.small:
+            if kernel.unsupported(problem, capability) is None:
+                sizes = kernel.edges(problem, capability)
+                cases += [(rows, launch(kernel, problem, capability, rows)) for rows in sizes]
+                cases += [(max(sizes), one) for one in rivals(kernel, problem, capability)]
     found = []
-    for (kernel, problem, rows), one, outputs in zip(cases, launches, interpret(launches), strict=True):
+    for (rows, one), outputs in zip(cases, interpret([one for _, one in cases]), strict=True):
         steps = [e.steps for e in errors(one, outputs)]
         worst = float(np.max(np.where(np.isnan(steps), np.inf, steps)))
+        allowed = one.kernel.allowed(one.problem)
         found.append(
-            Numerics(
-                kernel=kernel.name, problem=problem, rows=rows, steps=worst, allowed=kernel.allowed(problem)
-            )
+            Numerics(kernel=one.kernel.name, problem=one.problem, rows=rows, steps=worst, allowed=allowed)
         )
     return found
 

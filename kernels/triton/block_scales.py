@@ -10,20 +10,30 @@ import onnx_ir as ir
 
 from optkit.dims import shape_of
 from optkit.graph import attribute, constant
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.kernels.triton.eight_bits import behind
+from optkit.kernels.triton.tiles import Tile, Tiled
 from optkit.rewrite import Match, Rule
 from optkit.targets.gpu import Capability
 
-# Rows and columns of a tile, warps and stages, by architecture.
+# Of many, of middling and of few rows.
+_TIGHT = (
+    Tile(m=128, n=64, warps=8, stages=3), Tile(m=64, n=128, warps=8, stages=3), Tile(m=64, n=64, warps=4, stages=3),
+)  # fmt: skip
 _TILES = {
-    (8, 9): (128, 64, 8, 3), (9, 0): (128, 128, 8, 3), (10, 0): (128, 128, 8, 3), (12, 0): (128, 64, 8, 3), (12, 1): (128, 64, 8, 3),
+    (8, 9): _TIGHT, (12, 0): _TIGHT, (12, 1): _TIGHT,
+    (9, 0): (
+        Tile(m=128, n=128, warps=8, stages=3), Tile(m=128, n=64, warps=4, stages=4), Tile(m=64, n=128, warps=4, stages=4),
+    ),
+    (10, 0): (
+        Tile(m=128, n=128, warps=8, stages=3), Tile(m=128, n=128, warps=8, stages=4), Tile(m=128, n=64, warps=4, stages=4),
+    ),
 }  # fmt: skip
 _GROUP, _STEP, _BLOCK = 8, 16, 128
 
 
-class _Product(Kernel):
+class _Product(Tiled):
     formats: ClassVar[tuple[str, ...]] = ("fp8",)
     outs: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
 
@@ -39,9 +49,11 @@ class _Product(Kernel):
             return f"{columns} x {depth} are no multiples of {_STEP} and {_BLOCK}"
         return {"format": "fp8", "columns": columns, "depth": depth, "output": out}
 
-    def program(self, problem: Problem, capability: Capability) -> Program:
+    def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
+        return _TILES[capability]
+
+    def tiled(self, problem: Problem, tile: Tile) -> Program:
         columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
-        m, n, warps, stages = _TILES[capability]
         kinds = (("x", "fp8"), ("w", "fp8"), ("x_scale", "fp32"), ("w_scale", "fp32"), ("bias", out))
         return Program(
             function="optkit.kernels.triton.device.eight_bits:linear_blocks",
@@ -50,9 +62,9 @@ class _Product(Kernel):
                 Argument(name="y", type=pointer(out), binds="output:0", aligned=True),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
-            constants={"COLUMNS": columns, "DEPTH": depth, "M": m, "N": n, "K": _BLOCK, "GROUP": _GROUP},
-            grid=(f"cdiv(rows, {m}) * {-(-columns // n)}", "1", "1"),
-            warps=warps, stages=stages, products="fp8",
+            constants={"COLUMNS": columns, "DEPTH": depth, "M": tile.m, "N": tile.n, "K": _BLOCK, "GROUP": _GROUP},
+            grid=(f"cdiv(rows, {tile.m}) * {-(-columns // tile.n)}", "1", "1"),
+            warps=tile.warps, stages=tile.stages, products="fp8",
         )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
@@ -68,10 +80,6 @@ class _Product(Kernel):
         columns, depth = int(problem["columns"]), int(problem["depth"])
         blocks = depth // _BLOCK
         return [(rows, depth), (columns, depth), (rows, blocks), (blocks, columns), (columns,)]
-
-    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
-        m = _TILES[capability][0]
-        return (1, m - 1, m, m + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         random = np.random.default_rng(seed)

@@ -9,22 +9,38 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import attribute, constant, scalar
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.kernels.triton.quantize import grid_miss
+from optkit.kernels.triton.tiles import Tile, Tiled
 from optkit.rewrite import Match, Rule
 from optkit.targets.gpu import GFX942, Capability
 
-# Rows, columns and depth of a tile, warps and stages, by architecture: a depth of 128 bytes fills a line of the cache.
-_LARGE = (128, 128, 128, 8, 3)
+# Of large, of middling and of few rows: a depth of 128 bytes fills a line of the cache.
+_LARGE = Tile(m=128, n=128, k=128, warps=8, stages=3)
+_DEEP = Tile(m=128, n=128, k=128, warps=8, stages=4)
+_LITTLE = Tile(m=64, n=64, k=128, warps=4, stages=4)
+_ROOMY = (_LARGE, Tile(m=128, n=64, k=128, warps=4, stages=4), _LITTLE)
+_TIGHT = (
+    Tile(m=128, n=128, k=64, warps=8, stages=3), Tile(m=128, n=64, k=128, warps=4, stages=3), _LITTLE,
+)  # fmt: skip
+_HOPPER_LITTLE = Tile(m=64, n=128, k=128, warps=4, stages=4)
 _TILES = {
-    (8, 0): _LARGE, (8, 6): (128, 128, 64, 8, 3), (8, 7): _LARGE, (8, 9): (128, 128, 64, 8, 3), (12, 0): (128, 128, 64, 8, 3),
-    (12, 1): (128, 128, 64, 8, 3), (9, 0): _LARGE, (10, 0): _LARGE, GFX942: (128, 128, 128, 8, 2),
+    (8, 0): _ROOMY, (8, 7): _ROOMY, (8, 6): _TIGHT, (8, 9): _TIGHT, (12, 0): _TIGHT, (12, 1): _TIGHT,
+    (9, 0): (_LARGE, _DEEP, _HOPPER_LITTLE), (10, 0): (_LARGE, _DEEP, Tile(m=128, n=64, k=128, warps=4, stages=4)),
+    GFX942: (
+        Tile(m=128, n=128, k=128, warps=8, stages=2), Tile(m=128, n=64, k=128, warps=4, stages=2),
+        Tile(m=64, n=64, k=128, warps=4, stages=2),
+    ),
+}  # fmt: skip
+# The wide tile of Triton's tutorial 03 for 8 bits; floats, whose sums are added up twice, would go over to the stack.
+_INTEGER_TILES = {
+    **_TILES, (9, 0): (_LARGE, Tile(m=128, n=256, k=128, warps=8, stages=3), _HOPPER_LITTLE),
 }  # fmt: skip
 _GROUP, _STEP = 8, 16
 
 
-class _Product(Kernel):
+class _Product(Tiled):
     outs: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
 
     @property
@@ -43,9 +59,11 @@ class _Product(Kernel):
             return f"{columns} x {depth} are no multiples of {_STEP}"
         return {"format": self.fmt, "columns": columns, "depth": depth, "output": out}
 
-    def program(self, problem: Problem, capability: Capability) -> Program:
+    def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
+        return (_INTEGER_TILES if self.fmt == "int8" else _TILES)[capability]
+
+    def tiled(self, problem: Problem, tile: Tile) -> Program:
         columns, depth, out = int(problem["columns"]), int(problem["depth"]), str(problem["output"])
-        m, n, k, warps, stages = _TILES[capability]
         integers = self.fmt == "int8"
         kinds = [
             ("x", self.fmt),
@@ -63,10 +81,10 @@ class _Product(Kernel):
             ),
             constants={
                 **({} if integers else {"shift": None}),
-                "COLUMNS": columns, "DEPTH": depth, "M": m, "N": n, "K": k, "GROUP": _GROUP,
+                "COLUMNS": columns, "DEPTH": depth, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": _GROUP,
             },
-            grid=(f"cdiv(rows, {m}) * {-(-columns // n)}", "1", "1"),
-            warps=warps, stages=stages, products=self.fmt,
+            grid=(f"cdiv(rows, {tile.m}) * {-(-columns // tile.n)}", "1", "1"),
+            warps=tile.warps, stages=tile.stages, products=self.fmt,
         )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
@@ -81,10 +99,6 @@ class _Product(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         columns, depth = int(problem["columns"]), int(problem["depth"])
         return [(rows, depth), (columns, depth), *[(columns,)] * (3 if self.fmt == "int8" else 2)]
-
-    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
-        m = _TILES[capability][0]
-        return (1, m - 1, m, m + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         random = np.random.default_rng(seed)

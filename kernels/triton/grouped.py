@@ -12,7 +12,6 @@ from optkit.kernels.base import (
     BYTES,
     DOMAIN,
     Argument,
-    Kernel,
     Problem,
     Program,
     format_of,
@@ -20,15 +19,18 @@ from optkit.kernels.base import (
     power_of_two,
 )
 from optkit.kernels.triton.drawing import draw
+from optkit.kernels.triton.tiles import Tile, Tiled
 from optkit.rewrite import Rule
 from optkit.targets.gpu import Capability
 
-# Rows, columns and depth of a tile, warps and stages: low, as each expert has few rows, but high enough for wgmma.
-_TILE = (64, 128, 64, 4, 3)
+# Low, as each expert has few rows, but high enough for wgmma; high for where they have many.
+_TILES = (
+    Tile(m=64, n=128, k=64, warps=4, stages=3), Tile(m=64, n=64, k=64, warps=4, stages=4), Tile(m=128, n=128, k=64, warps=8, stages=3),
+)  # fmt: skip
 _STEP, _MOST = 16, 512
 
 
-class _Grouped(Kernel):
+class _Grouped(Tiled):
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
 
     def problem(self, node: ir.Node) -> Problem | str:
@@ -47,12 +49,14 @@ class _Grouped(Kernel):
             return f"{experts} matrices are more than {_MOST}"
         return {"format": fmt, "columns": columns, "depth": depth, "experts": experts}
 
-    def program(self, problem: Problem, capability: Capability) -> Program:
+    def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
+        return _TILES
+
+    def tiled(self, problem: Problem, tile: Tile) -> Program:
         fmt, columns, depth, experts = (
             str(problem["format"]),
             *(int(problem[k]) for k in ("columns", "depth", "experts")),
         )
-        m, n, k, warps, stages = _TILE
         kinds = (("x", fmt), ("w", fmt), ("order", "i32"), ("ends", "i32"))
         return Program(
             function="optkit.kernels.triton.device.grouped:grouped",
@@ -62,11 +66,11 @@ class _Grouped(Kernel):
                 Argument(name="rows", type="i32", binds="rows"),
             ),
             constants={
-                "COLUMNS": columns, "DEPTH": depth, "EXPERTS": experts, "KEPT": power_of_two(experts), "M": m, "N": n, "K": k,
+                "COLUMNS": columns, "DEPTH": depth, "EXPERTS": experts, "KEPT": power_of_two(experts), "M": tile.m, "N": tile.n, "K": tile.k,
             },
             # Every expert may leave a tile that is not full.
-            grid=(f"(cdiv(rows, {m}) + min(rows, {experts})) * {-(-columns // n)}", "1", "1"),
-            warps=warps, stages=stages, products=fmt,
+            grid=(f"(cdiv(rows, {tile.m}) + min(rows, {experts})) * {-(-columns // tile.n)}", "1", "1"),
+            warps=tile.warps, stages=tile.stages, products=fmt,
         )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
@@ -81,7 +85,7 @@ class _Grouped(Kernel):
         return [(-(-rows // 2), depth), (experts, depth, columns), (rows,), (experts,)]
 
     def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
-        m = _TILE[0]
+        m = _TILES[0].m
         return (1, m - 1, m, 2 * m + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:

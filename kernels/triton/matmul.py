@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import attribute, constant, rank
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Problem, Program, format_of
 from optkit.kernels.triton.drawing import draw
 from optkit.kernels.triton.gated import activated
+from optkit.kernels.triton.tiles import Tile, Tiled
 from optkit.rewrite import Match, Rule
 from optkit.targets.gpu import GFX942, Capability
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tile:
-    """Of the output, and of the depth that is loaded at a time; ``units`` programs that stay, with descriptors."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    units: int | None = None
-
-
-_LARGE = _Tile(m=128, n=128, k=64, warps=8, stages=3)
-# What fits shared memory and registers without a stack; on 9.0 and 10.0 wide enough for wgmma and tcgen05.
+# Of large, of middling and of few rows, after the configurations of Triton's tutorials 03 and 09. What fits shared memory and
+# registers without a stack; on 9.0 and 10.0 wide enough for wgmma and tcgen05.
+_LARGE, _SMALL = Tile(m=128, n=128, k=64, warps=8, stages=3), Tile(m=64, n=64, k=64, warps=4, stages=3)
+_ROOMY = (_LARGE, Tile(m=128, n=256, k=64, warps=8, stages=3), _SMALL)
+_TIGHT = (_LARGE, Tile(m=128, n=128, k=32, warps=4, stages=4), _SMALL)
 _TILES = {
-    (8, 0): _LARGE, (8, 7): _LARGE, (8, 6): _LARGE, (8, 9): _LARGE, (12, 0): _LARGE, (12, 1): _LARGE,
-    (9, 0): _Tile(m=128, n=256, k=64, warps=8, stages=3, units=132),
-    (10, 0): _Tile(m=128, n=256, k=64, warps=8, stages=3, units=148),
-    GFX942: _Tile(m=128, n=128, k=64, warps=8, stages=2),
+    (8, 0): _ROOMY, (8, 7): _ROOMY, (8, 6): _TIGHT, (8, 9): _TIGHT, (12, 0): _TIGHT, (12, 1): _TIGHT,
+    (9, 0): (
+        Tile(m=128, n=256, k=64, warps=8, stages=3, units=132), Tile(m=128, n=128, k=64, warps=8, stages=4, units=132),
+        Tile(m=64, n=128, k=64, warps=4, stages=4, units=264),
+    ),
+    (10, 0): (
+        Tile(m=128, n=256, k=64, warps=8, stages=3, units=148), Tile(m=128, n=128, k=64, warps=8, stages=4, units=148),
+        Tile(m=128, n=64, k=64, warps=4, stages=4, units=296),
+    ),
+    GFX942: (
+        Tile(m=128, n=128, k=64, warps=8, stages=2), Tile(m=128, n=64, k=64, warps=4, stages=2),
+        Tile(m=64, n=64, k=64, warps=4, stages=2),
+    ),
 }  # fmt: skip
-# The error function needs registers of its own: the wide tile would go over to the stack.
-_GELU_TILES = {**_TILES, (9, 0): _Tile(m=128, n=128, k=64, warps=8, stages=4, units=132)}
+# The error function needs registers of its own: wide tiles would go over to the stack.
+_GELU = (_LARGE, Tile(m=128, n=64, k=64, warps=8, stages=3), _SMALL)
+_GELU_TILES = {
+    **_TILES, **dict.fromkeys([(8, 0), (8, 7), (8, 6), (8, 9), (12, 0), (12, 1)], _GELU), (9, 0): _TILES[9, 0][1:],
+}  # fmt: skip
 _GROUP, _STEP = 8, 16
 
 
-class _Product(Kernel):
+class _Product(Tiled):
     bias: ClassVar[bool]
     kind: ClassVar[str] = "none"
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
@@ -64,9 +66,12 @@ class _Product(Kernel):
             return f"{depth} x {columns} are no multiples of {_STEP}"
         return {"format": fmt, "columns": columns, "depth": depth}
 
-    def program(self, problem: Problem, capability: Capability) -> Program:
+    def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
+        return (_GELU_TILES if self.kind == "gelu" else _TILES)[capability]
+
+    def tiled(self, problem: Problem, tile: Tile) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
-        t = self._tile(capability)
+        t = tile
         binds = [("x", "input:0"), ("w", "input:1")]
         binds += [("bias", "input:2")] if self.bias else []
         binds += [("y", "output:0")]
@@ -86,9 +91,6 @@ class _Product(Kernel):
             warps=t.warps, stages=t.stages, products=fmt,
         )  # fmt: skip
 
-    def _tile(self, capability: Capability) -> _Tile:
-        return (_GELU_TILES if self.kind == "gelu" else _TILES)[capability]
-
     def expressions(self, problem: Problem) -> dict[str, str]:
         return {"rows": f"elements(0) // {problem['depth']}"}
 
@@ -98,10 +100,6 @@ class _Product(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         columns, depth = int(problem["columns"]), int(problem["depth"])
         return [(rows, depth), (depth, columns), *([(columns,)] if self.bias else [])]
-
-    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
-        m = self._tile(capability).m
-        return (1, m - 1, m, m + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         return draw(self.shapes(problem, rows), str(problem["format"]), seed)

@@ -11,24 +11,53 @@ import onnx_ir as ir
 
 from optkit.dims import shape_of
 from optkit.graph import attribute, constant, rank
-from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of, pointer
+from optkit.kernels.base import BYTES, DOMAIN, Argument, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.eight_bits import behind
+from optkit.kernels.triton.tiles import Tile, Tiled
 from optkit.rewrite import Match, Rule
 from optkit.targets.gpu import GFX942, Capability
 
-# Rows and columns of a tile, warps and stages, by architecture. Weights are what takes time where there are few rows, so
-# that tiles are low; wgmma wants 64 rows.
-_LOW = (16, 128, 4, 3)
+# Weights are what takes time where there are few rows, so that tiles are low at first; wgmma wants 64 rows. With many rows the
+# weights of a low tile are read again and again.
+_LOW = (
+    Tile(m=16, n=128, warps=4, stages=3), Tile(m=64, n=128, warps=4, stages=3), Tile(m=128, n=128, warps=8, stages=2),
+)  # fmt: skip
 _TILES = {
-    (8, 0): _LOW, (8, 6): _LOW, (8, 7): _LOW, (8, 9): _LOW, (12, 0): _LOW, (12, 1): _LOW, (9, 0): (64, 128, 4, 3), (10, 0): (128, 64, 8, 3), GFX942: (16, 128, 4, 2),
+    (8, 0): _LOW, (8, 6): _LOW, (8, 7): _LOW, (8, 9): _LOW, (12, 0): _LOW, (12, 1): _LOW,
+    (9, 0): (
+        Tile(m=64, n=128, warps=4, stages=3), Tile(m=64, n=64, warps=4, stages=4), Tile(m=128, n=128, warps=8, stages=3),
+    ),
+    (10, 0): (
+        Tile(m=128, n=64, warps=8, stages=3), Tile(m=128, n=128, warps=8, stages=3), Tile(m=128, n=64, warps=4, stages=4),
+    ),
+    GFX942: (
+        Tile(m=16, n=128, warps=4, stages=2), Tile(m=64, n=128, warps=4, stages=2), Tile(m=32, n=128, warps=4, stages=2),
+    ),
 }  # fmt: skip
 _GROUP, _STEP, _BLOCKS = 8, 32, (32, 64, 128)
-# With few rows: columns and depth of a tile, warps and stages; so many programs, and bytes in flight, that memory is kept busy.
-_FEW, _FEW_TILE = 16, (16, 256, 4, 4)
+# Rows that are few. Then memory is kept busy by how many programs there are and what each has in flight: with many multiprocessors
+# by few columns of a program, with few by more of them.
+_FEW = 16
+_MANY_UNITS = (
+    Tile(m=_FEW, n=16, k=256, warps=4, stages=4), Tile(m=_FEW, n=16, k=512, warps=4, stages=3),
+    Tile(m=_FEW, n=32, k=128, warps=4, stages=5),
+)  # fmt: skip
+_FEW_UNITS = (
+    Tile(m=_FEW, n=16, k=256, warps=4, stages=4), Tile(m=_FEW, n=32, k=256, warps=4, stages=3),
+    Tile(m=_FEW, n=64, k=128, warps=4, stages=4),
+)  # fmt: skip
+_FEW_TILES = {
+    (8, 0): _MANY_UNITS, (9, 0): _MANY_UNITS, (10, 0): _MANY_UNITS, (12, 0): _MANY_UNITS,
+    (8, 6): _FEW_UNITS, (8, 7): _FEW_UNITS, (8, 9): _FEW_UNITS, (12, 1): _FEW_UNITS,
+    GFX942: (
+        Tile(m=_FEW, n=16, k=256, warps=4, stages=4), Tile(m=_FEW, n=16, k=512, warps=4, stages=2),
+        Tile(m=_FEW, n=32, k=128, warps=4, stages=2),
+    ),
+}  # fmt: skip
 
 
-class _Product(Kernel):
+class _Product(Tiled):
     few: ClassVar[bool] = False
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
     examples: ClassVar[tuple[Problem, ...]] = (
@@ -50,9 +79,11 @@ class _Product(Kernel):
         block = list(attribute(node, "blocks"))[1]  # type: ignore[call-overload]
         return {"format": fmt, "columns": 2 * pairs, "depth": depth, "block": block}
 
-    def program(self, problem: Problem, capability: Capability) -> Program:
+    def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
+        return _TILES[capability]
+
+    def tiled(self, problem: Problem, tile: Tile) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
-        m, n, warps, stages = _TILES[capability]
         kinds = (
             ("x", fmt, "input:0"),
             ("w", "i8", "input:1"),
@@ -66,9 +97,9 @@ class _Product(Kernel):
                 *(Argument(name=a, type=f"*{kind}", binds=b, aligned=True) for a, kind, b in kinds),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
-            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": m, "N": n, "GROUP": _GROUP},
-            grid=(f"cdiv(rows, {m}) * {-(-columns // n)}", "1", "1"),
-            warps=warps, stages=stages, products=fmt,
+            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": tile.m, "N": tile.n, "GROUP": _GROUP},
+            grid=(f"cdiv(rows, {tile.m}) * {-(-columns // tile.n)}", "1", "1"),
+            warps=tile.warps, stages=tile.stages, products=fmt,
         )  # fmt: skip
 
     def expressions(self, problem: Problem) -> dict[str, str]:
@@ -80,10 +111,6 @@ class _Product(Kernel):
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         columns, depth, block = (int(problem[k]) for k in ("columns", "depth", "block"))
         return [(rows, depth), (depth, columns // 2), (depth // block, columns), (columns,)]
-
-    def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
-        m = _TILES[capability][0]
-        return (1, m - 1, m, m + 1)
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         fmt, random = str(problem["format"]), np.random.default_rng(seed)
@@ -190,9 +217,11 @@ class _Decode(_Product):
         block = list(attribute(node, "blocks"))[2]  # type: ignore[call-overload]
         return {"format": fmt, "columns": columns, "depth": 2 * pairs, "block": block}
 
-    def program(self, problem: Problem, capability: Capability) -> Program:
+    def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
+        return _FEW_TILES[capability]
+
+    def tiled(self, problem: Problem, tile: Tile) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
-        n, k, warps, stages = _FEW_TILE
         kinds = (("x", fmt), ("w", "int8"), ("scale", fmt), ("bias", fmt))
         return Program(
             function="optkit.kernels.triton.device.weights:decode",
@@ -201,9 +230,9 @@ class _Decode(_Product):
                 Argument(name="y", type=pointer(fmt), binds="output:0", aligned=True),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
-            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": _FEW, "N": n, "K": k},
-            grid=(f"{-(-columns // n)}", "1", "1"),
-            warps=warps, stages=stages, products=fmt, low=True,
+            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": tile.m, "N": tile.n, "K": tile.k},
+            grid=(f"{-(-columns // tile.n)}", "1", "1"),
+            warps=tile.warps, stages=tile.stages, products=fmt, low=True,
         )  # fmt: skip
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:

@@ -16,11 +16,11 @@ from optkit.kernels import KERNELS
 from optkit.kernels.base import DOMAIN, TYPES
 from optkit.kernels.build import build, key
 from optkit.kernels.gates import failures, gates, read_size
-from optkit.kernels.numerics import errors, interpret, launch
+from optkit.kernels.numerics import errors, interpret, launch, rivals
 from optkit.kernels.triton.drawing import DTYPES
 from optkit.reference import ReferenceSession
 from optkit.targets import target
-from optkit.targets.gpu import GFX942
+from optkit.targets.gpu import ARCHITECTURES, GFX942
 from optkit.workbench import refused, sheets
 
 HOPPER, ADA = (9, 0), (8, 9)
@@ -159,6 +159,16 @@ def test_the_first_finalist_is_the_one_of_the_table_and_none_comes_twice(name):
         assert all(p.stages > 0 for p in found)
 
 
+@pytest.mark.parametrize(
+    "name", ["linear", "linear-gelu", "linear-int8", "linear-int4", "linear-int4-decode"]
+)
+@pytest.mark.parametrize("capability", [c for c in ARCHITECTURES if c >= (8, 0)])
+def test_a_device_chooses_among_tiles_not_only_among_stages(name, capability):
+    kernel = KERNELS[name]()
+    found = kernel.finalists(kernel.examples[0], capability)
+    assert len({(p.constants["M"], p.constants["N"], p.constants.get("K")) for p in found}) > 1
+
+
 @pytest.mark.needs("triton", "torch")
 def test_every_kernel_computes_what_the_reference_does_at_the_edges_of_blocks():
     launches = [
@@ -174,6 +184,27 @@ def test_every_kernel_computes_what_the_reference_does_at_the_edges_of_blocks():
                 one.problem,
                 error.output,
             )
+
+
+@pytest.mark.needs("triton", "torch")
+def test_every_other_tile_computes_what_the_reference_does():
+    launches = [
+        one
+        for kernel in (KERNELS[name]() for name in NAMES)
+        for problem in kernel.small
+        for capability in (HOPPER, ADA)
+        if kernel.unsupported(problem, capability) is None
+        for one in rivals(kernel, problem, capability)
+    ]
+    assert {one.kernel.name for one in launches} >= {
+        "linear",
+        "linear-int8",
+        "linear-fp8",
+        "linear-int4-decode",
+    }
+    for one, outputs in zip(launches, interpret(launches), strict=True):
+        for error in errors(one, outputs):
+            assert error.steps <= one.kernel.allowed(one.problem), (one.kernel.name, one.program.config)
 
 
 @pytest.mark.needs("triton", "torch")
