@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,6 +61,8 @@ _TILES = {
 }
 # With few queries, as in decoding, keys are all that is read.
 _FEW = _Tile(queries=16, keys=64, warps=4, stages=2)
+# Of a mask with a value for every score, which is most of what heads of few elements read.
+_WAIVED = {"128-bit loads": "rows of the mask are as long as there are keys, so that they start anywhere"}
 # Sizes that ``shapes`` draws with.
 _BATCH, _HEADS = 2, 2
 
@@ -104,8 +106,20 @@ class _Attention(Kernel):
         return found
 
     def program(self, problem: Problem, capability: Capability) -> Program:
+        return self._tiled(problem, self._tile(problem, capability))
+
+    def finalists(self, problem: Problem, capability: Capability) -> Sequence[Program]:
+        first = self._tile(problem, capability)
+        found = [first, replace(first, stages=first.stages + 1)]
+        if first.warps == 4:
+            found.append(replace(first, warps=8))
+        elif first.queries == 128:
+            # With fewer warps for as many queries it would go over to the stack.
+            found.append(replace(first, queries=64, warps=4))
+        return [self._tiled(problem, tile) for tile in found]
+
+    def _tiled(self, problem: Problem, t: _Tile) -> Program:
         fmt, depth = str(problem["format"]), int(problem["depth"])
-        t = self._tile(problem, capability)
         axes = str(problem.get("mask", ""))
         binds = [("q", "input:0"), ("k", "input:1"), ("v", "input:2")]
         pointers = [Argument(name=n, type=f"*{fmt}", binds=b, aligned=True) for n, b in binds]
@@ -125,7 +139,7 @@ class _Attention(Kernel):
                 "LAST": bool(problem.get("last", False)),
             },
             grid=(f"cdiv(queries, {t.queries})", "batch * heads", "1"),
-            warps=t.warps, stages=t.stages, products=fmt, low=t is _FEW,
+            warps=t.warps, stages=t.stages, products=fmt, low=t.queries < 64, waived=_WAIVED if "q" in axes else {},
         )  # fmt: skip
 
     def _tile(self, problem: Problem, capability: Capability) -> _Tile:
