@@ -6,7 +6,7 @@ constants alone, open where they come from inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -54,7 +54,7 @@ class _TooLargeError(Exception):
 def seen(model: ir.Model) -> Mapping[ir.Node, Fraction]:
     """For products of attention whose masks hide keys: which share of their multiply-accumulates is of keys that are seen."""
     found: dict[ir.Node, Fraction] = {}
-    known: dict[tuple[ir.Value, ...], Fraction] = {}
+    known: dict[Hashable, Fraction] = {}
     for softmax in walk(model):
         if softmax.op_type != "Softmax" or softmax.domain != "":
             continue
@@ -62,12 +62,16 @@ def seen(model: ir.Model) -> Mapping[ir.Node, Fraction]:
         if not count or scores is None or (path := _scores(scores, count)) is None:
             continue
         product, *others = path
-        masks = tuple(v for node in others for v in node.inputs if v is not None and v.producer() not in path)
-        if masks not in known:
-            known[masks] = _share(scores, product.outputs[0], count)
-        if known[masks] < 1:
+        # Layers that mask alike are looked at once.
+        alike = (
+            count,
+            *((n.op_type, tuple(None if _within(v, path) else v for v in n.inputs)) for n in others),
+        )
+        if alike not in known:
+            known[alike] = _share(scores, product.outputs[0], count)
+        if known[alike] < 1:
             products = (product, *_values(softmax.outputs[0], count))
-            found.update((node, known[masks]) for node in products)
+            found.update((node, known[alike]) for node in products)
     return found
 
 
@@ -82,6 +86,10 @@ def _scores(value: ir.Value, count: int) -> list[ir.Node] | None:
         return None
     paths = (_scores(v, count) for v in node.inputs if v is not None)
     return next(([*path, node] for path in paths if path), None)
+
+
+def _within(value: ir.Value | None, path: Sequence[ir.Node]) -> bool:
+    return value is not None and value.producer() in path
 
 
 def _values(value: ir.Value, count: int) -> Iterator[ir.Node]:

@@ -176,6 +176,16 @@ def test_the_floor_counts_no_key_that_no_query_sees(how):
     assert layer.macs == 2 * 2 * 4 * 12 * 12 * 8
 
 
+def test_layers_that_use_one_mask_in_two_ways_are_told_apart():
+    text = (CAUSAL % MASKS["chosen"][0]).replace(
+        "y = MatMul (p, v)",
+        """z = MatMul (p, v)
+      s2 = MatMul (q, k) f2 = Mul (s2, eighth) a2 = Where (near, low, f2) p2 = Softmax (a2) z2 = MatMul (p2, v) y = Add (z, z2)""",
+    )
+    found = plan(parse(text, eighth=np.float32(0.125)), COLD)
+    assert found.least.compute == pytest.approx(2 * 2 * 2 * 4 * (78 + 66) * 8 / H100.peak["fp32"])
+
+
 def test_masks_in_halves_are_read_too():
     text = (CAUSAL % MASKS["added"][0]).replace("float zero = {0}, float low = {-3.4e38}, ", "")
     given = {"eighth": np.float16(0.125), "zero": np.float16(0), "low": np.float16(-65504)}
