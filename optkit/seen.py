@@ -6,6 +6,7 @@ constants alone, open where they come from inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
@@ -19,7 +20,7 @@ from optkit.multiplies import multiplies
 # What is lower is what exporters hide keys with; see ``optkit.masks``.
 _HIDDEN = -1e4
 # Elements of a mask that is looked at; of a larger one nothing is counted, which is no more than what is needed either.
-_MOST = 1 << 26
+_MOST = 1 << 24
 # What may stand between a product and a Softmax so that scores of 0 stay 0 where no mask hides them, and behind it.
 _AROUND = frozenset(
     {
@@ -68,7 +69,7 @@ def seen(model: ir.Model) -> Mapping[ir.Node, Fraction]:
             *((n.op_type, tuple(None if _within(v, path) else v for v in n.inputs)) for n in others),
         )
         if alike not in known:
-            known[alike] = _share(scores, product.outputs[0], count)
+            known[alike] = _share(scores, path)
         if known[alike] < 1:
             products = (product, *_values(softmax.outputs[0], count))
             found.update((node, known[alike]) for node in products)
@@ -103,18 +104,19 @@ def _values(value: ir.Value, count: int) -> Iterator[ir.Node]:
             yield from _values(node.outputs[0], count)
 
 
-def _share(masked: ir.Value, scores: ir.Value, count: int) -> Fraction:
+def _share(masked: ir.Value, path: Sequence[ir.Node]) -> Fraction:
+    scores = path[0].outputs[0]
+    known = {scores: _exactly(np.zeros((1,) * len(scores.shape or ()), np.float32))}
     try:
-        _, high = _bounds(masked, {scores: _everywhere(scores, np.float32(0), np.float32(0))})
+        _, high = _bounds(masked, known)
     except _TooLargeError:
         return Fraction(0)
-    return Fraction(count - int(np.count_nonzero(high <= _HIDDEN)), count)
+    return Fraction(high.size - int(np.count_nonzero(high <= _HIDDEN)), high.size)
 
 
 def _everywhere(value: ir.Value, low: np.generic, high: np.generic) -> _Bounds:
-    shape = () if value.shape is None or not value.shape.is_static() else value.shape.numpy()
-    first = np.broadcast_to(low, shape)
-    return first, first if low == high else np.broadcast_to(high, shape)
+    shape = (1,) * len(value.shape or ())
+    return np.full(shape, low), np.full(shape, high)
 
 
 def _unknown(value: ir.Value) -> _Bounds:
@@ -124,19 +126,16 @@ def _unknown(value: ir.Value) -> _Bounds:
 
 
 def _bounds(value: ir.Value, known: dict[ir.Value, _Bounds]) -> _Bounds:
-    """The least and the greatest of each element; the same array where it is known."""
+    """The least and the greatest of each element, axes along which all are alike perhaps 1; the same array where it is known."""
     if value not in known:
         known[value] = _computed(value, known)
     return known[value]
 
 
 def _computed(value: ir.Value, known: dict[ir.Value, _Bounds]) -> _Bounds:
-    if (elements(value.shape) or 0) > _MOST:
-        raise _TooLargeError
-    array = constant(value)
+    node, array = value.producer(), constant(value)
     if array is not None:
         return _exactly(array)
-    node = value.producer()
     if node is None or node.domain != "" or multiplies(node) or value is not node.outputs[0]:
         return _unknown(value)
     if node.op_type == "Shape":
@@ -146,6 +145,20 @@ def _computed(value: ir.Value, known: dict[ir.Value, _Bounds]) -> _Bounds:
             return _unknown(value)
         return _exactly(np.array(sizes[start:end], np.int64))
     given = [None if v is None else _bounds(v, known) for v in node.inputs]
+    sides = [g for g in given if g is not None]
+    size = elements(value.shape) or 0
+    moves = node.op_type in _MOVES
+    if moves and node.op_type != "Trilu" and sides[0][0].size == 1:
+        shape = (1,) * len(value.shape or ())
+        low, high = sides[0]
+        first = low.reshape(shape)
+        return first, first if low is high else high.reshape(shape)
+    if not moves and (node.op_type in _RULES or node.op_type in _AROUND):
+        size = math.prod(np.broadcast_shapes(*(low.shape for low, _ in sides)))
+    else:
+        given = [_spread(g, v) for g, v in zip(given, node.inputs, strict=True)]
+    if size > _MOST:
+        raise _TooLargeError
     try:
         if all(g is None or g[0] is g[1] for g in given):
             return _exactly(_run(node, [None if g is None else g[0] for g in given]))
@@ -155,11 +168,19 @@ def _computed(value: ir.Value, known: dict[ir.Value, _Bounds]) -> _Bounds:
     except _FAILED:
         return _unknown(value)
     rule = _RULES.get(node.op_type)
-    sides = [g for g in given if g is not None]
     if rule is None or len(sides) != len(given):
         return _unknown(value)
     with np.errstate(invalid="ignore", over="ignore"):
         return rule(value, sides)
+
+
+def _spread(bounds: _Bounds | None, value: ir.Value | None) -> _Bounds | None:
+    """With all elements of ``value``, of which axes along which they are the same may have been left out."""
+    if bounds is None or value is None or value.shape is None or not value.shape.is_static():
+        return bounds
+    low, high = bounds
+    first = np.broadcast_to(low, value.shape.numpy())
+    return first, first if low is high else np.broadcast_to(high, value.shape.numpy())
 
 
 def _exactly(array: np.ndarray) -> _Bounds:

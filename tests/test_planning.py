@@ -219,6 +219,16 @@ def test_scores_that_are_an_output_are_all_computed():
     assert found.least.compute > 1.9 * 2 * 2 * 4 * 78 * 8 / H100.peak["fp32"]
 
 
+def test_how_many_heads_and_samples_there_are_does_not_make_a_mask_large(monkeypatch):
+    monkeypatch.setattr("optkit.seen._MOST", 200)
+    text = (CAUSAL % MASKS["padded"][0]).replace(
+        "f = Mul (s, eighth)", "r = Reshape (s, flat) r2 = Mul (r, eighth) f = Reshape (r2, whole)"
+    )
+    given = {"eighth": np.float32(0.125), "flat": np.array([2, 2, 24, 12]), "whole": np.array([2, 4, 12, 12])}
+    found = plan(parse(text, **given), COLD)
+    assert found.least.compute == pytest.approx(2 * 2 * 2 * 4 * 78 * 8 / H100.peak["fp32"])
+
+
 def test_of_a_mask_too_large_to_look_at_the_floor_counts_nothing(monkeypatch):
     monkeypatch.setattr("optkit.seen._MOST", 100)
     found = plan(parse(CAUSAL % MASKS["added"][0], eighth=np.float32(0.125)), COLD)
