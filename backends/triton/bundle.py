@@ -84,7 +84,8 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
             w for d, found in zip(fit, programs, strict=True) if not d for p in found for w in bad[p.digest()]
         )
         raise ModelError(
-            f"machine code for {target.arch} does not pass its gates: {'; '.join(map(str, why))}"
+            f"machine code for {target.arch} does not pass its gates: {'; '.join(map(str, why))}",
+            hint="a recipe leaves a kernel out, and its nodes as they are, with call-kernels: {kernels: [...]}",
         )
     left = [gap for gaps in bad.values() for gap in gaps]
     for gap in left:

@@ -292,6 +292,9 @@ def test_where_no_finalist_passes_its_gates_nothing_is_written(compiled, tmp_pat
 
     monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Linear, "finalists", lambda *a: crowded(*a)[1:])
-    with pytest.raises(ModelError, match=r"linear \(.*9 stages\): shared memory: 509000 of 232448 bytes"):
+    with pytest.raises(
+        ModelError, match=r"linear \(.*9 stages\): shared memory: 509000 of 232448 bytes"
+    ) as caught:
         Triton().lower(ir.load(compiled / "model.onnx"), target("h100"), TritonOptions(), tmp_path)
+    assert "call-kernels: {kernels: [...]}" in str(caught.value.hint)
     assert not (tmp_path / "launches.json").exists()
