@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from optkit.backends.coreml.counted import counted
 from optkit.backends.coreml.interface import LABEL, Port
 from optkit.backends.coreml.quiet import ct, silence
 
@@ -45,7 +47,7 @@ def convert(
         features: The types of its inputs.
         version: Major version of the oldest iOS.
         fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
-            are taken of stays in float32, and so do squares up to the root of what they become.
+            are taken of stays in float32, and so do squares up to the root of what they become, and what sizes are rounded from.
         weights: An empty folder.
         classified: The output that becomes a label and a dictionary.
 
@@ -69,9 +71,7 @@ def convert(
         else:
             option = ct.converters.mil.mil.passes.graph_pass.PassOption
             pipeline._pass_options["common::add_fp16_cast"] = [
-                option(
-                    option_name="op_selector", option_val=lambda op: not (_is_logged(op) or _is_spread(op))
-                )
+                option(option_name="op_selector", option_val=_selector(program))
             ]
         # Whether all of it still hangs together would be looked at after each of a hundred passes; once, at the end, is enough.
         program.validate = lambda **_: None
@@ -87,6 +87,17 @@ def convert(
             # Else the names of the next program would count on from those of this one.
             _reset_conversion_state()
     return spec
+
+
+def _selector(program: Any) -> Callable[[Any], bool]:
+    """Which operations of a program are computed in float16."""
+
+    @cache
+    def kept() -> set[Any]:
+        return {op for function in program.functions.values() for op in counted(function)}
+
+    # The passes before give the program other operations: what it has is asked for when the first of them is looked at.
+    return lambda op: not (op in kept() or _is_logged(op) or _is_spread(op))
 
 
 def _is_logged(op: Any) -> bool:

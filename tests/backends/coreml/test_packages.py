@@ -332,6 +332,52 @@ def test_squares_that_float16_cannot_hold_stay_in_single_precision(tmp_path):
     assert sorted(kind for _, kind in kinds) == ["FLOAT16", "FLOAT32"]
 
 
+@pytest.mark.parametrize("looped", [False, True])
+def test_floats_that_sizes_are_rounded_from_stay_in_single_precision(looped, tmp_path):
+    """3.0005 is 3 in float16: each of 16 syllables would last 3 frames instead of 4."""
+    from optkit.backends.coreml.reference.program import Package
+
+    steps = "n = Loop(times, yes, r) <body = b (int64 i, bool c, float k) => (bool d, float l) { d = Identity(c) l = Identity(k) }>"
+    graph = f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[16] x) => (float[n] y, float[16] z)
+    <float one = {{1}}, float zero = {{0}}, int64 times = {{2}}, bool yes = {{1}}> {{
+      l = Sin(x)
+      e = Div(l, l)
+      m = Mul(e, x)
+      u = Ceil(m)
+      r = ReduceSum <keepdims = 0> (u)
+      {steps if looped else "n = Identity(r)"}
+      t = Cast <to = 7> (n)
+      a = Range(start, t, step)
+      y = Cast <to = 1> (a)
+      z = Exp(x)
+    }}"""
+    model = parse(graph, start=np.array(0), step=np.array(1))
+    feeds = {"x": np.full(16, 3.0005, np.float32)}
+    with _lower(model, tmp_path, precision="fp16") as session:
+        found = session.run(feeds)
+    np.testing.assert_array_equal(found["y"], np.arange(64))
+    operations = Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    kinds = {o.kind: o.outputs[0].type.kind for o in operations}
+    # Nothing is counted by the other one.
+    assert kinds["ceil"] == kinds["sin"] == kinds["reduce_sum"] == "FLOAT32" and kinds["exp"] == "FLOAT16"
+
+
+def test_scores_that_are_compared_and_counted_are_halves(tmp_path):
+    from optkit.backends.coreml.reference.program import Package
+
+    graph = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[16] x) => (int64[1, n] y) <float half = {0.5}> {
+      s = Sigmoid(x) k = Greater(s, half) y = NonZero(k)
+    }"""
+    model = parse(graph)
+    x = np.arange(-8, 8).astype(np.float32) + np.float32(0.5)
+    with _lower(model, tmp_path, precision="fp16") as session:
+        np.testing.assert_array_equal(session.run({"x": x})["y"], np.arange(8, 16)[None])
+    operations = Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    assert {o.outputs[0].type.kind for o in operations if o.kind == "sigmoid"} == {"FLOAT16"}
+
+
 def test_states_are_kept_between_runs(tmp_path):
     model = parse(
         HEAD

@@ -1,0 +1,79 @@
+"""Floats that are rounded to the whole numbers that sizes follow from, such as how many frames a syllable lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optkit.backends.coreml.quiet import types
+
+# Whose outputs are as large as these inputs say.
+_BY_NUMBERS = {
+    "fill": ("shape",), "one_hot": ("one_hot_vector_size",), "pad": ("pad",), "range_1d": ("start", "end", "step"),
+    "reshape": ("shape",), "resize": ("shape",), "slice_by_index": ("begin", "end"), "slice_by_size": ("size",), "tile": ("reps",),
+}  # fmt: skip
+
+
+def counted(function: Any) -> set[Any]:
+    """The operations of a program's function that such floats come from, all the way.
+
+    In float16 they would not blur the outputs, they would make them longer or shorter. What is compared and then counted is left
+    out, such as scores of boxes: each is a decision of its own, and few are close.
+    """
+    ops = list(_all(function))
+    # By what the bodies of a loop read, what it begins with.
+    begins = {
+        inner: value
+        for op in ops
+        if op.op_type == "while_loop"
+        for block in op.blocks
+        for inner, value in zip(block.inputs, op.loop_vars, strict=True)
+    }
+    # Numbers, and whether they are floats that are rounded later.
+    open_ = [
+        (v, False)
+        for op in ops
+        for name in _BY_NUMBERS.get(op.op_type, ())
+        for v in _values(op.inputs.get(name))
+    ]
+    found, seen = set[Any](), set(open_)
+    while open_:
+        value, rounded = open_.pop()
+        op = value.op
+        if op is not None and op.op_type == "shape":
+            continue
+        if rounded and op is not None:
+            found.add(op)
+        rounded = rounded or (op is not None and op.op_type == "cast" and types.is_float(op.x.dtype))
+        before = [
+            (v, rounded)
+            for v in _before(value, begins)
+            if v.val is None and (rounded or types.is_int(v.dtype))
+        ]
+        open_ += [v for v in dict.fromkeys(before) if v not in seen]
+        seen.update(before)
+    return found
+
+
+def _before(value: Any, begins: Mapping[Any, Any]) -> list[Any]:
+    """What a value is computed from."""
+    op = value.op
+    if op is None:
+        return [begins[value]] if value in begins else []
+    if op.op_type in ("cond", "while_loop"):
+        place = op.outputs.index(value)
+        bodies = [b.outputs[place] for b in op.blocks[op.op_type == "while_loop" :]]
+        return bodies if op.op_type == "cond" else [op.loop_vars[place], *bodies]
+    return [v for given in op.inputs.values() for v in _values(given)]
+
+
+def _values(given: Any) -> list[Any]:
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _all(block: Any) -> Iterator[Any]:
+    """The operations of a block, with those of the blocks inside."""
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from _all(inner)
