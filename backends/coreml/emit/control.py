@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, ints, refused, through_ints
+from optkit.backends.coreml.emit.base import Context, emits, integer, ints, refused, static, through_ints
 from optkit.backends.coreml.quiet import mb, types
+from optkit.dims import shape_of
 from optkit.graph import constant, rank, scalar, subgraphs
 
 
 def _refuse_if(node: ir.Node) -> str | None:
-    for then, other in zip(*(g.outputs for g in subgraphs(node)), strict=True):
+    for place, (then, other) in enumerate(_outputs(node)):
         if then.dtype != other.dtype:
             return f"its branches give {then.name!r} as {then.dtype} and {other.name!r} as {other.dtype}"
         before, after = rank(then), rank(other)
+        if before is None or after is None or before == after:
+            continue
         # A condition of sizes is known once the inputs have theirs, and one branch is left.
-        if before is not None and after is not None and before != after and not _of_sizes(node.inputs[0]):
+        if not _of_sizes(node.inputs[0]) and _one_rank(node, place) is None:
             return _RANKS
     return None
 
@@ -34,8 +37,49 @@ def _of_sizes(value: ir.Value | None) -> bool:
     return node.op_type in ("Shape", "Size") or all(_of_sizes(v) for v in node.inputs)
 
 
+# Of whose inputs the one with most axes says how many the output has.
+_BROADCASTING = frozenset({
+    "Add", "And", "Cast", "Div", "Equal", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mul", "Neg",
+    "Not", "Or", "Sub", "Where", "Xor",
+})  # fmt: skip
+
+
+def _one_rank(node: ir.Node, place: int) -> int | None:
+    """The rank that both results of an If may have: of single elements, where those who read them have as many axes anyway."""
+    shapes = [shape_of(v) for v in _outputs(node)[place]]
+    if any(s is None or any(d != 1 for d in s) for s in shapes):
+        return None
+    axes = max(len(s or ()) for s in shapes)
+    return axes if _is_spread(node.outputs[place], axes) else None
+
+
+def _is_spread(value: ir.Value, axes: int) -> bool:
+    """Whether, wherever a value is read, another one has as many axes, so that nobody sees how many it has itself."""
+    return not value.is_graph_output() and all(
+        use.node.op_type in _BROADCASTING
+        and (
+            any(v is not None and v is not value and (rank(v) or 0) >= axes for v in use.node.inputs)
+            or _is_spread(use.node.outputs[0], axes)
+        )
+        for use in value.uses()
+    )
+
+
+def _outputs(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
+    """Of both branches, side by side."""
+    then, other = _branches(node)
+    return list(zip(then.outputs, other.outputs, strict=True))
+
+
 def _branches(node: ir.Node) -> tuple[ir.Graph, ir.Graph]:
     return node.attributes["then_branch"].as_graph(), node.attributes["else_branch"].as_graph()
+
+
+def _single(c: Context, x: Any, axes: int) -> Any:
+    """An element with so many axes."""
+    if x.rank == axes:
+        return mb.identity(x=x)
+    return c.reshape(x, [1] * axes) if axes else through_ints(x, lambda v: mb.squeeze(x=v))
 
 
 @emits("If", refuse=_refuse_if)
@@ -44,7 +88,8 @@ def _if(c: Context, node: ir.Node) -> Any:
     known = c.known(node, 0)
     if known is not None:
         return c.body(c, then if bool(np.asarray(known).reshape(-1)[0]) else other)
-    if any(rank(a) != rank(b) for a, b in zip(then.outputs, other.outputs, strict=True)):
+    axes = {i: _one_rank(node, i) for i, (a, b) in enumerate(_outputs(node)) if rank(a) != rank(b)}
+    if None in axes.values():
         raise refused(node, f"{_RANKS}, and the sizes leave open which it is")
     condition = c.input(node, 0)
     if condition.rank:
@@ -54,7 +99,10 @@ def _if(c: Context, node: ir.Node) -> Any:
         def emit() -> Any:
             # What a branch reads from outside must not be the branch's own constant afterwards.
             kept, weights = dict(c.variables), dict(c.weights)
-            found = [mb.identity(x=v) for v in c.body(c, graph)]
+            found = [
+                mb.identity(x=v) if (n := axes.get(i)) is None else _single(c, v, n)
+                for i, v in enumerate(c.body(c, graph))
+            ]
             c.variables, c.weights = kept, weights
             return tuple(found) if len(found) > 1 else found[0]
 
@@ -70,13 +118,24 @@ def _refuse_loop(node: ir.Node) -> str | None:
         return "its scan outputs: Core ML has no tensors that grow"
     for value, given, made in zip(body.inputs[2:], node.inputs[2:], body.outputs[1:], strict=False):
         before, after = rank(given), rank(made)
-        if before is not None and after is not None and before != after:
-            return (
-                f"it carries {value.name!r} with {before} axes into its first step and {after} into the next"
-            )
+        if before is None or after is None or before == after or (_unread(value) and _begins(node)):
+            continue
+        return f"it carries {value.name!r} with {before} axes into its first step and {after} into the next"
     if node.inputs[0] is None and _stays_true(body):
         return "it has neither a count nor a condition that changes, and never ends"
     return None
+
+
+def _unread(value: ir.Value) -> bool:
+    return not value.is_graph_output() and not any(True for _ in value.uses())
+
+
+def _begins(node: ir.Node) -> bool:
+    """Whether the first step of a Loop is made for certain."""
+    times, condition = (constant(v) for v in node.inputs[:2])
+    return (node.inputs[0] is None or (times is not None and bool((times > 0).all()))) and (
+        node.inputs[1] is None or (condition is not None and bool(condition.all()))
+    )
 
 
 def _stays_true(body: ir.Graph) -> bool:
@@ -91,7 +150,11 @@ def _stays_true(body: ir.Graph) -> bool:
 
 @emits("Loop", refuse=_refuse_loop)
 def _loop(c: Context, node: ir.Node) -> Any:
-    """A while loop over the count, the condition and the carried values."""
+    """A while loop over the count, the condition and the carried values that change.
+
+    Where a value is carried that no step reads, what the first begins with need not be of the type that it leaves: that step is
+    written out before the loop.
+    """
     body = node.attributes["body"].as_graph()
     limit = scalar(node.inputs[0]) if node.inputs[0] is not None else None
     count = c.input(node, 0) if limit is None else None
@@ -102,9 +165,14 @@ def _loop(c: Context, node: ir.Node) -> Any:
     if start is None:
         start = mb.const(val=np.bool_(True))
     start = mb.squeeze(x=start) if start.rank else start
-    carried = [c.input(node, i) for i in range(2, len(node.inputs))]
-    if not carried:
-        raise refused(node, "it carries no values")
+    given = [c.input(node, i) for i in range(2, len(node.inputs))]
+    changing = [
+        i
+        for i, (value, made) in enumerate(zip(body.inputs[2:], body.outputs[1:], strict=True))
+        if value is not made
+    ]
+    if not changing:
+        raise refused(node, "it carries no values that change")
     bound: Any = largest
     if count is not None:
         bound = mb.squeeze(x=count) if count.rank else count
@@ -112,23 +180,48 @@ def _loop(c: Context, node: ir.Node) -> Any:
     def goes_on(step: Any, alive: Any, *_: Any) -> Any:
         return mb.logical_and(x=alive, y=mb.less(x=step, y=bound))
 
+    def same(i: int, variable: Any, before: Any) -> Any:
+        """What a step leaves, with as many axes as it began with."""
+        value = body.inputs[2 + i]
+        if variable.rank == before.rank or _unread(value):
+            variable = mb.identity(x=variable) if variable.op is None else variable
+            if variable.val is None:
+                # The builder gives symbols to what it concatenates, others in each step, and takes them for another constant.
+                variable._sym_val = None
+            return variable
+        axes = max(variable.rank, before.rank)
+        if static(variable) not in ([], [1] * variable.rank) or not all(
+            _is_spread(v, axes) for v in (value, node.outputs[i])
+        ):
+            what = f"it carries {value.name!r} with {before.rank} axes into a step and {variable.rank} into the next"
+            raise refused(node, what)
+        return _single(c, variable, before.rank)
+
     def once(step: Any, alive: Any, *values: Any) -> Any:
         kept, weights = dict(c.variables), dict(c.weights)
-        for value, variable in zip(body.inputs, (step, alive, *values), strict=True):
+        carried = list(given)
+        for i, variable in zip(changing, values, strict=True):
+            carried[i] = variable
+        for value, variable in zip(body.inputs, (step, alive, *carried), strict=True):
             c.variables[value] = variable
         again, *after = c.body(c, body)
         c.variables, c.weights = kept, weights
         again = mb.squeeze(x=again) if again.rank else again
-        after = [mb.identity(x=v) if v.op is None else v for v in after]
+        after = [same(i, after[i], carried[i]) for i in changing]
         return (mb.add(x=step, y=np.int32(1)), mb.identity(x=again), *after)
 
-    first = (
+    first: Any = (
         mb.const(val=np.int32(0)),
         mb.identity(x=start) if start.dtype == types.bool else start,
-        *carried,
+        *(given[i] for i in changing),
     )
+    if any(_unread(body.inputs[2 + i]) for i in changing) and _begins(node):
+        first = once(*first)
     results = mb.while_loop(_cond=goes_on, _body=once, loop_vars=first)
-    return list(results[2:])
+    found = list(given)
+    for i, variable in zip(changing, results[2:], strict=True):
+        found[i] = variable
+    return found
 
 
 # Beyond, the program has more operations than anything gains from.

@@ -380,6 +380,24 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
           d = Identity(c) f = Cast<to = 1>(i) w = Add(v, f) }> }""",
         {},
     ),
+    "loop with what no step reads": (
+        """(float[4] x) => (float[4] y, float[2, 4] last, float[4] same) <int64 times = {9}, bool on = {1}, float none = {0}, int64[1] zeroth = {0},
+          float most = {40}> {
+        y, last, same = Loop(times, on, x, none, x)<
+          body = b (int64 i, bool c, float[4] v, float[2, 4] o, float[4] k) => (bool d, float[4] w, float[2, 4] p, float[4] k) {
+          h = Abs(v) g = Add(h, k) w = Add(g, h) a = Unsqueeze(w, zeroth) e = Unsqueeze(v, zeroth) p = Concat<axis = 0>(a, e)
+          s = ReduceMax<keepdims = 0>(w) d = Less(s, most) }> }""",
+        {},
+    ),
+    "numbers with and without an axis": (
+        """(float[N, 4] x, float z) => (float[N, 4] y, float t) <float zero = {0}, float[1] one = {1}, int64 times = {3}, bool on = {1}> {
+        s = ReduceSum<keepdims = 0>(x) c = Greater(s, zero)
+        n = If(c)<then_branch = t () => (float[1] a) { a = Abs(one) }, else_branch = e () => (float b) { b = Neg(z) }>
+        m = Neg(n) y = Add(x, m)
+        t, u = Loop(times, on, z, z)<body = b (int64 i, bool c2, float v, float o) => (bool d, float w, float p) {
+          d = Identity(c2) q = Add(o, one) p = Mul(q, q) r = ReduceSum<keepdims = 0>(q) w = Add(v, r) }> }""",
+        {},
+    ),
     "scan": (
         """(float[2, 3] s, float[5, 2, 3] x, float[2, 5] w) => (float[2, 3] last, float[5, 2, 3] all, float[2, 5] other) {
         last, all, other = Scan<num_scan_inputs = 2, scan_input_axes = [0, 1], scan_input_directions = [0, 1],

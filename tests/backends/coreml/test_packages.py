@@ -717,6 +717,17 @@ def test_a_loop_whose_values_change_their_rank_is_refused():
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
 
 
+def test_a_loop_whose_values_change_their_rank_while_it_runs_is_refused(tmp_path):
+    """What it carries out says how many axes it has, and a file need not declare it right."""
+    model = parse(
+        HEAD
+        + """g (float x) => (float y) <int64 times = {2}, bool on = {1}, int64[1] zeroth = {0}> {
+        y = Loop(times, on, x)<body = b (int64 i, bool c, float v) => (bool d, float w) { d = Identity(c) w = Unsqueeze(v, zeroth) }> }"""
+    )
+    with pytest.raises((ModelError, UnsupportedOpError), match="carries 'v' with 0 axes"):
+        _lower(model, tmp_path)
+
+
 SCAN = """g (float[4] x, float[%s, 4] u) => (float[4] y, float[%s, 4] z) {
     y, z = Scan<num_scan_inputs = 1, body = b (float[4] v, float[4] a) => (float[4] w, float[4] s) { w = Add(v, a) s = Neg(w) }>(x, u) }"""
 
