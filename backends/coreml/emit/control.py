@@ -113,9 +113,8 @@ def _if(c: Context, node: ir.Node) -> Any:
 
 def _refuse_loop(node: ir.Node) -> str | None:
     body = node.attributes["body"].as_graph()
-    carried = len(node.inputs) - 2
-    if len(body.outputs) - 1 > carried:
-        return "its scan outputs: Core ML has no tensors that grow"
+    if _collects(node) and not (node.inputs[0] is not None and _of_sizes(node.inputs[0])):
+        return "its scan outputs: Core ML has no tensors that grow, and how many steps it has depends on data"
     for value, given, made in zip(body.inputs[2:], node.inputs[2:], body.outputs[1:], strict=False):
         before, after = rank(given), rank(made)
         if before is None or after is None or before == after or (_unread(value) and _begins(node)):
@@ -124,6 +123,11 @@ def _refuse_loop(node: ir.Node) -> str | None:
     if node.inputs[0] is None and _stays_true(body):
         return "it has neither a count nor a condition that changes, and never ends"
     return None
+
+
+def _collects(node: ir.Node) -> bool:
+    """Whether a Loop has outputs with what each of its steps gives."""
+    return len(node.attributes["body"].as_graph().outputs) - 1 > len(node.inputs) - 2
 
 
 def _unread(value: ir.Value) -> bool:
@@ -155,6 +159,8 @@ def _loop(c: Context, node: ir.Node) -> Any:
     Where a value is carried that no step reads, what the first begins with need not be of the type that it leaves: that step is
     written out before the loop.
     """
+    if _collects(node):
+        return _written_out(c, node)
     body = node.attributes["body"].as_graph()
     limit = scalar(node.inputs[0]) if node.inputs[0] is not None else None
     count = c.input(node, 0) if limit is None else None
@@ -226,6 +232,34 @@ def _loop(c: Context, node: ir.Node) -> Any:
 
 # Beyond, the program has more operations than anything gains from.
 _LONGEST = 1024
+
+
+def _written_out(c: Context, node: ir.Node) -> Any:
+    """A Loop step after step, where the sizes tell how many it has: what they give is put together at its end."""
+    body = node.attributes["body"].as_graph()
+    limit = c.known(node, 0)
+    alive: Any = True if node.inputs[1] is None else c.input(node, 1).val
+    carried = [c.input(node, i) for i in range(2, len(node.inputs))]
+    found: list[list[Any]] = [[] for _ in body.outputs[1 + len(carried) :]]
+    step = 0
+    while alive is not None and limit is not None and alive and step < int(limit.reshape(-1)[0]):
+        if step == _LONGEST:
+            raise refused(node, f"it has more than {_LONGEST} steps, and each is written out")
+        variables, weights = dict(c.variables), dict(c.weights)
+        given = (mb.const(val=np.int32(step)), mb.const(val=np.bool_(True)), *carried)
+        for value, variable in zip(body.inputs, given, strict=True):
+            c.variables[value] = variable
+        again, *results = c.body(c, body)
+        c.variables, c.weights = variables, weights
+        carried, made = results[: len(carried)], results[len(carried) :]
+        for some, one in zip(found, made, strict=True):
+            some.append(one)
+        alive, step = again.val, step + 1
+    if alive is None or limit is None:
+        raise refused(node, "how many steps it has depends on data, and Core ML has no tensors that grow")
+    if not step:
+        raise refused(node, "it has no steps")
+    return [*carried, *(_stack(some, 0) for some in found)]
 
 
 def _refuse_scan(node: ir.Node) -> str | None:

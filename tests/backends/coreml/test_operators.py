@@ -398,6 +398,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
           d = Identity(c2) q = Add(o, one) p = Mul(q, q) r = ReduceSum<keepdims = 0>(q) w = Add(v, r) }> }""",
         {},
     ),
+    "loop that collects": (
+        """(float[4] x, float[3, 2] s) => (float[4] y, float[n, 4] all) <int64 most = {9}, bool on = {1}, int64 one = {1}> {
+        h = Shape<start = 0, end = 1>(s) times = Squeeze(h)
+        y, all = Loop(most, on, x)<body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w, float[4] k) {
+          f = Cast<to = 1>(i) w = Add(v, f) k = Neg(w) j = Add(i, one) d = Less(j, times) }> }""",
+        {},
+    ),
     "scan": (
         """(float[2, 3] s, float[5, 2, 3] x, float[2, 5] w) => (float[2, 3] last, float[5, 2, 3] all, float[2, 5] other) {
         last, all, other = Scan<num_scan_inputs = 2, scan_input_axes = [0, 1], scan_input_directions = [0, 1],

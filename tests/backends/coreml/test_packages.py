@@ -693,15 +693,28 @@ def test_without_the_package_it_is_refused_with_what_to_install():
     assert json.loads(done.stdout) == said, done.stderr
 
 
-def test_a_loop_that_collects_values_is_refused():
+def test_a_loop_that_collects_values_as_often_as_data_say_is_refused():
     model = parse(
         HEAD
         + """g (float[4] x, int64 times) => (float[4] y, float[n, 4] z) <bool on = {1}> {
         y, z = Loop(times, on, x)<body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w, float[4] s) {
           d = Identity(c) w = Add(v, v) s = Neg(v) }> }"""
     )
-    with pytest.raises(UnsupportedOpError, match="no tensors that grow"):
+    with pytest.raises(
+        UnsupportedOpError, match="no tensors that grow, and how many steps it has depends on data"
+    ):
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
+
+
+def test_a_loop_that_collects_values_until_data_end_it_is_refused(tmp_path):
+    model = parse(
+        HEAD
+        + """g (float[4] x) => (float[4] y, float[n, 4] z) <bool on = {1}, int64 times = {9}, float most = {40}> {
+        y, z = Loop(times, on, x)<body = b (int64 i, bool c, float[4] v) => (bool d, float[4] w, float[4] s) {
+          w = Add(v, v) s = Neg(v) m = ReduceMax<keepdims = 0>(w) d = Less(m, most) }> }"""
+    )
+    with pytest.raises(ModelError, match="how many steps it has depends on data"):
+        _lower(model, tmp_path)
 
 
 def test_a_loop_whose_values_change_their_rank_is_refused():
