@@ -89,6 +89,10 @@ def convert(
     return spec
 
 
+# Boxes of hundreds of pixels have steps of half a pixel in float16, and by what they overlap they are kept or dropped.
+_SUPPRESSION = "non_maximum_suppression"
+
+
 def _selector(program: Any) -> Callable[[Any], bool]:
     """Which operations of a program are computed in float16."""
 
@@ -97,7 +101,7 @@ def _selector(program: Any) -> Callable[[Any], bool]:
         return {op for function in program.functions.values() for op in counted(function)}
 
     # The passes before give the program other operations: what it has is asked for when the first of them is looked at.
-    return lambda op: not (op in kept() or _is_logged(op) or _is_spread(op))
+    return lambda op: not (op.op_type == _SUPPRESSION or op in kept() or _is_logged(op) or _is_spread(op))
 
 
 def _is_logged(op: Any) -> bool:

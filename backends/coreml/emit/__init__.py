@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from optkit.backends.coreml.emit import (  # each enters its rows into the table
+    boxes as boxes,
+)
+from optkit.backends.coreml.emit import (
     control as control,
 )
 from optkit.backends.coreml.emit import (

@@ -405,6 +405,14 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
           f = Cast<to = 1>(i) w = Add(v, f) k = Neg(w) j = Add(i, one) d = Less(j, times) }> }""",
         {},
     ),
+    "boxes": (
+        """(float[2, 40, 4] b, float[2, 3, 40] s, float[2, 40, 4] c, int64[M] some) => (int64[K, 3] y, int64[L, 3] z, int64[J, 3] few)
+        <int64 most = {7}, float overlap = {0.3}, float least = {0.25}, float one = {1}, int64 three = {3}> {
+        e = Exp(c) y = NonMaxSuppression(b, s, most, overlap, least)
+        z = NonMaxSuppression<center_point_box = 1>(e, s, most, overlap)
+        n = Size(some) m = Min(n, three) few = NonMaxSuppression(b, s, m, overlap) }""",
+        {},
+    ),
     "scan": (
         """(float[2, 3] s, float[5, 2, 3] x, float[2, 5] w) => (float[2, 3] last, float[5, 2, 3] all, float[2, 5] other) {
         last, all, other = Scan<num_scan_inputs = 2, scan_input_axes = [0, 1], scan_input_directions = [0, 1],

@@ -153,3 +153,32 @@ def _read(x: Array, rows: Array, columns: Array, padding: str, value: float) -> 
     r, c = (np.clip(v, 0, n - 1).astype(np.intp) for v, n in ((rows, height), (columns, width)))
     found = np.stack([image[:, i, j] for image, i, j in zip(x, r, c, strict=True)])
     return np.where(inside[:, None], found, value) if padding == "constant" else found
+
+
+@operation("non_maximum_suppression")
+def non_maximum_suppression(
+    boxes: Array, scores: Array, max_boxes: int, iou_threshold: float, per_class_suppression: bool = False
+) -> list[Array]:
+    """The best boxes ``[n, 4, B]`` of one class, as long as they overlap no better one by more than the threshold; padded with -1."""
+    if scores.shape[1] != 1:
+        raise ValueError("several classes at once")
+    chosen = np.full((len(boxes), max_boxes), -1, np.int32)
+    for row, places, values in zip(chosen, boxes, scores[:, 0], strict=True):
+        open_ = np.argsort(-values, kind="stable")
+        low, high = places[:2] - places[2:] / 2, places[:2] + places[2:] / 2
+        area = np.prod(places[2:], 0)
+        for place in range(max_boxes):
+            if not open_.size:
+                break
+            best, open_ = open_[0], open_[1:]
+            row[place] = best
+            shared = np.minimum(high[:, open_], high[:, best, None]) - np.maximum(
+                low[:, open_], low[:, best, None]
+            )
+            both = np.prod(np.maximum(shared, 0), 0)
+            # Without an area nothing is shared.
+            union = np.maximum(area[open_] + area[best] - both, np.finfo(np.float32).tiny)
+            open_ = open_[both <= iou_threshold * union]
+    there = np.maximum(chosen, 0)[:, None]
+    picked = [np.where(chosen[:, None] < 0, 0, np.take_along_axis(x, there, 2)) for x in (boxes, scores)]
+    return [*picked, chosen]

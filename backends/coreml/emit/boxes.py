@@ -1,0 +1,131 @@
+"""Boxes of detectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, refused
+from optkit.backends.coreml.quiet import mb
+from optkit.dims import shape_of
+from optkit.graph import constant
+
+# What coremltools' own reader of PyTorch allows where the number of boxes is not known: the largest integer ends the process.
+_MOST = 10000
+# Each batch and class has operations of its own.
+_EACH = 256
+# What a number goes through on its way from the Min that bounds it.
+_MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+
+
+def _refuse(node: ir.Node) -> str | None:
+    shape = shape_of(node.inputs[1])
+    if shape is not None:
+        each = shape[:2]
+        if any(not isinstance(n, int) for n in each):
+            return "how many batches and classes it has is not fixed"
+        if int(np.prod(each)) > _EACH:  # type: ignore[arg-type]
+            return (
+                f"its {each[0]} batches of {each[1]} classes: each is an operation, and at most {_EACH} are"
+            )
+    for index, what in ((3, "iou_threshold"), (4, "score_threshold")):
+        if (
+            index < len(node.inputs)
+            and node.inputs[index] is not None
+            and constant(node.inputs[index]) is None
+        ):
+            return f"its {what} is computed, and Core ML's is constant"
+    return None
+
+
+@emits("NonMaxSuppression", refuse=_refuse, oldest=17)
+def _non_max_suppression(c: Context, node: ir.Node) -> Any:
+    """Core ML's own, once for each batch and class, without the places behind the last box, which hold -1.
+
+    As coremltools reads PyTorch's; that the places hold -1 its documentation does not say. Scores come out in order, so that those
+    below the threshold are the last.
+    """
+    boxes, scores = c.input(node, 0), c.input(node, 1)
+    each = scores.shape[:2]
+    if not all(isinstance(n, int | np.integer) for n in each):
+        raise refused(node, "how many batches and classes it has is not fixed")
+    wanted = _wanted(c, node)
+    overlap = float(np.asarray(known).reshape(-1)[0]) if (known := c.known(node, 3)) is not None else 0.0
+    least = float(np.asarray(known).reshape(-1)[0]) if (known := c.known(node, 4)) is not None else None
+    places = cast(_centred(boxes, center=bool(integer(node, "center_point_box", 0))), "fp32")
+    found = []
+    for batch in range(int(each[0])):
+        for kind in range(int(each[1])):
+            where = mb.slice_by_index(
+                x=places, begin=[batch, 0, 0], end=[batch + 1, 0, 0], end_mask=[False, True, True]
+            )
+            score = cast(
+                mb.slice_by_index(
+                    x=scores,
+                    begin=[batch, kind, 0],
+                    end=[batch + 1, kind + 1, 0],
+                    end_mask=[False, False, True],
+                ),
+                "fp32",
+            )
+            chosen = _chosen(c, node, where, score, wanted, overlap, least)
+            zeros = mb.mul(x=chosen, y=np.int32(0))
+            columns = [mb.add(x=zeros, y=np.int32(batch)), mb.add(x=zeros, y=np.int32(kind)), chosen]
+            found.append(mb.concat(values=columns, axis=1))
+    return found[0] if len(found) == 1 else mb.concat(values=found, axis=0)
+
+
+def _chosen(
+    c: Context, node: ir.Node, boxes: Any, scores: Any, wanted: Any, overlap: float, least: float | None
+) -> Any:
+    """``[n, 1]``, the boxes ``[1, 4, boxes]`` that are left."""
+    size = boxes.shape[2]
+    bound = _at_most(node.inputs[2]) if not isinstance(wanted, int) else wanted
+    most = min(bound, int(size) if isinstance(size, int | np.integer) else _MOST)
+    chosen = mb.squeeze(
+        x=mb.non_maximum_suppression(
+            boxes=boxes, scores=scores, max_boxes=np.int32(most), iou_threshold=np.float32(overlap)
+        )[2],
+        axes=[0],
+    )
+    kept = mb.greater(x=chosen, y=np.int32(-1))
+    if least is not None:
+        at = mb.maximum(x=chosen, y=np.int32(0))
+        values = mb.gather(x=mb.squeeze(x=scores, axes=[0, 1]), indices=at, axis=0, validate_indices=False)
+        kept = mb.logical_and(x=kept, y=mb.greater(x=values, y=np.float32(least)))
+    count = mb.reduce_sum(x=mb.cast(x=kept, dtype="int32"), axes=[0], keep_dims=True)
+    if not isinstance(wanted, int):
+        count = mb.minimum(x=count, y=mb.reshape(x=wanted, shape=[1]))
+    left = mb.slice_by_size(x=chosen, begin=np.array([0], np.int32), size=count)
+    return mb.expand_dims(x=left, axes=[1])
+
+
+def _wanted(c: Context, node: ir.Node) -> Any:
+    """How many boxes each class may have: a number, or a variable."""
+    known = c.known_ints(node, 2)
+    return known[0] if known else 0 if not c.has(node, 2) else c.input(node, 2)
+
+
+def _at_most(value: ir.Value | None) -> int:
+    """What a number is never above, as far as the graph says."""
+    producer = None if value is None else value.producer()
+    if producer is None:
+        return _MOST
+    if producer.op_type == "Min":
+        bounds = [constant(v) for v in producer.inputs]
+        return min([_at_most(v) for v in producer.inputs] + [int(b.max()) for b in bounds if b is not None])
+    return _at_most(producer.inputs[0]) if producer.op_type in _MOVES else _MOST
+
+
+def _centred(boxes: Any, *, center: bool) -> Any:
+    """``[batch, boxes, 4]`` as ``[batch, 4, boxes]`` with centres and sizes; which axis comes first makes no difference."""
+    boxes = mb.transpose(x=boxes, perm=[0, 2, 1])
+    if center:
+        return boxes
+    halves = mb.split(x=boxes, num_splits=2, axis=1)
+    low, high = mb.minimum(x=halves[0], y=halves[1]), mb.maximum(x=halves[0], y=halves[1])
+    size = mb.sub(x=high, y=low)
+    # Of large coordinates the sum would lose more than the difference does.
+    return mb.concat(values=[mb.add(x=low, y=mb.mul(x=size, y=like(size, 0.5))), size], axis=1)
