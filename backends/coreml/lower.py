@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 # Where neither options nor target say: the oldest with all compressed forms.
 _USUAL = 18
+# Of files that ONNX Runtime's dynamic quantization wrote.
+_IN_INTEGERS = frozenset({
+    "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat",
+})  # fmt: skip
 # What pixels become.
 _COLORS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
@@ -139,6 +143,8 @@ class CoreMl(Backend):
         if row is None:
             if node.op_type == "Constant" and node.domain == "":
                 return None
+            if node.op_type in _IN_INTEGERS:
+                return "it multiplies integers whose scales are computed in each run, and Core ML's are constant: compile the model in float"
             return f"optkit has no translation of {node.domain + '.' if node.domain else ''}{node.op_type} into Core ML"
         if stored_constant(node):
             return None

@@ -57,11 +57,23 @@ def _arg(c: Context, node: ir.Node) -> Any:
 @emits("TopK")
 def _top_k(c: Context, node: ir.Node) -> Any:
     k = c.known_ints(node, 1)
-    if k is None:
-        raise refused(node, "Core ML needs k when it is compiled")
     x = wide(c.input(node, 0))
-    axis, largest = integer(node, "axis", -1), bool(integer(node, "largest", 1))
-    return mb.topk(x=x, k=k[0], axis=axis, ascending=not largest)
+    axis, largest = integer(node, "axis", -1) % x.rank, bool(integer(node, "largest", 1))
+    if k is not None:
+        return mb.topk(x=x, k=k[0], axis=axis, ascending=not largest)
+    # Core ML needs k when it is compiled: all in order, and as many of them as are wanted.
+    order = mb.argsort(x=x, axis=axis, ascending=not largest)
+    here = [i == axis for i in range(x.rank)]
+    count = mb.reshape(x=c.input(node, 1), shape=[1])
+    ends = [count if own else np.array([0], np.int32) for own in here]
+    first = mb.slice_by_index(
+        x=order,
+        begin=[0] * x.rank,
+        end=mb.concat(values=ends, axis=0) if x.rank > 1 else count,
+        end_mask=[not own for own in here],
+    )
+    unchecked = {"validate_indices": False} if c.version >= 17 else {}
+    return [mb.gather_along_axis(x=x, indices=first, axis=axis, **unchecked), first]
 
 
 def _refuse_cumulative(node: ir.Node) -> str | None:

@@ -405,6 +405,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
           f = Cast<to = 1>(i) w = Add(v, f) k = Neg(w) j = Add(i, one) d = Less(j, times) }> }""",
         {},
     ),
+    "as many as there are elsewhere": (
+        """(float[N, 6, 2] x, float[M] some) => (float[N, K, 2] y, int64[N, K, 2] i, float[K] z, int64[K] j) <int64[1] one = {1}> {
+        n = Size(some) k = Reshape(n, one) y, i = TopK<axis = 1>(x, k) z, j = TopK<largest = 0>(some, k) }""",
+        {},
+    ),
     "boxes": (
         """(float[2, 40, 4] b, float[2, 3, 40] s, float[2, 40, 4] c, int64[M] some) => (int64[K, 3] y, int64[L, 3] z, int64[J, 3] few)
         <int64 most = {7}, float overlap = {0.3}, float least = {0.25}, float one = {1}, int64 three = {3}> {

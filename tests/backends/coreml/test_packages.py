@@ -614,10 +614,6 @@ def test_quantized_activations_need_ios_17(tmp_path):
             "the rank depends on the inputs",
         ),
         (
-            "g (float[8] x, int64[1] k) => (float[] y, int64[] i) { y, i = TopK(x, k) }",
-            "needs k when it is compiled",
-        ),
-        (
             'g (float[1, 3, 8, 8] x, int64[4] s) => (float[1, 3, h, w] y) { y = Resize<mode = "nearest">(x, , , s) }',
             r"\(Resize\): its sizes 's' depend on data",
         ),
@@ -691,6 +687,17 @@ def test_without_the_package_it_is_refused_with_what_to_install():
         4,
     ]
     assert json.loads(done.stdout) == said, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("domain", "name"), [("", "ConvInteger"), ("", "MatMulInteger"), ("com.microsoft", "DynamicQuantizeLSTM")]
+)
+def test_products_of_integers_with_scales_of_each_run_are_refused_with_what_to_do(domain, name):
+    from optkit.backends.coreml.lower import CoreMl
+
+    node = ir.node(name, [], domain=domain)
+    said = CoreMl().unsupported(node, PHONE)
+    assert said is not None and "computed in each run" in said and "compile the model in float" in said
 
 
 def test_a_loop_that_collects_values_as_often_as_data_say_is_refused():
