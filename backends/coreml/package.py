@@ -89,7 +89,7 @@ def convert(
     return spec
 
 
-# Boxes of hundreds of pixels have steps of half a pixel in float16, and by what they overlap they are kept or dropped.
+# The areas of boxes of hundreds of pixels are beyond float16.
 _SUPPRESSION = "non_maximum_suppression"
 
 

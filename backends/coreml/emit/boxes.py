@@ -30,6 +30,9 @@ def _refuse(node: ir.Node) -> str | None:
             return (
                 f"its {each[0]} batches of {each[1]} classes: each is an operation, and at most {_EACH} are"
             )
+    wanted = node.inputs[2] if len(node.inputs) > 2 else None
+    if wanted is None or ((most := constant(wanted)) is not None and int(most.max()) <= 0):
+        return "it asks for no boxes, and Core ML has no tensors without elements"
     for index, what in ((3, "iou_threshold"), (4, "score_threshold")):
         if (
             index < len(node.inputs)
@@ -105,7 +108,7 @@ def _chosen(
 def _wanted(c: Context, node: ir.Node) -> Any:
     """How many boxes each class may have: a number, or a variable."""
     known = c.known_ints(node, 2)
-    return known[0] if known else 0 if not c.has(node, 2) else c.input(node, 2)
+    return known[0] if known else c.input(node, 2)
 
 
 def _at_most(value: ir.Value | None) -> int:

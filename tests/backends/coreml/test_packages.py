@@ -378,6 +378,27 @@ def test_scores_that_are_compared_and_counted_are_halves(tmp_path):
     assert {o.outputs[0].type.kind for o in operations if o.kind == "sigmoid"} == {"FLOAT16"}
 
 
+def test_boxes_are_dropped_by_areas_in_single_precision(tmp_path):
+    """300 x 300 is infinite in float16."""
+    from optkit.backends.coreml.reference.program import Package
+
+    graph = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[1, 32, 4] b, float[1, 1, 32] s) => (int64[n, 3] y) <int64 most = {9}, float overlap = {0.5}> {
+      y = NonMaxSuppression(b, s, most, overlap)
+    }"""
+    model = parse(graph)
+    random = np.random.default_rng(0)
+    corners = random.integers(0, 300, (1, 32, 2))
+    boxes = np.concatenate([corners, corners + random.integers(200, 340, (1, 32, 2))], 2).astype(np.float32)
+    # Whole numbers up to 2048 and these scores float16 has.
+    feeds = {"b": boxes, "s": random.permutation(32).reshape(1, 1, 32).astype(np.float32) / 32}
+    with _lower(model, tmp_path, precision="fp16") as session:
+        _same(model, session, feeds)
+    operations = Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    kinds = [o.outputs[0].type.kind for o in operations if o.kind == "non_maximum_suppression"]
+    assert kinds == ["FLOAT32"]
+
+
 def test_states_are_kept_between_runs(tmp_path):
     model = parse(
         HEAD
@@ -698,6 +719,22 @@ def test_products_of_integers_with_scales_of_each_run_are_refused_with_what_to_d
     node = ir.node(name, [], domain=domain)
     said = CoreMl().unsupported(node, PHONE)
     assert said is not None and "computed in each run" in said and "compile the model in float" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "inputs", "message"),
+    [
+        ("", "b, s", "asks for no boxes"),
+        ("", "b, s, none", "asks for no boxes"),
+        (", float t", "b, s, most, t", "its iou_threshold is computed"),
+        (", float t", "b, s, most, half, t", "its score_threshold is computed"),
+    ],
+)
+def test_boxes_that_core_ml_cannot_choose_so_are_refused(given, inputs, message):
+    text = f"""g (float[1, 8, 4] b, float[1, 1, 8] s{given}) => (int64[n, 3] y) <int64 most = {{5}}, int64 none = {{0}}, float half = {{0.5}}> {{
+      y = NonMaxSuppression({inputs}) }}"""
+    with pytest.raises(UnsupportedOpError, match=message):
+        legalize(parse(HEAD + text), BACKENDS.get("coreml")(), PHONE, name="model")
 
 
 def test_a_loop_that_collects_values_as_often_as_data_say_is_refused():
