@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, narrow, string, through_ints
+from optkit.backends.coreml.emit.base import Context, emits, integer, narrow, refused, string, through_ints
 from optkit.backends.coreml.emit.elementwise import nonnegative
 from optkit.backends.coreml.emit.quant import gathered
 from optkit.backends.coreml.quiet import mb
@@ -97,6 +97,12 @@ def _scatter_elements(c: Context, node: ir.Node) -> Any:
     axis = integer(node, "axis", 0)
     axis = axis + data.rank if axis < 0 else axis
     places = _places(c, node, 1, data, axis)
+    if any(places.shape[i] != size for i, size in enumerate(data.shape) if i != axis):
+        given, wanted = ([str(d) for d in v.shape] for v in (places, data))
+        raise refused(
+            node,
+            f"its indices are {given} for data of {wanted}, and Core ML wants them to agree but on axis {axis}",
+        )
     mode = _MODES[string(node, "reduction", "none")]
     return mb.scatter_along_axis(
         data=data, indices=places, updates=updates, axis=axis, mode=mode, **_unchecked(c)

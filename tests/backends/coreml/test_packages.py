@@ -643,6 +643,10 @@ def test_quantized_activations_need_ios_17(tmp_path):
             r"\(Resize\): its sizes 's' depend on data",
         ),
         (
+            "g (float[3, 4] x, int64[2, 4] i, float[2, 4] u) => (float[3, 4] y) { y = ScatterElements<axis = 1>(x, i, u) }",
+            r"\(ScatterElements\): its indices are \['2', '4'\] for data of \['3', '4'\]",
+        ),
+        (
             "g (uint64[2] x) => (uint64[2] y) { y = Add(x, x) }",
             "of type uint64, which no input or output of Core ML has",
         ),
