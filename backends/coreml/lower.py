@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _USUAL = 18
 # Of files that ONNX Runtime's dynamic quantization wrote.
 _IN_INTEGERS = frozenset({
-    "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat",
+    "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat",
 })  # fmt: skip
 # What pixels become.
 _COLORS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
@@ -144,7 +144,7 @@ class CoreMl(Backend):
             if node.op_type == "Constant" and node.domain == "":
                 return None
             if node.op_type in _IN_INTEGERS:
-                return "it multiplies integers whose scales are computed in each run, and Core ML's are constant: compile the model in float"
+                return "its integers have scales that are computed in each run, and Core ML's are constant: compile the model in float"
             return f"optkit has no translation of {node.domain + '.' if node.domain else ''}{node.op_type} into Core ML"
         if stored_constant(node):
             return None

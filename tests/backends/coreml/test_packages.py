@@ -715,9 +715,10 @@ def test_without_the_package_it_is_refused_with_what_to_install():
 
 
 @pytest.mark.parametrize(
-    ("domain", "name"), [("", "ConvInteger"), ("", "MatMulInteger"), ("com.microsoft", "DynamicQuantizeLSTM")]
+    ("domain", "name"),
+    [("", "ConvInteger"), ("", "DynamicQuantizeLinear"), ("com.microsoft", "DynamicQuantizeLSTM")],
 )
-def test_products_of_integers_with_scales_of_each_run_are_refused_with_what_to_do(domain, name):
+def test_integers_with_scales_of_each_run_are_refused_with_what_to_do(domain, name):
     from optkit.backends.coreml.lower import CoreMl
 
     node = ir.node(name, [], domain=domain)
