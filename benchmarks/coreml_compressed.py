@@ -3,7 +3,8 @@
     python -m optkit.benchmarks.coreml_compressed --only minilm_l6 --recipe coreml-w4 --out results/
 
 Each recipe is compiled for a Mac with the limit that it shall keep; where it does not, the layers that hurt most get more bits
-until it does, and the row says how many. Rows that are measured again take the place of those that are there: sizes do
+until it does, and the row says how many. Where the interval leaves open whether it does, what ships is judged once more, on as many
+samples as should decide it. Rows that are measured again take the place of those that are there: sizes do
 not depend on the machine, and metrics on its files alone, which are magika's samples. Sizes are shares of the float16 package of the same model. Drops are paired with
 ONNX Runtime's results on the file as published, sample by sample. **Nothing here ran on Apple hardware.**
 """
@@ -12,21 +13,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import optkit
+from optkit.artifact import Artifact
 from optkit.benchmarks import suite
 from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.suite import EVALUATORS, SUITE
 from optkit.errors import OptkitError, UnknownNameError
-from optkit.evaluate import Budget, load_python
+from optkit.evaluate import Budget, Comparison, Evaluator, compare, load_python
 from optkit.recipe import Recipe
+from optkit.reference import ReferenceSession
+from optkit.report import AccuracyRecord
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = "mac-m4"
@@ -39,25 +46,28 @@ RECIPES: Mapping[str, tuple[str, float]] = {
     "coreml-int8": ("1%", 0.55),
 }
 _BATCHES = 48
+# Of what would decide a limit half as many more, since it is an estimate, and at most so many samples.
+_MORE, _MOST = 1.5, 12_000
 
 
 def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
     """One recipe on one model."""
     path, evaluator = suite.fetch(name), EVALUATORS / SUITE[name].evaluator
-    limit = RECIPES[recipe][0] if recipe in RECIPES else "1%"
+    limit = Budget.parse(RECIPES[recipe][0] if recipe in RECIPES else "1%")
     data = list(islice(load_python(evaluator, "evaluator").calibration(), _BATCHES))
-    row: dict[str, Any] = {"name": name, "recipe": recipe, "limit": limit, "passes": _lossy(recipe)}
+    row: dict[str, Any] = {"name": name, "recipe": recipe, "limit": str(limit), "passes": _lossy(recipe)}
     try:
-        _, report = optkit.compile(
-            path, target=TARGET, recipe=recipe, data=data, evaluate=evaluator, max_drop=limit, out=folder / recipe,
+        artifact, report = optkit.compile(
+            path, target=TARGET, recipe=recipe, data=data, evaluate=evaluator, max_drop=str(limit), out=folder / recipe,
             overrides=["repair=true"],
         )  # fmt: skip
     except OptkitError as error:
         return row | {"reason": str(error)[:600]}
     manifest = report.manifest
     first = next(c for c in report.candidates if c.name == "recipe")
-    found = manifest.accuracy
-    assert found is not None
+    assert (seen := manifest.accuracy) is not None
+    is_open = seen.ci95[1] > limit.absolute(seen.reference) > seen.drop
+    found = _again(artifact, path, evaluator, limit, seen) if is_open else seen
     return row | {
         "bytes": manifest.size.after, "metric": found.metric, "before": found.reference, "after": found.candidate,
         "ci95": found.ci95, "n": found.n, "kept": not report.missed and not report.inconclusive, "plain_drop": first.drop,
@@ -65,6 +75,15 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
         "bits": dict(sorted(Counter(str(layer.bits or 16) for layer in report.layers).items())),
         "seconds": round(report.resources.cpu_seconds), "missed": [*report.missed, *report.inconclusive],
     }  # fmt: skip
+
+
+def _again(artifact: Artifact, path: Path, file: Path, limit: Budget, found: AccuracyRecord) -> Comparison:
+    """What ships on as many samples as should decide its limit; an evaluator may have fewer."""
+    needed = found.n * ((found.ci95[1] - found.drop) / (limit.absolute(found.reference) - found.drop)) ** 2
+    samples = partial(load_python(file, "evaluator").samples, min(_MOST, math.ceil(_MORE * needed)))
+    evaluator = replace(Evaluator.load(file), samples=samples)
+    before, after = (evaluator.scores(run) for run in (ReferenceSession(path).run, artifact.run))
+    return compare(evaluator, before, after, limit)
 
 
 def _lossy(recipe: str) -> list[dict[str, Any]]:
@@ -117,24 +136,24 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         "Verified by the reference evaluator, not executed on Apple hardware. The drop as the recipe alone has it, and of what ships: layers that",
         "hurt most get more bits where it misses its limit. Sizes are shares of the float16 package. Undecided: the drop keeps the limit, the",
-        "end of its 95% interval does not.",
+        "end of its 95% interval does not, nor on more samples, as far as there are any.",
         "Written by `python -m optkit.benchmarks.coreml_compressed`, which says how.",
         "",
-        "| model | recipe | metric | float → shipped (drop at most) | allowed | limit | recipe alone loses | ships | of float16's size | goal |",
-        "|" + " --- |" * 10,
+        "| model | recipe | metric | samples | float → shipped (drop at most) | allowed | limit | recipe alone loses | ships | of float16's size | goal |",
+        "|" + " --- |" * 11,
     ]  # fmt: skip
     halves = {
         m["name"]: m["bytes"] for m in result["models"] if m["recipe"] == "coreml-fp16" and "bytes" in m
     }
     for row in result["models"]:
         if "reason" in row:
-            lines.append(f"| {row['name']} | {row['recipe']} | fails |" + " - |" * 7)
+            lines.append(f"| {row['name']} | {row['recipe']} | fails |" + " - |" * 8)
             continue
         share = row["bytes"] / halves[row["name"]]
         goal = RECIPES[row["recipe"]][1] if row["recipe"] in RECIPES else 1.0
         alone = "-" if row["plain_drop"] is None else f"{row['plain_drop']:+.4f}"
         lines.append(
-            f"| {row['name']} | {row['recipe']}{' ¹' if _is_older(row) else ''} | {row['metric']} | {row['before']:.4f} → {row['after']:.4f} ({row['ci95'][1]:+.4f}) "
+            f"| {row['name']} | {row['recipe']}{' ¹' if _is_older(row) else ''} | {row['metric']} | {row['n']} | {row['before']:.4f} → {row['after']:.4f} ({row['ci95'][1]:+.4f}) "
             f"| {row['limit']} | {_verdict(row)} | {alone} | {_shipped(row)} | {share:.2f} | {'≤' if share <= goal else '>'} {goal:g} |"
         )
     reasons = [

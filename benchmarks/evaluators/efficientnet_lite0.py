@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: top-1 on photographs of things, ten views each, labelled by their English captions.
+"""EfficientNet-Lite0: top-1 on photographs of things, ten views each or more, labelled by their English captions.
 
 A caption that names several ImageNet classes ("a dog") is right for any of them. Calibration shows stamps whose
 caption names no class, before other photographs.
@@ -22,7 +22,8 @@ _VIEWS = 10
 def samples(n: int = 840) -> Iterator[tuple[dict[str, np.ndarray], frozenset[int]]]:
     """A picture, and the classes that are right."""
     rng = np.random.default_rng(0)
-    items = [(stamp, view) for stamp in stamps() if stamp.classes for view in range(_VIEWS)]
+    named = [stamp for stamp in stamps() if stamp.classes]
+    items = [(stamp, view) for stamp in named for view in range(max(_VIEWS, -(-n // len(named))))]
     backgrounds, _ = split_photos()
     for i in rng.permutation(len(items))[:n]:
         stamp, view = items[i]
