@@ -22,8 +22,9 @@ MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
 # Any fixed one will do; what an item is called follows from what it is.
 _SPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
 _FP16 = {"common::add_fp16_cast", "common::add_int16_cast"}
-# Takes the factors of a palette's channels for scales of its entries, and writes a table for each channel.
-_NEVER = {"common::canonicalize_quantized_lut_pattern"}
+# One takes the factors of a palette's channels for scales of its entries, and writes a table for each channel. The other counts
+# negative indices from the end of the first axes, also of those behind axes of a batch; here none is negative.
+_NEVER = {"common::canonicalize_quantized_lut_pattern", "common::guard_negative_gather_indices"}
 # From powers to their logarithms there are sums, scales and filters.
 _SPANNING = frozenset({
     "abs", "add", "clip", "expand_dims", "linear", "matmul", "maximum", "mul", "pow", "real_div", "reduce_mean", "reduce_sum",

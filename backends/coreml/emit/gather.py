@@ -40,6 +40,19 @@ def _places(c: Context, node: ir.Node, index: int, x: Any, axis: int) -> Any:
     return mb.add(x=indices, y=mb.mul(x=negative, y=length))
 
 
+def _nd_places(c: Context, node: ir.Node, x: Any, batch: int = 0) -> Any:
+    """Indices into several axes of ``x`` behind ``batch``, all of them at or above 0."""
+    indices = c.input(node, 1)
+    if nonnegative(node.inputs[1]):
+        return indices
+    sizes = c.sizes(x)[batch : batch + int(indices.shape[-1])]
+    known = c.known(node, 1)
+    if known is not None and all(isinstance(s, int) for s in sizes):
+        return narrow(np.where(known < 0, known + np.asarray(sizes), known), "indices")
+    negative = mb.cast(x=mb.less(x=indices, y=np.int32(0)), dtype="int32")
+    return mb.add(x=indices, y=mb.mul(x=negative, y=c.shape(sizes)))
+
+
 @emits("Gather")
 def _gather(c: Context, node: ir.Node) -> Any:
     axis = integer(node, "axis", 0)
@@ -76,8 +89,8 @@ def _gather_elements(c: Context, node: ir.Node) -> Any:
 
 @emits("GatherND")
 def _gather_nd(c: Context, node: ir.Node) -> Any:
-    x, places = c.input(node, 0), c.input(node, 1)
-    dims = integer(node, "batch_dims", 0)
+    x, dims = c.input(node, 0), integer(node, "batch_dims", 0)
+    places = _nd_places(c, node, x, dims)
     return through_ints(x, lambda v: mb.gather_nd(x=v, indices=places, batch_dims=dims, **_unchecked(c)))
 
 
@@ -86,7 +99,8 @@ _MODES = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "mi
 
 @emits("ScatterND")
 def _scatter_nd(c: Context, node: ir.Node) -> Any:
-    data, places, updates = c.inputs(node)
+    data, updates = c.input(node, 0), c.input(node, 2)
+    places = _nd_places(c, node, data)
     mode = _MODES[string(node, "reduction", "none")]
     return mb.scatter_nd(data=data, indices=places, updates=updates, mode=mode, **_unchecked(c))
 

@@ -360,6 +360,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         d = ScatterND<reduction = "max">(x, n, u) }""",
         {},
     ),
+    "at places counted from the end, behind axes of a batch": (
+        """(float[2, 3, 4] x, float[N, 3, 4] z, int64[2, 2, 1] i, float[2, 4] u) => (float[] a, float[] b, float[] c, float[] d, float[] e)
+        <int64 one = {1}, int64[2, 2] k = {-1, -2, 0, 2}> {
+        n = Sub(i, one) a = GatherND<batch_dims = 1>(x, n) b = GatherND(z, k) m = Sub(k, one) c = GatherND(z, m)
+        d = ScatterND(z, k, u) e = ScatterND<reduction = "add">(x, m, u) }""",
+        {},
+    ),
     "a root beside its reciprocal": (
         "(float[N, 7] x) => (float[N, 7] r, float[N, 7] y) { p = Exp(x) r = Sqrt(p) y = Reciprocal(r) }",
         {},

@@ -215,6 +215,37 @@ def test_an_operation_that_the_evaluator_does_not_know_is_named(written, tmp_pat
         BACKENDS.get("coreml")().load(changed, PHONE, None)
 
 
+@pytest.mark.parametrize("deployment", ["iOS16", "iOS17"])
+@pytest.mark.parametrize("node", [
+    "Gather(x, i)", "GatherElements(x, i)", "GatherND(x, i)", "ScatterND(x, i, u)", "ScatterElements(x, i, v)",
+])  # fmt: skip
+def test_from_ios_17_on_a_place_counted_from_the_end_is_none(node, deployment, tmp_path):
+    """Core ML: "negative values are considered out-of-bound", iOS 17 gather; before, they were allowed."""
+    text = "g (float[4, 1] x, float[3, 1] u) => (float[] y) <int64[3, 1] i = {0, 2, 1}, float[3, 1] v = {3, 4, 5}> { y = %s }"
+    backend, folder = BACKENDS.get("coreml")(), tmp_path / "as written"
+    model = parse(HEAD + text % node)
+    folder.mkdir()
+    backend.lower(model, PHONE, backend.options(deployment=deployment), folder)
+
+    def edit(spec: Any) -> None:
+        (operation,) = (o for o in _operations(spec) if o.type.startswith(("gather", "scatter")))
+        tensor = _constant(spec, operation.type, "indices")
+        which = tensor.WhichOneof("value")
+        if which == "bytes":
+            tensor.bytes.values = np.array([0, 2, -1], np.uint16).tobytes()
+        else:
+            getattr(tensor, which).values[2] = -1
+
+    changed = _edited(folder, tmp_path / "changed", edit)
+    feeds = random_feeds(model)
+    with backend.load(changed, PHONE, backend.options()) as session:
+        if deployment == "iOS16":
+            session.run(feeds)
+        else:
+            with pytest.raises(ModelError, match="index -1 is negative"):
+                session.run(feeds)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
