@@ -126,17 +126,36 @@ def _exchanged(where: str, types: Mapping[str, str]) -> None:
         )
 
 
+# Operators that ONNX Runtime moves Q/DQ pairs over.
+_CROSSED = ("MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+
+
 def unsound(model: ir.Model) -> tuple[str, ...]:
     """Optimizers of ONNX Runtime that stop at ``model``, or make it compute something else, by their names.
 
     Those that take a Clip or Relu into the QuantizeLinear behind it know integers alone (1.32): at floats of 8 bits the one
-    stops, the other drops the Relu.
+    stops, the other drops the Relu. The one that moves pairs writes their type down twice, and another changes one of the two.
     """
+    found: dict[str, None] = {}
     for node in walk(model):
         value = node.outputs[0]
         if node.op_type == "QuantizeLinear" and value.dtype is not None and not value.dtype.is_integer():
-            return ("ClipQuantRewrite", "ReluQuantRewrite")
-    return ()
+            found |= dict.fromkeys(("ClipQuantRewrite", "ReluQuantRewrite"))
+        elif moves_signed(node):
+            found["QDQPropagationTransformer"] = None
+    return tuple(found)
+
+
+def moves_signed(node: ir.Node) -> bool:
+    """Whether ONNX Runtime (1.32) writes another pair of int8 behind ``node``, which it then cannot read on x86."""
+    if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return False
+    x = node.inputs[0]
+    return (
+        x.dtype == ir.DataType.INT8
+        and x.const_value is None
+        and any(use.node.op_type in _CROSSED and use.idx == 0 for use in node.outputs[0].uses())
+    )
 
 
 def session_options(*, threads: int, optimize: bool = True, large: bool = False) -> ort.SessionOptions:

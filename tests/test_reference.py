@@ -85,3 +85,25 @@ def test_formats_that_have_no_kernel_on_a_processor_are_said_to_be_why():
     with pytest.raises(ModelError, match="MatMul") as caught:
         ReferenceSession(parse(text, w=np.ones((4, 4), ml_dtypes.bfloat16)))
     assert "float32" in str(caught.value.hint)
+
+
+MOVED = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[1, 2, 3] x) => (float[] y) <int64[3] shape = {1, 3, 2}> {
+  q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) m = %s y = Neg(m) }
+"""
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("moved", ["Transpose(d)", "Reshape(d, shape)", "MaxPool<kernel_shape = [1]>(d)"])
+def test_pairs_of_int8_in_front_of_what_moves_elements_are_computed(moved, as_file, tmp_path):
+    """ONNX Runtime 1.32 stops there on x86: it writes another pair behind, and makes its zero point alone unsigned."""
+    model = parse(MOVED % moved, s=np.float32(0.5), z=np.int8(-3))
+    source = model
+    if as_file:
+        source = tmp_path / "model.onnx"
+        onnx.save(ir.to_proto(model), source)
+    x = np.array([[[-90, -0.3, 0.4], [1, 2.5, 90]]], np.float32)
+    found = ReferenceSession(source, disabled=unsound(model)).run({"x": x})
+    grid = np.clip(np.round(x / 0.5) - 3, -128, 127) + 3
+    assert sorted(-found["y"].ravel()) == sorted(grid.ravel() * 0.5)

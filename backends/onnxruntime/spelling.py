@@ -1,4 +1,4 @@
-"""Operators that ONNX Runtime computes faster from their definition than with its own kernel."""
+"""What ONNX Runtime computes faster, or at all, in other words."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import walk
-from optkit.rewrite import Match, Rule, apply
+from optkit.graph import constant, graphs, walk
+from optkit.reference import moves_signed
+from optkit.rewrite import Match, Names, Rule, apply, register
 
 # Beyond, tanh(softplus(x)) is 1 even in float64, and exp(x) squared is far from overflow.
 _SATURATED = 20.0
@@ -36,10 +37,47 @@ def spelled(model: ir.Model) -> ir.Model:
     """``model``, or a copy of it where some operator is better written out. Weights are shared.
 
     ONNX Runtime has no kernel for Mish and computes ``x * tanh(softplus(x))`` with a Softplus that calls the C library
-    for each element.
+    for each element. Where it stops at pairs of int8 (``optkit.reference.moves_signed``), the same numbers are on a grid
+    of uint8, 128 further up.
     """
-    if not any(node.domain == "" and node.op_type in _RULES for node in walk(model)):
+    signed = any(map(moves_signed, walk(model)))
+    if not signed and not any(node.domain == "" and node.op_type in _RULES for node in walk(model)):
         return model
     copy = model.clone()
     apply(list(_RULES.values()), copy)
+    if signed:
+        _without_signs(copy)
     return copy
+
+
+def _without_signs(model: ir.Model) -> None:
+    names = Names(model)
+    for graph in graphs(model):
+        for quantize in graph:
+            value = quantize.outputs[0]
+            pairs = [use.node for use in value.uses()]
+            zeros = [_zero(node) for node in (quantize, *pairs)]
+            if (
+                quantize.op_type != "QuantizeLinear"
+                or not any(map(moves_signed, pairs))
+                or any(node.op_type != "DequantizeLinear" for node in pairs)
+                or value.is_graph_output()
+                or any(zero is None for zero in zeros)
+            ):
+                continue
+            for node, zero in zip((quantize, *pairs), zeros, strict=True):
+                assert zero is not None
+                moved = np.asarray(zero.astype(np.int16) + 128, np.uint8)
+                node.resize_inputs(3)
+                node.replace_input_with(2, register(model.graph, names.new(f"{value.name}/zero"), moved))
+            quantize.attributes.pop("output_dtype", None)
+            # Copies of a graph share the types of their values.
+            value.type = ir.TensorType(ir.DataType.UINT8)
+
+
+def _zero(node: ir.Node) -> np.ndarray | None:
+    """The zero point; None where it is not known."""
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        return constant(node.inputs[2])
+    scale = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    return None if scale is None else np.zeros(scale.shape, np.int8)

@@ -53,3 +53,28 @@ def test_the_artifact_holds_the_spelling(tmp_path):
     import onnx
 
     assert "Mish" not in [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+
+
+PAIR = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[1, 2, 3] x) => (float[1, 3, 2] y%s) {
+  q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(q, s, z) t = Transpose<perm = [0, 2, 1]>(d)
+  u = Transpose<perm = [0, 2, 1]>(e) y = Add(t, u) %s }
+"""
+
+
+def test_pairs_of_int8_that_onnx_runtime_stops_at_are_unsigned_and_exact(tmp_path):
+    import onnxruntime as ort
+
+    model = parse(PAIR % ("", ""), s=np.float32(0.5), z=np.int8(-3))
+    OnnxRuntime().lower(model, target("cpu"), OnnxRuntimeOptions(), tmp_path)
+    x = np.array([[[-90, -0.3, 0.4], [1, 2.5, 90]]], np.float32)
+    (found,) = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )
+    np.testing.assert_array_equal(found, ReferenceSession(model, optimize=False).run({"x": x})["y"])
+
+
+def test_integers_that_are_given_away_keep_their_type():
+    model = parse(PAIR % (", int8[1, 2, 3] q", ""), s=np.float32(0.5), z=np.int8(-3))
+    assert model.graph.outputs[1].dtype == spelled(model).graph.outputs[1].dtype
