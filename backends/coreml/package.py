@@ -22,9 +22,27 @@ MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
 # Any fixed one will do; what an item is called follows from what it is.
 _SPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
 _FP16 = {"common::add_fp16_cast", "common::add_int16_cast"}
-# One takes the factors of a palette's channels for scales of its entries, and writes a table for each channel. The other counts
-# negative indices from the end of the first axes, also of those behind axes of a batch; here none is negative.
-_NEVER = {"common::canonicalize_quantized_lut_pattern", "common::guard_negative_gather_indices"}
+# Passes of coremltools that change what a program computes.
+_NEVER = {
+    # Takes the factors of a palette's channels for scales of its entries, and writes a table for each channel.
+    "common::canonicalize_quantized_lut_pattern",
+    # Counts negative indices from the end of the first axes, also of those behind axes of a batch. Here none is negative.
+    "common::guard_negative_gather_indices",
+    # These take a constant over a convolution for the convolution over it, mix up the channels of transposed convolutions with
+    # groups, and stop at constants with more axes. The passes of optkit fold as much.
+    "common::fuse_conv_scale", "common::fuse_conv_bias", "common::fuse_conv_batchnorm",
+    # Leaves the epsilon of a norm as it is, 1e-5, and stops at float16.
+    "common::fuse_elementwise_to_batchnorm",
+}  # fmt: skip
+# From coremltools' choice of 16 bits for integers: the operations, and the axis along which each counts.
+_SHORT = {
+    "gather": "axis",
+    "gather_along_axis": "axis",
+    "gather_nd": "batch_dims",
+    "topk": "axis",
+    "squeeze": "",
+}
+_LONGEST = np.iinfo(np.int16).max
 # From powers to their logarithms there are sums, scales and filters.
 _SPANNING = frozenset({
     "abs", "add", "clip", "expand_dims", "linear", "matmul", "maximum", "mul", "pow", "real_div", "reduce_mean", "reduce_sum",
@@ -71,6 +89,9 @@ def convert(
             pipeline.remove_passes(_FP16)
         else:
             option = ct.converters.mil.mil.passes.graph_pass.PassOption
+            pipeline._pass_options["common::add_int16_cast"] = [
+                option(option_name="op_selector", option_val=_is_short)
+            ]
             pipeline._pass_options["common::add_fp16_cast"] = [
                 option(option_name="op_selector", option_val=_selector(program))
             ]
@@ -103,6 +124,23 @@ def _selector(program: Any) -> Callable[[Any], bool]:
 
     # The passes before give the program other operations: what it has is asked for when the first of them is looked at.
     return lambda op: not (op.op_type == _SUPPRESSION or op in kept() or _is_logged(op) or _is_spread(op))
+
+
+def _is_short(op: Any) -> bool:
+    """Whether the integers that an operation takes and gives fit 16 bits, as far as coremltools does not look itself.
+
+    It looks at constants, and at the size of the axis that indices of some operations count along.
+    """
+    if op.op_type not in _SHORT:
+        return False
+    x = op.x
+    if ct.converters.mil.mil.types.is_int(x.dtype) and (x.op is None or x.op.op_type != "const"):
+        return False
+    if op.op_type == "squeeze" or (op.op_type != "topk" and op.indices.val is not None):
+        return True
+    first = getattr(op, _SHORT[op.op_type]).val
+    sizes = x.shape[first:][: op.indices.shape[-1]] if op.op_type == "gather_nd" else [x.shape[first]]
+    return all(isinstance(n, int | np.integer) and n <= _LONGEST for n in sizes)
 
 
 def _is_logged(op: Any) -> bool:

@@ -367,6 +367,15 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         d = ScatterND(z, k, u) e = ScatterND<reduction = "add">(x, m, u) }""",
         {},
     ),
+    "behind convolutions": (
+        """(float[1, 4, 6, 5] x) => (float[] a, float[] b, float[] d, float[] e, float[] f)
+        <float one = {1}, float far = {30}> {
+        c = Conv(x, w) m = Abs(c) n = Sum(m, one) g = Conv<kernel_shape = [1, 1]>(n, u) h = Conv<kernel_shape = [1, 1]>(n, u)
+        a = Div(v, g) b = Reciprocal(h) t = ConvTranspose<group = 2>(x, r) d = Mul(t, s)
+        k = ConvTranspose<group = 2, strides = [2, 1]>(x, r) z = Abs(s6) e = BatchNormalization(k, s6, m6, m6, z)
+        i = Conv(x, w) f = Add(i, far5) }""",
+        {"w": (3, 4, 3, 3), "u": (3, 3, 1, 1), "v": (3, 1, 1), "r": (4, 3, 3, 3), "s": (6, 1, 1), "s6": (6,), "m6": (6,), "far5": (3, 1, 1, 1, 1)},
+    ),
     "a root beside its reciprocal": (
         "(float[N, 7] x) => (float[N, 7] r, float[N, 7] y) { p = Exp(x) r = Sqrt(p) y = Reciprocal(r) }",
         {},
@@ -494,6 +503,15 @@ def _compare(model: ir.Model, folder, options=None, *, tolerance: float = 1e-5) 
 @pytest.mark.parametrize("name", CASES)
 def test_the_package_computes_what_onnx_runtime_does(name, tmp_path):
     _compare(_model(name), tmp_path)
+
+
+def test_a_factor_and_an_offset_of_each_channel_are_no_norm_with_an_epsilon(tmp_path):
+    """Two roundings are 1.2e-7; a root of 1 + 1e-5 below the factor is 5e-6."""
+    model = parse(
+        HEAD % (21, "(float[1, 4, 6, 5] x) => (float[1, 4, 6, 5] y) { p = Mul(x, s) y = Add(p, o) }"),
+        **_weights({"s": (4, 1, 1), "o": (4, 1, 1)}),
+    )
+    _compare(model, tmp_path, tolerance=5e-7)
 
 
 def test_every_operator_of_the_emitters_is_compared():

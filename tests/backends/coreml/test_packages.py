@@ -29,6 +29,8 @@ pytestmark = pytest.mark.needs("coremltools")
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
 PHONE = target("iphone15")
+# Float16 holds them.
+LAST_LARGEST = np.maximum(np.arange(70000, dtype=np.float32) - 69990, 0)[None]
 LINEAR = HEAD + "g (float[batch, n, 8] x) => (float[batch, n, 4] y) { h = MatMul(x, w) y = Relu(h) }"
 MASKED = (
     HEAD
@@ -228,6 +230,23 @@ def test_half_precision_rounds_to_eleven_bits(tmp_path):
         found, exact = session.run({"x": x})["y"], ReferenceSession(model, optimize=False).run({"x": x})["y"]
     # Inputs, weights and the sum are rounded to 2^-11 of their size each, at most; eight products of values around 1.
     assert 0 < np.abs(found - exact).max() < 8 * 3 * 3 * 2**-11
+
+
+LONG = (
+    ("(float[1, 70000] x) => (float[1, 3] v, int64[1, 3] y) <int64[1] k = {3}> { v, y = TopK(x, k) }", {"x": LAST_LARGEST}),
+    ("(int64[3, 1] i) => (float[3, 4] y) { y = GatherND(rows, i) }", {"i": np.array([[69999], [40000], [0]])}),
+    ("(int64[3] i) => (float[3, 4] y) { y = Gather(rows, i) }", {"i": np.array([69999, 40000, 0])}),
+    ("(int32[3] t, int64[3] i) => (int32[3] y) { y = Gather(t, i) }", {"t": np.array([100000, -70000, 40000], np.int32)}),
+    ("(int32[3, 1] t) => (int32[3] y) <int64[1] a = {1}> { y = Squeeze(t, a) }", {"t": np.array([[100000], [-70000], [4]], np.int32)}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("graph", "given"), LONG)
+def test_integers_beyond_16_bits_are_themselves_in_half_precision(graph, given, tmp_path):
+    rows = np.arange(70000 * 4, dtype=np.float32).reshape(70000, 4) % 2048
+    model = parse(HEAD + f"g {graph}", **({"rows": rows} if "rows" in graph else {}))
+    feeds = {**random_feeds(model), **given}
+    _same(model, _lower(model, tmp_path, precision="fp16"), feeds)
 
 
 def test_what_logarithms_are_taken_of_stays_in_single_precision(tmp_path):
