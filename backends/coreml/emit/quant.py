@@ -58,6 +58,11 @@ def dense(c: Context, value: ir.Value) -> Any:
     return c.weights[key]
 
 
+def _floats(node: ir.Node) -> type[np.floating[Any]]:
+    """The type of the floats that come out."""
+    return np.float16 if node.outputs[0].dtype == ir.DataType.FLOAT16 else np.float32
+
+
 def _kind(node: ir.Node) -> ir.DataType | None:
     """Of the first input."""
     value = node.inputs[0]
@@ -104,7 +109,7 @@ def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
         entries, scale = _entries(node), constant(node.inputs[1])
         assert entries is not None and scale is not None
         scale = np.swapaxes(scale, -1, -2) if transposed else scale
-        return scaled(c.version, _stored(c, entries, transposed), np.ascontiguousarray(scale, np.float32))
+        return scaled(c.version, _stored(c, entries, transposed), np.ascontiguousarray(scale, _floats(node)))
     if node.op_type == "Gather":
         table, indices = constant(node.inputs[0]), constant(node.inputs[1])
         assert table is not None and indices is not None
@@ -121,7 +126,7 @@ def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
         integers, scale = (np.ascontiguousarray(np.swapaxes(a, -1, -2)) for a in (integers, scale))
         zero = None if zero is None else np.ascontiguousarray(np.swapaxes(zero, -1, -2))
     try:
-        return affine(c.version, integers, scale.astype(np.float32), zero, bits)
+        return affine(c.version, integers, scale.astype(_floats(node)), zero, bits)
     except ValueError as error:
         raise refused(node, str(error)) from error
 
@@ -159,7 +164,7 @@ def _refuse_quantize(node: ir.Node) -> str | None:
 def _parameters(c: Context, node: ir.Node, x: Any) -> dict[str, Any]:
     scale, zero = c.known(node, 1), c.known(node, 2)
     assert scale is not None
-    # Always in float32; coremltools casts what computes in float16.
+    # In float32, as ``_quantize`` and ``_dequantize`` see to; coremltools casts what computes in float16.
     single = scale.size == 1
     found: dict[str, Any] = {
         "input": x, "scale": np.float32(scale.reshape(())) if single else np.ascontiguousarray(scale, np.float32)
@@ -174,7 +179,7 @@ def _parameters(c: Context, node: ir.Node, x: Any) -> dict[str, Any]:
 @emits("QuantizeLinear", refuse=_refuse_quantize, oldest=17)
 def _quantize(c: Context, node: ir.Node) -> Any:
     kind = "int8" if node.outputs[0].dtype == ir.DataType.INT8 else "uint8"
-    return mb.quantize(output_dtype=kind, **_parameters(c, node, c.input(node, 0)))
+    return mb.quantize(output_dtype=kind, **_parameters(c, node, cast(c.input(node, 0), "fp32")))
 
 
 @emits("DequantizeLinear", refuse=_refuse_quantize)
@@ -186,13 +191,14 @@ def _dequantize(c: Context, node: ir.Node) -> Any:
         x = c.input(node, 0)
         if name_of(x) == "int32":  # As which inputs of 8 bits are passed.
             x = cast(x, "int8" if _kind(node) == ir.DataType.INT8 else "uint8")
-        return mb.dequantize(**_parameters(c, node, x))
+        found = mb.dequantize(**_parameters(c, node, x))
+        return cast(found, "fp16") if _floats(node) is np.float16 else found
     # An int32 bias.
     scale = np.asarray(constant(node.inputs[1]), np.float64)
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     scale, zero = _aligned(node, held, scale, None if zero is None else np.asarray(zero))
     floats = (held.astype(np.float64) - (0 if zero is None else zero)) * scale
-    return mb.const(val=floats.astype(np.float32))
+    return mb.const(val=floats.astype(_floats(node)))
 
 
 def gathered(c: Context, node: ir.Node) -> Any | None:

@@ -514,6 +514,31 @@ def test_a_factor_and_an_offset_of_each_channel_are_no_norm_with_an_epsilon(tmp_
     _compare(model, tmp_path, tolerance=5e-7)
 
 
+HALVES = (
+    "(float16[N, 4] x) => (float16[N, 4] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }",
+    "(float16[N, 4] x) => (float16[N, 3] y) { v = DequantizeLinear<axis = 0>(w, t) c = DequantizeLinear<axis = 0>(n, t) y = Gemm<transB = 1>(x, v, c) }",
+    "(float16[1, 4, 3, 3] x) => (float16[] y) { v = DequantizeLinear<axis = 0>(k, t) y = Conv(x, v, b) }",
+    "(int64[2] i) => (float16[2, 4] y) { v = DequantizeLinear<axis = 0>(w, t) y = Gather(v, i) }",
+    "(float16[N, 4] x) => (float16[N, 3] y) { v = Gather(b, places) y = MatMul(x, v) }",
+    "(float16[1, 3, 2, 2] x) => (float16[1, 3, 2, 2] y) { p = Mul(x, a) y = Add(p, a) }",
+)
+
+
+@pytest.mark.parametrize("graph", HALVES)
+def test_a_model_in_half_precision_may_hold_compressed_weights_and_pairs(graph, tmp_path):
+    whole = np.random.default_rng(0).integers(-127, 127, (3, 4)).astype(np.int8)
+    given = {
+        "w": whole, "k": whole.reshape(3, 4, 1, 1), "t": np.array([0.01, 0.02, 0.03], np.float16), "n": np.array([9, -8, 70], np.int32),
+        "b": np.array([1, -2, 3], np.float16), "a": np.array([1, -2, 3], np.float16).reshape(3, 1, 1), "s": np.float16(0.05), "z": np.int8(3),
+        "places": np.arange(12).reshape(4, 3) % 3,
+    }  # fmt: skip
+    model = parse(
+        HEAD % (21, graph), **{k: v for k, v in given.items() if f"{k}," in graph or f"{k})" in graph}
+    )
+    # A few roundings to 11 bits.
+    _compare(model, tmp_path, tolerance=4e-3)
+
+
 def test_every_operator_of_the_emitters_is_compared():
     from optkit.backends.coreml.emit import ROWS
 
