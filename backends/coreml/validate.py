@@ -51,6 +51,8 @@ def _function(package: Package, function: Function) -> Iterator[str]:
             yield f"the state {value.name!r} is {value.type}, and states hold float16"
         if value.type.shape == ():
             yield f"the input {value.name!r} has no axes"
+        if _unsized(value.type):
+            yield f"the input {value.name!r} is declared with another number of axes than it has sizes"
     known = {v.name: Value(v.type) for v in function.inputs}
     if len(known) < len(function.inputs):
         yield f"two inputs of the function {function.name!r} have one name"
@@ -67,13 +69,20 @@ def _block(block: Block, definitions: Definitions, outside: _Known) -> Iterator[
         for output in op.outputs:
             if output.name in known:
                 yield f"{op}: the name {output.name!r} is defined twice"
-            if output.type.shape is not None and len(output.type.shape) > _MOST_AXES:
+            if _unsized(output.type):
+                yield f"{op}: {output.name!r} is declared with another number of axes than it has sizes"
+            elif output.type.shape is not None and len(output.type.shape) > _MOST_AXES:
                 yield f"{op}: {output.name!r} has {len(output.type.shape)} axes, and Core ML has at most {_MOST_AXES}"
             held = op.attributes.get("val") if op.kind == "const" and not found else None
             known[output.name] = Value(output.type, op.kind if op.is_constant else "", held)
     for name in block.outputs:
         if name not in known:
             yield f"the output {name!r} is not computed"
+
+
+def _unsized(type_: Type) -> bool:
+    """Whether a tensor has no known shape; of lists, whose kinds are not in capitals, none is asked for."""
+    return type_.shape is None and type_.kind.isupper()
 
 
 def _operation(op: Operation, definitions: Definitions, known: _Known) -> Iterator[str]:

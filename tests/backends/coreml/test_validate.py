@@ -219,6 +219,10 @@ def _computed_axis(spec: Any) -> None:
     softmax.inputs["axis"].arguments[0].name = softmax.inputs["x"].arguments[0].name
 
 
+def _wrong_count(spec: Any) -> None:
+    _find(spec, "relu").outputs[0].type.tensorType.rank += 1
+
+
 # The operation that is told, and what of it.
 OPERATIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "a convolution of the other float": ("conv", _type("conv", "OTHER"), "follows from what it takes"),
@@ -226,6 +230,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "a convolution of other channels": ("conv", _size("conv", 1, 7), r"\[\?, 7, 8, 8\], and float\d\d\[\?, 6, 8, 8\] follows"),
     "a convolution of another size": ("conv", _size("conv", 3, 9), "follows from what it takes"),
     "a convolution of another rank": ("conv", _rank("conv"), "follows from what it takes"),
+    "a relu with fewer sizes than axes": ("relu", _wrong_count, "with another number of axes than it has sizes"),
     "a relu of another size": ("relu", _size("relu", 1, 7), "follows from what it takes"),
     "a mean of another rank": ("reduce_mean", _rank("reduce_mean"), "follows from what it takes"),
     "a softmax of another size": ("softmax", _size("softmax", 1, 9), "follows from what it takes"),
