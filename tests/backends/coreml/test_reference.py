@@ -215,6 +215,21 @@ def test_an_operation_that_the_evaluator_does_not_know_is_named(written, tmp_pat
         BACKENDS.get("coreml")().load(changed, PHONE, None)
 
 
+def test_the_largest_that_need_not_be_sorted_are_not(tmp_path):
+    """Core ML: "no particular ordering is guaranteed"; who relies on one is told."""
+    backend, folder = BACKENDS.get("coreml")(), tmp_path / "as written"
+    model = parse(
+        HEAD + "g (float[4] x) => (float[2] v, int64[2] i) <int64[1] k = {2}> { v, i = TopK(x, k) }"
+    )
+    folder.mkdir()
+    backend.lower(model, PHONE, backend.options(), folder)
+    changed = _edited(folder, tmp_path / "changed", _set("topk", "sort", 0, False))
+    x = np.array([1, 3, 0, 4], np.float32)
+    for path, places in ((folder, [3, 1]), (changed, [1, 3])):
+        with backend.load(path, PHONE, backend.options()) as session:
+            assert session.run({"x": x})["i"].tolist() == places
+
+
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17"])
 @pytest.mark.parametrize("node", [
     "Gather(x, i)", "GatherElements(x, i)", "GatherND(x, i)", "ScatterND(x, i, u)", "ScatterElements(x, i, v)",

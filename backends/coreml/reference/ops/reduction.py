@@ -78,8 +78,10 @@ def topk(
     x: Array, k: int = 1, axis: int = -1, ascending: bool = False, sort: bool = True, return_indices: bool = True,
     output_indices_dtype: str = "int32",
 ) -> list[Array]:  # fmt: skip
-    """The ``k`` largest, or smallest, and where they are."""
+    """The ``k`` largest, or smallest, and where they are; by place where they need not be sorted, which promises no order."""
     places = np.take(_order(x, axis, ascending), range(k), axis)
+    if not sort:
+        places = np.sort(places, axis)
     values = np.take_along_axis(x, places, axis)
     return [values, places] if return_indices else [values]
 
