@@ -698,6 +698,11 @@ def request(
         plan = plan.model_copy(update={"options": options.model_dump(mode="json", exclude_unset=True)})
     candidates = _candidates(plan, engine, where)
     _quantizing(plan, candidates, engine, where)
+    if precision is not None and plan.backend in (None, backend) and not (engine.generic or _is_exact(plan)):
+        raise UsageError(
+            f"precision {precision!r}: no recipe makes it for {engine.name} and {where.name}",
+            hint=_own(engine),
+        )
     first = candidates[0][1] if candidates else plan
     engine.ready(where, validated(engine.options, "options", first.options))
     _possible([r for _, r in candidates] or [plan], engine, where)
@@ -706,7 +711,7 @@ def request(
     # The floor is nothing that was asked for, unless it is no float32 and named among the candidates.
     wanted = len(candidates) - (floor == engine.floor or floor not in plan.candidates)
     if data is None and needy and len(needy) >= wanted:
-        _refuse(plan, needy)
+        _refuse(plan, needy, engine)
     if plan.limits.max_drop is not None:
         Budget.parse(plan.limits.max_drop)
         if evaluator is None:
@@ -748,7 +753,9 @@ def _plan(
             "a recipe and a precision were given",
             hint="leave one out; --set changes single options of a recipe",
         )
-    plan = Recipe.load(recipe if recipe is not None else recipe_for(precision), overrides)
+    where = target if isinstance(target, Target) else find_target(target or "cpu")
+    named = recipe_for(precision, backend or where.backends[0]) if recipe is None else recipe
+    plan = Recipe.load(named, overrides)
     if seed is not None and seed < 0:
         raise UsageError(f"seed {seed} is negative")
     name = target.name if isinstance(target, Target) else target
@@ -761,8 +768,8 @@ def _plan(
     return plan.model_copy(update=changes)
 
 
-def recipe_for(precision: str | None) -> str:
-    """The shipped recipe that a precision stands for.
+def recipe_for(precision: str | None, backend: str = "") -> str:
+    """The shipped recipe that a precision stands for: the backend's own, where it has one and the usual tries no candidates.
 
     Raises:
         UsageError: No recipe makes it.
@@ -784,9 +791,10 @@ def recipe_for(precision: str | None) -> str:
     if name is None or wanted.group is not None or wanted.symmetric is not None or name not in shipped():
         raise UsageError(
             f"precision {precision!r}: no backend of this version makes it",
-            hint=f"available: fp32, int8, int8-dyn, w4a16; recipes: {', '.join(shipped())}",
+            hint=f"available: fp32, fp16, int8, int8-dyn, w4a16; recipes: {', '.join(shipped())}",
         )
-    return name
+    own = f"{backend.lower()}-{name}"
+    return own if own in shipped() and not Recipe.load(name).candidates else name
 
 
 def _batches(data: Batches | None, loaded: Loaded, plan: Recipe, engine: Backend) -> CalibrationData | None:
@@ -854,11 +862,16 @@ def _quantizing(
     asked = [Recipe.load(name) for name in plan.candidates if name != "fp32"]
     if not asked or any(_is_exact(r) for r in asked) or not all(_is_exact(r) for _, r in candidates):
         return
-    own = [name for name in shipped() if (Recipe.load(name).backend or "").lower() == engine.name]
     raise UsageError(
         f"none of {', '.join(n for n in plan.candidates if n != 'fp32')} is for {engine.name} and {where.name}",
-        hint=f"-r auto{', or -r with one of ' + ', '.join(own) if own else ''}",
+        hint=_own(engine),
     )
+
+
+def _own(engine: Backend) -> str:
+    """What to ask a backend for."""
+    own = [name for name in shipped() if (Recipe.load(name).backend or "").lower() == engine.name]
+    return f"-r auto{', or -r with one of ' + ', '.join(own) if own else ''}"
 
 
 def _is_exact(recipe: Recipe) -> bool:
@@ -885,11 +898,13 @@ def _possible(recipes: Sequence[Recipe], engine: Backend, where: Target) -> None
         raise refused[0]
 
 
-def _refuse(plan: Recipe, needy: Sequence[str]) -> None:
+def _refuse(plan: Recipe, needy: Sequence[str], engine: Backend) -> None:
     name = next((p.name for p in plan.passes if p.needs_data), needy[-1])
+    dynamic = engine.generic or f"{engine.name}-int8-dynamic" in shipped()
+    other = ", or use --precision int8-dyn, which needs none" if dynamic else ""
     raise DataError(
         f"{name} needs calibration data",
-        hint="give --calib FOLDER (or data=), or use --precision int8-dyn, which needs none; --calib random is for trying things out",
+        hint=f"give --calib FOLDER (or data=){other}; --calib random is for trying things out",
     )
 
 

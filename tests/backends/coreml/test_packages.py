@@ -914,6 +914,23 @@ def test_the_neural_engine_computes_in_float16_alone(asked, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_float16_that_is_asked_for_by_name_is_core_mls_own(tmp_path):
+    """The usual recipe casts parts of the graph, and leaves norms and softmax to units that compute in float32."""
+    asked = request(_linear(), target="apple-ane", precision="fp16", out=tmp_path / "out")
+    assert asked.recipe.backend == "coreml" and asked.recipe.options["precision"] == "fp16"
+    assert "linear-to-convolution" in [p.name for p in asked.recipe.passes]
+
+
+@pytest.mark.parametrize("where", ["apple-ane", "iphone15"])
+def test_a_precision_that_core_ml_has_no_recipe_for_is_refused_and_not_advised(where, tmp_path):
+    with pytest.raises(UsageError, match="'int8-dyn': no recipe makes it for coreml") as refused:
+        request(_linear(), target=where, precision="int8-dyn", out=tmp_path / "out")
+    assert "coreml-w8" in str(refused.value.hint)
+    with pytest.raises(DataError) as needed:
+        request(_linear(), target=where, precision="int8", out=tmp_path / "out")
+    assert "int8-dyn" not in str(needed.value.hint)
+
+
 def test_integers_for_the_neural_engine_need_data_whatever_its_floor_is(tmp_path):
     recipe = {"recipe": 1, "candidates": ["fp32", "coreml-int8"]}
     with pytest.raises(DataError, match="coreml-int8 needs calibration data"):
