@@ -294,7 +294,7 @@ class CandidateRecord(_Record):
     """One thing that was tried.
 
     Attributes:
-        verdict: ``shipped``, ``slower``, ``farther``, ``missed``, ``inconclusive``, ``not needed``,
+        verdict: ``shipped``, ``slower``, ``larger`` (where size decided), ``farther``, ``missed``, ``inconclusive``, ``not needed``,
             ``unavailable`` (a package or the processor lacks what it needs) or ``failed``.
     """
 

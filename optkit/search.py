@@ -149,7 +149,8 @@ def choose(
         )
         if not alike and best.speedup is not None and ratio(best) <= ratio(one):
             reason = f"{best.name} was faster when they were ranked, {ranked:.2f}x, and keeps the limits"
-        tried[one.name] = _record(one.name, one, "farther" if alike else "slower", reason)
+        behind = "larger" if _faster(best) == "smaller" else "slower"
+        tried[one.name] = _record(one.name, one, "farther" if alike else behind, reason)
     if best.speedup is not None and _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
         best = _as_given(work, best, recipe, tried)
     tried[best.name] = _record(best.name, best, "shipped", "")
