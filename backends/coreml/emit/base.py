@@ -279,5 +279,6 @@ class Context:
 def refused(node: ir.Node, what: str) -> ModelError:
     """The error for a node whose shapes or constants turn out not to fit while it is emitted."""
     return ModelError(
-        f"{describe(node)}: {what}", hint="fix the free axes with options.shapes, or choose another --backend"
+        f"{describe(node)}: {what}",
+        hint="where that follows from free axes, fix them with options.shapes; else choose another --backend",
     )
