@@ -65,7 +65,8 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
         return row | {"reason": str(error)[:600]}
     manifest = report.manifest
     first = next(c for c in report.candidates if c.name == "recipe")
-    assert (seen := manifest.accuracy) is not None
+    seen = manifest.accuracy
+    assert seen is not None
     is_open = seen.ci95[1] > limit.absolute(seen.reference) > seen.drop
     found = _again(artifact, path, evaluator, limit, seen) if is_open else seen
     return row | {
