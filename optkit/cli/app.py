@@ -15,6 +15,7 @@ import optkit
 from optkit.cli import (
     bench,
     compile,
+    diff,
     doctor,
     eval,
     finalize,
@@ -42,6 +43,7 @@ for _name, _command, _help in (
     ("quantize", quantize.quantize, "Quantize and write ONNX; nothing is measured."),
     ("prune", prune.prune, "Remove channels or weights, and measure what it is worth."),
     ("eval", eval.evaluate, "Compute a metric, alone or against another model."),
+    ("diff", diff.diff, "Say how far the outputs of two models are apart."),
     ("bench", bench.bench, "Time a run, alone or in turn with another model."),
     ("finalize", finalize.finalize, "Finish an artifact on the device that it is for."),
     ("inspect", inspect.inspect, "Show what is in a model or artifact."),

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
+
+from optkit.testing import parse
 
 
 def test_eval_of_one_model(optkit, given):
@@ -126,3 +131,71 @@ def test_bench_takes_shapes(optkit, given):
     ):
         ran = optkit("bench", given / "model.onnx", "--shape", shape)
         assert (ran.code, message in ran.err) == (2, True), ran.err
+
+
+def test_diff_says_of_each_output_how_far_it_is_from_the_others(optkit, given, tmp_path):
+    model = onnx.load(given / "model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "w3":
+            array = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array * 1.1), "w3"))
+    onnx.save(model, tmp_path / "scaled.onnx")
+    batch = {"x": np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)}
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "batch.npz", **batch)
+    a, b = (
+        onnxruntime.InferenceSession(str(f)).run(["y"], batch)[0]
+        for f in (given / "model.onnx", tmp_path / "scaled.onnx")
+    )
+    command = ("diff", "scaled.onnx", "--against", given / "model.onnx", "--calib", "data")
+    document = optkit(*command, "--json").json
+    found = document["outputs"]["y"]
+    assert found["sqnr_db"] == pytest.approx(
+        10 * np.log10(np.square(a).sum() / np.square(a - b).sum()), abs=0.1
+    )
+    assert found["largest"] == pytest.approx(np.abs(a - b).max() / np.ptp(a), rel=1e-3)
+    assert found["agreement"] == (a.argmax(-1) == b.argmax(-1)).mean()
+    assert "missed" not in document and document["exit_code"] == 0
+    ran = optkit(*command)
+    assert ran.code == 0 and f"{found['sqnr_db']:.1f} dB" in ran.out and "missed" not in ran.out
+
+
+@pytest.mark.parametrize(("limits", "missed"), [
+    (("--min-sqnr", "10"), False), (("--min-sqnr", "60"), True), (("--min-cosine", "0.99"), False),
+    (("--min-cosine", "1.1"), True),
+])  # fmt: skip
+def test_diff_is_a_gate_where_limits_are_given(optkit, given, tmp_path, limits, missed):
+    model = onnx.load(given / "model.onnx")
+    (head,) = [t for t in model.graph.initializer if t.name == "w3"]
+    array = onnx.numpy_helper.to_array(head)
+    head.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array * 1.01), "w3"))
+    onnx.save(model, tmp_path / "scaled.onnx")
+    ran = optkit("diff", "scaled.onnx", "--against", given / "model.onnx", *limits)
+    assert ran.code == (3 if missed else 0)
+    assert ("missed" in ran.out) == missed
+    document = optkit("diff", "scaled.onnx", "--against", given / "model.onnx", *limits, "--json").json
+    assert document["missed"] == (["y"] if missed else []) and document["exit_code"] == ran.code
+
+
+def test_diff_misses_any_limit_where_shapes_or_integers_differ(optkit, tmp_path):
+    head = '<ir_version: 10, opset_import: ["" : 21]>\n'
+    body = "g (float[2, 3] x) => (int64[2] i, float[%s] f) { i = %s<axis = 1, keepdims = 0>(x) f = ReduceSum<keepdims = %d>(x, a) }"
+    for name, (size, kind, keep) in {"a": ("2", "ArgMax", 0), "b": ("2, 1", "ArgMin", 1)}.items():
+        onnx.save(
+            ir.to_proto(parse(head + body % (size, kind, keep), a=np.array([1]))), tmp_path / f"{name}.onnx"
+        )
+    ran = optkit("diff", tmp_path / "b.onnx", "--against", tmp_path / "a.onnx", "--min-cosine", "0")
+    assert ran.code == 3 and "shapes differ" in ran.out
+    document = optkit(
+        "diff", tmp_path / "b.onnx", "--against", tmp_path / "a.onnx", "--min-cosine", "0", "--json"
+    ).json
+    assert document["missed"] == ["i", "f"] and not document["outputs"]["f"]["shapes_equal"]
+    assert document["outputs"]["i"]["cosine"] is None
+
+
+def test_diff_of_models_with_other_outputs_says_which(optkit, given, tmp_path):
+    model = onnx.load(given / "model.onnx")
+    model.graph.output[0].name = next(n for n in model.graph.node if "y" in n.output).input[0]
+    onnx.save(model, tmp_path / "other.onnx")
+    ran = optkit("diff", "other.onnx", "--against", given / "model.onnx")
+    assert ran.code == 2 and "has no output y" in ran.err and "by name" in ran.err

@@ -81,6 +81,24 @@ def test_a_program_that_a_pass_breaks_is_refused_at_the_end_of_all(tmp_path, mon
         _lower(_linear(), tmp_path / "broken", precision="fp32")
 
 
+def test_diff_runs_a_package_on_linux_and_sees_a_wrong_weight(tmp_path, capsys):
+    model = parse(HEAD + "g (float[2, 8] x) => (float[2, 4] y) { h = MatMul(x, w) y = Relu(h) }",
+                  w=np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))  # fmt: skip
+    save(model, tmp_path / "model.onnx")
+    optkit.compile(tmp_path / "model.onnx", target="iphone15", recipe="coreml-fp16", out=tmp_path / "out")
+    weight = model.graph.initializers["w"]
+    changed = weight.const_value.numpy().copy()
+    changed[0, 0] += 1
+    weight.const_value = ir.tensor(changed, name="w")
+    save(model, tmp_path / "other.onnx")
+    for name, code in (("model.onnx", 0), ("other.onnx", 3)):
+        assert (
+            main(["diff", str(tmp_path / "out"), "--against", str(tmp_path / name), "--min-sqnr", "40"])
+            == code
+        )
+    capsys.readouterr()
+
+
 def test_two_builds_are_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         _lower(_linear(), tmp_path / name, precision="fp16").close()
