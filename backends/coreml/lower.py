@@ -28,7 +28,7 @@ from optkit.backends.coreml.session import MacSession, ReferenceSession, has_cor
 from optkit.backends.coreml.shapes import Axes, Size, axes, fix, keys
 from optkit.backends.coreml.validate import problems
 from optkit.errors import ModelError, UnsupportedOpError, UsageError
-from optkit.graph import describe, graphs, walk
+from optkit.graph import constant, describe, graphs, walk
 from optkit.inference import infer
 
 if TYPE_CHECKING:
@@ -372,6 +372,10 @@ def _refuse_newer(model: ir.Model, target: Target, oldest: int) -> None:
                 )
         elif row is not None and row.oldest > oldest:
             found.append((describe(node), f"needs iOS {row.oldest}, the package is for iOS {oldest}"))
+        elif node.op_type == "DequantizeLinear" and oldest < 17 and constant(node.inputs[0]) is None:
+            found.append(
+                (describe(node), f"quantized activations need iOS 17, the package is for iOS {oldest}")
+            )
     if found:
         raise UnsupportedOpError(f"Core ML for {target.name}", found, hint="raise options.deployment")
 

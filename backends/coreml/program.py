@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.coreml.emit import ROWS, Context
-from optkit.backends.coreml.emit.base import cast, refused, through_ints
+from optkit.backends.coreml.emit.base import UnfitError, cast, refused, through_ints
 from optkit.backends.coreml.emit.quant import dense, stored_constant
 from optkit.backends.coreml.interface import Interface, Port, feature
 from optkit.backends.coreml.quiet import ct, mb, mil, types
 from optkit.backends.coreml.shapes import Axes
 from optkit.errors import ModelError, OptkitError
-from optkit.graph import describe, graphs
+from optkit.graph import describe, graphs, subgraphs, walk
 
 _TYPES = {"fp32": types.fp32, "fp16": types.fp16, "int32": types.int32}
 
@@ -110,19 +110,46 @@ def _output(variable: Any, port: Port) -> Any:
 
 
 def _body(context: Context, graph: ir.Graph) -> list[Any]:
-    """Emit the nodes of a graph; the variables of its outputs."""
+    """Emit the nodes of a graph; the variables of its outputs.
+
+    Raises:
+        UnfitError: Nodes do not fit. What reads their outputs is not looked at.
+    """
+    problems: list[tuple[str, str]] = []
+    hint, missing = None, set[ir.Value | None]()
     for node in graph:
         if node.op_type == "Constant" or node.outputs[0] in context.quantized:
             continue
-        _emit(context, node)
+        if not missing.isdisjoint(_reads(node)):
+            missing.update(node.outputs)
+            continue
+        try:
+            _emit(context, node)
+        except UnfitError as error:
+            problems.extend(error.problems)
+            hint = hint or error.hint
+            missing.update(node.outputs)
+    if problems:
+        raise UnfitError(problems, hint=hint)
     return [context[v] for v in graph.outputs]
+
+
+def _reads(node: ir.Node) -> Iterator[ir.Value | None]:
+    """What a node reads, in its bodies too."""
+    yield from node.inputs
+    for body in subgraphs(node):
+        for inner in walk(body):
+            yield from inner.inputs
+        yield from body.outputs
 
 
 def _emit(context: Context, node: ir.Node) -> None:
     try:
         found = ROWS[node.op_type].emit(context, node)
-    except OptkitError:
+    except UnfitError:
         raise
+    except OptkitError as error:
+        raise refused(node, str(error), hint=error.hint) from error
     except Exception as error:
         # The builder says what does not fit by whatever its checks raise.
         said = f": {error}" if str(error) else ", without saying why"

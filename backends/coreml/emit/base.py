@@ -17,6 +17,7 @@ Refuse = Callable[[ir.Node], str | None]
 Emit = Callable[["Context", ir.Node], Any]
 
 INT32 = np.iinfo(np.int32)
+_FREE = "where that follows from free axes, fix them with options.shapes; else choose another --backend"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +127,20 @@ def wide(x: Any) -> Any:
     return cast(x, "int32") if name_of(x) in ("int8", "uint8", "int16", "uint16") else x
 
 
+def unchecked(c: Context) -> dict[str, bool]:
+    """How operations that read or write at places are told not to look at them.
+
+    Newer versions ask for it: without, the loader refuses the program; True is slower and fails at run time.
+    """
+    return {"validate_indices": False} if c.version >= 17 else {}
+
+
+def through_floats(x: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of a variable of 8 bits by way of floats, which hold its numbers, for operations that take no others."""
+    kind = name_of(x)
+    return function(x) if is_float(x) else cast(function(cast(x, "fp32")), kind)
+
+
 def through_ints(x: Any, function: Callable[[Any], Any]) -> Any:
     """``function`` of a bool variable by way of int32, for operations that take no bool."""
     if x.dtype != types.bool:
@@ -194,7 +209,10 @@ class Context:
                 raise refused(node, f"optkit has no translation of its output {value.name!r}")
             if array.dtype == np.int64 and _bounds_slices(value):
                 array = np.clip(array, INT32.min, INT32.max)
-            self.variables[value] = mb.const(val=narrow(array, f"the constant {value.name!r}"))
+            array = narrow(array, f"the constant {value.name!r}")
+            # As which those of inputs are passed; iOS 16 computes with no others.
+            short = self.version < 17 and array.dtype in (np.int8, np.uint8)
+            self.variables[value] = mb.const(val=array.astype(np.int32) if short else array)
         return self.variables[value]
 
     def inputs(self, node: ir.Node) -> list[Any]:
@@ -276,9 +294,20 @@ class Context:
         return free if fixed == 1 else mb.mul(x=free, y=np.int32(fixed))
 
 
-def refused(node: ir.Node, what: str) -> ModelError:
-    """The error for a node whose shapes or constants turn out not to fit while it is emitted."""
-    return ModelError(
-        f"{describe(node)}: {what}",
-        hint="where that follows from free axes, fix them with options.shapes; else choose another --backend",
-    )
+class UnfitError(ModelError):
+    """Nodes whose shapes or constants turn out not to fit while they are emitted.
+
+    Args:
+        problems: ``(node, reason)``, one for each of them.
+    """
+
+    def __init__(self, problems: Sequence[tuple[str, str]], *, hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        lines = [f"{node}: {reason}" for node, reason in self.problems]
+        many = f"Core ML: {len(lines)} nodes do not fit:" + "".join(f"\n  {line}" for line in lines)
+        super().__init__(lines[0] if len(lines) == 1 else many, hint=hint or _FREE)
+
+
+def refused(node: ir.Node, what: str, *, hint: str | None = None) -> UnfitError:
+    """The error for one such node."""
+    return UnfitError([(describe(node), what)], hint=hint)

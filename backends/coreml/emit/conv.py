@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, ints, like, refused, string
+from optkit.backends.coreml.emit.base import (
+    Context,
+    emits,
+    integer,
+    ints,
+    like,
+    refused,
+    string,
+    through_floats,
+)
 from optkit.backends.coreml.emit.quant import weight
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import constant, rank
@@ -128,7 +137,7 @@ def _pool(c: Context, node: ir.Node) -> Any:
         pad = [p for i in range(axes) for p in (pads[i], pads[i + axes] + more[i])]
         settings |= {"pad_type": "custom", "pad": pad}
     if node.op_type == "MaxPool":
-        out = mb.max_pool(**settings)
+        out = through_floats(settings.pop("x"), lambda v: mb.max_pool(x=v, **settings))
     else:
         out = mb.avg_pool(exclude_padding_from_average=not counted, **settings)
     return [out, None] if len(node.outputs) > 1 else out
@@ -177,7 +186,7 @@ def _stft(c: Context, node: ir.Node) -> Any:
     waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * window.astype(np.float64)
     signal = mb.squeeze(x=x, axes=[x.rank - 1]) if x.rank > 2 else x
     found = mb.conv(
-        x=mb.expand_dims(x=signal, axes=[1]), weight=waves[:, None].astype(np.float32),
+        x=mb.expand_dims(x=signal, axes=[1]), weight=waves[:, None].astype(type(like(x, 0))),
         strides=[int(step.reshape(-1)[0])], pad_type="valid",
     )  # fmt: skip
     batch, _, frames = c.sizes(found)

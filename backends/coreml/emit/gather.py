@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, narrow, refused, string, through_ints
+from optkit.backends.coreml.emit.base import (
+    Context,
+    emits,
+    integer,
+    narrow,
+    refused,
+    string,
+    through_ints,
+    unchecked,
+)
 from optkit.backends.coreml.emit.elementwise import nonnegative
 from optkit.backends.coreml.emit.quant import gathered
 from optkit.backends.coreml.quiet import mb
-
-# Newer versions ask for it: without, the loader refuses the program; True is slower and fails at run time.
-_UNCHECKED = {"validate_indices": False}
-
-
-def _unchecked(c: Context) -> dict[str, bool]:
-    return _UNCHECKED if c.version >= 17 else {}
 
 
 def _places(c: Context, node: ir.Node, index: int, x: Any, axis: int) -> Any:
@@ -35,7 +37,7 @@ def _places(c: Context, node: ir.Node, index: int, x: Any, axis: int) -> Any:
     if isinstance(size, int | np.integer):
         length: Any = np.int32(size)
     else:
-        length = mb.gather(x=mb.shape(x=x), indices=np.int32(axis), axis=0, **_unchecked(c))
+        length = mb.gather(x=mb.shape(x=x), indices=np.int32(axis), axis=0, **unchecked(c))
     negative = mb.cast(x=mb.less(x=indices, y=np.int32(0)), dtype="int32")
     return mb.add(x=indices, y=mb.mul(x=negative, y=length))
 
@@ -68,7 +70,7 @@ def _gather(c: Context, node: ir.Node) -> Any:
     ):
         at = int(places)
         return mb.slice_by_index(x=x, begin=[at], end=[at + 1], squeeze_mask=[True])
-    return through_ints(x, lambda v: mb.gather(x=v, indices=places, axis=axis, **_unchecked(c)))
+    return through_ints(x, lambda v: mb.gather(x=v, indices=places, axis=axis, **unchecked(c)))
 
 
 @emits("GatherElements")
@@ -84,14 +86,14 @@ def _gather_elements(c: Context, node: ir.Node) -> Any:
         x = mb.slice_by_index(
             x=x, begin=[0] * x.rank, end=ends, end_mask=[e == 0 or i == axis for i, e in enumerate(ends)]
         )
-    return through_ints(x, lambda v: mb.gather_along_axis(x=v, indices=places, axis=axis, **_unchecked(c)))
+    return through_ints(x, lambda v: mb.gather_along_axis(x=v, indices=places, axis=axis, **unchecked(c)))
 
 
 @emits("GatherND")
 def _gather_nd(c: Context, node: ir.Node) -> Any:
     x, dims = c.input(node, 0), integer(node, "batch_dims", 0)
     places = _nd_places(c, node, x, dims)
-    return through_ints(x, lambda v: mb.gather_nd(x=v, indices=places, batch_dims=dims, **_unchecked(c)))
+    return through_ints(x, lambda v: mb.gather_nd(x=v, indices=places, batch_dims=dims, **unchecked(c)))
 
 
 _MODES = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "min"}
@@ -102,7 +104,7 @@ def _scatter_nd(c: Context, node: ir.Node) -> Any:
     data, updates = c.input(node, 0), c.input(node, 2)
     places = _nd_places(c, node, data)
     mode = _MODES[string(node, "reduction", "none")]
-    return mb.scatter_nd(data=data, indices=places, updates=updates, mode=mode, **_unchecked(c))
+    return mb.scatter_nd(data=data, indices=places, updates=updates, mode=mode, **unchecked(c))
 
 
 @emits("ScatterElements")
@@ -119,5 +121,5 @@ def _scatter_elements(c: Context, node: ir.Node) -> Any:
         )
     mode = _MODES[string(node, "reduction", "none")]
     return mb.scatter_along_axis(
-        data=data, indices=places, updates=updates, axis=axis, mode=mode, **_unchecked(c)
+        data=data, indices=places, updates=updates, axis=axis, mode=mode, **unchecked(c)
     )

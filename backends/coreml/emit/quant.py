@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -142,11 +143,22 @@ def _aligned(
     elif scale.ndim <= 1 and scale.size == 1:
         shape = [1] * integers.ndim
     else:
+        scale, zero = _even(node, integers, scale), None if zero is None else _even(node, integers, zero)
         shape = list(scale.shape)
     if zero is not None:
         zero = np.asarray(zero).astype(integers.dtype).reshape(shape)
         zero = zero if zero.any() else None
     return scale.reshape(shape), zero
+
+
+def _even(node: ir.Node, integers: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One for each block, of blocks that divide the axis: smaller ones where the last block is not full."""
+    block, axis = integer(node, "block_size", 0), integer(node, "axis", 1)
+    size = integers.shape[axis]
+    if not block or size % block == 0:
+        return values
+    part = math.gcd(size, block)
+    return np.repeat(values, block // part, axis).take(np.arange(size // part), axis)
 
 
 def _refuse_quantize(node: ir.Node) -> str | None:
@@ -186,8 +198,6 @@ def _quantize(c: Context, node: ir.Node) -> Any:
 def _dequantize(c: Context, node: ir.Node) -> Any:
     held = constant(node.inputs[0])
     if held is None:
-        if c.version < 17:
-            raise refused(node, "quantized activations need iOS 17")
         x = c.input(node, 0)
         if name_of(x) == "int32":  # As which inputs of 8 bits are passed.
             x = cast(x, "int8" if _kind(node) == ir.DataType.INT8 else "uint8")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, like, refused, string
+from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, name_of, refused, string
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import attribute, constant
 
@@ -44,6 +44,10 @@ def _refuse(node: ir.Node) -> str | None:
         return "lengths of sequences that are computed at run time"
     if any(constant(v) is None for v in node.inputs[1:3]):
         return "Core ML needs the weights of a recurrent cell to be constant"
+    x, lengths = node.inputs[0], constant(node.inputs[4]) if len(node.inputs) > 4 else None
+    steps = None if x is None or x.shape is None else x.shape[0]
+    if lengths is not None and isinstance(steps, int) and not (lengths == steps).all():
+        return f"sequences that are shorter than the input, of {steps} steps: {lengths.tolist()}"
     names = _activations(node)
     if node.op_type == "LSTM" and names != _DEFAULTS["LSTM"] * _directions(node):
         return f"activations {', '.join(names)}"
@@ -82,6 +86,9 @@ def _initial(c: Context, node: ir.Node, index: int, x: Any, units: int) -> Any:
 @emits("LSTM", refuse=_refuse)
 def _lstm(c: Context, node: ir.Node) -> Any:
     x, units, count = c.input(node, 0), integer(node, "hidden_size", 1), _directions(node)
+    own = name_of(x)
+    if c.version < 17:  # Whose operation is of float32 alone.
+        x = cast(x, "fp32")
     w, r, bias = _weights(c, node, 4)
     _lengths(c, node, x)
     # ONNX has the gates in the order i o f c, Core ML in the order i f o z.
@@ -94,7 +101,7 @@ def _lstm(c: Context, node: ir.Node) -> Any:
     batch = c.sizes(x)[1]
     states = []
     for index in (5, 6):
-        state = _initial(c, node, index, x, units)
+        state = cast(_initial(c, node, index, x, units), name_of(x))
         flat = mb.transpose(x=state, perm=[1, 0, 2])
         states.append(c.reshape(flat, [batch, count * units]))
     settings = {
@@ -105,7 +112,7 @@ def _lstm(c: Context, node: ir.Node) -> Any:
         settings |= {
             "weight_ih_back": gates(w[1]), "weight_hh_back": gates(r[1]), "bias_back": gates(bias[1].sum(0))
         }  # fmt: skip
-    y, h, cell = mb.lstm(**settings)
+    y, h, cell = (cast(v, own) for v in mb.lstm(**settings))
     y = mb.transpose(x=c.reshape(y, [*c.sizes(y)[:1], batch, count, units]), perm=[0, 2, 1, 3])
     last = [mb.transpose(x=c.reshape(s, [batch, count, units]), perm=[1, 0, 2]) for s in (h, cell)]
     return [y, *last][: len(node.outputs)]

@@ -14,28 +14,44 @@ from optkit.backends.coreml.emit.base import (
     emits,
     integer,
     ints,
+    is_float,
     like,
     refused,
     string,
+    through_floats,
+    unchecked,
 )
 from optkit.backends.coreml.quiet import mb
 from optkit.backends.resampling import matrix, nearest, positions
 
 _COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "half_pixel_symmetric")
 _KEPT = ("stretch",)
+# Floats hold all their numbers, and Core ML repeats floats alone.
+_SMALL = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.BOOL)
 
 
 def _refuse_resize(node: ir.Node) -> str | None:
     mode = string(node, "coordinate_transformation_mode", "half_pixel")
     if mode not in _COORDINATES:
         return f"coordinate_transformation_mode {mode!r}"
+    x = node.inputs[0]
+    kind = None if x is None else x.dtype
+    if kind is not None and kind.is_integer() and string(node, "mode", "nearest") != "nearest":
+        return f"mode {string(node, 'mode', '')!r} of {kind.name.lower()}: Core ML interpolates floats alone"
     policy = string(node, "keep_aspect_ratio_policy", "stretch")
     return None if policy in _KEPT else f"keep_aspect_ratio_policy {policy!r}"
 
 
 @emits("Resize", refuse=_refuse_resize)
 def _resize(c: Context, node: ir.Node) -> Any:
-    x = c.input(node, 0)
+    x, given = c.input(node, 0), node.inputs[0]
+    assert given is not None
+    return (
+        through_floats(x, lambda v: _resized(c, node, v)) if given.dtype in _SMALL else _resized(c, node, x)
+    )
+
+
+def _resized(c: Context, node: ir.Node, x: Any) -> Any:
     axes = ints(node, "axes") or list(range(x.rank))
     axes = [a % x.rank for a in axes]
     mode = string(node, "mode", "nearest")
@@ -56,6 +72,7 @@ def _resize(c: Context, node: ir.Node) -> Any:
     plane = x.rank >= 3 and set(moved) <= {x.rank - 2, x.rank - 1}
     if (
         mode == "nearest"
+        and is_float(x)
         and plane
         and x.rank >= 4
         and all(whole)
@@ -78,8 +95,7 @@ def _resize(c: Context, node: ir.Node) -> Any:
                 [nearest(p, node) for p in positions(*lengths[axis], scales[axis], coordinates)]
             )
             places = np.clip(places, 0, lengths[axis][0] - 1).astype(np.int32)
-            checks = {"validate_indices": False} if c.version >= 17 else {}
-            x = mb.gather(x=x, indices=places, axis=axis, **checks)
+            x = mb.gather(x=x, indices=places, axis=axis, **unchecked(c))
         else:
             x = _weighted(x, axis, matrix(node, *lengths[axis], scales[axis], mode, coordinates))
     return x
@@ -197,7 +213,7 @@ def _nearest_free(c: Context, x: Any, target: Any) -> Any:
         own = mb.slice_by_index(x=mb.shape(x=x), begin=[axis], end=[axis + 1], squeeze_mask=[True])
         steps = mb.range_1d(start=np.int32(0), end=size, step=np.int32(1))
         places = mb.floor_div(x=mb.mul(x=steps, y=own), y=size)
-        x = mb.gather(x=x, indices=places, axis=axis, validate_indices=False)
+        x = mb.gather(x=x, indices=places, axis=axis, **unchecked(c))
     return x
 
 

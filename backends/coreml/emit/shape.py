@@ -22,9 +22,10 @@ from optkit.backends.coreml.emit.base import (
     static,
     string,
     through_ints,
+    unchecked,
     wide,
 )  # fmt: skip
-from optkit.backends.coreml.quiet import mb, types
+from optkit.backends.coreml.quiet import mb, mil, types
 from optkit.graph import attribute
 
 
@@ -293,7 +294,7 @@ def _pad(c: Context, node: ir.Node) -> Any:
     x, mode = wide(c.input(node, 0)), string(node, "mode", "constant")
     amounts = c.known_ints(node, 1)
     if amounts is None:
-        if mode != "constant" or c.has(node, 3):
+        if mode != "constant" or c.has(node, 3) or _computed(c, node):
             raise refused(node, "pads that are computed at run time")
         flat = mb.transpose(x=mb.reshape(x=c.input(node, 1), shape=[2, x.rank]), perm=[1, 0])
         return mb.pad(
@@ -314,41 +315,53 @@ def _pad(c: Context, node: ir.Node) -> Any:
         pairs = [(max(0, low), max(0, high)) for low, high in pairs]
     if not any(p for pair in pairs for p in pair):
         return mb.identity(x=x)
+    if mode == "constant" and _computed(c, node):
+        return _framed(c, x, pairs, wide(c.input(node, 2)))
     if mode == "constant" and not is_float(x):
         return _framed(c, x, pairs, _fill(c, node, x))
     if mode == "constant":
         flat = [p for pair in pairs for p in pair]
         return mb.pad(x=x, pad=flat, mode="constant", constant_val=_fill(c, node, x))
-    return _mirrored(node, x, pairs, _PADS[mode])
+    return _mirrored(c, node, x, pairs, _PADS[mode])
 
 
 def _framed(c: Context, x: Any, pairs: list[tuple[int, int]], value: Any) -> Any:
-    """Integers with a constant around them, of which Core ML pads floats alone."""
+    """One value around ``x``, where Core ML's own operation does not pad: integers, or with what is computed."""
+    computed = isinstance(value, mil.Var)
     for axis, amounts in enumerate(pairs):
         sides = []
         for amount in amounts:
             shape = c.shape([amount if a == axis else size for a, size in enumerate(c.sizes(x))])
-            sides.append(mb.fill(shape=shape, value=value) if amount else None)
+            side = mb.fill(shape=shape, value=like(x, 1) if computed else value) if amount else None
+            sides.append(mb.mul(x=side, y=value) if computed and amount else side)
         parts = [part for part in (sides[0], x, sides[1]) if part is not None]
         x = mb.concat(values=parts, axis=axis) if len(parts) > 1 else x
     return x
 
 
-def _mirrored(node: ir.Node, x: Any, pairs: list[tuple[int, int]], mode: str) -> Any:
-    """Pads that repeat the values at the edge, which Core ML has for the last two axes alone."""
+def _mirrored(c: Context, node: ir.Node, x: Any, pairs: list[tuple[int, int]], mode: str) -> Any:
+    """Pads that repeat values, which Core ML has for the last two axes alone; along others by the places of these."""
     if x.rank < 2:
         out = mb.pad(x=mb.expand_dims(x=x, axes=[0]), pad=[0, 0, *pairs[0]], mode=mode)
         return mb.squeeze(x=out, axes=[0])
-    inner = [pairs[-2], pairs[-1]]
-    if any(p for pair in pairs[:-2] for p in pair):
-        raise refused(node, f"mode {mode!r} on an axis before the last two")
-    return mb.pad(x=x, pad=[p for pair in inner for p in pair], mode=mode)
+    for axis, pair in enumerate(pairs[:-2]):
+        if not any(pair):
+            continue
+        if not isinstance(x.shape[axis], int | np.integer):
+            raise refused(node, f"mode {mode!r} on an axis of free size before the last two")
+        places = np.pad(np.arange(int(x.shape[axis])), pair, "edge" if mode == "replicate" else "reflect")
+        x = mb.gather(x=x, indices=places.astype(np.int32), axis=axis, **unchecked(c))
+    inner = [p for pair in pairs[-2:] for p in pair]
+    return mb.pad(x=x, pad=inner, mode=mode) if any(inner) else x
+
+
+def _computed(c: Context, node: ir.Node) -> bool:
+    """Whether the value of the pads is known at run time alone."""
+    return c.has(node, 2) and c.known(node, 2) is None
 
 
 def _fill(c: Context, node: ir.Node, x: Any) -> Any:
     value = c.known(node, 2)
-    if c.has(node, 2) and value is None:
-        raise refused(node, "the value of the pads is computed at run time")
     number = 0 if value is None else value.reshape(-1)[0]
     return like(x, number) if is_float(x) or x.dtype == types.int32 else number
 

@@ -464,6 +464,22 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         n = Shape<start = 0, end = 1>(z) ends = Concat<axis = 0>(n, last) y = Slice(x, begin, ends) }""",
         {},
     ),
+    "small integers, the largest of a window and repeated": (
+        """(uint8[1, 2, 4, 4] x, int8[1, 2, 4, 4] z, float[1, 2, 4, 4] f) => (uint8[1, 2, 2, 2] a, int8[1, 2, 2, 2] b, uint8[1, 2, 8, 8] c,
+        int8[1, 2, 6, 6] d, float[1, 2, 2, 2] e, int32[1, 2, 8, 8] g)
+        <float[4] twice = {1, 1, 2, 2}, float[4] more = {1, 1, 1.5, 1.5}, float s = {0.05}, uint8 u = {120}> {
+        a = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x) b = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(z)
+        c = Resize<mode = "nearest">(x, , twice) d = Resize<mode = "nearest">(z, , more)
+        q = QuantizeLinear(f, s, u) m = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(q) e = DequantizeLinear(m, s, u)
+        i = Cast<to = 6>(x) g = Resize<mode = "nearest">(i, , twice) }""",
+        {},
+    ),
+    "padded with what is computed, and mirrored along early axes": (
+        """(float[4, 3, 5] x, float v, int64[2, 3] i, int64 n) => (float[4, 4, 7] a, int64[2, 5] b, float[7, 3, 6] c, float[6, 4, 5] d)
+        <int64[6] p = {0, 1, 0, 0, 0, 2}, int64[4] q = {0, 1, 0, 1}, int64[6] r = {2, 0, 0, 1, 0, 1}, int64[6] t = {1, 0, 0, 1, 1, 0}> {
+        a = Pad(x, p, v) b = Pad(i, q, n) c = Pad<mode = "reflect">(x, r) d = Pad<mode = "edge">(x, t) }""",
+        {},
+    ),
     "integers of the caller's": (
         """(uint8[N, 4] x, int8[N, 4] z) => (float[N, 4] a, float[N, 4] b) <float s = {0.05}, uint8 u = {120}, int8 i = {-3}> {
         a = DequantizeLinear(x, s, u) b = DequantizeLinear(z, s, i) }""",
@@ -512,6 +528,45 @@ def test_a_factor_and_an_offset_of_each_channel_are_no_norm_with_an_epsilon(tmp_
         **_weights({"s": (4, 1, 1), "o": (4, 1, 1)}),
     )
     _compare(model, tmp_path, tolerance=5e-7)
+
+
+def test_blocks_of_which_the_last_is_not_full_are_as_long_as_the_model_says(tmp_path):
+    """Eighteen rows in blocks of 12 are 12 and 6, not twice 9."""
+    random = np.random.default_rng(0)
+    text = "(float[N, 18] x) => (float[N, 6] y) { d = DequantizeLinear<axis = 0, block_size = 12>(w, s, z) y = MatMul(x, d) }"
+    model = parse(
+        HEAD % (21, text),
+        w=random.integers(-8, 8, (18, 6)).astype(np.int8),
+        s=random.uniform(0.01, 0.2, (2, 6)).astype(np.float32),
+        z=random.integers(-2, 2, (2, 6)).astype(np.int8),
+    )
+    _compare(model, tmp_path)
+
+
+OLDEST = {
+    "small integers": """(uint8[N, 3] x) => (float[M, 3] y) <uint8[1, 3] c = {3, 0, 5}> {
+      a = Max(x, c) b = Concat<axis = 0>(a, c) d = Where(m, b, c) y = Cast<to = 1>(d) }""",
+    "half": """(float16[5, 2, 3] x, float16[1, 2, 4] h) => (float16[5, 1, 2, 4] y, float16[1, 2, 4] z) {
+      y, z = LSTM<hidden_size = 4>(x, w, r, , , h) }""",
+    "spectra": """(float16[2, 64] x) => (float16[2, 4, 9, 2] y) <int64 s = {16}, int64 n = {16}> {
+      y = STFT<onesided = 1>(x, s, , n) }""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLDEST)
+def test_ios_16_computes_the_same_with_the_types_that_it_has(name, tmp_path):
+    from optkit.backends.coreml.lower import CoreMlOptions
+
+    random = np.random.default_rng(0)
+    given = {
+        "w": random.normal(size=(1, 16, 3)).astype(np.float16), "r": random.normal(size=(1, 16, 4)).astype(np.float16),
+        "m": np.array([True, False, True]),
+    }  # fmt: skip
+    model = parse(
+        HEAD % (21, OLDEST[name]),
+        **{k: v for k, v in given.items() if f"{k}," in OLDEST[name] or f"({k}," in OLDEST[name]},
+    )
+    _compare(model, tmp_path, CoreMlOptions(deployment="iOS16"), tolerance=4e-3)
 
 
 HALVES = (

@@ -17,6 +17,7 @@ from optkit.backends import BACKENDS
 from optkit.cli import main
 from optkit.compiler import request
 from optkit.errors import DataError, ModelError, RecipeError, UnsupportedOpError, UsageError
+from optkit.graph import walk
 from optkit.legalize import legalize
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe, validated
@@ -625,16 +626,21 @@ def test_metadata_is_kept(tmp_path):
 def test_everything_that_core_ml_lacks_is_listed_at_once():
     model = parse(
         HEAD
-        + """g (float[2, 2] x, float[1, 1, 4, 4] p) => (float[] d, float[] e, float[] f, float[] i, float[] m, int64[] n, float[] o) <bool t = {1}> {
+        + """g (float[2, 2] x, float[1, 1, 4, 4] p, float[5, 2, 3] u, uint8[1, 1, 4, 4] v) => (float[] d, float[] e, float[] f, float[] i, float[] m, int64[] n, float[] o, float[] a, uint8[] b) <bool t = {1}, int32[2] lengths = {5, 3}> {
         d = Det(x) e = MaxPool<kernel_shape = [2, 2], dilations = [2, 2]>(p) f = Resize<coordinate_transformation_mode = "tf_crop_and_resize">(p, , s)
-        i = Einsum<equation = "ii">(x) m, n = MaxPool<kernel_shape = [2, 2]>(p) o = Dropout(x, , t) }""",
+        i = Einsum<equation = "ii">(x) m, n = MaxPool<kernel_shape = [2, 2]>(p) o = Dropout(x, , t)
+        a = GRU<hidden_size = 4>(u, w, r, , lengths) b = Resize<mode = "linear">(v, , s) }""",
         s=np.ones(4, np.float32),
+        w=np.ones((1, 12, 3), np.float32),
+        r=np.ones((1, 12, 4), np.float32),
     )
     with pytest.raises(UnsupportedOpError) as found:
         legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
     text = str(found.value)
     for part in (
-        "6 unsupported",
+        "8 unsupported",
+        "sequences that are shorter than the input, of 5 steps: [5, 3]",
+        "'linear' of uint8",
         "pooling gives no indices",
         "it drops at random: training_mode is not off",
         "no translation of Det",
@@ -651,7 +657,7 @@ def test_quantized_activations_need_ios_17(tmp_path):
         + """g (float[2, 4] x) => (float[2, 4] y, float[2, 4] z) <float s = {0.1}, int8 o = {0}> {
         q = QuantizeLinear(x, s, o) y = DequantizeLinear(q, s, o) p = QuantizeLinear(y, s, o) z = DequantizeLinear(p, s, o) }"""
     )
-    with pytest.raises(UnsupportedOpError, match="2 unsupported") as found:
+    with pytest.raises(UnsupportedOpError, match="4 unsupported") as found:
         _lower(model, tmp_path, deployment="iOS16")
     assert "needs iOS 17, the package is for iOS 16" in str(found.value)
     _lower(model, tmp_path, deployment="iOS17").close()
@@ -693,6 +699,32 @@ def test_what_cannot_be_written_is_said(graph, message, tmp_path):
     big = {"big": np.array([1 << 40, 0])} if "big" in graph else {}
     with pytest.raises(ModelError, match=message):
         _lower(parse(HEAD + graph, **big), tmp_path)
+
+
+def test_nodes_that_turn_out_not_to_fit_are_listed_at_once_with_those_of_bodies(tmp_path):
+    model = parse(
+        HEAD
+        + """g (float[n, 4] x, int64[2] s, bool on) => (float[] y, float[2, 2] z, float[4] o, int64[2] b) {
+        r = ReduceSum(x, s) y = Relu(r) z = Reshape(x, s) f = Flatten<axis = 0>(x) b = Add(s, big)
+        o = If(on)<then_branch = t () => (float[4] p) { h = ReduceMax(x, s) p = Reshape(h, four) },
+                   else_branch = e () => (float[4] q) { q = ReduceMin<keepdims = 0>(x, first) }> }""",
+        big=np.array([1 << 40, 0]),
+        first=np.array([0]),
+        four=np.array([4]),
+    )
+    for node in walk(model):
+        if node.op_type == "ReduceMax":
+            node.metadata_props.update({"optkit.module": "head.max", "optkit.source": "net.py:7"})
+    with pytest.raises(ModelError) as found:
+        _lower(model, tmp_path)
+    text = str(found.value)
+    for part in (
+        "3 nodes do not fit",
+        "(ReduceSum): the axes of a reduction are computed at run time",
+        "(ReduceMax: head.max, net.py:7): the axes of a reduction",
+        "(Add): the constant 'big' holds integers beyond 32 bits",
+    ):
+        assert part in text, text
 
 
 ENDLESS = """g (float[4] x, bool on) => (float[4] y) <bool yes = {1}> {
