@@ -54,13 +54,28 @@ def _unary(c: Context, node: ir.Node) -> Any:
     x = wide(c.input(node, 0))
     if node.op_type == "Relu" and not is_float(x):
         return mb.maximum(x=x, y=np.int32(0))
-    return getattr(mb, _UNARY[node.op_type])(x=x)
+    return _wrapped(node, getattr(mb, _UNARY[node.op_type])(x=x))
+
+
+_SIGNED = {ir.DataType.INT8: 128, ir.DataType.INT16: 1 << 15}
+_UNSIGNED = {ir.DataType.UINT8: 256, ir.DataType.UINT16: 1 << 16}
+
+
+def _wrapped(node: ir.Node, x: Any) -> Any:
+    """Integers of 8 or 16 bits start again beyond the last, and are computed with in int32."""
+    kind = node.outputs[0].dtype
+    if kind in _UNSIGNED:
+        return mb.mod(x=x, y=np.int32(_UNSIGNED[kind]))
+    if kind in _SIGNED:
+        half = np.int32(_SIGNED[kind])
+        return mb.sub(x=mb.mod(x=mb.add(x=x, y=half), y=2 * half), y=half)
+    return x
 
 
 @emits(*_BINARY)
 def _binary(c: Context, node: ir.Node) -> Any:
     x, y = (wide(v) for v in c.inputs(node))
-    return getattr(mb, _BINARY[node.op_type])(x=x, y=y)
+    return _wrapped(node, getattr(mb, _BINARY[node.op_type])(x=x, y=y))
 
 
 @emits("Equal")
@@ -136,7 +151,7 @@ def _power(c: Context, node: ir.Node) -> Any:
 @emits("Neg")
 def _negate(c: Context, node: ir.Node) -> Any:
     x = wide(c.input(node, 0))
-    return mb.mul(x=x, y=like(x, -1))
+    return _wrapped(node, mb.mul(x=x, y=like(x, -1)))
 
 
 @emits("Log")

@@ -530,6 +530,31 @@ def test_a_factor_and_an_offset_of_each_channel_are_no_norm_with_an_epsilon(tmp_
     _compare(model, tmp_path, tolerance=5e-7)
 
 
+def test_small_integers_start_again_beyond_the_last(tmp_path):
+    from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
+
+    operators = {"Add": "x, z", "Sub": "z, x", "Mul": "x, x", "Neg": "z", "Abs": "z"}
+    inputs = ("uint8[4] x", "uint8[4] z", "int8[4] s", "int8[4] t")
+    nodes, outputs = [], []
+    for kind, (x, z) in (("uint8", "xz"), ("int8", "st")):
+        for i, (op, read) in enumerate(operators.items()):
+            if kind == "uint8" and read == "z":
+                continue
+            y = f"{x}{i}"
+            nodes.append(f"{y} = {op}({read.translate(str.maketrans('xz', x + z))}) {y}f = Cast<to = 1>({y})")
+            outputs.append(f"float[4] {y}f")
+    model = parse(HEAD % (21, f"({', '.join(inputs)}) => ({', '.join(outputs)}) {{ {' '.join(nodes)} }}"))
+    feeds = {
+        "x": np.array([200, 100, 255, 1], np.uint8), "z": np.array([1, 2, 3, 0], np.uint8),
+        "s": np.array([-128, 100, 127, -3], np.int8), "t": np.array([-128, 127, 5, 1], np.int8),
+    }  # fmt: skip
+    CoreMl().lower(model, PHONE, CoreMlOptions(), tmp_path)
+    with CoreMl().load(tmp_path, PHONE, CoreMlOptions()) as session:
+        found = session.run(feeds)
+    for key, expected in ReferenceSession(model, optimize=False).run(feeds).items():
+        np.testing.assert_array_equal(found[key], expected, err_msg=key)
+
+
 def test_blocks_of_which_the_last_is_not_full_are_as_long_as_the_model_says(tmp_path):
     """Eighteen rows in blocks of 12 are 12 and 6, not twice 9."""
     random = np.random.default_rng(0)
