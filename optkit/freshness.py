@@ -174,12 +174,28 @@ def check(run: Run, trials: Sequence[Trial], *, name: str, lossy: bool) -> None:
             if difference > limit:
                 if before is not None and _same(found, before[1][key]):
                     raise ModelError(f"{where} still holds what the call before gave, with {before[0]}")
-                raise ModelError(f"{where} differs from the reference by {difference:.0%} of its size")
+                if difference == np.inf:
+                    raise ModelError(
+                        f"{where} is finite at other places than the reference", hint=_hint(lossy=lossy)
+                    )
+                what = f"{where} differs from the reference by {difference:.0%} of its size"
+                raise ModelError(what, hint=_hint(lossy=lossy))
             if trial is trials[0] and key in first and _difference(found, first[key]) > _AGAIN:
                 raise ModelError(f"{where} is not what the same input gave before another shape was run")
         if trial is trials[0]:
             first = first or outputs
         before = (trial, outputs)
+
+
+def _hint(*, lossy: bool) -> str:
+    """What to do about wrong numbers."""
+    find = "to find the node, compile the model cut off behind one (onnx.utils.extract_model)"
+    if lossy:
+        return f"-p fp32 keeps the numbers, another recipe may be nearer (optkit recipe list); {find}"
+    return (
+        "another --backend may compute it; the mistake is optkit's or the runtime's, "
+        f"so please report it with the model; {find}"
+    )
 
 
 def _other_size(found: np.ndarray, trial: Trial, key: str) -> bool:
