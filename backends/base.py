@@ -109,10 +109,17 @@ Mark = Callable[[str, bool], None]
 
 
 class Session(ABC):
-    """A loaded artifact."""
+    """A loaded artifact.
+
+    Attributes:
+        inputs: What each run takes.
+        outputs: What it gives.
+        kept: Inputs of the model that the artifact keeps from run to run; they are set where all of them are given.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    kept: tuple[TensorSpec, ...] = ()
 
     @abstractmethod
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -121,6 +128,9 @@ class Session(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give memory and files back."""
+
+    def reset(self) -> None:  # noqa: B027  (most keep nothing)
+        """Forget what is kept from run to run, as in front of another sequence."""
 
     def takes(self, feeds: Mapping[str, np.ndarray]) -> bool:
         """Whether it was built for inputs of these sizes; a runtime that fixes sizes says no to others."""

@@ -134,8 +134,13 @@ class Artifact:
             return self._session.run(feeds)
         except ModelError:
             # Where the shapes are to blame, name the axis.
-            validate(feeds, self._session.inputs)
+            kept = [s for s in self._session.kept if s.name in feeds]
+            validate(feeds, (*self._session.inputs, *kept))
             raise
+
+    def reset(self) -> None:
+        """Let ``run`` begin another sequence, where the artifact keeps states from run to run."""
+        self._session.reset()
 
     def run_all(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
         """The outputs of every batch, in order, with as many requests at the same time as the artifact has streams."""

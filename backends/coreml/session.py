@@ -30,6 +30,7 @@ class PackageSession(Session):
         self.interface = Interface.read(folder)
         self.inputs = tuple(p.spec for p in self.interface.inputs if not p.state)
         self.outputs = tuple(p.spec for p in self.interface.outputs if not p.state)
+        self.kept = tuple(p.spec for p in self.interface.inputs if p.state)
 
     @abstractmethod
     def compute(self, features: dict[str, np.ndarray]) -> Mapping[str, Any]:
@@ -121,9 +122,6 @@ class PackageSession(Session):
         except DataError:
             return False
         return True
-
-    def reset(self) -> None:
-        """Forget the state, where the package keeps one."""
 
 
 def _array(port: Port, found: Mapping[str, Any]) -> np.ndarray:

@@ -59,7 +59,8 @@ def evaluate(
                 one = stack.enter_context(opened(name, predict=True))
                 if one.predicted is not None:
                     said[name] = f"predicted for {one.target}: {one.predicted}"
-                scores.append(_scores(terminal, judge.checked(one.inputs), one.name, one.run))
+                checked = judge.checked((*one.inputs, *one.kept))
+                scores.append(_scores(terminal, checked, one.name, one.run))
     *before, after = scores
     for name, words in said.items():
         terminal.say(f"{name}: {words}")

@@ -29,6 +29,7 @@ class Opened:
     Attributes:
         name: As the user wrote it.
         inputs: What it takes.
+        kept: Inputs of the model that an artifact keeps from run to run; samples give them as they do for the model.
         run: Takes a batch, gives all outputs.
         target: What an artifact was compiled for; None for a model.
         predicted: What was done to give the numbers of that target on this machine; None where nothing was.
@@ -37,6 +38,7 @@ class Opened:
     name: str
     inputs: Sequence[TensorSpec]
     run: Run
+    kept: Sequence[TensorSpec] = ()
     target: str | None = None
     predicted: str | None = None
 
@@ -72,7 +74,8 @@ def opened(
         shared = None if streams is not None else threads
         with artifact.session(threads=shared, streams=streams, predict=predict) as session:
             yield Opened(
-                name=model, inputs=session.inputs, run=admitted(session) if predict else session.run, target=artifact.manifest.target, predicted=said
+                name=model, inputs=session.inputs, run=admitted(session) if predict else session.run, kept=session.kept,
+                target=artifact.manifest.target, predicted=said,
             )  # fmt: skip
         return
     from optkit.data import specs

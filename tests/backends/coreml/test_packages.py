@@ -476,6 +476,31 @@ def test_compile_takes_a_decoder_with_states_and_compares_it_step_by_step(tmp_pa
     x = np.full((2, 8), 0.5, np.float32)
     model = optkit.load(artifact.folder)
     assert [model.run({"x": x})["y"][0, 0] for _ in range(3)] == [0.5, 1.0, 1.5]
+    model.reset()
+    assert [model.run({"x": x})["y"][0, 0] for _ in range(2)] == [0.5, 1.0]
+
+
+def test_eval_holds_a_decoder_with_states_against_its_model_over_the_same_samples(tmp_path, capsys):
+    text = "g (float[1, 4] x, float[1, 4] k) => (float[1, 4] y, float[1, 4] l) { l = Add(x, k) y = Relu(l) }"
+    save(parse(HEAD + text), tmp_path / "m.onnx")
+    out = tmp_path / "out"
+    optkit.compile(
+        tmp_path / "m.onnx", target="iphone15", recipe="coreml-fp32", overrides=["options.states={k: l}"], out=out
+    )  # fmt: skip
+    evaluator = tmp_path / "close.py"
+    evaluator.write_text("""
+import numpy as np
+def samples():
+    for n in range(3):
+        x = np.full((1, 4), n - 1.5, np.float32)
+        yield {"x": x, "k": x * 3}, np.maximum(x * 4, 0)
+def score(outputs, label):
+    return float(np.abs(outputs["y"] - label).max() < 1e-6)
+""")
+    asked = ["eval", str(out), "--eval", str(evaluator), "--against", str(tmp_path / "m.onnx"), "--json"]
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["reference"], found["candidate"], found["n"]) == (1.0, 1.0, 3)
 
 
 @pytest.mark.parametrize(
