@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from optkit.backends.coreml.quiet import sanitizer
 from optkit.backends.coreml.shapes import Axes, keys
 from optkit.data import TensorSpec
-from optkit.errors import ModelError
+from optkit.errors import DataError, ModelError
 from optkit.words import Worded
 
 FILE = "interface.json"
@@ -62,7 +62,26 @@ class Picture(Worded):
 
     def pixels(self, array: np.ndarray) -> np.ndarray:
         """The nearest picture, in whole numbers up to 255, to what the network gets."""
-        found: np.ndarray = np.clip(np.rint((array - self.biases) / np.float32(self.scale)), 0, 255)
+        found: np.ndarray = np.clip(np.rint(self._levels(array)), 0, 255)
+        return found
+
+    def check(self, array: np.ndarray, name: str) -> None:
+        """Refuse what is no picture by more than a level.
+
+        Raises:
+            DataError: Values lie beyond those of all pixels.
+        """
+        levels = self._levels(array)
+        if levels.size and not (levels.min() > -1 and levels.max() < 256):
+            bias = ", ".join(f"{b:g}" for b in self.bias)
+            raise DataError(
+                f"input {name!r} holds {array.min():.4g} to {array.max():.4g}, which no picture gives as pixel * {self.scale:g} + "
+                f"({bias}): pixels would be {levels.min():.4g} to {levels.max():.4g}",
+                hint="give what the network gets, not pixels; if that is what was given, correct options.pictures",
+            )
+
+    def _levels(self, array: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (array - self.biases) / np.float32(self.scale)
         return found
 
     def values(self, pixels: np.ndarray) -> np.ndarray:

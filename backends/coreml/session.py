@@ -80,6 +80,7 @@ class PackageSession(Session):
         if wide and (array.min() < _INT32.min or array.max() > _INT32.max):
             raise DataError(f"input {port.name!r} holds integers beyond 32 bits, and Core ML has none")
         if port.picture is not None:
+            port.picture.check(array, port.name)
             array = port.picture.pixels(array)
         array = array.reshape(1) if port.scalar else array
         return np.ascontiguousarray(array.astype(_KINDS[port.stored], copy=False))

@@ -542,6 +542,11 @@ def test_a_picture_is_what_the_network_gets_after_scale_and_bias(tmp_path):
     with _lower(model, tmp_path, pictures={"x": picture}) as session:
         pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 4, 4))
         _same(model, session, {"x": (pixels / 127.5 - 1).astype(np.float32)})
+        for wrong in (pixels, np.full(pixels.shape, np.nan)):
+            with pytest.raises(
+                DataError, match=r"input 'x' holds .* which no picture gives as pixel \* 0.00784"
+            ):
+                session.run({"x": wrong.astype(np.float32)})
     assert _description(tmp_path).input[0].type.WhichOneof("Type") == "imageType"
 
 
