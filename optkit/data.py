@@ -616,7 +616,7 @@ _INDICES = 2
 
 
 def draw(model: ir.Model, rng: np.random.Generator, sizes: Mapping[str, int] | int = 1) -> Feeds:
-    """One batch from the input specification alone: floats from N(0, 1), small integers, masks of ones.
+    """One batch from the input specification alone: floats from N(0, 1), small integers, masks of ones, booleans of both kinds.
 
     Args:
         sizes: For the free axes by symbol, or one for all; a symbol that is not listed gets 1. Of a sum such as
@@ -648,6 +648,10 @@ def drawn(
         array = rng.standard_normal(shape, np.float32)
     elif kind == "integer" and "mask" not in spec.name.lower():
         array = rng.integers(0, bound or _INDICES, shape)
+    elif kind == "bool" and shape and shape[-1] > 1:
+        # A key may be hidden by True as well as by False, and a query that sees no key computes NaN.
+        array = rng.integers(0, 2, shape)
+        array[..., 0], array[..., -1] = 1, 0
     else:
         array = np.ones(shape)
     return np.asarray(array).astype(spec.dtype)

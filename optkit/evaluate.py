@@ -380,12 +380,16 @@ class Fidelity:
 
 
 def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.ndarray]]) -> Fidelity:
-    """Run both on every batch and compare output by output."""
+    """Run both on every batch and compare output by output.
+
+    Raises:
+        DataError: There is no batch, or no number in all that the reference computes.
+    """
     cosines: dict[str, list[float]] = {}
     equal: list[float] = []
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}
-    same = rows = n = 0
+    same = rows = n = numbers = missing = 0
     largest, shapes_equal = 0.0, True
     for feeds in batches:
         n += 1
@@ -398,6 +402,7 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
             if not a.size:
                 continue
             if a.dtype.kind != "f":
+                numbers += a.size
                 matches = int((a == b).sum())
                 rows, same = rows + a.size, same + matches
                 equal.append(matches / a.size)
@@ -406,6 +411,7 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
                 rows, same = rows + math.prod(a.shape[:-1]), same + int((a.argmax(-1) == b.argmax(-1)).sum())
             x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
             finite = np.isfinite(x)
+            numbers, missing = numbers + int(finite.sum()), missing + int((~finite).sum())
             # Masks and padding may be infinite or NaN: as long as they stay so, the other values count.
             kept = np.array_equal(x[~finite], y[~finite], equal_nan=True) and bool(
                 np.isfinite(y[finite]).all()
@@ -422,6 +428,11 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
             noise[name] = noise.get(name, 0.0) + float((x - y) @ (x - y))
     if not n:
         raise DataError("there is not one batch to compare the outputs on")
+    if missing and not numbers:
+        raise DataError(
+            "all that the reference computes is NaN or infinite: there is nothing to compare",
+            hint="--calib DATA gives inputs from which it computes numbers",
+        )
     ratio = [_decibels(signal[name], noise[name]) for name in signal]
     # Where all outputs are integers, class numbers say, the share of equal ones takes the place of the cosine.
     means = [float(np.mean(c)) for c in cosines.values()] or [float(np.mean(equal)) if equal else 1.0]

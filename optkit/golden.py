@@ -52,7 +52,7 @@ def write(
         sizes: Of the free axes, by symbol.
 
     Raises:
-        ModelError: The graph does not run with inputs of these sizes.
+        ModelError: The graph does not run with inputs of these sizes, or computes no number from what was drawn.
     """
     folder.mkdir()
     random = np.random.default_rng(seed)
@@ -60,14 +60,23 @@ def write(
     plain = _one_by_one(file)
     for index, free in enumerate(sizes):
         feeds = draw(model, random, free)
-        try:
-            found = session.run(feeds)
-        except ModelError as error:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        # Where there is one key alone, False may be what shows it.
+        for turned in (feeds, {k: ~v if v.dtype == bool else v for k, v in feeds.items()}):
+            try:
+                feeds, found = turned, session.run(turned)
+            except ModelError as error:
+                shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+                raise ModelError(
+                    f"the graph does not run with {shapes}: {error}",
+                    hint="sizes of free axes are set with --set options.sizes.AXIS=[smallest, usual, largest]",
+                ) from error
+            if any(map(_numbers, found.values())):
+                break
+        else:
             raise ModelError(
-                f"the graph does not run with {shapes}: {error}",
-                hint="sizes of free axes are set with --set options.sizes.AXIS=[smallest, usual, largest]",
-            ) from error
+                "all that the graph computes from inputs drawn at random is NaN or infinite: no device can be held against that",
+                hint="export it so that it computes numbers from any input of the stated types",
+            )
         arrays = {f"in:{k}": v for k, v in feeds.items()} | {f"out:{k}": v for k, v in found.items()}
         with (folder / f"{index:03d}.npz").open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)
@@ -78,6 +87,10 @@ def write(
         if one is not None:
             one.close()
     return apart
+
+
+def _numbers(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" or not array.size or bool(np.isfinite(array).any())
 
 
 def _one_by_one(file: Path) -> ReferenceSession | None:

@@ -26,6 +26,8 @@ from optkit.data import (
     validate,
 )
 from optkit.errors import DataError
+from optkit.reference import ReferenceSession
+from optkit.testing import parse
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -173,6 +175,20 @@ def test_random_data_must_be_asked_for_and_is_marked():
     assert data.digest() != CalibrationData.load("random", _model(), seed=4).digest()
     with pytest.raises(DataError, match="needs the model"):
         CalibrationData.load("random")
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_booleans_leave_every_query_keys_to_see_whichever_of_the_two_hides(hides):
+    taken = "NEG, s" if hides else "s, NEG"
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[B, 4, 8] s, bool[B, 1, 8] m) => (float[B, 4, 8] y) '
+        f"{{ w = Where (m, {taken}) y = Softmax (w) }}",
+        NEG=np.float32(-np.inf),
+    )
+    feeds = draw(model, np.random.default_rng(0), 50)
+    session = ReferenceSession(model)
+    assert np.isfinite(session.run(feeds)["y"]).all()
+    session.close()
 
 
 def test_random_indices_stay_inside_the_table_they_index():

@@ -439,6 +439,14 @@ def test_the_largest_difference_is_a_share_of_the_range_in_its_batch():
     assert _fidelity(_outputs(wide), _outputs(wide * np.nan)).largest == np.inf
 
 
+def test_outputs_without_a_number_are_no_agreement():
+    nothing = np.full((2, 3), np.nan, np.float32)
+    with pytest.raises(DataError, match="nothing to compare"):
+        _fidelity(_outputs(nothing, nothing), _outputs(nothing, nothing))
+    some = np.where(np.eye(2, 3) > 0, 1, nothing)
+    assert _fidelity(_outputs(nothing, some), _outputs(nothing, some)).cosine == pytest.approx(1)
+
+
 def test_the_worst_output_counts():
     good, bad = np.float32([1, 2, 3]), np.float32([3, -2, 1])
     found = _fidelity([{"a": good, "b": good}], [{"a": good, "b": bad}])

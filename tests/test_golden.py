@@ -74,3 +74,16 @@ def test_sizes_that_do_not_run_are_named(tmp_path):
     text = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 8] x, float[M, 8] r) => (float[N, 8] y) { y = Add(x, r) }'
     with pytest.raises(ModelError, match=r"does not run with x \[2, 8\], r \[3, 8\]"):
         written(tmp_path, text, [{"N": 2, "M": 3}])
+
+
+def test_outputs_without_a_number_are_no_golden_outputs(tmp_path):
+    text = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 8] x) => (float[N, 8] y) { a = Abs(x) b = Neg(a) y = Log(b) }'
+    with pytest.raises(ModelError, match="is NaN or infinite"):
+        written(tmp_path, text, [{"N": 2}])
+
+
+def test_a_mask_of_one_key_shows_it_whichever_boolean_does(tmp_path):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 4, K] s, bool[N, 1, K] m) => (float[N, 4, K] y) { w = Where (m, hidden, s) y = Softmax (w) }"""
+    written(tmp_path, text, [{"N": 2, "K": 1}], hidden=np.float32(-np.inf))
+    assert (batch(tmp_path / "golden" / "000.npz")[1]["y"] == 1).all()
