@@ -43,6 +43,23 @@ _FAMILIES = {
 _VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Dropout"})
 # These read some elements of what they are given: as many as they give.
 _PARTIAL = frozenset({"Gather", "GatherElements", "GatherND", "Slice"})
+# Of what these are given, only what others read of their outputs has to be read.
+_PASSING = _PARTIAL | frozenset(
+    {
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Identity",
+        "Cast",
+        "Transpose",
+        "Split",
+        "Concat",
+        "Expand",
+    }
+)
+# Of their first operand these change some elements, which can be done where it lies.
+_WRITING = frozenset({"ScatterND", "ScatterElements"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +87,14 @@ class Costs:
             depend on free axes.
         seen: The share of multiply-accumulates that is of keys that are seen, where that is not all.
         weights: Bytes of constants that products read, by the constant.
-        outside: Bytes of inputs and outputs; None where they depend on free axes.
+        outside: Bytes that are read of inputs and written of outputs, by name; None where they depend on free axes.
     """
 
     nodes: Mapping[str, Cost]
     operations: Mapping[str, int] | None
     seen: Mapping[ir.Node, Fraction]
     weights: Mapping[ir.Value, float]
-    outside: int | None
+    outside: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +122,8 @@ class Floor:
     Attributes:
         compute: Seconds of all operations.
         memory: Seconds of the bytes that no cache keeps.
-        bytes: Of weights that products read, inputs and outputs, each once: as if everything were fused.
+        bytes: Of weights that products read, what is read of inputs and written of outputs, each once: as if everything were
+            fused, and caches that grow or are written to stayed where they are.
         intensity: Operations for each of those bytes.
     """
 
@@ -232,9 +250,60 @@ def format_in(node: ir.Node, precision: str | None) -> str:
     return WEIGHTS[precision][0] if weighted or precision in ("fp32", "bf16") else "fp16"
 
 
-def _outside(model: ir.Model, precision: str | None) -> int | None:
-    sizes = [size(v, precision) for v in (*model.graph.inputs, *model.graph.outputs)]
-    return None if None in sizes else math.ceil(sum(s for s in sizes if s is not None))
+def _outside(model: ir.Model, precision: str | None) -> dict[str, float] | None:
+    executed, graph = frozenset(once(model.graph)), model.graph
+    shares = {v: _read(v, executed) for v in graph.inputs if not v.is_initializer()} | {
+        v: _written(v) for v in graph.outputs
+    }
+    found: dict[str, float] = {}
+    for value, count in shares.items():
+        whole, all_ = size(value, precision), elements(value.shape)
+        if count is None or (count and (whole is None or all_ is None)):
+            return None
+        found[str(value.name)] = count * (whole or 0.0) / (all_ or 1)
+    return found
+
+
+def _read(value: ir.Value, executed: frozenset[ir.Node], *, output: bool = True) -> int | None:
+    """Elements that have to be read of ``value``; None where that depends on free axes."""
+    count, total = elements(value.shape), 0
+    if output and value.is_graph_output():
+        return count
+    for node, index in value.uses():
+        if node not in executed or node.op_type in ("Shape", "Size"):
+            continue
+        part = count
+        if node.domain == "" and node.op_type in _PASSING and (index == 0 or node.op_type == "Concat"):
+            parts = [_read(v, executed) for v in node.outputs]
+            part = None if None in parts else sum(p for p in parts if p is not None)
+        elif node.domain == "" and node.op_type in _WRITING and index == 0:
+            part = _read(node.outputs[0], executed, output=False)
+        if part is None:
+            return None
+        total += part
+    return total if count is None else min(count, total)
+
+
+def _written(value: ir.Value) -> int | None:
+    """Elements that have to be written of an output; None where that depends on free axes."""
+    node, count = value.producer(), elements(value.shape)
+    if node is None or count is None:
+        return count
+    if node.domain == "" and node.op_type in _WRITING and _given(node.inputs[0]):
+        return elements(node.inputs[2].shape) if node.inputs[2] is not None else count
+    if node.op_type == "GroupQueryAttention" and value in node.outputs[1:3] and value.shape is not None:
+        # Keys and values are put behind those of before; runtimes have both in one buffer.
+        past, q = node.inputs[3] if len(node.inputs) > 3 else None, node.inputs[0]
+        if past is not None and _given(past) and q is not None and q.shape is not None:
+            whole, new = value.shape[-2], q.shape[1]
+            return (
+                count // whole * min(whole, new) if isinstance(whole, int) and isinstance(new, int) else None
+            )
+    return count
+
+
+def _given(value: ir.Value | None) -> bool:
+    return value is not None and value.is_graph_input() and not value.is_initializer()
 
 
 def _cost(node: ir.Node, precision: str | None) -> Cost:
@@ -339,7 +408,7 @@ def floor(
     """
     if found.operations is None or found.outside is None:
         return None
-    moved = int(sum(found.weights.values())) + found.outside
+    moved = int(sum(found.weights.values())) + math.ceil(sum(found.outside.values()))
     beyond = max(0.0, moved - kept)
     return Floor(
         compute=sum(count / peak[fmt] for fmt, count in found.operations.items()),

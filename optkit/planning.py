@@ -42,7 +42,7 @@ class Layer:
         nodes: How many are fused into it.
         macs: Of its products, those of keys that no query sees too; 0 where it has none.
         bytes: Read and written by it alone, each value once and in the narrowest type that it has on the way.
-        needed: Of these, weights, inputs and outputs of the model, which no fusion saves.
+        needed: Of these, weights, and what has to be read of inputs and written of outputs of the model, which no fusion saves.
         floor: Seconds of its operations at the peak, of attention those of keys that are seen, or of the part of ``needed`` that the last cache cannot keep.
         low: Seconds, the optimistic end of what is expected: fused, values between layers in the last cache as far as they fit.
         high: Seconds, the pessimistic end: each node launched for itself, each value through memory.
@@ -168,7 +168,7 @@ def _layers(
     target: Target,
     precision: str | None,
 ) -> Iterator[Layer]:
-    moves, counted = _Moves(precision), set[ir.Value]()
+    moves, counted, left = _Moves(precision), set[ir.Value](), dict(found.outside or {})
     for group in _groups(nodes):
         made = [n for n in group if multiplies(n)]
         formats = [format_in(n, precision) for n in made]
@@ -177,11 +177,12 @@ def _layers(
         compute = sum(s * found.seen.get(n, 1) for n, s in zip(made, whole, strict=True))
         own = {v: found.weights[v] for v in weights(made, precision)}
         read, written, inner = moves.of(group, own)
-        outside = [v for v in read if v.is_graph_input() and not v.is_initializer()]
         needed = sum(size_ for v, size_ in own.items() if v not in counted)
-        needed += sum(min(read[v], size(v, precision) or 0) for v in outside if v not in counted)
-        needed += sum(written[v] for v in written if v.is_graph_output())
-        counted.update(own, outside)
+        for v, part in (*read.items(), *written.items()):
+            taken = min(part, left.get(str(v.name), 0.0))
+            needed += taken
+            left[str(v.name)] = left.get(str(v.name), 0.0) - taken
+        counted.update(own)
         moved = sum(own.values()) + sum(read.values()) + sum(written.values())
         call, _, name = group[0].metadata_props.get(CALL, "").partition(" ")
         fused = max(1, sum(not _quiet(n) for n in group))

@@ -71,7 +71,7 @@ def test_the_floor_is_the_slower_of_operations_and_bytes():
 
 def test_outputs_have_the_sizes_that_follow_from_the_inputs():
     model = parse(HEADER + "g (float[2, 3] x) => (float[?, M] y) { y = Relu (x) }")
-    assert costs(model).outside == 2 * 4 * 6
+    assert costs(model).outside == {"x": 4 * 6, "y": 4 * 6}
 
 
 def test_free_axes_leave_costs_open():
@@ -123,3 +123,45 @@ def test_products_between_int8_are_told_apart():
     assert least is not None
     # One byte a weight; the scalars that come from outside count with the inputs.
     assert least.bytes == 12 + 8 + 4 + 1 + 24
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "written"),
+    [
+        # One token of a prompt, in one half of two.
+        (
+            "g (float16[1, 512, 64] x) => (float16[1, 1, 32] y) { t = Transpose <perm = [0, 2, 1]> (x) a, b = Split <axis = 1, num_outputs = 2> (t) "
+            "l = Gather <axis = 2> (b, last) u = Transpose <perm = [0, 2, 1]> (l) y = Relu (u) }",
+            {"x": 2 * 32},
+            {"y": 2 * 32},
+        ),
+        # Pages of a pool, and an input that only gives a size.
+        (
+            "g (float16[4096, 16, 64] x, int64[8] pages, float[8, 999] shaped) => (float16[8, 16, 64] y, int64[2] n) "
+            "{ p = Gather (x, pages) y = Relu (p) n = Shape (shaped) }",
+            {"x": 2 * 8 * 16 * 64, "pages": 8 * 8, "shaped": 0},
+            {"y": 2 * 8 * 16 * 64, "n": 2 * 8},
+        ),
+        # A cache into which a row is written where it lies, and of which all is read.
+        (
+            "g (float16[512, 64] x, float16[1, 64] row, int64[1, 1] at) => (float16[512, 64] cache, float16[1, 64] y) "
+            "{ cache = ScatterND (x, at, row) y = ReduceMax <keepdims = 1> (cache, axis) }",
+            {"x": 2 * 512 * 64, "row": 2 * 64, "at": 8},
+            {"cache": 2 * 64, "y": 2 * 64},
+        ),
+        (
+            "g (float16[1, 1, 512] q, float16[1, 1, 128] k, float16[1, 1, 128] v, float16[1, 2, 1023, 64] x, float16[1, 2, 1023, 64] z, "
+            "int32[1, 1] n, int32 t) => (float16[1, 1, 512] y, float16[1, 2, 1024, 64] a, float16[1, 2, 1024, 64] b) "
+            "{ y, a, b = com.microsoft.GroupQueryAttention <num_heads = 8, kv_num_heads = 2> (q, k, v, x, z, n, t) }",
+            {"q": 1024, "k": 256, "v": 256, "x": 2 * 2 * 1023 * 64, "z": 2 * 2 * 1023 * 64, "n": 4, "t": 4},
+            {"y": 1024, "a": 2 * 2 * 64, "b": 2 * 2 * 64},
+        ),
+    ],
+)  # fmt: skip
+def test_of_inputs_what_is_read_counts_and_of_outputs_what_is_written(text, read, written):
+    import numpy as np
+
+    source = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n' + text
+    constants = {"last": np.array([511]), "axis": np.array([0])}
+    model = parse(source, **{k: v for k, v in constants.items() if f"{k})" in text})
+    assert costs(model).outside == read | written

@@ -93,6 +93,16 @@ def test_the_floor_is_the_longer_of_all_operations_and_all_bytes_and_not_above_t
         assert layer.floor <= layer.low <= layer.high
 
 
+def test_the_floor_is_not_that_of_a_pool_of_which_pages_are_read():
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float16[100000, 64] pool, int64[8] pages) => (float16[8, 32] y) { x = Gather (pool, pages) y = MatMul (x, w) }
+    """
+    found = plan(parse(text, w=np.ones((64, 32), np.float16)), COLD)
+    assert found.least.bytes == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 8 * 8
+    assert [layer.needed for layer in found.layers] == [found.least.bytes - 8 * 8]
+
+
 def test_what_the_last_cache_holds_is_not_read_from_memory_but_with_cold_caches():
     warm, cold = plan(parse(BLOCK, **GIVEN), H100), plan(parse(BLOCK, **GIVEN), COLD)
     assert (warm.least.bound, warm.least.memory) == ("compute", 0)
