@@ -17,6 +17,7 @@ LAYERS = {
     2: [
         "graph", "origin", "ops", "formats", "microscaling", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
         "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding", "words",
+        "multiplies",
     ],
     3: ["kernels", "training_sharded"],
     4: ["passes", "backends"],
@@ -24,7 +25,7 @@ LAYERS = {
     6: [
         "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compiler", "evaluate",
         "bench", "report", "artifact", "search", "candidate", "repair", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
-        "estimate", "finish", "planning", "multiplies", "seen", "sized", "progress", "workbench",
+        "estimate", "finish", "planning", "seen", "sized", "progress", "workbench",
         "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",
         "functions", "decompositions", "narrowing", "latency_table", "sparsity", "pruning", "torch",
     ],

@@ -26,7 +26,7 @@ from optkit.data import specs
 from optkit.errors import BackendUnavailableError, ModelError, UnsupportedOpError, UsageError
 from optkit.graph import describe, walk
 from optkit.inference import at_shapes
-from optkit.ops import spec
+from optkit.multiplies import macs, multiplies
 from optkit.store import save
 
 if TYPE_CHECKING:
@@ -224,11 +224,7 @@ class TensorRt(Backend):
             logger.warning(
                 "as a proxy, TensorRT-RTX %s built nothing for %s: %s", said.version, capability, said.message
             )
-        formats = {
-            str(n.name): product_format(n)
-            for n in walk(model)
-            if (s := spec(n)) is not None and s.macs is not None
-        }
+        formats = {str(n.name): product_format(n) for n in walk(model) if multiplies(n)}
         record = Record.of(said, engine, formats, capability=capability, proxy=proxy)
         if record.unused:
             shown = ", ".join(sorted({record.products[n] for n in formats if n in record.products}))
@@ -270,14 +266,12 @@ class TensorRt(Backend):
         record = Record.load(path)
         found = []
         for node in walk(model):
-            known = spec(node)
-            macs = known.macs(node) if known is not None and known.macs is not None else None
-            if macs is None:
+            if not multiplies(node) or (count := macs(node)) is None:
                 continue
             shown = None if record is None else record.products.get(str(node.name))
             found.append(
                 Executed(
-                    name=str(node.name), op=node.op_type, macs=macs, seconds=0.0,
+                    name=str(node.name), op=node.op_type, macs=count, seconds=0.0,
                     where="typed graph" if record is None or shown is None else record.where,
                     format=product_format(node) if shown is None else shown,
                 )

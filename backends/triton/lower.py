@@ -27,6 +27,7 @@ from optkit.inference import at_shapes
 from optkit.kernels.base import DOMAIN
 from optkit.kernels.build import need_triton
 from optkit.kernels.gates import LeftOut
+from optkit.multiplies import macs, multiplies
 from optkit.ops import spec
 
 if TYPE_CHECKING:
@@ -203,14 +204,11 @@ class Triton(Backend):
         model = at_shapes(model, {k: v.shape for k, v in feeds.items()})
         found = []
         for node in walk(model):
-            known = spec(node)
-            if (
-                macs := known.macs(node) if known is not None and known.macs is not None else None
-            ) is not None:
+            if multiplies(node) and (count := macs(node)) is not None:
                 found.append(
                     Executed(
                         name=str(node.name), op=node.op_type, where="ONNX on the CPU",
-                        macs=macs, seconds=0.0,
+                        macs=count, seconds=0.0,
                         format=(float_format if node.outputs[0].name in outside else product_format)(node),
                     )
                 )  # fmt: skip

@@ -528,6 +528,23 @@ def test_recurrent_products_count_among_the_formats(tmp_path):
     assert artifact.manifest.achieved.formats["int8"] == pytest.approx(320 / (4480 + 320), abs=1e-4)
 
 
+def test_sums_of_einsum_count_among_the_formats_though_nothing_quantizes_them(tmp_path):
+    random = np.random.default_rng(0)
+    model = parse(
+        HEAD
+        + """g (float[5, 16] x) => (float[5, 3, 8] z) {
+          [router] r = MatMul(x, v)
+          [experts] z = Einsum<equation = "td,edf->tef">(r, w)
+        }""",
+        v=random.normal(size=(16, 16)).astype(np.float32), w=random.normal(size=(3, 16, 8)).astype(np.float32),
+    )  # fmt: skip
+    data = [{"x": random.normal(size=(5, 16)).astype(np.float32)} for _ in range(2)]
+    artifact, _ = optkit.compile(
+        model, target="h100", data=data, recipe="tensorrt-int8", out=tmp_path / "out", overrides=["options.proxy=false"]
+    )  # fmt: skip
+    assert artifact.manifest.achieved.formats == {"fp16": 0.6, "int8": 0.4}
+
+
 # Formats with block scales
 
 BLOCKS = (

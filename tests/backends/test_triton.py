@@ -130,6 +130,17 @@ def test_integers_count_where_a_kernel_multiplies_them(tmp_path):
     assert [(e.format, e.macs) for e in executed] == [("int8", 4 * 64 * 48), ("fp16", 4 * 48 * 7)]
 
 
+def test_sums_of_einsum_count_among_the_formats(tmp_path):
+    found = parse(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float16[4, 16] x) => (float16[4, 3, 8] y) { y = Einsum <equation = "td,edf->tef"> (x, w) }""",
+        w=np.ones((3, 16, 8), np.float16),
+    )
+    save(found, tmp_path / "model.onnx")
+    executed = Triton().executed(tmp_path, H100, TritonOptions(), {"x": np.ones((4, 16), np.float16)})
+    assert [(e.format, e.macs) for e in executed] == [("fp16", 4 * 3 * 8 * 16)]
+
+
 @pytest.mark.needs("triton")
 def test_a_graph_on_integers_of_which_no_kernel_multiplies_any_is_refused(tmp_path):
     found, _ = on_integers(7)
