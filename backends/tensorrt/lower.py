@@ -101,7 +101,7 @@ class TensorRt(Backend):
             BackendUnavailableError: TensorRT-RTX is to compile, and is not installed; or TensorRT is to build here, and it or
                 the device is missing.
         """
-        if target.capability is None:
+        if target.vendor != "nvidia" or target.capability is None:
             raise UsageError(
                 f"TensorRT runs on NVIDIA's GPUs; the target is {target.name}", hint="choose another --target"
             )

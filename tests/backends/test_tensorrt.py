@@ -332,6 +332,11 @@ def test_a_card_that_tensorrt_rtx_has_not_is_refused_where_an_engine_is_asked_fo
     backend.ready(target("l4"), backend.options(mode="bundle"))
 
 
+def test_amd_gpus_are_no_target_of_it(model, batches, tmp_path):
+    with pytest.raises(UsageError, match="NVIDIA's GPUs; the target is mi300x"):
+        optkit.compile(model, target="mi300x", data=batches, recipe="tensorrt-fp16", out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "asked", [{"recipe": "tensorrt-fp16"}, {"backend": "tensorrt"}, {"precision": "fp8"}]
 )
