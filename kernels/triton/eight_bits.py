@@ -11,7 +11,7 @@ import onnx_ir as ir
 from optkit.graph import attribute, constant, scalar
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Problem, Program, format_of, pointer
 from optkit.kernels.triton.drawing import DTYPES
-from optkit.kernels.triton.quantize import grid_miss
+from optkit.kernels.triton.quantize import grid_miss, step_miss
 from optkit.kernels.triton.tiles import Tile, Tiled
 from optkit.rewrite import Match, Rule
 from optkit.targets.gpu import GFX942, Capability
@@ -140,7 +140,7 @@ class _Product(Tiled):
         x: ir.Value,
         w: ir.Value,
         v: ir.Value,
-        o: ir.Value,
+        o: ir.Value | None = None,
         bias: ir.Value | None = None,
     ) -> Match:
         match, y = Match(), root.outputs[0]
@@ -150,10 +150,9 @@ class _Product(Tiled):
         q, s, z = given
         if format_of(q) != self.fmt or format_of(w) != self.fmt:
             return match.fail(f"not known to be {self.fmt}", q)
-        zeros = constant(o)
-        if why := grid_miss(s, z, self.fmt):
+        if why := step_miss(s, self.fmt) if z is None else grid_miss(s, z, self.fmt):
             return match.fail(why, q)
-        if zeros is None or zeros.any():
+        if o is not None and ((zeros := constant(o)) is None or zeros.any()):
             return match.fail("weights with a zero point", w)
         array, scales = constant(w), constant(v)
         if array is None or array.ndim != 2 or scales is None or scales.size not in (1, array.shape[1]):
@@ -179,13 +178,13 @@ class _Product(Tiled):
         x: ir.Value,
         w: ir.Value,
         v: ir.Value,
-        o: ir.Value,
+        o: ir.Value | None = None,
         bias: ir.Value | None = None,
     ) -> Any:
         given = _given(x)
         assert given is not None
         q, s, z = given
-        array, scales, zero = constant(w), constant(v), constant(z)
+        array, scales, zero = constant(w), constant(v), np.zeros(1) if z is None else constant(z)
         assert array is not None and scales is not None and zero is not None
         assert root.outputs[0].dtype is not None
         scale = np.broadcast_to(scales.reshape(-1) * np.float32(scalar(s)), array.shape[1]).astype(np.float32)
@@ -211,15 +210,15 @@ def behind(value: ir.Value, columns: int) -> bool:
     )
 
 
-def _given(x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """Integers, scale and zero point that ``x`` stands for; other products, such as those for keys and values, may read it too."""
+def _given(x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
+    """Integers, scale and, if there is one, zero point that ``x`` stands for; other products, such as those for keys and values, may read it too."""
     node = x.producer()
     if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3 or None in node.inputs:
+    if node is None or node.op_type != "DequantizeLinear":
         return None
-    q, s, z = node.inputs
-    return q, s, z  # type: ignore[return-value]
+    q, s, z = (*node.inputs, None)[:3]
+    return None if q is None or s is None else (q, s, z)
 
 
 def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:

@@ -98,12 +98,17 @@ def grid_problem(node: ir.Node) -> str | None:
     return stored if stored in _STORED and format_of(step) == "fp32" else None
 
 
-def grid_miss(step: ir.Value, zero: ir.Value, stored: str | None) -> str | None:
-    """Why a grid is none that a kernel has, or None."""
+def step_miss(step: ir.Value, stored: str | None) -> str | None:
+    """Why a grid around 0 is none that a kernel has, or None."""
     if stored not in _STORED:
         return "not to int8 or e4m3"
-    if scalar(step) is None:
-        return "no constant step for all elements"
+    return "no constant step for all elements" if scalar(step) is None else None
+
+
+def grid_miss(step: ir.Value, zero: ir.Value, stored: str | None) -> str | None:
+    """Why a grid is none that a kernel has, or None."""
+    if why := step_miss(step, stored):
+        return why
     found = constant(zero)
     if found is None or found.size != 1:
         return "no constant zero point for all elements"

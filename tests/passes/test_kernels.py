@@ -335,6 +335,18 @@ def test_a_linear_layer_of_integers_is_a_kernel_and_its_weights_are_turned(nodes
     )
 
 
+@pytest.mark.parametrize("left_out", ["z", "o", "z o"])
+def test_a_zero_point_that_is_left_out_is_zero(left_out):
+    text = INTEGERS % "y = MatMul (x, m)"
+    for name in left_out.split():
+        text = text.replace(f", {name})", ")")
+    after = check_pass(
+        CallKernels(), parse(text, **INT8), context=H100, ops=["LinearInt8"], atol=1e-4, rtol=1e-4
+    )
+    (node,) = walk(after)
+    assert not node.inputs[3].const_value.numpy().any()
+
+
 def test_products_that_share_their_integers_are_kernels_each():
     nodes = (
         "n = DequantizeLinear <axis = 1> (w2, v, o) f = Cast <to = 10> (x) m16 = Cast <to = 10> (m) n16 = Cast <to = 10> (n) "
