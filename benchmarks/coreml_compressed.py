@@ -80,7 +80,9 @@ def measure(name: str, recipe: str, folder: Path) -> dict[str, Any]:
 
 def _again(artifact: Artifact, path: Path, file: Path, limit: Budget, found: AccuracyRecord) -> Comparison:
     """What ships on as many samples as should decide its limit; an evaluator may have fewer."""
-    needed = found.n * ((found.ci95[1] - found.drop) / (limit.absolute(found.reference) - found.drop)) ** 2
+    # That few samples are better than before may be chance.
+    left = limit.absolute(found.reference) - max(found.drop, 0.0)
+    needed = found.n * ((found.ci95[1] - found.drop) / left) ** 2
     samples = partial(load_python(file, "evaluator").samples, min(_MOST, math.ceil(_MORE * needed)))
     evaluator = replace(Evaluator.load(file), samples=samples)
     before, after = (evaluator.scores(run) for run in (ReferenceSession(path).run, artifact.run))
