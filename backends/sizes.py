@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
+from pydantic import Field
 
 from optkit.errors import ModelError, UsageError
 from optkit.graph import subgraphs
@@ -17,6 +19,14 @@ from optkit.rewrite import Names, register, remove_unused, substitute
 
 # Of integers on a grid nothing is computed before; what is random is never.
 _KEPT = frozenset({"Constant", "QuantizeLinear", "DequantizeLinear", "RandomNormal", "RandomUniform"})
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+def spelling(value: Any) -> str:
+    """Which form of an option about sizes is meant, so that what is wrong with it is said of that form."""
+    return "sizes" if isinstance(value, list | tuple) else "size"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

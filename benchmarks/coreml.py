@@ -410,7 +410,7 @@ def measure_made(name: str) -> dict[str, Any]:
             given, room = [], _memory(Path(folder) / form, sequences()[0][0])
             with session:
                 for sequence in sequences():
-                    session.reset()  # type: ignore[attr-defined]
+                    session.reset()
                     given += [session.run(feeds) for feeds in sequence]
             worst = max(difference(a, b) for a, b in zip(expected, given, strict=True))
             # Core ML keeps states in float16, whatever the program computes in.

@@ -377,9 +377,8 @@ def validated(kind: type[BaseModel], where: str, values: Mapping[str, Any]) -> A
             for part in first["loc"][:-1]:
                 annotation = fields[part].annotation if part in fields else None
                 fields = getattr(annotation, "model_fields", {})
-            raise RecipeError(
-                f"{where}: unknown option {place!r}", hint=_nearest(str(first["loc"][-1]), tuple(fields))
-            ) from error
+            known = _nearest(str(first["loc"][-1]), tuple(fields)) if fields else None
+            raise RecipeError(f"{where}: unknown option {place!r}", hint=known) from error
         said = first["msg"].removeprefix("Value error, ")
         said = said[:1].lower() + said[1:] if said == first["msg"] else said
         shown = repr(first.get("input"))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from optkit.backends.sizes import Count, spelling
 from optkit.errors import ModelError, UsageError
 
 # Where nothing is said, a free axis may have any size up to this one: Core ML takes no unbounded range.
@@ -36,7 +37,12 @@ class Range(BaseModel):
         return self.min if self.default is None else self.default
 
 
-Size = Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(min_length=2)] | Range
+Size = Annotated[
+    Annotated[Count, Tag("size")]
+    | Annotated[tuple[Count, ...], Field(min_length=2), Tag("sizes")]
+    | Annotated[Range, Tag("range")],
+    Discriminator(lambda v: "range" if isinstance(v, Mapping | Range) else spelling(v)),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.litert.emit import ROWS, Context
@@ -19,7 +19,7 @@ from optkit.backends.litert.placement import PLACEMENTS
 from optkit.backends.litert.profile import operators
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
 from optkit.backends.litert.trial import survives
-from optkit.backends.sizes import fixed, inputs, signatures
+from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe, walk
 
@@ -41,9 +41,13 @@ class LiteRtOptions(Options):
         threads: Of a run; 0 leaves it to LiteRT.
     """
 
-    shapes: dict[str, Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(min_length=1)]] = Field(
-        default_factory=dict
-    )
+    shapes: dict[
+        str,
+        Annotated[
+            Annotated[Count, Tag("size")] | Annotated[tuple[Count, ...], Field(min_length=1), Tag("sizes")],
+            Discriminator(spelling),
+        ],
+    ] = Field(default_factory=dict)
     usual: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     threads: int = Field(default=0, ge=0)
 

@@ -165,6 +165,24 @@ def test_sizes_that_do_not_fit_are_refused(shapes, message, tmp_path):
         _lower(_linear(), tmp_path, shapes=shapes)
 
 
+@pytest.mark.parametrize(
+    ("backend", "size", "message"),
+    [
+        ("coreml", [12], "shapes.n.sizes: tuple should have at least 2 items after validation, not 1"),
+        ("coreml", [16, 0], "shapes.n.sizes.1: input should be greater than or equal to 1, not 0"),
+        ("litert", [16, 0], "shapes.n.sizes.1: input should be greater than or equal to 1, not 0"),
+        ("litert", 0, "shapes.n.size: input should be greater than or equal to 1, not 0"),
+        ("coreml", {"max": "a"}, "shapes.n.range.max: input should be a valid integer"),
+        ("coreml", {"min": 8, "max": 4}, "shapes.n.range: min 8, default 8 and max 4 are not in order"),
+        ("coreml", {"least": 8}, "unknown option 'shapes.n.range.least'"),
+    ],
+)
+def test_a_size_that_is_none_is_refused_for_what_it_is(backend, size, message):
+    with pytest.raises(RecipeError) as found:
+        validated(BACKENDS.get(backend)().options, "options", {"shapes": {"n": size}})
+    assert message in str(found.value) and found.value.hint is None
+
+
 def test_a_range_in_disorder_is_refused():
     from optkit.backends.coreml.shapes import Range
 
