@@ -127,9 +127,13 @@ def plan(model: ir.Model, target: Target, precision: str | None = None) -> Plan:
         BackendUnavailableError: The target does not have the precision.
     """
     if target.bandwidth is None or not target.peak:
-        raise UsageError(
-            f"nothing is known of how fast {target.name} is", hint="optkit targets lists what is known"
+        lacks = " and ".join(
+            w for w, known in (("bandwidth", target.bandwidth), ("peaks", target.peak)) if not known
         )
+        hint = "optkit inspect counts what it computes and moves"
+        if not target.runs_here:
+            hint += f"; optkit compile -t {target.name} writes it, and says what is then left to be measured there"
+        raise UsageError(f"no {lacks} of {target.name} are known, and a plan counts with them", hint=hint)
     asked = None if precision is None else Precision.parse(precision).base
     if asked is not None and asked not in WEIGHTS:
         raise UsageError(f"no plan is made for {asked}", hint=f"one of {', '.join(WEIGHTS)}")

@@ -390,7 +390,8 @@ def test_a_million_samples_cost_what_their_hours_do():
     ("where", "precision", "error", "said"),
     [
         ("a100", "fp8", BackendUnavailableError, "fp8 starts with sm_89"),
-        ("cpu", None, UsageError, "nothing is known of how fast"),
+        ("cpu", None, UsageError, "no bandwidth and peaks of cpu are known"),
+        ("mac-m4", None, UsageError, "no peaks of mac-m4 are known"),
         ("h100", "w4a8", UsageError, "no plan is made for w4a8"),
         ("t4", "bf16", BackendUnavailableError, "bf16"),
     ],

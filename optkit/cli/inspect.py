@@ -193,8 +193,8 @@ def _floor(found: Costs, name: str) -> dict[str, Any]:
     needed = found.operations
     missing = sorted(fmt for fmt in needed or () if fmt not in peak)
     if reading is None or missing:
-        what = f"no peak of {', '.join(missing)}" if missing else "no bandwidth"
-        return shown | {"ms": None, "why": f"nothing is known about {where.name}: {what}"}
+        lacks = [f"peak of {fmt}" for fmt in missing] + ([] if bandwidth else ["bandwidth"])
+        return shown | {"ms": None, "why": f"no {', no '.join(lacks)} is known"}
     least = floor(found, peak, reading)
     if least is None:
         return shown | {"ms": None, "why": "depends on free axes (--shape INPUT=SIZES fixes them)"}
