@@ -9,6 +9,7 @@ from html import escape
 from optkit import sentences
 from optkit.evaluate import Budget
 from optkit.report import AccuracyRecord, Achieved, FidelityRecord, LayerRecord, Report
+from optkit.targets import called
 
 # Longer lists are cut here; report.json has all of them.
 _LONGEST = 15
@@ -54,7 +55,7 @@ ul { margin: .4rem 0; padding-left: 1.2rem; } li { margin: .2rem 0; }
 def page(report: Report) -> str:
     """The page; the same report gives the same page."""
     manifest = report.manifest
-    title = f"{manifest.model.name} for {manifest.target}"
+    title = f"{manifest.model.name} for {called(manifest.target)}"
     parts = [
         f"<p class=soft>optkit {_e(manifest.versions.get('optkit', ''))} report</p><h1>{_e(title)}</h1>",
         _verdict(report),

@@ -20,6 +20,7 @@ from optkit.report import (
     Roofline,
     ScenarioRecord,
 )
+from optkit.targets import called
 
 # Layers that are named one by one.
 _LISTED = 6
@@ -116,7 +117,7 @@ def headline(report: Report) -> str:
         parts.append(
             f"fidelity {'met' if manifest.fidelity.met else 'missed'}{how} (accuracy was not measured)"
         )
-    return f"{manifest.model.name} for {manifest.target}: {', '.join(parts)}"
+    return f"{manifest.model.name} for {called(manifest.target)}: {', '.join(parts)}"
 
 
 def prose(report: Report) -> str:

@@ -147,7 +147,7 @@ class CoreAi(Backend):
             UsageError: Says with what Apple compiles it.
         """
         raise UsageError(
-            "optkit has no steps of its own for Core AI on a device yet",
+            "Core AI is experimental: optkit has no steps of its own for it on a device yet",
             hint=f"xcrun coreai-build {path / MODEL} (Xcode 27)",
         )
 

@@ -97,6 +97,7 @@ def compile(
 def _explain(terminal: Terminal, asked: Request, out: Path, *, as_json: bool) -> None:
     from optkit import sentences
     from optkit.graph import count_nodes, weight_bytes
+    from optkit.targets import called
 
     recipes = [(name, r, "") for name, r in asked.candidates] or [("recipe", asked.recipe, "")]
     rows = [(name, _steps(r), "would be built and measured") for name, r, _ in recipes]
@@ -117,6 +118,7 @@ def _explain(terminal: Terminal, asked: Request, out: Path, *, as_json: bool) ->
                     "opset": asked.loaded.opset,
                 },
                 "target": asked.target.name,
+                "experimental": asked.target.experimental,
                 "backend": asked.backend.name,
                 "recipe": asked.recipe.dump(),
                 "candidates": [{"name": n, "passes": p, "verdict": v} for n, p, v in rows],
@@ -130,7 +132,7 @@ def _explain(terminal: Terminal, asked: Request, out: Path, *, as_json: bool) ->
     terminal.say(
         f"{asked.loaded.name}: {sentences.count(nodes, 'node')}, {sentences.megabytes(size)} of weights, opset {asked.loaded.opset}"
     )
-    terminal.say(f"for {asked.target.name}, with {asked.backend.name}, into {out}")
+    terminal.say(f"for {called(asked.target.name)}, with {asked.backend.name}, into {out}")
     terminal.say(
         "judged by "
         + (judge or f"fidelity to the fp32 reference: cosine of at least {asked.recipe.limits.min_cosine:g}")

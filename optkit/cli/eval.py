@@ -46,6 +46,7 @@ def evaluate(
     from optkit.cli.render import facts, table
     from optkit.cli.running import opened
     from optkit.evaluate import Budget, Evaluator, compare
+    from optkit.targets import called
 
     budget = None if max_drop is None else Budget.parse(max_drop)
     if budget is not None and against is None:
@@ -53,18 +54,22 @@ def evaluate(
     judge = Evaluator.load(evaluator)
     scores: list[list[Any]] = []
     said: dict[str, str] = {}
+    experimental: list[str] = []
     for name in (against, model):
         if name is not None:
             with ExitStack() as stack:
                 one = stack.enter_context(opened(name, predict=True))
                 if one.predicted is not None:
                     said[name] = f"predicted for {one.target}: {one.predicted}"
+                if one.target is not None and called(one.target) != one.target:
+                    experimental.append(name)
+                    terminal.say(f"{name} is for {called(one.target)}")
                 checked = judge.checked((*one.inputs, *one.kept))
                 scores.append(_scores(terminal, checked, one.name, one.run))
     *before, after = scores
     for name, words in said.items():
         terminal.say(f"{name}: {words}")
-    more = {"predicted": said} if said else {}
+    more = {key: what for key, what in (("predicted", said), ("experimental", experimental)) if what}
     value = judge.total(after)
     if not before:
         if json:

@@ -345,9 +345,10 @@ def _told(name: str, manifest: Manifest) -> list[tuple[str, Sequence[str]]]:
     """What the manifest of an artifact says."""
     from optkit import sentences
     from optkit.artifact import DEVICE
+    from optkit.targets import called
 
     rows: list[tuple[str, Sequence[str]]] = [
-        ("Artifact", (f"for {manifest.target} with {manifest.backend}, from {manifest.model.name}",))
+        ("Artifact", (f"for {called(manifest.target)} with {manifest.backend}, from {manifest.model.name}",))
     ]
     if manifest.achieved is not None:
         shares = ", ".join(f"{k} {sentences.percent(v)}" for k, v in manifest.achieved.formats.items())

@@ -62,12 +62,13 @@ def opened(
     if Path(model).is_dir():
         from optkit.artifact import load
         from optkit.evaluate import admitted
+        from optkit.targets import called
 
         artifact = load(model)
         if timed and artifact.backend.stands_in:
             where = artifact.manifest.target
             raise UsageError(
-                f"{model} is for {where}: what can be run of it here is no measure of its speed there",
+                f"{model} is for {called(where)}: what can be run of it here is no measure of its speed there",
                 hint=f"optkit finalize {model}, where the {where} is at hand",
             )
         said = artifact.prediction if predict else None

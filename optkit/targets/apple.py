@@ -61,6 +61,6 @@ ROWS = (
     ),
     Target(
         name="coreai", vendor="apple", arch="Core AI on iOS 27 and macOS 27; experimental", backends=("coreai",), formats=_FLOATS,
-        system="iOS27", source="Apple, coreai-core 1.0.0b3: the oldest system that its assets are serialized for is 27",
+        experimental=True, system="iOS27", source="Apple, coreai-core 1.0.0b3: the oldest system that its assets are serialized for is 27",
     ),
 )  # fmt: skip

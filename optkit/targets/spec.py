@@ -33,6 +33,7 @@ class Target:
         convolves: Whether products and attention run best as convolutions of one element over ``[B, C, 1, S]``, in small parts.
         axes: How many axes a tensor may have at most, or has where it is computed with best; None where any will do.
         lacks: Why a number format is refused, by format.
+        experimental: Whether what is made for it may change, or fail, with the next version of what runs it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Target:
     convolves: bool = False
     axes: int | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
+    experimental: bool = False
 
     def refusal(self, fmt: str) -> str | None:
         """Why ``fmt`` cannot be computed in on this hardware; None where it can."""

@@ -209,12 +209,38 @@ def test_a_file_that_is_damaged_is_an_error_that_names_it(tmp_path):
         backend.load(tmp_path / "a", APPLE, chosen)
 
 
+def test_every_command_says_that_it_is_experimental(tmp_path, capfd):
+    save(_mobile(), tmp_path / "model.onnx")
+    out, judge = str(tmp_path / "out"), tmp_path / "judge.py"
+    judge.write_text("""
+import numpy as np
+def samples():
+    yield {"x": np.zeros((1, 3, 16, 16), np.float32)}, 1
+def score(outputs, label):
+    return label
+""")
+    model = str(tmp_path / "model.onnx")
+    assert main(["compile", model, "-t", "coreai", "-r", "coreai-fp32", "-o", out]) == 0
+    capfd.readouterr()
+    for asked in (
+        ["compile", model, "-t", "coreai", "--dry-run"], ["compile", model, "-t", "coreai", "--dry-run", "--json"],
+        ["inspect", out], ["inspect", out, "--json"], ["eval", out, "--eval", str(judge)], ["eval", out, "--eval", str(judge), "--json"],
+        ["bench", out], ["finalize", out], ["finalize", out, "--json"], ["plan", model, "-t", "coreai", "--shape", "x=1x3x16x16"], ["targets"],
+        ["compile", model, "-t", "coreai", "-r", "coreai-fp32", "-o", out, "--json"],
+    ):  # fmt: skip
+        main(asked)
+        said = capfd.readouterr()
+        assert "experimental" in (said.out if "--json" in asked else said.out + said.err), asked
+    assert "for coreai (experimental)" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_compile_says_that_it_is_experimental_and_claims_no_run_on_apple_hardware(tmp_path, capfd):
     save(_mobile(), tmp_path / "model.onnx")
     out = tmp_path / "out"
     assert main(["compile", str(tmp_path / "model.onnx"), "-t", "coreai", "-o", str(out)]) == 0
     said = capfd.readouterr()
     assert "Core AI is experimental here" in said.out + said.err
+    assert "for coreai (experimental)" in said.out + said.err
     assert "not on Apple hardware" in said.out + said.err
     assert "ODIE" not in said.out + said.err
     artifact = optkit.load(out)
