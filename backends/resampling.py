@@ -11,20 +11,27 @@ from optkit.graph import attribute
 
 
 def positions(size: int, target: int, scale: float | None, coordinates: str) -> list[float]:
-    """Where on the input each element of the output lies; ONNX Resize, coordinate_transformation_mode."""
-    factor = target / size if scale is None else scale
-    where = np.arange(target, dtype=np.float64)
+    """Where on the input each element of the output lies; ONNX Resize, coordinate_transformation_mode.
+
+    In float32 and in the order of ONNX Runtime's ``upsamplebase.h``: where a place is a whole number or lies half way, rounding
+    decides which element is the nearest.
+    """
+    half, one = np.float32(0.5), np.float32(1)
+    factor = np.float32(target / size if scale is None else scale)
+    before, after = np.float32(size), np.float32(target)
+    where = np.arange(target, dtype=np.float32)
     if coordinates == "align_corners":
-        found = where * ((size - 1) / (target - 1)) if target > 1 else where * 0
+        found = where * (before - one) / (after - one) if target > 1 else where * 0
     elif coordinates == "asymmetric":
         found = where / factor
     elif coordinates == "pytorch_half_pixel" and target == 1:
         found = where * 0
     elif coordinates == "half_pixel_symmetric":
-        adjustment = target / (factor * size)
-        found = size / 2 * (1 - adjustment) + (where + 0.5) / factor - 0.5
+        # Here it is the offset alone that is rounded.
+        offset = before / 2 * (one - after / (factor * before))
+        found = (float(offset) + (where + 0.5).astype(np.float64) / float(factor) - 0.5).astype(np.float32)
     else:
-        found = (where + 0.5) / factor - 0.5
+        found = (where + half) / factor - half
     return [float(f) for f in found]
 
 
@@ -35,7 +42,9 @@ def nearest(position: float, node: ir.Node) -> int:
         return math.floor(position)
     if mode == "ceil":
         return math.ceil(position)
-    return math.ceil(position - 0.5) if mode == "round_prefer_floor" else math.floor(position + 0.5)
+    # ONNX Runtime 1.32 takes what is less than 1e-6 from half way for half way.
+    prefers_floor = mode == "round_prefer_floor"
+    return math.ceil(position - 0.5 - 1e-6) if prefers_floor else math.floor(position + 0.5 + 1e-6)
 
 
 def _kernel(distance: float, mode: str, cubic: float) -> float:

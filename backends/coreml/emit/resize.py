@@ -58,7 +58,8 @@ def _resized(c: Context, node: ir.Node, x: Any) -> Any:
     coordinates = string(node, "coordinate_transformation_mode", "half_pixel")
     sizes, scales = _targets(c, node, x, axes)
     moved = [a for a in range(x.rank) if scales.get(a, 1.0) != 1.0 or sizes.get(a, x.shape[a]) != x.shape[a]]
-    if not moved:
+    # ONNX Runtime copies where all sizes stay, whatever the scales.
+    if all(a in sizes and sizes[a] == x.shape[a] for a in moved):
         return mb.identity(x=x)
     fixed = all(isinstance(x.shape[a], int | np.integer) for a in moved)
     if fixed and any(sizes.get(a) is None for a in moved):

@@ -62,7 +62,10 @@ def _resize(c: Context, node: ir.Node) -> None:
     assert source is not None
     before, after = size(source), size(node.outputs[0])
     scales, where, mode = _scales(node, before), _where(node), text(node, "mode", "nearest")
-    moved = [a for a, s in scales.items() if before[a] != after[a] or s not in (None, 1.0)]
+    # ONNX Runtime copies where all sizes stay, whatever the scales.
+    moved = [
+        a for a, s in scales.items() if before != after and (before[a] != after[a] or s not in (None, 1.0))
+    ]
     picture = len(before) == 4 and set(moved) <= _PLANE.keys()
     if mode == "nearest":
         places = {a: _places(node, before[a], after[a], scales[a]) for a in moved}

@@ -249,6 +249,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "(int64[N, 2] x) => (float[N, 2, 4] y) <int64 depth = {4}, float[2] values = {0.5, 2}> { y = OneHot(x, depth, values) }",
         {},
     ),
+    "resized to what it was, and to places that are whole": (
+        """(float[1, 2, 3, 5] x) => (float[1, 2, 3, 5] a, float[1, 2, 3, 5] b, float[1, 2, 11, 3] c)
+        <float[4] f = {1, 1, 1.2, 1.1}, int64[4] t = {1, 2, 11, 3}> {
+        a = Resize<mode = "nearest", nearest_mode = "floor">(x, , f) b = Resize<mode = "linear">(x, , f)
+        c = Resize<mode = "nearest", coordinate_transformation_mode = "half_pixel_symmetric", nearest_mode = "floor">(x, , , t) }""",
+        {},
+    ),
     "enlarged": (
         """(float[1, 2, 4, 5] x) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f)
         <float[4] twice = {1, 1, 2, 2}, int64[4] sizes = {1, 2, 7, 6}> {

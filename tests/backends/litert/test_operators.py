@@ -205,6 +205,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         ),
         {"w": (7, 5)},
     ),
+    "resized to what it was, and to places that are whole": (
+        """(float[1, 2, 3, 5] x) => (float[1, 2, 3, 5] a, float[1, 2, 3, 5] b, float[1, 2, 11, 3] c)
+        <float[4] f = {1, 1, 1.2, 1.1}, int64[4] t = {1, 2, 11, 3}> {
+        a = Resize<mode = "nearest", nearest_mode = "floor">(x, , f) b = Resize<mode = "linear">(x, , f)
+        c = Resize<mode = "nearest", coordinate_transformation_mode = "half_pixel_symmetric", nearest_mode = "floor">(x, , , t) }""",
+        {},
+    ),
     "resized": (
         """(float[1, 3, 4, 5] x) => (float[] a, float[] b, float[] c, float[] d, float[] e)
         <float[4] f = {1, 1, 2, 3}, float[4] g = {1, 1, 1.5, 0.8}> {
