@@ -177,7 +177,7 @@ class Compilation:
     def reference(self) -> ReferenceSession:
         """The session that everything is held against."""
         return ReferenceSession(
-            self.loaded.path if self.loaded.path is not None else self.loaded.model,
+            self.loaded.original,
             large=weight_bytes(self.loaded.model) > LARGE,
             disabled=unsound(self.loaded.model),
         )

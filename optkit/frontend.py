@@ -21,7 +21,7 @@ from onnx_ir.passes.common import InlinePass
 from optkit import equivalence, onnxfile, opset
 from optkit.data import Feeds, TensorSpec
 from optkit.errors import BackendUnavailableError, DataError, ModelError, UnsupportedOpError, UsageError
-from optkit.graph import IR_VERSION, OPSET, describe, graphs, verify, walk
+from optkit.graph import IR_VERSION, OPSET, attribute, describe, graphs, verify, walk
 from optkit.inference import infer
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Loaded:
         examples: Batches that came with the source; those of a module are its example inputs.
         axes: Smallest and largest size of free axes, where they are known.
         packages: What took part in making the graph, for the manifest.
+        sorts: Whether the graph gives values in order of which the file leaves open in which they come.
     """
 
     model: ir.Model
@@ -66,6 +67,12 @@ class Loaded:
     examples: tuple[Feeds, ...] = ()
     axes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
+    sorts: bool = False
+
+    @property
+    def original(self) -> Path | ir.Model:
+        """What everything is held against: the file as it is, but where there is none, or where it leaves an order open."""
+        return self.model if self.path is None or self.sorts else self.path
 
 
 def load(source: Any, *, unsafe: bool = False, check: bool = True) -> ir.Model:
@@ -196,10 +203,27 @@ def proved(exported: Exported) -> Loaded:
 
 
 def _loaded(model: ir.Model, name: str, written: int, notes: list[str], **more: Any) -> Loaded:
+    sorts = _sort(model, notes)
     for note in notes:
         logger.info("%s: %s", name, note)
     model.meta["optkit.notes"] = tuple(notes)
-    return Loaded(model=model, name=name, opset=written, notes=tuple(notes), **more)
+    return Loaded(model=model, name=name, opset=written, notes=tuple(notes), sorts=sorts, **more)
+
+
+def _sort(model: ir.Model, notes: list[str]) -> bool:
+    """Ask for the order of values where any would do: runtimes choose others, and could not be compared. Whether any were."""
+    scopes = (model.graph, *(f.graph for f in model.functions.values()))
+    free = [
+        n
+        for s in scopes
+        for n in walk(s)
+        if n.op_type == "TopK" and n.domain == "" and not attribute(n, "sorted", 1)
+    ]
+    for node in free:
+        node.attributes["sorted"] = ir.AttrInt64("sorted", 1)
+    if free:
+        notes.append(f"any order of values would do for {len(free)} TopK; they are sorted")
+    return bool(free)
 
 
 def _bring_up(model: ir.Model, name: str, notes: list[str]) -> tuple[int, bool]:
@@ -457,14 +481,14 @@ def _misfit(node: ir.Node, schema: onnx.defs.OpSchema) -> str | None:
     outputs = len([o for o in node.outputs if o.name])
     if not schema.min_output <= len(node.outputs) or outputs > schema.max_output:
         return f"{len(node.outputs)} outputs instead of {schema.min_output} to {schema.max_output}"
-    for key, attribute in node.attributes.items():
+    for key, found in node.attributes.items():
         formal_attribute = schema.attributes.get(key)
         if formal_attribute is None:
             return f"unknown attribute {key!r}"
         # An enumeration of onnx's C++ side, with the numbers of AttributeProto.
         expected = ir.AttributeType(int(formal_attribute.type.value))  # type: ignore[attr-defined]
-        if expected != attribute.type:
-            return f"its attribute {key!r} is of type {attribute.type.name}, not {expected.name}"
+        if expected != found.type:
+            return f"its attribute {key!r} is of type {found.type.name}, not {expected.name}"
     for key, formal_attribute in schema.attributes.items():
         if formal_attribute.required and key not in node.attributes:
             return f"its attribute {key!r} is missing"

@@ -65,7 +65,7 @@ def share(work: Compilation, recipe: Recipe, best: Built) -> ScenarioRecord | No
             ways[way] = engine.parallel(options, threads=way[0], streams=way[1])
     if None in ways.values():
         return None
-    source = work.loaded.path if work.loaded.path is not None else work.loaded.model
+    source = work.loaded.original
     large = weight_bytes(work.loaded.model) > LARGE
     with work.progress.task("try streams" if offline else "try threads"), ExitStack() as stack:
         reference = stack.enter_context(closing(ReferenceSession(source, threads=host.cores(), large=large)))

@@ -22,6 +22,7 @@ from optkit.data import specs
 from optkit.errors import BackendUnavailableError, ModelError, OptkitError, UnsupportedOpError, UsageError
 from optkit.frontend import load, read
 from optkit.graph import IR_VERSION, OPSET, graphs, text, verify, walk
+from optkit.reference import ReferenceSession
 
 # Names, doubled nodes, an If with a body that has its own weight and reads one from outside.
 NESTED = """
@@ -143,6 +144,20 @@ def test_the_second_node_of_a_name_gets_a_number():
 
 def test_nodes_are_put_in_an_order_in_which_they_can_run():
     assert _ops(_load(_model("y = Neg(h) h = Relu(x)"))) == ["Relu", "Neg"]
+
+
+def test_values_of_which_any_order_would_do_are_sorted_and_held_against_sorted_ones(tmp_path: Path):
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[2, 40] x) => (float[2, 12] y, int64[2, 12] i) <int64[1] k = {12}> {
+      y, i = TopK<sorted = 0>(x, k) }"""
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    loaded = read(path)
+    (note,) = loaded.notes
+    assert note == "any order of values would do for 1 TopK; they are sorted"
+    x = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float32)
+    found = ReferenceSession(loaded.original).run({"x": x})
+    np.testing.assert_array_equal(found["y"], -np.sort(-x, axis=1)[:, :12])
+    np.testing.assert_array_equal(np.take_along_axis(x, found["i"], axis=1), found["y"])
 
 
 def test_unnamed_axes_of_inputs_get_symbols_of_their_own_and_named_ones_keep_theirs():

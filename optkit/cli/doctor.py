@@ -220,7 +220,7 @@ def _runs(loaded: Loaded) -> tuple[str, str]:
     from optkit.data import draw, specs, trial_sizes
     from optkit.reference import ReferenceSession
 
-    session = ReferenceSession(loaded.path if loaded.path is not None else loaded.model)
+    session = ReferenceSession(loaded.original)
     outputs, reason = None, ""
     try:
         for sizes in trial_sizes(specs(loaded.model)[0]):

@@ -87,7 +87,7 @@ def opened(
     loaded = read(path, check=False)
     inputs, _ = specs(loaded.model)
     # A PyTorch model has no file that ONNX Runtime reads: its graph as exported.
-    reference = ReferenceSession(loaded.model if loaded.path is None else loaded.path, threads=threads)
+    reference = ReferenceSession(loaded.original, threads=threads)
     try:
         yield Opened(name=model, inputs=inputs, run=reference.run)
     finally:
