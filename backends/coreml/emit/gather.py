@@ -9,8 +9,10 @@ import onnx_ir as ir
 
 from optkit.backends.coreml.emit.base import (
     Context,
+    cast,
     emits,
     integer,
+    name_of,
     narrow,
     refused,
     string,
@@ -104,7 +106,13 @@ def _scatter_nd(c: Context, node: ir.Node) -> Any:
     data, updates = c.input(node, 0), c.input(node, 2)
     places = _nd_places(c, node, data)
     mode = _MODES[string(node, "reduction", "none")]
-    return mb.scatter_nd(data=data, indices=places, updates=updates, mode=mode, **unchecked(c))
+
+    def scatter(v: Any) -> Any:
+        return mb.scatter_nd(
+            data=v, indices=places, updates=cast(updates, name_of(v)), mode=mode, **unchecked(c)
+        )
+
+    return through_ints(data, scatter)
 
 
 @emits("ScatterElements")
@@ -120,6 +128,10 @@ def _scatter_elements(c: Context, node: ir.Node) -> Any:
             f"its indices are {given} for data of {wanted}, and Core ML wants them to agree but on axis {axis}",
         )
     mode = _MODES[string(node, "reduction", "none")]
-    return mb.scatter_along_axis(
-        data=data, indices=places, updates=updates, axis=axis, mode=mode, **unchecked(c)
-    )
+
+    def scatter(v: Any) -> Any:
+        return mb.scatter_along_axis(
+            data=v, indices=places, updates=cast(updates, name_of(v)), axis=axis, mode=mode, **unchecked(c)
+        )
+
+    return through_ints(data, scatter)

@@ -21,6 +21,7 @@ from optkit.backends.coreml.emit.base import (
     refused,
     static,
     string,
+    through_floats,
     through_ints,
     unchecked,
     wide,
@@ -291,7 +292,11 @@ def _refuse_pad(node: ir.Node) -> str | None:
 
 @emits("Pad", refuse=_refuse_pad)
 def _pad(c: Context, node: ir.Node) -> Any:
-    x, mode = wide(c.input(node, 0)), string(node, "mode", "constant")
+    return through_ints(wide(c.input(node, 0)), lambda x: _padded(c, node, x))
+
+
+def _padded(c: Context, node: ir.Node, x: Any) -> Any:
+    mode = string(node, "mode", "constant")
     amounts = c.known_ints(node, 1)
     if amounts is None:
         if mode != "constant" or c.has(node, 3) or _computed(c, node):
@@ -316,7 +321,7 @@ def _pad(c: Context, node: ir.Node) -> Any:
     if not any(p for pair in pairs for p in pair):
         return mb.identity(x=x)
     if mode == "constant" and _computed(c, node):
-        return _framed(c, x, pairs, wide(c.input(node, 2)))
+        return _framed(c, x, pairs, cast(wide(c.input(node, 2)), name_of(x)))
     if mode == "constant" and not is_float(x):
         return _framed(c, x, pairs, _fill(c, node, x))
     if mode == "constant":
@@ -368,15 +373,16 @@ def _fill(c: Context, node: ir.Node, x: Any) -> Any:
 
 @emits("DepthToSpace")
 def _depth_to_space(c: Context, node: ir.Node) -> Any:
-    x, block = c.input(node, 0), integer(node, "blocksize", 1)
+    block = integer(node, "blocksize", 1)
     if string(node, "mode", "DCR") == "DCR":
-        return mb.depth_to_space(x=x, block_size=block)
-    return mb.pixel_shuffle(x=x, upscale_factor=block)
+        return through_floats(c.input(node, 0), lambda x: mb.depth_to_space(x=x, block_size=block))
+    return through_floats(c.input(node, 0), lambda x: mb.pixel_shuffle(x=x, upscale_factor=block))
 
 
 @emits("SpaceToDepth")
 def _space_to_depth(c: Context, node: ir.Node) -> Any:
-    return mb.space_to_depth(x=c.input(node, 0), block_size=integer(node, "blocksize", 1))
+    block = integer(node, "blocksize", 1)
+    return through_floats(c.input(node, 0), lambda x: mb.space_to_depth(x=x, block_size=block))
 
 
 @emits("NonZero")

@@ -471,6 +471,14 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         n = Shape<start = 0, end = 1>(z) ends = Concat<axis = 0>(n, last) y = Slice(x, begin, ends) }""",
         {},
     ),
+    "truth values and small integers, moved": (
+        """(uint8[1, 4, 2, 2] x, bool[4, 3] t, bool[2, 3] u, bool v) => (uint8[1, 1, 4, 4] a, uint8[1, 16, 1, 1] b, uint8[1, 1, 4, 4] c, bool[4, 3] d,
+        bool[4, 3] e, bool[5, 3] f, bool[5, 3] g)
+        <int64[2, 1] i = {1, 0}, int64[2, 3] j = {0, 1, 2, 3, 2, 1}, int64[4] p = {0, 0, 1, 0}, bool yes = {1}> {
+        a = DepthToSpace<blocksize = 2>(x) b = SpaceToDepth<blocksize = 2>(x) c = DepthToSpace<blocksize = 2, mode = "CRD">(x)
+        d = ScatterND(t, i, u) e = ScatterElements(t, j, u) f = Pad(t, p, yes) g = Pad(t, p, v) }""",
+        {},
+    ),
     "small integers, the largest of a window and repeated": (
         """(uint8[1, 2, 4, 4] x, int8[1, 2, 4, 4] z, float[1, 2, 4, 4] f) => (uint8[1, 2, 2, 2] a, int8[1, 2, 2, 2] b, uint8[1, 2, 8, 8] c,
         int8[1, 2, 6, 6] d, float[1, 2, 2, 2] e, int32[1, 2, 8, 8] g)
