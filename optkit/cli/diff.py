@@ -60,15 +60,20 @@ def diff(
     from optkit.cli.render import table
     from optkit.cli.running import feeds, opened
     from optkit.evaluate import fidelity
+    from optkit.targets import called
 
     # A model says more of its axes than what it was compiled to.
     given, source = feeds(against, calib, shape or (), 1, batches)
     runs: list[list[Outputs]] = []
     said: dict[str, str] = {}
+    experimental: list[str] = []
     for name in (model, against):
         with opened(name, predict=True) as one, terminal.progress.task(f"run {name}") as task:
             if one.predicted is not None:
                 said[name] = f"predicted for {one.target}: {one.predicted}"
+            if one.target is not None and called(one.target) != one.target:
+                experimental.append(name)
+                terminal.say(f"{name} is for {called(one.target)}")
             outputs: list[Outputs] = []
             for batch in given:
                 outputs.append(one.run(batch))
@@ -84,6 +89,7 @@ def diff(
         name: fidelity(lambda i, n=name: {n: expected[i][n]}, lambda i, n=name: {n: found[i][n]}, range(len(given)))  # type: ignore[misc,arg-type]
         for name in expected[0]
     }  # fmt: skip
+    more = {"predicted": said, "experimental": experimental}
     gated = min_sqnr is not None or min_cosine is not None
     rows = {name: _row(f, expected[0][name]) for name, f in apart.items()}
     missed = [n for n, row in rows.items() if gated and _misses(row, min_sqnr, min_cosine)]
@@ -92,7 +98,7 @@ def diff(
         terminal.json(
             {
                 "model": model, "against": against, "inputs": source, "batches": len(given), "outputs": rows,
-                **({"predicted": said} if said else {}), **({"missed": missed} if gated else {}), "exit_code": code,
+                **{key: what for key, what in more.items() if what}, **({"missed": missed} if gated else {}), "exit_code": code,
             }
         )  # fmt: skip
         return code

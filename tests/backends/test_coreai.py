@@ -225,6 +225,7 @@ def score(outputs, label):
     for asked in (
         ["compile", model, "-t", "coreai", "--dry-run"], ["compile", model, "-t", "coreai", "--dry-run", "--json"],
         ["inspect", out], ["inspect", out, "--json"], ["eval", out, "--eval", str(judge)], ["eval", out, "--eval", str(judge), "--json"],
+        ["diff", out, "--against", model, "--shape", "x=1x3x16x16"], ["diff", out, "--against", model, "--shape", "x=1x3x16x16", "--json"],
         ["bench", out], ["finalize", out], ["finalize", out, "--json"], ["plan", model, "-t", "coreai", "--shape", "x=1x3x16x16"], ["targets"],
         ["compile", model, "-t", "coreai", "-r", "coreai-fp32", "-o", out, "--json"],
     ):  # fmt: skip

@@ -519,6 +519,9 @@ def score(outputs, label):
     assert main(asked) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["reference"], found["candidate"], found["n"]) == (1.0, 1.0, 3)
+    assert main(["diff", str(out), "--against", str(tmp_path / "m.onnx"), "--min-sqnr", "50", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["outputs"]) == ["y", "l"]
 
 
 @pytest.mark.parametrize(
