@@ -75,8 +75,11 @@ def _work(asked: Mapping[str, Any]) -> dict[str, Any]:
     if plan is None:
         return verdict | {"message": "; ".join(log.errors[:3]) or "the builder gave nothing"}
     data = memoryview(plan)
-    with Path(asked["engine"]).open("wb") as file:
-        file.write(data)
+    try:
+        with Path(asked["engine"]).open("wb") as file:
+            file.write(data)
+    except OSError as error:
+        return verdict | {"unwritten": error.errno}
     return verdict | {"built": True, "bytes": data.nbytes, "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -91,6 +91,7 @@ def build(
 
     Raises:
         ModelError: The process died, or did not end in time.
+        OSError: The engine cannot be written.
     """
     asked = {
         "source": str(source), "engine": str(engine), "capabilities": list(capabilities), "tf32": tf32,
@@ -116,6 +117,8 @@ def build(
             hint="try another --precision, or --set options.mode=bundle to build on the device",
         )
     found = json.loads(lines[-1])
+    if code := found.get("unwritten"):
+        raise OSError(code, os.strerror(code), str(engine))
     refused = [
         (r["name"] or "?", r["op"], f"{r['code'].lower().replace('_', ' ')}: {r['why']}")
         for r in found["refused"]

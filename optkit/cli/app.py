@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -107,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             _print_traceback()
         place = f"{error.filename}: " if error.filename else ""
-        return _report(OptkitError(f"{place}{error.strerror or error}"), as_json)
+        full = "make room where it is written, and in $OPTKIT_CACHE and $TMPDIR"
+        hint = full if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        return _report(OptkitError(f"{place}{error.strerror or error}", hint=hint), as_json)
     except MemoryError:
         return _report(
             OptkitError("not enough memory", hint="see --memory, and optkit quantize for large models"),

@@ -12,10 +12,11 @@ import pytest
 
 import optkit
 from optkit.backends import BACKENDS
-from optkit.backends.tensorrt import plan
+from optkit.backends.tensorrt import plan, rtx
 from optkit.backends.tensorrt.verdict import Record
 from optkit.errors import ModelError, UnsupportedOpError
 from optkit.page import page
+from optkit.store import save
 from optkit.targets import target
 from optkit.testing import parse
 
@@ -48,6 +49,17 @@ def model() -> ir.Model:
 def batches() -> list[dict[str, np.ndarray]]:
     random = np.random.default_rng(1)
     return [{"x": random.normal(size=(4, 3, 16, 16)).astype(np.float32)} for _ in range(6)]
+
+
+def test_an_engine_that_cannot_be_written_is_no_fault_of_the_compiler(model, tmp_path):
+    save(model, tmp_path / "model.onnx")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/engine\.plan"):
+        rtx.build(
+            tmp_path / "model.onnx",
+            tmp_path / "nowhere" / "engine.plan",
+            ["SM89"],
+            {"x": [[1, 3, 16, 16]] * 3},
+        )
 
 
 @pytest.mark.parametrize(
