@@ -86,6 +86,15 @@ def infer_node(node: ir.Node, *, opset: int = OPSET) -> None:
     """
     for output, found in zip(node.outputs, _outputs(node, opset), strict=False):
         _take(output, found)
+    # A size that is what the others leave over, ONNX knows of numbers alone.
+    known, walk = shape_of(node.outputs[0]), _Walk()
+    if (
+        known is not None
+        and None in known
+        and node.domain == ""
+        and (dims := shape(node, walk.of)) is not None
+    ):
+        walk._set(node.outputs[0], None, dims)
 
 
 def _forget_names(model: ir.Model, declared: set[str | None]) -> None:

@@ -288,3 +288,13 @@ def test_sizes_are_those_that_onnx_runtime_computes_where_onnx_infers_others(bod
     (output,) = model.graph.outputs
     expected = ReferenceSession(model, optimize=False).run(random_feeds(model))["y"].shape
     assert tuple(output.shape) == expected
+
+
+def test_a_new_node_knows_a_size_that_is_what_the_others_leave_over():
+    model = parse(
+        HEADER
+        + "g (float[N, 37, 192] x) => (float[a, b, c, d] y) <int64[4] t = {-1, 37, 6, 32}> { y = Reshape (x, t) }"
+    )
+    node = ir.node("Reshape", model.graph[0].inputs)
+    infer_node(node)
+    assert shape_of(node.outputs[0]) == ("N", 37, 6, 32)

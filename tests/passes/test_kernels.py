@@ -656,3 +656,20 @@ def test_norms_that_are_spelled_out_become_kernels_before_their_parts_are_cast(r
     (norm,) = [n for n in walk(model) if n.domain == "optkit"]
     assert norm.op_type == "AddRmsNorm"
     assert norm.outputs[0].dtype == ir.DataType.FLOAT16
+
+
+def test_attention_of_a_fixed_length_in_batches_of_any_size_is_a_kernel():
+    """As torch exports it where the batch alone is free: queries are scaled, and put in order by Reshape."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[N, 9, 32] x) => (float[N, 9, 32] y) <int64[4] apart = {-1, 9, 2, 16}, int64[3] together = {-1, 9, 32}> {
+      a = MatMul (x, w) b = MatMul (x, w) c = MatMul (x, w)
+      d = Reshape (a, apart) e = Reshape (b, apart) f = Reshape (c, apart)
+      q = Transpose <perm = [0, 2, 1, 3]> (d) k = Transpose <perm = [0, 2, 3, 1]> (e) v = Transpose <perm = [0, 2, 1, 3]> (f)
+      r = Mul (q, h) t = Mul (k, h) p = MatMul (r, t) s = Softmax (p) m = MatMul (s, v)
+      o = Transpose <perm = [0, 2, 1, 3]> (m) y = Reshape (o, together)
+    }
+    """
+    model = parse(text, w=np.eye(32, dtype=np.float32), h=np.float32(0.5))
+    run_passes(model, Recipe.load("triton-fp16").passes, H100)
+    assert "Attention" in [n.op_type for n in walk(model)]
