@@ -486,8 +486,8 @@ def replaceable(old: ir.Value, new: ir.Value) -> bool:
     )
 
 
-def explain(rules: Sequence[Rule], model: ir.Model) -> list[NearMiss]:
-    """Where a rule matched at least two nodes of its pattern but did not apply, deepest first."""
+def explain(rules: Sequence[Rule], model: ir.Model, least: int = 2) -> list[NearMiss]:
+    """Where a rule matched at least so many nodes of its pattern but did not apply, deepest first."""
     misses: list[NearMiss] = []
     for graph in graphs(model):
         for node in graph:
@@ -495,7 +495,7 @@ def explain(rules: Sequence[Rule], model: ir.Model) -> list[NearMiss]:
                 if node.op_type not in rule.roots:
                     continue
                 trail = _Trail()
-                if _find(rule, node, trail) is None and trail.depth >= 2:
+                if _find(rule, node, trail) is None and trail.depth >= least:
                     misses.append(
                         NearMiss(rule=rule.name, node=describe(node), reason=trail.reason, depth=trail.depth)
                     )

@@ -19,6 +19,7 @@ from optkit.kernels.base import DOMAIN, TYPES
 from optkit.kernels.build import build
 from optkit.kernels.expressions import symbols
 from optkit.kernels.gates import gates, left_out
+from optkit.kernels.rules import missed
 from optkit.ops import spec
 from optkit.rewrite import label
 from optkit.store import save
@@ -68,7 +69,8 @@ def write(model: ir.Model, target: Target, path: Path) -> None:
     if not calls:
         raise ModelError(
             "the graph calls no kernel, so there is nothing to compile",
-            hint="the pass call-kernels makes the calls; optkit inspect MODEL --why tells what it left alone",
+            hint=missed(model, [n for n in walk(model) if _computes(n)], target.capability)
+            or "the pass call-kernels makes the calls",
         )
     programs = [kernel.finalists(problem, target.capability) for _, kernel, problem in calls]
     unique = {program.digest(): program for found in programs for program in found}

@@ -27,6 +27,7 @@ from optkit.inference import at_shapes
 from optkit.kernels.base import DOMAIN
 from optkit.kernels.build import need_triton
 from optkit.kernels.gates import LeftOut
+from optkit.kernels.rules import missed
 from optkit.multiplies import macs, multiplies
 from optkit.ops import spec
 
@@ -138,13 +139,15 @@ class Triton(Backend):
             ModelError: The graph calls no kernel, or none for what is quantized, machine code does not pass its gates, or no
                 sizes of the inputs run.
         """
+        assert target.capability is not None
         flat = model.clone()
         outside = _inlined(flat)
         if idle := _idle(flat, outside):
             raise ModelError(
                 f"the weights of {', '.join(map(describe, idle))} are quantized, and no kernel multiplies any: all would be "
                 "computed in floats",
-                hint="optkit inspect MODEL --why tells what call-kernels left alone",
+                hint=missed(model, idle, target.capability)
+                or "kernels multiply what they know; choose another --precision",
             )
         bundle.write(model, target, path)
         apart = self._golden(model, options, path)

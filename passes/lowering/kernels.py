@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from optkit.graph import walk
 from optkit.kernels import KERNELS
-from optkit.kernels.base import DOMAIN, FLOATS, Kernel, format_of
+from optkit.kernels.base import DOMAIN, Kernel
+from optkit.kernels.rules import legal
 from optkit.passes.base import Context, GraphPass
-from optkit.rewrite import Change, Match, Rule, apply, remove_unused
-from optkit.targets.gpu import ARCHITECTURES, Capability, formats
+from optkit.rewrite import Change, apply, remove_unused
 
 
 class CallKernels(GraphPass):
@@ -37,7 +37,7 @@ class CallKernels(GraphPass):
         # Larger ones first: what is left over is one too.
         changes: list[Change] = []
         for kernel in sorted(kernels, key=lambda k: -k.size):
-            made = apply([_legal(rule, capability) for rule in kernel.rules()], model)
+            made = apply([legal(rule, capability) for rule in kernel.rules()], model)
             if made:
                 # What a kernel reads in another order leaves its old order behind.
                 remove_unused(tuple(model.graph))
@@ -49,18 +49,3 @@ class CallKernels(GraphPass):
                 model.functions.setdefault(function.identifier(), function)
                 model.opset_imports[DOMAIN] = 1
         return changes
-
-
-def _legal(rule: Rule, capability: Capability) -> Rule:
-    """The rule, where the architecture has the formats of all that it matches."""
-    known, limits, check = formats(capability), ARCHITECTURES[capability], rule.check
-
-    def legal(root: ir.Node, **bound: Any) -> Match:
-        for value in (*root.outputs, *bound.values()):
-            fmt = format_of(value) if isinstance(value, ir.Value) else None
-            if fmt in FLOATS and fmt not in known:
-                return Match().fail(f"{limits.arch} has no {fmt}", value)
-        return check(root=root, **bound) if check is not None else Match()
-
-    rule.check = legal
-    return rule
