@@ -83,9 +83,9 @@ class Costs:
 
     Attributes:
         nodes: By name.
-        operations: By format, two for each multiply-accumulate but for those of keys that no query sees; None where some
-            depend on free axes.
-        seen: The share of multiply-accumulates that is of keys that are seen, where that is not all.
+        operations: By format, two for each multiply-accumulate but for those of keys that no query sees, and of pads; None
+            where some depend on free axes.
+        seen: The share of multiply-accumulates that is of keys that are seen, or of elements and not pads, where that is not all.
         weights: Bytes of constants that products read, by the constant.
         outside: Bytes that are read of inputs and written of outputs, by name; None where they depend on free axes.
     """

@@ -41,10 +41,10 @@ class Layer:
     Attributes:
         name: Of its first node.
         nodes: How many are fused into it.
-        macs: Of its products, those of keys that no query sees too; 0 where it has none.
+        macs: Of its products, those of keys that no query sees and of pads too; 0 where it has none.
         bytes: Read and written by it alone, each value once and in the narrowest type that it has on the way.
         needed: Of these, weights, and what has to be read of inputs and written of outputs of the model, which no fusion saves.
-        floor: Seconds of its operations at the peak, of attention those of keys that are seen, or of the part of ``needed`` that the last cache cannot keep.
+        floor: Seconds of its operations at the peak, without those of keys that no query sees and of pads, or of the part of ``needed`` that the last cache cannot keep.
         low: Seconds, the optimistic end of what is expected: fused, values between layers in the last cache as far as they fit.
         high: Seconds, the pessimistic end: each node launched for itself, each value through memory.
     """

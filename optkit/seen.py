@@ -1,4 +1,4 @@
-"""How many scores of attention a run needs: those that no mask hides, whatever the inputs are.
+"""How many products a run needs: scores of attention that no mask hides, whatever the inputs are, and not those of a convolution's pads.
 
 Values between scores and Softmax are followed as intervals, ``[low, high]`` for each element: exact where they depend on shapes and
 constants alone, open where they come from inputs.
@@ -53,13 +53,15 @@ class _TooLargeError(Exception):
 
 
 def seen(model: ir.Model) -> Mapping[ir.Node, Fraction]:
-    """For products of attention whose masks hide keys: which share of their multiply-accumulates is of keys that are seen."""
+    """Which share of their multiply-accumulates is needed, for attention whose masks hide keys and convolutions with pads."""
     found: dict[ir.Node, Fraction] = {}
     known: dict[Hashable, Fraction] = {}
-    for softmax in walk(model):
-        if softmax.op_type != "Softmax" or softmax.domain != "":
+    for node in walk(model):
+        if node.op_type == "Conv" and node.domain == "" and (inside := _inside(node)) < 1:
+            found[node] = inside
+        if node.op_type != "Softmax" or node.domain != "":
             continue
-        scores, count = softmax.inputs[0], elements(softmax.outputs[0].shape)
+        scores, count = node.inputs[0], elements(node.outputs[0].shape)
         if not count or scores is None or (path := _scores(scores, count)) is None:
             continue
         product, *others = path
@@ -71,9 +73,28 @@ def seen(model: ir.Model) -> Mapping[ir.Node, Fraction]:
         if alike not in known:
             known[alike] = _share(scores, path)
         if known[alike] < 1:
-            products = (product, *_values(softmax.outputs[0], count))
-            found.update((node, known[alike]) for node in products)
+            products = (product, *_values(node.outputs[0], count))
+            found.update((one, known[alike]) for one in products)
     return found
+
+
+def _inside(conv: ir.Node) -> Fraction:
+    """The share of the places under a convolution's windows that are elements of its input, and not pads."""
+    sizes = [None if v is None or v.shape is None else v.shape for v in (*conv.inputs[:2], conv.outputs[0])]
+    if any(s is None or not s.is_static() for s in sizes):
+        return Fraction(1)
+    given, window, made = (s.numpy()[2:] for s in sizes if s is not None)
+    axes, share = len(given), Fraction(1)
+    pads = conv.attributes.get_ints("pads", ())
+    if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or not any(pads):
+        return share
+    strides, dilations = (conv.attributes.get_ints(name, [1] * axes) for name in ("strides", "dilations"))
+    for size, width, count, start, stride, apart in zip(
+        given, window, made, pads, strides, dilations, strict=False
+    ):
+        places = np.arange(count)[:, None] * stride - start + np.arange(width) * apart
+        share *= Fraction(int(np.count_nonzero((places >= 0) & (places < size))), max(1, places.size))
+    return share
 
 
 def _scores(value: ir.Value, count: int) -> list[ir.Node] | None:

@@ -57,16 +57,41 @@ def test_families_add_up():
 def test_the_floor_is_the_slower_of_operations_and_bytes():
     model = _model()
     found = costs(model)
-    assert found.operations == {"fp32": 2 * 55296}
+    # A window of 3 reaches over the edge twice in each axis of 8, into pads.
+    operations = 2 * 55296 * 22**2 // 24**2
+    assert found.operations == {"fp32": operations}
     outside = 4 * 384 + 8 * 5 + 4 * 32 + 4 * 20
     least = floor(found, PEAK, lambda size: BANDWIDTH)
     assert least is not None
     assert (least.bytes, least.bound) == (4 * 432 + outside, "compute")
-    assert least.seconds == pytest.approx(2 * 55296 / 1e9)
+    assert least.seconds == pytest.approx(operations / 1e9)
     slow = floor(found, PEAK, lambda size: 1e3)
     assert slow is not None
     assert slow.bound == "memory"
     assert slow.seconds == pytest.approx(least.bytes / 1e3)
+
+
+@pytest.mark.parametrize(
+    ("size", "pads", "stride", "dilation"), [((1, 1), (1, 1, 1, 1), 1, 1), ((7, 5), (2, 0, 1, 3), 2, 1), ((6, 9), (3, 2, 3, 2), 1, 2)]
+)  # fmt: skip
+def test_a_convolution_multiplies_no_pads(size, pads, stride, dilation):
+    import numpy as np
+
+    from optkit.reference import ReferenceSession
+
+    made = [
+        (s + a + b - 2 * dilation - 1) // stride + 1 for s, a, b in zip(size, pads[:2], pads[2:], strict=True)
+    ]
+    text = (
+        f"g (float[1, 2, {size[0]}, {size[1]}] x) => (float[1, 3, {made[0]}, {made[1]}] y) {{ y = Conv <kernel_shape = [3, 3], "
+        f"pads = {list(pads)}, strides = [{stride}, {stride}], dilations = [{dilation}, {dilation}]> (x, w) }}"
+    )
+    model = parse(HEADER + text, w=np.ones((3, 2, 3, 3), np.float32))
+    session = ReferenceSession(model)
+    # Of ones alone, each output is how many products it has.
+    (y,) = session.run({"x": np.ones((1, 2, *size), np.float32)}).values()
+    session.close()
+    assert costs(model).operations == {"fp32": 2 * int(y.sum())}
 
 
 def test_outputs_have_the_sizes_that_follow_from_the_inputs():
