@@ -168,12 +168,41 @@ def _conditions(value: ir.Value | None, holds: bool, keys: ir.Value | None) -> I
     elif node is not None and node.op_type in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
         bound = _bound(node, keys)
         yield bound if holds else bound.turned()
+    elif node is not None and (triangle := _empty(node)) is not None:
+        bound = _triangle(triangle)
+        yield bound.turned() if holds else bound
     elif holds and node is not None and node.op_type == "Expand":
         yield from _conditions(node.inputs[0], holds, keys)
     elif holds and (shape := shape_of(value)) is not None and len(shape) == 4 and _along_keys(shape):
         yield value
     else:
         raise _Unknown(f"{value.name} compares no places")
+
+
+def _empty(node: ir.Node) -> ir.Node | None:
+    """The Trilu that makes ``node`` hold where it keeps nothing."""
+    left, right = node.inputs if node.op_type == "Equal" else (None, None)
+    kept = _producer(left if number(right) == 0 else right if number(left) == 0 else None)
+    return kept if kept is not None and kept.op_type == "Trilu" and _filled(kept.inputs[0]) else None
+
+
+def _filled(value: ir.Value | None) -> bool:
+    """Whether no element of ``value`` is 0, by what makes it."""
+    array, node = constant(value), _producer(value)
+    if array is not None:
+        return bool(np.all(array))
+    if node is not None and node.op_type == "ConstantOfShape":
+        filled = attribute(node, "value")
+        return filled is not None and bool(np.all(filled.numpy()))  # type: ignore[attr-defined]
+    return node is not None and node.op_type in (*_MOVES, "Expand", "Cast") and _filled(node.inputs[0])
+
+
+def _triangle(node: ir.Node) -> _Bound:
+    """Where Trilu keeps what it is given."""
+    moved = number(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else 0
+    if moved is None:
+        raise _Unknown(f"{node.outputs[0].name} is a triangle at a place that is not known")
+    return _Bound(upper=not attribute(node, "upper", 1), offset=int(moved), past=False)
 
 
 def _along_keys(shape: tuple[Dim | None, ...]) -> bool:

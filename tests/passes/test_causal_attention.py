@@ -52,6 +52,14 @@ GUARD = "i = Cast <to = 6> (seen) m = ReduceMax <keepdims = 1> (i, last) any = C
 CAUSAL = "seen = LessOrEqual (column, row)"
 WINDOW = "least = Sub (row, window) near = Greater (column, least) back = LessOrEqual (column, row) seen = And (near, back)"
 PADDED = "back = LessOrEqual (column, row) seen = And (back, pad)"
+# As torch 2.13 exports is_causal.
+TRIANGLE = (
+    "size = Concat <axis = 0> (shape, shape) ones = Expand (one, size) kept = Trilu <upper = 0> (ones) "
+    "gone = Equal (kept, zero) seen = Not (gone)"
+)
+STRIP = TRIANGLE.replace("seen", "back") + (
+    " minus = Constant <value_int = -2> () near = Trilu <upper = 1> (ones, minus) far = Equal (zero, near) close = Not (far) seen = And (back, close)"
+)
 GIVEN = {"low": np.array(-65504, np.float16)}
 # Halves: scores up to 30 are rounded by 2**-7 before, and shares by 2**-11.
 CLOSE = {"atol": 2e-2, "rtol": 2e-2}
@@ -73,6 +81,8 @@ def called(text, **given):
         ("more = Greater (column, row) seen = Not (more)", OPEN, "CausalAttention", 0),
         ("next = Add (row, one) seen = Less (column, next)", OPEN, "CausalAttention", 0),
         (WINDOW, OPEN, "CausalAttention", 3),
+        (TRIANGLE, OPEN, "CausalAttention", 0),
+        (STRIP, OPEN, "CausalAttention", 3),
         (PADDED, GUARD, "CausalMaskedAttention", 0),
         (WINDOW.replace("seen", "both") + " seen = And (both, pad)", GUARD, "CausalMaskedAttention", 3),
     ],
@@ -92,6 +102,14 @@ def test_what_a_decoder_lets_queries_see_is_a_kernel(seen, end, op, window):
         ("back = LessOrEqual (column, row) near = Greater (column, row) seen = And (near, back)", OPEN),
         ("back = LessOrEqual (column, row) seen = Or (back, pad)", OPEN),
         ("twice = Mul (row, window) seen = LessOrEqual (column, twice)", OPEN),
+        (TRIANGLE.replace("upper = 0", "upper = 1"), OPEN),
+        (TRIANGLE.replace("(ones)", "(ones, one)"), OPEN),
+        (
+            TRIANGLE.replace("Equal (kept, zero)", "Equal (kept, one)").replace(
+                "seen = Not (gone)", "seen = Identity (gone)"
+            ),
+            OPEN,
+        ),
         (PADDED, OPEN),  # queries that see no key would be not a number
     ],
 )
