@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ def _again(artifact: Artifact, path: Path, file: Path, limit: Budget, found: Acc
     """What ships on as many samples as should decide its limit; an evaluator may have fewer."""
     # That few samples are better than before may be chance.
     left = limit.absolute(found.reference) - max(found.drop, 0.0)
-    needed = found.n * ((found.ci95[1] - found.drop) / left) ** 2
-    samples = partial(load_python(file, "evaluator").samples, min(_MOST, math.ceil(_MORE * needed)))
-    evaluator = replace(Evaluator.load(file), samples=samples)
+    times = _MORE * ((found.ci95[1] - found.drop) / left) ** 2
+    samples = load_python(file, "evaluator").samples
+    n = min(_MOST, math.ceil(times * signature(samples).parameters["n"].default))
+    evaluator = replace(Evaluator.load(file), samples=partial(samples, n))
     before, after = (evaluator.scores(run) for run in (ReferenceSession(path).run, artifact.run))
     return compare(evaluator, before, after, limit)
 
