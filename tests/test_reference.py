@@ -69,7 +69,9 @@ def _here(file):
     optkit.compile(file, target="cpu", out=file.parent / "out")
 
 
-@pytest.mark.parametrize("act", [_session, _graph, _bundle, _kernels, _here])
+@pytest.mark.parametrize(
+    "act", [_session, _graph, _bundle, pytest.param(_kernels, marks=pytest.mark.needs("triton")), _here]
+)
 def test_types_that_numpy_does_not_have_are_refused_by_name(tmp_path, act):
     save(parse(BRAIN), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"NumPy: x \(bfloat16\), z \(bfloat16\)$") as caught:
