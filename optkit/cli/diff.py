@@ -54,26 +54,21 @@ def diff(
 ) -> int:
     """Run MODEL and another on the same inputs, and say how far each output is from the other's.
 
-    The numbers of an artifact for another processor are what that processor gives, as in `optkit eval`. With --min-sqnr or
+    The numbers of an artifact for another processor are predicted where they differ, as in `optkit eval`, and what did not run
+    on its target is said to be. With --min-sqnr or
     --min-cosine it is a gate: exit code 0 met, 3 missed; integers and shapes that differ miss any gate.
     """  # fmt: skip
     from optkit.cli.render import table
-    from optkit.cli.running import feeds, opened
+    from optkit.cli.running import Remarks, feeds, opened
     from optkit.evaluate import fidelity
-    from optkit.targets import called
 
     # A model says more of its axes than what it was compiled to.
     given, source = feeds(against, calib, shape or (), 1, batches)
     runs: list[list[Outputs]] = []
-    said: dict[str, str] = {}
-    experimental: list[str] = []
+    remarks = Remarks()
     for name in (model, against):
         with opened(name, predict=True) as one, terminal.progress.task(f"run {name}") as task:
-            if one.predicted is not None:
-                said[name] = f"predicted for {one.target}: {one.predicted}"
-            if one.target is not None and called(one.target) != one.target:
-                experimental.append(name)
-                terminal.say(f"{name} is for {called(one.target)}")
+            remarks.add(one)
             outputs: list[Outputs] = []
             for batch in given:
                 outputs.append(one.run(batch))
@@ -89,7 +84,6 @@ def diff(
         name: fidelity(lambda i, n=name: {n: expected[i][n]}, lambda i, n=name: {n: found[i][n]}, range(len(given)))  # type: ignore[misc,arg-type]
         for name in expected[0]
     }  # fmt: skip
-    more = {"predicted": said, "experimental": experimental}
     gated = min_sqnr is not None or min_cosine is not None
     rows = {name: _row(f, expected[0][name]) for name, f in apart.items()}
     missed = [n for n, row in rows.items() if gated and _misses(row, min_sqnr, min_cosine)]
@@ -98,12 +92,11 @@ def diff(
         terminal.json(
             {
                 "model": model, "against": against, "inputs": source, "batches": len(given), "outputs": rows,
-                **{key: what for key, what in more.items() if what}, **({"missed": missed} if gated else {}), "exit_code": code,
+                **remarks.fields, **({"missed": missed} if gated else {}), "exit_code": code,
             }
         )  # fmt: skip
         return code
-    for name, words in said.items():
-        terminal.say(f"{name}: {words}")
+    remarks.say(terminal)
     heads = ("Output", ">Largest difference", ">SQNR", ">Cosine", ">Top-1 or equal", "")
     shown = [(n, *_words(row), "missed" if n in missed else "") for n, row in rows.items()]
     terminal.result(table(heads[: 6 if missed else 5], [row[: 6 if missed else 5] for row in shown]))

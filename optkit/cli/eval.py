@@ -44,36 +44,30 @@ def evaluate(
     by emulation, and said to be. With --against and --max-drop it is a gate: exit code 0 met, 3 missed, 5 when the samples do not decide.
     """  # fmt: skip
     from optkit.cli.render import facts, table
-    from optkit.cli.running import opened
+    from optkit.cli.running import Remarks, opened
     from optkit.evaluate import Budget, Evaluator, compare
-    from optkit.targets import called
 
     budget = None if max_drop is None else Budget.parse(max_drop)
     if budget is not None and against is None:
         raise UsageError("--max-drop needs --against: a drop is between two models")
     judge = Evaluator.load(evaluator)
     scores: list[list[Any]] = []
-    said: dict[str, str] = {}
-    experimental: list[str] = []
+    remarks = Remarks()
     for name in (against, model):
         if name is not None:
             with ExitStack() as stack:
                 one = stack.enter_context(opened(name, predict=True))
-                if one.predicted is not None:
-                    said[name] = f"predicted for {one.target}: {one.predicted}"
-                if one.target is not None and called(one.target) != one.target:
-                    experimental.append(name)
-                    terminal.say(f"{name} is for {called(one.target)}")
+                remarks.add(one)
                 checked = judge.checked((*one.inputs, *one.kept))
                 scores.append(_scores(terminal, checked, one.name, one.run))
     *before, after = scores
-    for name, words in said.items():
-        terminal.say(f"{name}: {words}")
-    more = {key: what for key, what in (("predicted", said), ("experimental", experimental)) if what}
+    remarks.say(terminal)
     value = judge.total(after)
     if not before:
         if json:
-            terminal.json({"model": model, "metric": judge.metric, "value": value, "n": len(after), **more})
+            terminal.json(
+                {"model": model, "metric": judge.metric, "value": value, "n": len(after), **remarks.fields}
+            )
         else:
             terminal.result(table(("Model", judge.metric, ">n"), [(model, f"{value:.4f}", str(len(after)))]))
         return 0
@@ -97,7 +91,7 @@ def evaluate(
                 "model": model,
                 "against": against,
                 **{f: getattr(found, f) for f in fields},
-                **more,
+                **remarks.fields,
                 "exit_code": code,
             }
         )

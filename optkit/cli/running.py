@@ -15,6 +15,7 @@ from optkit.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from optkit.cli.terminal import Terminal
     from optkit.data import TensorSpec
     from optkit.evaluate import Run
     from optkit.frontend import Loaded
@@ -33,6 +34,7 @@ class Opened:
         run: Takes a batch, gives all outputs.
         target: What an artifact was compiled for; None for a model.
         predicted: What was done to give the numbers of that target on this machine; None where nothing was.
+        stands_in: Whether another runtime computes here what an artifact's own would on its target.
     """
 
     name: str
@@ -41,6 +43,40 @@ class Opened:
     kept: Sequence[TensorSpec] = ()
     target: str | None = None
     predicted: str | None = None
+    stands_in: bool = False
+
+
+class Remarks:
+    """What has to be said beside the numbers of what was opened: where they come from.
+
+    Attributes:
+        fields: For the JSON document: the words by their kind, and by what was opened.
+    """
+
+    def __init__(self) -> None:
+        self.fields: dict[str, dict[str, str]] = {}
+
+    def add(self, one: Opened) -> None:
+        """Take down what holds for ``one``."""
+        from optkit.targets import called
+
+        if one.target is None:
+            return
+        if called(one.target) != one.target:
+            self._put("experimental", one, f"for {called(one.target)}")
+        if one.stands_in:
+            self._put("not_run_on", one, f"ran on this machine in another runtime, not on {one.target}")
+        if one.predicted is not None:
+            self._put("predicted", one, f"predicted for {one.target}: {one.predicted}")
+
+    def _put(self, key: str, one: Opened, words: str) -> None:
+        self.fields.setdefault(key, {})[one.name] = words
+
+    def say(self, terminal: Terminal) -> None:
+        """A line each."""
+        for found in self.fields.values():
+            for name, words in found.items():
+                terminal.say(f"{name}: {words}")
 
 
 @contextlib.contextmanager
@@ -76,7 +112,7 @@ def opened(
         with artifact.session(threads=shared, streams=streams, predict=predict) as session:
             yield Opened(
                 name=model, inputs=session.inputs, run=admitted(session) if predict else session.run, kept=session.kept,
-                target=artifact.manifest.target, predicted=said,
+                target=artifact.manifest.target, predicted=said, stands_in=artifact.backend.stands_in,
             )  # fmt: skip
         return
     from optkit.data import specs

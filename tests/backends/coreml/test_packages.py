@@ -519,6 +519,7 @@ def score(outputs, label):
     assert main(asked) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["reference"], found["candidate"], found["n"]) == (1.0, 1.0, 3)
+    assert "not on iphone15" in found["not_run_on"][str(out)]
     assert main(["diff", str(out), "--against", str(tmp_path / "m.onnx"), "--min-sqnr", "50", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["outputs"]) == ["y", "l"]
