@@ -814,6 +814,14 @@ def _peak(run: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
+def _run_and_peak(model, precision: str, folder: Path, feeds) -> tuple[dict[str, np.ndarray], int]:
+    """What its package gives, and the bytes that a second run holds at most."""
+    backend = BACKENDS.get("coreml")()
+    backend.lower(model, PHONE, backend.options(precision=precision), folder)
+    with backend.load(folder, PHONE, backend.options()) as session:
+        return session.run(feeds), _peak(lambda: session.run(feeds))
+
+
 @pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
 def test_large_weights_that_are_not_finite_stay_so(odd, tmp_path):
     weight = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
@@ -849,12 +857,8 @@ def test_clipped_while_rounding_infinities_and_nan_are_what_clipping_makes_of_th
 def test_of_large_weights_in_float16_a_part_alone_is_in_float32_at_a_time(tmp_path):
     weight = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
     model = parse(HEAD + "g (float[1, 512] x) => (float[1, 4096] y) { y = MatMul(x, w) }", w=weight)
-    backend = BACKENDS.get("coreml")()
-    backend.lower(model, PHONE, backend.options(precision="fp16"), tmp_path)
     feeds = random_feeds(model)
-    with backend.load(tmp_path, PHONE, backend.options()) as session:
-        session.run(feeds)
-        peak = _peak(lambda: session.run(feeds))
+    _, peak = _run_and_peak(model, "fp16", tmp_path, feeds)
     assert peak < weight.nbytes / 16
 
 
@@ -866,15 +870,10 @@ def test_a_recurrent_layer_takes_little_more_memory_than_its_input_and_output(pr
         HEAD + "g (float[200, 1, 256] x) => (float[200, 1, 1, 256] y) { y = LSTM<hidden_size = 256>(x, w, r) }",
         w=random.normal(size=(1, 1024, 256)).astype(np.float32) / 16, r=random.normal(size=(1, 1024, 256)).astype(np.float32) / 16,
     )  # fmt: skip
-    backend = BACKENDS.get("coreml")()
-    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
     feeds = random_feeds(model)
     expected = ReferenceSession(model).run(feeds)["y"]
-    with backend.load(tmp_path, PHONE, backend.options()) as session:
-        np.testing.assert_allclose(
-            session.run(feeds)["y"], expected, atol=1e-5 if precision == "fp32" else 1e-2
-        )
-        peak = _peak(lambda: session.run(feeds))
+    found, peak = _run_and_peak(model, precision, tmp_path, feeds)
+    np.testing.assert_allclose(found["y"], expected, atol=1e-5 if precision == "fp32" else 1e-2)
     assert peak < 2 * feeds["x"].nbytes + 2**17
 
 
@@ -896,13 +895,9 @@ def test_a_run_takes_no_more_memory_than_twice_the_largest_activation(precision,
         w=random.normal(size=(8, 8, 3, 3)).astype(np.float32), d=random.normal(size=(8, 1, 3, 3)).astype(np.float32),
         k=random.normal(size=512).astype(np.float32), l=random.normal(size=512).astype(np.float32), axes=np.array([2, 3]),
     )  # fmt: skip
-    backend = BACKENDS.get("coreml")()
-    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
     feeds = random_feeds(model)
     largest = feeds["x"].nbytes
-    with backend.load(tmp_path, PHONE, backend.options()) as session:
-        session.run(feeds)
-        peak = _peak(lambda: session.run(feeds))
+    _, peak = _run_and_peak(model, precision, tmp_path, feeds)
     # Beside them a padded channel, and pieces of elementwise steps.
     assert peak < 2 * largest + 5 * 2**18
 
@@ -924,15 +919,10 @@ def test_convolutions_find_room_beside_an_input_and_an_output_of_the_largest_siz
         d=random.normal(size=(channels, 1, *[3] * axes)).astype(np.float32),
         w=random.normal(size=(channels, 25, *[3] * axes)).astype(np.float32) / 9,
     )  # fmt: skip
-    backend = BACKENDS.get("coreml")()
-    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
     feeds = random_feeds(model)
     expected = ReferenceSession(model).run(feeds)["y"]
-    with backend.load(tmp_path, PHONE, backend.options()) as session:
-        np.testing.assert_allclose(
-            session.run(feeds)["y"], expected, atol=1e-4 if precision == "fp32" else 0.1
-        )
-        peak = _peak(lambda: session.run(feeds))
+    found, peak = _run_and_peak(model, precision, tmp_path, feeds)
+    np.testing.assert_allclose(found["y"], expected, atol=1e-4 if precision == "fp32" else 0.1)
     # Beside them what one row of the output is computed from, and pieces of a fixed size.
     assert peak < 2 * feeds["x"].nbytes + 5 * 2**17
 
@@ -954,12 +944,8 @@ def test_what_a_part_keeps_of_a_whole_that_nobody_reads_counts_as_held(precision
         sizes=np.array([7, 1]), axis=np.array([0]),
         w=np.random.default_rng(0).normal(size=(32, 32, 3, 3)).astype(np.float32) / 17,
     )  # fmt: skip
-    backend = BACKENDS.get("coreml")()
-    backend.lower(model, PHONE, backend.options(precision=precision), tmp_path)
     feeds = {"x": np.random.default_rng(1).normal(size=(8, 32, 64, 64)).astype(np.float32)}
-    with backend.load(tmp_path, PHONE, backend.options()) as session:
-        session.run(feeds)
-        peak = _peak(lambda: session.run(feeds))
+    _, peak = _run_and_peak(model, precision, tmp_path, feeds)
     # Beside them an input and an output of the convolution, and what it is computed from.
     assert peak < 2 * feeds["x"].nbytes + 3 * feeds["x"].nbytes // 8
 
