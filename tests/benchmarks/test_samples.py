@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optkit.benchmarks import docstrings
 from optkit.benchmarks.disk_files import bytes_at_both_ends
 from optkit.benchmarks.docstrings import pairs
 from optkit.benchmarks.speech import with_context
@@ -18,6 +19,23 @@ def test_docstring_pairs_repeat_and_are_split_by_file() -> None:
     assert len(seen) == len(held_out) == 60
     for side in (0, 1):
         assert {pair[side] for pair in seen}.isdisjoint(pair[side] for pair in held_out)
+
+
+def test_who_asks_for_more_pairs_gets_those_of_few_and_the_rest_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        f'def f{i}():\n    """{i} is the number that this query asks for.\n\n    {"It is told. " * 20}{i}"""'
+        for i in range(16)
+    ]
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
+    for file, half in zip(files, (lines[:8], lines[8:]), strict=True):
+        file.write_text("\n".join(half))
+    monkeypatch.setattr(docstrings, "_files", lambda roots, held_out: files)
+    few, all_ = (pairs.__wrapped__(n, held_out=False) for n in (12, 10**6))
+    assert sorted(int(query.split()[0]) for query, _ in few) == [*range(6), *range(8, 14)]
+    assert set(few) < set(all_)
+    assert len(all_) == 16
 
 
 def test_a_short_file_is_stripped_and_padded(tmp_path: Path) -> None:
