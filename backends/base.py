@@ -161,6 +161,8 @@ class Backend(ABC):
         stands_in: Whether what ``load`` opens computes the same in another runtime, so that its time means nothing.
         fixes: Whether what it builds runs inputs within the sizes of ``span`` alone, so that an evaluator's samples count as well.
         generic: Whether quantized recipes that name no backend are candidates for it.
+        dynamic_in_floats: Whether integer products with scales of each run may be written out in floats where it has none: a file with
+            them then runs and stays small, and is no faster than in float.
         floor: The recipe of exact passes that ships where no other candidate keeps the limits; ``fallback`` asks the target.
     """
 
@@ -171,6 +173,7 @@ class Backend(ABC):
     stands_in: ClassVar[bool] = False
     fixes: ClassVar[bool] = False
     generic: ClassVar[bool] = True
+    dynamic_in_floats: ClassVar[bool] = False
     floor: ClassVar[str] = "fp32"
 
     @abstractmethod

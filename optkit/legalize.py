@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from optkit.backends.base import Backend
     from optkit.targets import Target
 
+# What chooses scales in each run, and the pass that writes it out.
+_CHOOSING = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
+_DYNAMIC = "dynamic-to-float"
 # Fusions are left out: they would make the node again that was written out.
 _SIMPLER = (
     "lift-constants", "remove-noops", "fold-constants", "fold-shapes", "clean-casts", "remove-noops", "remove-dead",
@@ -35,18 +38,33 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
     """Write out what ``backend`` can't run in terms of what it can, and check that every node is such.
 
     A node that it can't run is replaced by what defines its operator: a rule of ``optkit.decompositions``, or the function
-    that ONNX has for it, in as many steps as it takes.
+    that ONNX has for it, in as many steps as it takes. Integer products with scales of each run are replaced as a whole, by the pass
+    ``dynamic-to-float``, where the backend says so.
 
     Raises:
         UnsupportedOpError: Lists all nodes that cannot be written out so, with the reason for each; the graph is as it was.
     """
-    problems = _fit(model, backend, target)
+    problems: list[tuple[ir.Node, str]] = []
+    if backend.dynamic_in_floats and any(n.op_type in _CHOOSING for n in walk(model)):
+        # On a copy first, since a graph that is refused stays as it is.
+        copy = model.clone()
+        _in_floats(copy, target)
+        problems = _fit(copy, backend, target)
+        if not problems:
+            _in_floats(model, target)
+    if not problems:
+        problems = _fit(model, backend, target)
     if problems:
         raise UnsupportedOpError(
             f"{name} on {backend.name} for {target.name}",
             [(describe(node), reason) for node, reason in problems],
             hint="choose another --backend or --precision",
         )
+
+
+def _in_floats(model: ir.Model, target: Target) -> None:
+    """Write out dynamic quantization, with constants folded."""
+    run_passes(model, [PASSES[name]() for name in (_DYNAMIC, *_SIMPLER)], Context(target=target))
 
 
 def _fit(

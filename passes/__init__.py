@@ -33,6 +33,7 @@ PASSES = Registry(
         "group-heads": "optkit.passes.fusion.grouped_heads:GroupHeads",
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
+        "dynamic-to-float": "optkit.passes.lowering.dynamic:DynamicToFloat",
         "linear-to-convolution": "optkit.passes.lowering.convolution:LinearToConvolution",
         "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
         "lengthen-last-axis": "optkit.passes.lowering.last_axis:LengthenLastAxis",

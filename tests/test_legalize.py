@@ -290,6 +290,45 @@ def test_reasons_name_values_as_the_model_does():
         legalize(model, BACKENDS["coreml"](), PHONE, name="m")
 
 
+class _InFloats(_Without):
+    """The same, where dynamic quantization may be written out."""
+
+    dynamic_in_floats = True
+
+
+_INTEGERS = ("DynamicQuantizeLinear", "MatMulInteger")
+_DYNAMIC = """(float[N, 3] x) => (float[N, 2] y) <uint8[3, 2] w = {1, 2, 3, 40, 50, 255}, uint8 wz = {7}, float ws = {0.01}> {
+  q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z, wz) c = Cast<to = 1>(i) f = Mul(s, ws) m = Mul(c, f) y = %s(m) }"""
+
+
+def test_dynamic_quantization_is_written_out_where_the_backend_says_so():
+    model = parse(HEAD % _DYNAMIC % "Relu")
+    after = model.clone()
+    legalize(after, _InFloats(*_INTEGERS), ANDROID, name="m")
+    assert not {n.op_type for n in walk(after)} & set(_INTEGERS)
+    # The factors of the scale of the weights are one constant.
+    assert [v.name for v in after.graph.outputs] == ["y"] and [n.op_type for n in walk(after)][-4:] == [
+        "Mul", "Mul", "Mul", "Relu"
+    ]  # fmt: skip
+    same_numbers(model, after, random_feeds(model), atol=0, rtol=0)
+
+
+def test_dynamic_quantization_stays_where_the_backend_does_not_say_so():
+    model = parse(HEAD % _DYNAMIC % "Relu")
+    before = text(model)
+    with pytest.raises(UnsupportedOpError, match="no MatMulInteger"):
+        legalize(model, _Without(*_INTEGERS), ANDROID, name="m")
+    assert text(model) == before
+
+
+def test_dynamic_quantization_stays_as_it_is_where_another_node_is_refused():
+    model = parse(HEAD % _DYNAMIC % "Erf")
+    before = text(model)
+    with pytest.raises(UnsupportedOpError) as found:
+        legalize(model, _InFloats(*_INTEGERS, "Erf"), ANDROID, name="m")
+    assert [reason for _, reason in found.value.problems] == ["no Erf"] and text(model) == before
+
+
 def test_constants_of_the_node_are_folded_and_shared_ones_stay():
     model = parse(
         HEAD

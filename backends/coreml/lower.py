@@ -87,6 +87,7 @@ class CoreMl(Backend):
     placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
     generic: ClassVar[bool] = False
+    dynamic_in_floats: ClassVar[bool] = True
     # The evaluator says what a package computes, and nothing about how fast.
     stands_in: ClassVar[bool] = not has_core_ml()
 

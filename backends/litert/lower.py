@@ -60,6 +60,7 @@ class LiteRt(Backend):
     placements: ClassVar[Mapping[str, Placement]] = PLACEMENTS
     packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
     generic: ClassVar[bool] = False
+    dynamic_in_floats: ClassVar[bool] = True
 
     def available(self) -> str | None:
         """None: the package brings writer and runtime."""
