@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,28 @@ def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
         assert table is not None and indices is not None
         indices = np.swapaxes(indices, -1, -2) if transposed else indices
         return palettized(c.version, np.ascontiguousarray(indices), narrow(table, "a palette"))
+    return _affine(c, node, (lambda a: np.swapaxes(a, -1, -2)) if transposed else np.asarray)
+
+
+def rows(c: Context, node: ir.Node, index: int, first: int, order: np.ndarray, kind: Any) -> Any:
+    """Of constant weights ``[D, rows, columns]``, compressed or of ``kind``, entry ``first`` with its rows in ``order``."""
+
+    def taken(array: np.ndarray) -> np.ndarray:
+        # Scales and zero points may have one entry for all.
+        part: np.ndarray = array[first if len(array) > 1 else 0]
+        return part[order] if len(part) > 1 else part
+
+    value = node.inputs[index]
+    assert value is not None
+    if value in c.quantized:
+        return _affine(c, c.quantized[value], taken)
+    array = constant(value)
+    assert array is not None
+    return np.ascontiguousarray(taken(array).astype(kind))
+
+
+def _affine(c: Context, node: ir.Node, arranged: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """A dequantized constant, its integers, scales and zero points ``arranged``."""
     integers, scale = constant(node.inputs[0]), constant(node.inputs[1])
     assert integers is not None and scale is not None
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
@@ -123,9 +146,8 @@ def _stored(c: Context, node: ir.Node, transposed: bool) -> Any:
     kind = np.int8 if _kind(node) in (ir.DataType.INT8, ir.DataType.INT4) else np.uint8
     integers = np.asarray(integers).astype(kind)
     scale, zero = _aligned(node, integers, scale, zero)
-    if transposed:
-        integers, scale = (np.ascontiguousarray(np.swapaxes(a, -1, -2)) for a in (integers, scale))
-        zero = None if zero is None else np.ascontiguousarray(np.swapaxes(zero, -1, -2))
+    integers, scale = (np.ascontiguousarray(arranged(a)) for a in (integers, scale))
+    zero = None if zero is None else np.ascontiguousarray(arranged(zero))
     try:
         return affine(c.version, integers, scale.astype(_floats(node)), zero, bits)
     except ValueError as error:

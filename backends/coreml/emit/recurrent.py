@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, name_of, refused, string
+from optkit.backends.coreml.emit.quant import rows, stored_constant
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import attribute, constant
 
@@ -42,7 +43,7 @@ def _refuse(node: ir.Node) -> str | None:
         return "peepholes"
     if len(node.inputs) > 4 and node.inputs[4] is not None and constant(node.inputs[4]) is None:
         return "lengths of sequences that are computed at run time"
-    if any(constant(v) is None for v in node.inputs[1:3]):
+    if not all(_is_constant(node, v) for v in node.inputs[1:3]):
         return "Core ML needs the weights of a recurrent cell to be constant"
     x, lengths = node.inputs[0], constant(node.inputs[4]) if len(node.inputs) > 4 else None
     steps = None if x is None or x.shape is None else x.shape[0]
@@ -55,16 +56,26 @@ def _refuse(node: ir.Node) -> str | None:
     return f"activations {', '.join(unknown)}" if unknown else None
 
 
+def _is_constant(node: ir.Node, value: ir.Value | None) -> bool:
+    """Whether weights are known: those of an LSTM may be 8-bit integers that are dequantized."""
+    made = value.producer() if value is not None and node.op_type == "LSTM" else None
+    compressed = made is not None and made.op_type == "DequantizeLinear" and stored_constant(made)
+    return compressed or constant(value) is not None
+
+
+def _bias(c: Context, node: ir.Node, rows: int, kind: Any) -> np.ndarray:
+    """Both biases by direction, ``[D, 2, G H]``."""
+    bias = c.known(node, 3)
+    if c.has(node, 3) and bias is None:
+        raise refused(node, "Core ML needs the bias of a recurrent cell to be constant")
+    return np.zeros((_directions(node), 2, rows), kind) if bias is None else bias.reshape(-1, 2, rows)
+
+
 def _weights(c: Context, node: ir.Node, gates: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Input weights, recurrent weights and both biases, by direction: ``[D, G H, I]``, ``[D, G H, H]``, ``[D, 2, G H]``."""
     w, r = c.known(node, 1), c.known(node, 2)
     assert w is not None and r is not None
-    bias = c.known(node, 3)
-    if c.has(node, 3) and bias is None:
-        raise refused(node, "Core ML needs the bias of a recurrent cell to be constant")
-    rows = w.shape[1]
-    both = np.zeros((w.shape[0], 2, rows), w.dtype) if bias is None else bias.reshape(-1, 2, rows)
-    return w, r, both
+    return w, r, _bias(c, node, w.shape[1], w.dtype)
 
 
 def _lengths(c: Context, node: ir.Node, x: Any) -> None:
@@ -89,14 +100,14 @@ def _lstm(c: Context, node: ir.Node) -> Any:
     own = name_of(x)
     if c.version < 17:  # Whose operation is of float32 alone.
         x = cast(x, "fp32")
-    w, r, bias = _weights(c, node, 4)
     _lengths(c, node, x)
     # ONNX has the gates in the order i o f c, Core ML in the order i f o z.
     order = np.concatenate([np.arange(units) + units * g for g in (0, 2, 1, 3)])
     kind = type(like(x, 0))
+    bias = np.ascontiguousarray(_bias(c, node, 4 * units, kind).sum(1)[:, order].astype(kind))
 
-    def gates(a: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(a[order].astype(kind))
+    def gates(index: int, direction: int) -> Any:
+        return rows(c, node, index, direction, order, kind)
 
     batch = c.sizes(x)[1]
     states = []
@@ -105,12 +116,12 @@ def _lstm(c: Context, node: ir.Node) -> Any:
         flat = mb.transpose(x=state, perm=[1, 0, 2])
         states.append(c.reshape(flat, [batch, count * units]))
     settings = {
-        "x": x, "initial_h": states[0], "initial_c": states[1], "weight_ih": gates(w[0]), "weight_hh": gates(r[0]),
-        "bias": gates(bias[0].sum(0)), "direction": string(node, "direction", "forward"), "output_sequence": True,
+        "x": x, "initial_h": states[0], "initial_c": states[1], "weight_ih": gates(1, 0), "weight_hh": gates(2, 0),
+        "bias": bias[0], "direction": string(node, "direction", "forward"), "output_sequence": True,
     }  # fmt: skip
     if count == 2:
         settings |= {
-            "weight_ih_back": gates(w[1]), "weight_hh_back": gates(r[1]), "bias_back": gates(bias[1].sum(0))
+            "weight_ih_back": gates(1, 1), "weight_hh_back": gates(2, 1), "bias_back": bias[1]
         }  # fmt: skip
     y, h, cell = (cast(v, own) for v in mb.lstm(**settings))
     y = mb.transpose(x=c.reshape(y, [*c.sizes(y)[:1], batch, count, units]), perm=[0, 2, 1, 3])
