@@ -1,4 +1,4 @@
-"""Floats that are rounded to the whole numbers that sizes follow from, such as how many frames a syllable lasts."""
+"""Floats that are rounded to whole numbers which float16 does not have, or must not miss by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BY_NUMBERS = {
 def counted(function: Any) -> set[Any]:
     """The operations of a program's function that such floats come from, all the way.
 
-    In float16 they would not blur the outputs, they would make them longer or shorter. What is compared and then counted is left
+    Those are, say, how many frames a syllable lasts. In float16 they would not blur the outputs, they would make them longer or shorter. What is compared and then counted is left
     out, such as scores of boxes: each is a decision of its own, and few are close.
     """
     ops = list(_all(function))
@@ -52,6 +52,54 @@ def counted(function: Any) -> set[Any]:
         ]
         open_ += [v for v in dict.fromkeys(before) if v not in seen]
         seen.update(before)
+    return found
+
+
+# What lies between floats and the whole numbers that they are rounded to, and between those and floats again.
+_TO_WHOLE, _WHOLE = (
+    frozenset({"ceil", "floor", "mul", "real_div", "round"}),
+    frozenset({"expand_dims", "reshape", "squeeze"}),
+)
+
+
+def regained(function: Any) -> set[Any]:
+    """The operations between floats and the whole numbers that they are rounded to, where those become floats again.
+
+    Such are biases of sums of integers, with scales that are computed in each run. Floats of 16 bits miss whole numbers from 2049 on
+    and end at 65504, while a product of two scales is soon below the least of them. What whole numbers are multiplied by, as floats
+    again, belongs to it.
+    """
+    found = set[Any]()
+    for op in _all(function):
+        if op.op_type != "cast" or not types.is_float(op.x.dtype) or not types.is_int(op.outputs[0].dtype):
+            continue
+        casts = [c for c in _after(op, _WHOLE) if c.op_type == "cast" and types.is_float(c.outputs[0].dtype)]
+        if casts:
+            found.update(_made_of(op))
+            found.update(casts)
+            found.update(c for cast in casts for c in cast.outputs[0].child_ops if c.op_type == "mul")
+    return found
+
+
+def _after(op: Any, kinds: frozenset[str]) -> list[Any]:
+    """What reads the outputs of an operation, also through operations of ``kinds``."""
+    found = [op]
+    for one in found:
+        if one is op or one.op_type in kinds:
+            found += [child for output in one.outputs for child in output.child_ops]
+    return found[1:]
+
+
+def _made_of(op: Any) -> list[Any]:
+    """An operation and what it is computed from, as far as that leads to whole numbers."""
+    found = [op]
+    for one in found:
+        inputs = [v for given in one.inputs.values() for v in _values(given)]
+        found += [
+            v.op
+            for v in inputs
+            if v.val is None and v.op is not None and v.op.op_type in _TO_WHOLE and v.op not in found
+        ]
     return found
 
 

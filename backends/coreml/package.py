@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from optkit.backends.coreml.counted import counted
+from optkit.backends.coreml.counted import counted, regained
 from optkit.backends.coreml.interface import LABEL, Port
 from optkit.backends.coreml.quiet import ct, silence
 
@@ -66,7 +66,8 @@ def convert(
         features: The types of its inputs.
         version: Major version of the oldest iOS.
         fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
-            are taken of stays in float32, and so do squares up to the root of what they become, and what sizes are rounded from.
+            are taken of stays in float32, and so do squares up to the root of what they become, what sizes are rounded from, and whole
+            numbers that become floats again.
         weights: An empty folder.
         classified: The output that becomes a label and a dictionary.
 
@@ -120,7 +121,9 @@ def _selector(program: Any) -> Callable[[Any], bool]:
 
     @cache
     def kept() -> set[Any]:
-        return {op for function in program.functions.values() for op in counted(function)}
+        return {
+            op for function in program.functions.values() for op in (*counted(function), *regained(function))
+        }
 
     # The passes before give the program other operations: what it has is asked for when the first of them is looked at.
     return lambda op: not (op.op_type == _SUPPRESSION or op in kept() or _is_logged(op) or _is_spread(op))
