@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, refused
+from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, refused, unchecked
 from optkit.backends.coreml.quiet import mb
 from optkit.dims import shape_of
 from optkit.graph import constant
@@ -45,10 +45,11 @@ def _refuse(node: ir.Node) -> str | None:
 
 @emits("NonMaxSuppression", refuse=_refuse, oldest=17)
 def _non_max_suppression(c: Context, node: ir.Node) -> Any:
-    """Core ML's own, once for each batch and class, without the places behind the last box, which hold -1.
+    """Core ML's own, once for each batch and class; then the places that hold a box, of all of them together.
 
-    As coremltools reads PyTorch's; that the places hold -1 its documentation does not say. Scores come out in order, so that those
-    below the threshold are the last.
+    A class may have no box, and Core ML has no tensors without elements: no more is asked for than that one of them has one. As
+    coremltools reads PyTorch's, places behind the last box hold -1; its documentation does not say so. Scores come out in order, so
+    that those below the threshold are the last.
     """
     boxes, scores = c.input(node, 0), c.input(node, 1)
     each = scores.shape[:2]
@@ -58,7 +59,10 @@ def _non_max_suppression(c: Context, node: ir.Node) -> Any:
     overlap = float(np.asarray(known).reshape(-1)[0]) if (known := c.known(node, 3)) is not None else 0.0
     least = float(np.asarray(known).reshape(-1)[0]) if (known := c.known(node, 4)) is not None else None
     places = cast(_centred(boxes, center=bool(integer(node, "center_point_box", 0))), "fp32")
-    found = []
+    size = boxes.shape[1]
+    bound = wanted if isinstance(wanted, int) else _at_most(node.inputs[2])
+    most = min(bound, int(size) if isinstance(size, int | np.integer) else _MOST)
+    chosen, kept, of = [], [], []
     for batch in range(int(each[0])):
         for kind in range(int(each[1])):
             where = mb.slice_by_index(
@@ -73,20 +77,22 @@ def _non_max_suppression(c: Context, node: ir.Node) -> Any:
                 ),
                 "fp32",
             )
-            chosen = _chosen(c, node, where, score, wanted, overlap, least)
-            zeros = mb.mul(x=chosen, y=np.int32(0))
-            columns = [mb.add(x=zeros, y=np.int32(batch)), mb.add(x=zeros, y=np.int32(kind)), chosen]
-            found.append(mb.concat(values=columns, axis=1))
-    return found[0] if len(found) == 1 else mb.concat(values=found, axis=0)
+            at, held = _chosen(where, score, most, overlap, least)
+            if not isinstance(wanted, int):
+                few = mb.less(x=np.arange(most, dtype=np.int32), y=mb.reshape(x=wanted, shape=[1]))
+                held = mb.logical_and(x=held, y=few)
+            chosen.append(at)
+            kept.append(cast(held, "int32"))
+            of.append(np.tile(np.array([batch, kind], np.int32), (most, 1)))
+    if len(chosen) > 1:
+        chosen, kept = ([mb.concat(values=values, axis=0)] for values in (chosen, kept))
+    rows = mb.concat(values=[np.concatenate(of), mb.expand_dims(x=chosen[0], axes=[1])], axis=1)
+    filled = mb.squeeze(x=mb.non_zero(x=kept[0]), axes=[1])
+    return mb.gather(x=rows, indices=filled, axis=0, **unchecked(c))
 
 
-def _chosen(
-    c: Context, node: ir.Node, boxes: Any, scores: Any, wanted: Any, overlap: float, least: float | None
-) -> Any:
-    """``[n, 1]``, the boxes ``[1, 4, boxes]`` that are left."""
-    size = boxes.shape[2]
-    bound = _at_most(node.inputs[2]) if not isinstance(wanted, int) else wanted
-    most = min(bound, int(size) if isinstance(size, int | np.integer) else _MOST)
+def _chosen(boxes: Any, scores: Any, most: int, overlap: float, least: float | None) -> tuple[Any, Any]:
+    """``[most]`` places among the boxes ``[1, 4, boxes]``, and which of them hold a box that is left."""
     chosen = mb.squeeze(
         x=mb.non_maximum_suppression(
             boxes=boxes, scores=scores, max_boxes=np.int32(most), iou_threshold=np.float32(overlap)
@@ -98,11 +104,7 @@ def _chosen(
         at = mb.maximum(x=chosen, y=np.int32(0))
         values = mb.gather(x=mb.squeeze(x=scores, axes=[0, 1]), indices=at, axis=0, validate_indices=False)
         kept = mb.logical_and(x=kept, y=mb.greater(x=values, y=np.float32(least)))
-    count = mb.reduce_sum(x=mb.cast(x=kept, dtype="int32"), axes=[0], keep_dims=True)
-    if not isinstance(wanted, int):
-        count = mb.minimum(x=count, y=mb.reshape(x=wanted, shape=[1]))
-    left = mb.slice_by_size(x=chosen, begin=np.array([0], np.int32), size=count)
-    return mb.expand_dims(x=left, axes=[1])
+    return chosen, kept
 
 
 def _wanted(c: Context, node: ir.Node) -> Any:

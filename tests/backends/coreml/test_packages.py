@@ -434,6 +434,22 @@ def test_scores_that_are_compared_and_counted_are_halves(tmp_path):
     assert {o.outputs[0].type.kind for o in operations if o.kind == "sigmoid"} == {"FLOAT16"}
 
 
+@pytest.mark.parametrize("most", ["int64 most = {4}", "int64 most = {40}"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_classes_without_a_box_leave_those_of_the_others(precision, most, tmp_path):
+    """Core ML has no tensors without elements: as long as one class has a box, none is made."""
+    graph = f"""g (float[2, 32, 4] b, float[2, 3, 32] s) => (int64[n, 3] y) <{most}, float overlap = {{0.5}}, float least = {{0.6}}> {{
+      y = NonMaxSuppression(b, s, most, overlap, least) }}"""
+    model = parse(HEAD + graph)
+    random = np.random.default_rng(0)
+    # Whole numbers up to 2048 and these scores float16 has.
+    corners = random.integers(0, 300, (2, 32, 2))
+    boxes = np.concatenate([corners, corners + random.integers(20, 140, (2, 32, 2))], 2).astype(np.float32)
+    scores = random.permuted(np.tile(np.arange(32) / 32, (2, 3, 1)), axis=2).astype(np.float32)
+    scores[0, 1], scores[1, 0], scores[1, 2] = 0.5, 0, 0.25
+    _same(model, _lower(model, tmp_path, precision=precision), {"b": boxes, "s": scores})
+
+
 def test_boxes_are_dropped_by_areas_in_single_precision(tmp_path):
     """300 x 300 is infinite in float16."""
     from optkit.backends.coreml.reference.program import Package
