@@ -152,6 +152,20 @@ RULES: dict[str, tuple[str, str]] = {
         a = QuantizeLinear(x, s, z) b = QLinearConv(a, s, z, w, v, u, t, k, bias) y = DequantizeLinear(b, t, k) }""",
         "coreml",
     ),
+    "MatMulInteger behind DynamicQuantizeLinear": (
+        """(float[N, 6] x) => (float[N, 2] y) <uint8[6, 2] w = {1, 2, 3, 40, 50, 255, 0, 99, 7, 128, 200, 31}, uint8[2] wz = {7, 130},
+        float[2] ws = {0.01, 0.2}> {
+        q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z, wz) c = Cast<to = 1>(i) f = Mul(s, ws) y = Mul(c, f) }""",
+        "coreml",
+    ),
+    "ConvInteger behind DynamicQuantizeLinear": (
+        """(float[2, 1, 5, 5] x) => (float[2, 2, 3, 3] y) <uint8[2, 1, 2, 2] w = {1, 2, 3, 40, 50, 255, 0, 99}, uint8 wz = {7},
+        float ws = {0.01}> {
+        q, s, z = DynamicQuantizeLinear(x)
+        i = ConvInteger<kernel_shape = [2, 2], strides = [2, 2], pads = [1, 1, 0, 0]>(q, w, z, wz)
+        c = Cast<to = 1>(i) f = Mul(s, ws) y = Mul(c, f) }""",
+        "coreml litert",
+    ),
 }  # fmt: skip
 CASES = {**FUNCTIONS, **RULES}
 
