@@ -39,6 +39,9 @@ FILES = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "common.onnx": ("ddddocr==1.6.1", "ddddocr/common.onnx", "33b5cd351ee94e73a6bf8fa18c415ed8b819b3ffd342e267c30d8ad8334e34e8"),
+    "common_old.onnx": (
+        "ddddocr==1.6.1", "ddddocr/common_old.onnx", "b8f2ad9cbc1f2e3922a6cb9459e30824e7e2467f3fb4fd61420640e34ea0bf68"
+    ),
     "silero_vad_half.onnx": (
         "silero-vad==6.2.3", "silero_vad/data/silero_vad_half.onnx", "1e0b195ad4806595ef4466f419d16fca7e4afcfc6669b8c0b5f76ea87547c769"
     ),
@@ -140,6 +143,13 @@ def captchas(path: Path) -> None:
     ir.save(ir.load(fetched("common.onnx")), path)
 
 
+def captchas_in_integers(path: Path) -> None:
+    """Write ddddocr's older reader, as ONNX Runtime's dynamic quantization wrote it, to ``path``, with the output's real shape."""
+    model = ir.load(fetched("common_old.onnx"))
+    model.graph.outputs[0].shape = ir.Shape([None, 1, 8210])
+    ir.save(model, path)
+
+
 def speech(path: Path) -> None:
     """Write silero's detector of one rate to ``path``, for 32 ms and what it keeps of those before."""
     model = ir.load(fetched("silero_vad_half.onnx"))
@@ -173,22 +183,36 @@ def tables(path: Path) -> None:
 
 
 _ISNET = "@imgly/background-removal-data@1.4.5"
-_ISNET_SHA256 = "b6e8497ba978a6f5fbb647e419d2696cd80df5a23cb6a8ea532021911bd76acb"
+# File -> what its package calls it, and SHA-256.
+_ISNETS = {
+    "isnet_fp16.onnx": ("/models/medium", "b6e8497ba978a6f5fbb647e419d2696cd80df5a23cb6a8ea532021911bd76acb"),
+    "isnet_int8.onnx": ("/models/small", "7001d60734fdc112dd9c062635fb59cd401fb82a9d4213134bce4dbd655c803a"),
+}
 
 
 def foregrounds(path: Path) -> None:
-    """Write IS-Net, a file in float16, to ``path``; its package is under the AGPL and comes in pieces of 4 MB."""
-    folder = cache() / "models" / "phone" / "isnet"
-    file = folder / "isnet_fp16.onnx"
-    if not file.is_file() or digest(file) != _ISNET_SHA256:
+    """Write IS-Net, a file in float16, to ``path``."""
+    ir.save(ir.load(_isnet("isnet_fp16.onnx")), path)
+
+
+def foregrounds_in_integers(path: Path) -> None:
+    """Write IS-Net, as ONNX Runtime's dynamic quantization wrote it, to ``path``."""
+    ir.save(ir.load(_isnet("isnet_int8.onnx")), path)
+
+
+def _isnet(name: str) -> Path:
+    """A file of ``_ISNETS``; their package is under the AGPL and comes in pieces of 4 MB."""
+    folder, (called, expected) = cache() / "models" / "phone" / "isnet", _ISNETS[name]
+    file = folder / name
+    if not file.is_file() or digest(file) != expected:
         unpack_npm(_ISNET, folder)
         pieces = folder / "package" / "dist"
-        parts = json.loads((pieces / "resources.json").read_text("utf-8"))["/models/medium"]["chunks"]
+        parts = json.loads((pieces / "resources.json").read_text("utf-8"))[called]["chunks"]
         file.write_bytes(b"".join((pieces / part["hash"]).read_bytes() for part in parts))
         shutil.rmtree(folder / "package")
-        if (found := digest(file)) != _ISNET_SHA256:
-            raise ModelError(f"{_ISNET}: /models/medium has sha256 {found}, expected {_ISNET_SHA256}")
-    ir.save(ir.load(file), path)
+        if (found := digest(file)) != expected:
+            raise ModelError(f"{_ISNET}: {called} has sha256 {found}, expected {expected}")
+    return file
 
 
 class Pitch(nn.Module):
