@@ -41,7 +41,7 @@ from optkit.benchmarks.fetch import cache, digest, unpack_wheel
 from optkit.benchmarks.lines import lines, tensor, words
 from optkit.benchmarks.photos import crops, pixels
 from optkit.benchmarks.suite import EVALUATORS, SUITE
-from optkit.benchmarks.tables import table
+from optkit.benchmarks.tables import processors, table
 from optkit.errors import OptkitError
 from optkit.evaluate import load_python
 from optkit.frontend import load
@@ -452,11 +452,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The page for readers."""
     heads = ("", "error", "SQNR, dB", "CPU s", "MB", "evaluator / ORT", "memory")
     columns = [f"{form}{', ' if h else ''}{h}" for form in FORMS for h in heads]
-    chip = result["machine"]["processor"]
     lines = [
         "# Core ML",
         "",
-        f"{chip['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
+        f"{processors(result['models'])}. "
+        + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items())
+        + ".",
         "",
         "Verified by the reference evaluator, not executed on Apple hardware. The largest difference to ONNX Runtime as a share",
         f"of the largest value. In float32 it passes up to {_ROUNDING:g}, or up to {_ALIKE} times what ONNX Runtime's own rewrites,",

@@ -14,6 +14,16 @@ from optkit.errors import UnknownNameError
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+_WHERE = "measured_on"
+
+
+def processors(rows: Sequence[Row]) -> str:
+    """What ``rows`` of a table were measured on; of several processors all but the commonest with the names of their rows."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        named.setdefault(row[_WHERE], []).append(row["name"])
+    first, *others = sorted(named, key=lambda name: -len(named[name]))
+    return "; ".join([first, *(f"{', '.join(named[name])}: {name}" for name in others)])
 
 
 def table(
@@ -58,11 +68,12 @@ def table(
         if one not in known:
             raise UnknownNameError("model", one, known)
     place = options.out / f"{name}.json"
-    kept = json.loads(place.read_text("utf-8"))["models"] if options.only and place.is_file() else []
-    rows = {row["name"]: row for row in kept}
+    before = json.loads(place.read_text("utf-8")) if options.only and place.is_file() else {"models": []}
+    # Rows that stay were perhaps measured elsewhere.
+    rows = {row["name"]: {_WHERE: before["machine"]["processor"]["name"], **row} for row in before["models"]}
     for one in options.only or known:
         print(one, file=sys.stderr, flush=True)
-        rows[one] = measure(one)
+        rows[one] = {**measure(one), _WHERE: processor()["name"]}
     models = [rows[one] for one in known if one in rows]
     machine = {"processor": processor(), "versions": versions()}
     result = {"schema": 1, **more(), "machine": machine, "models": models}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from optkit.benchmarks.tables import table
+from optkit.benchmarks.tables import processors, table
 from optkit.errors import UnknownNameError
 
 
@@ -41,3 +41,18 @@ def test_a_name_that_is_none_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(UnknownNameError, match="'d'"):
         _run(tmp_path, ["--only", "d"], 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_were_measured_elsewhere_say_where(tmp_path, monkeypatch):
+    for chip, arguments in (("Elder", []), ("Younger", ["--only", "b"])):
+        monkeypatch.setattr("optkit.benchmarks.tables.processor", lambda chip=chip: {"name": chip})
+        rows = _run(tmp_path, arguments, 1)
+    assert processors(rows) == "Elder; b: Younger"
+    assert processors(rows[:1]) == "Elder"
+
+
+def test_rows_of_records_that_do_not_say_where_are_from_the_machine_of_the_record(tmp_path):
+    rows = [{"name": name, "value": 1} for name in "abc"]
+    record = {"machine": {"processor": {"name": "Elder"}}, "models": rows}
+    (tmp_path / "page.json").write_text(json.dumps(record))
+    assert [r["measured_on"] for r in _run(tmp_path, ["--only", "c"], 2)[:2]] == ["Elder", "Elder"]
