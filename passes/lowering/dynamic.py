@@ -107,7 +107,9 @@ def _fits(q: ir.Value | None, zero: ir.Value | None, axis: int) -> bool:
     held, offset = constant(q), constant(zero)
     if q is None or q.dtype not in _EIGHT or held is None or (zero is not None and offset is None):
         return False
-    return offset is None or offset.size == 1 or (offset.ndim == 1 and held.shape[axis] == offset.size)
+    if offset is None or offset.size == 1:
+        return True
+    return offset.ndim == 1 and held.ndim > 1 and held.shape[axis] == offset.size
 
 
 def _operand(op: Builder, grids: _Grids, q: ir.Value | None, zero: ir.Value | None, axis: int) -> ir.Value:

@@ -63,6 +63,25 @@ def test_a_product_of_two_activations_gives_the_same_bits():
     _exactly(_model(graph), [*GRID, *GRID, "MatMul", "Mul", "Mul", "Mul", "Mul"])
 
 
+def test_constants_on_the_left_may_have_zero_points_of_rows():
+    graph = """(float[6, N] x) => (float[2, N] y) <float ws = {0.013}, uint8[2] wz = {3, 200}> {
+      q, s, z = DynamicQuantizeLinear(x) f = Mul(s, ws) i = MatMulInteger(w, q, wz, z) c = Cast<to = 1>(i) y = Mul(c, f) }"""
+    # NumPy, since ONNX Runtime has one zero point for all rows.
+    w, x = _bytes(2, 6), _normal(6, 5)
+    model = _model(graph, w=w)
+    DynamicToFloat().run(model, CONTEXT)
+    verify(model)
+    low, high = x.min(), x.max()
+    scale = (high - low) / np.float32(255)
+    zero = np.round(-low / scale)
+    q = (np.clip(np.round(x / scale) + zero, 0, 255) - zero).astype(np.int64)
+    sums = (w.astype(np.int64) - np.array([[3], [200]])) @ q
+    np.testing.assert_array_equal(
+        ReferenceSession(model, optimize=False).run({"x": x})["y"],
+        sums.astype(np.float32) * (scale * np.float32(0.013)),
+    )
+
+
 def test_a_factor_that_is_no_product_grows_as_a_whole():
     graph = """(float[N, 16] x, float f) => (float[N, 4] y) <uint8 wz = {9}> {
       q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z, wz) c = Cast<to = 1>(i) y = Mul(c, f) }"""
