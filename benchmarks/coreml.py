@@ -416,9 +416,8 @@ def measure_made(name: str) -> dict[str, Any]:
                 given = [other.run(change(feeds)) for sequence in sequences() for feeds in sequence]
                 moved = max(moved, *(difference(a, b) for a, b in zip(expected, given, strict=True)))
             rounded = [reference.run(_halved(feeds)) for sequence in sequences() for feeds in sequence]
-            if (
-                apart := noise(expected, rounded)
-            ) > -np.inf:  # Else they have another size, which no package may have.
+            apart = noise(expected, rounded)
+            if apart > -np.inf:  # Else they have another size, which no package may have.
                 least = min(least, apart - 20 * float(np.log10(_ALIKE)))
         for form in FORMS:
             session, seconds = convert(path, form, Path(folder) / form, states)

@@ -17,8 +17,9 @@ _BY_NUMBERS = {
 def counted(function: Any) -> set[Any]:
     """The operations of a program's function that such floats come from, all the way.
 
-    Those are, say, how many frames a syllable lasts. In float16 they would not blur the outputs, they would make them longer or shorter. What is compared and then counted is left
-    out, such as scores of boxes: each is a decision of its own, and few are close.
+    Those are, say, how many frames a syllable lasts. In float16 they would not blur the outputs, they would make them longer or
+    shorter. What is compared and then counted is left out, such as scores of boxes: each is a decision of its own, and few are
+    close.
     """
     ops = list(_all(function))
     # By what the bodies of a loop read, what it begins with.
@@ -56,10 +57,8 @@ def counted(function: Any) -> set[Any]:
 
 
 # What lies between floats and the whole numbers that they are rounded to, and between those and floats again.
-_TO_WHOLE, _WHOLE = (
-    frozenset({"ceil", "floor", "mul", "real_div", "round"}),
-    frozenset({"expand_dims", "reshape", "squeeze"}),
-)
+_TO_WHOLE = frozenset({"ceil", "floor", "mul", "real_div", "round"})
+_WHOLE = frozenset({"expand_dims", "reshape", "squeeze"})
 
 
 def regained(function: Any) -> set[Any]:
