@@ -100,7 +100,8 @@ def widened(array: np.ndarray, *, finite: bool = False) -> np.ndarray:
 def is_finite(array: np.ndarray) -> bool:
     """Of float16."""
     bits = np.ascontiguousarray(array).reshape(-1).view(np.int16)
-    pieces = (bits[start : start + _PIECE] for start in range(0, bits.size, _PIECE))
+    # Small ones: it is asked while a program is read, when nothing else takes as much memory.
+    pieces = (bits[start : start + _LEAST] for start in range(0, bits.size, _LEAST))
     return all(np.maximum.reduce(piece & _UNENDING) != _UNENDING for piece in pieces)
 
 

@@ -822,6 +822,16 @@ def _run_and_peak(model, precision: str, folder: Path, feeds) -> tuple[dict[str,
         return session.run(feeds), _peak(lambda: session.run(feeds))
 
 
+def test_to_see_that_weights_are_finite_takes_less_memory_than_a_small_program():
+    from optkit.backends.coreml.reference.halves import is_finite
+
+    weights = np.ones(1 << 18, np.float16)
+    assert is_finite(weights)
+    assert _peak(lambda: is_finite(weights)) < 1 << 15
+    weights[-1] = np.inf
+    assert not is_finite(weights)
+
+
 @pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
 def test_large_weights_that_are_not_finite_stay_so(odd, tmp_path):
     weight = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
