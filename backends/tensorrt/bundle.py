@@ -16,8 +16,8 @@ SPELLED = "tensorrt.onnx"
 # Whose engine it is, by the package that runs it.
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 # What only the mode that builds on the device needs.
-_BUILD = ("build_engine.py",)
-_PROGRAMS = ("device.py", "closeness.py", "engine.py", "verify.py", "bench.py")
+_BUILD = ("build_engine.py", "building.py")
+_PROGRAMS = ("device.py", "closeness.py", "runtime.py", "engine.py", "verify.py", "bench.py")
 _SCRIPTS = Path(__file__).resolve().parent / "scripts"
 # TensorRT-RTX has the same interface under a name of its own, and its engine is there from the start.
 _RTX = (

@@ -103,6 +103,9 @@ def _device(program: Path, hint: str) -> dict[str, Any]:
 def _run(path: Path, program: str, *arguments: str, fails: bool = False) -> None:
     """Run one of the artifact's programs; with ``fails`` its exit code 1 says something else than that it broke."""
     done = _python(str((path / program).resolve()), *arguments)
+    if done.returncode == BackendUnavailableError.exit_code:
+        what, _, hint = _last(done).rpartition(": ")
+        raise BackendUnavailableError(f"{program}: {what}", hint=hint)
     if done.returncode and not (fails and done.returncode == 1 and done.stdout.strip()):
         raise ModelError(
             f"{program}: {_last(done)}", hint=f"python {program} in the artifact's folder shows all of it"

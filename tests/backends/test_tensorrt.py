@@ -391,9 +391,9 @@ def test_golden_outputs_are_those_of_the_typed_graph(without_rtx, model, batches
 
 
 def test_programs_for_tensorrt_rtx_import_its_package():
-    assert "import tensorrt_rtx as trt" in bundle.program("engine.py", rtx=True)
-    assert "pip install tensorrt-rtx-cu13" in bundle.program("engine.py", rtx=True)
-    assert "import tensorrt as trt" in bundle.program("engine.py", rtx=False)
+    assert "import tensorrt_rtx as trt" in bundle.program("runtime.py", rtx=True)
+    assert "pip install tensorrt-rtx-cu13" in bundle.program("runtime.py", rtx=True)
+    assert "import tensorrt as trt" in bundle.program("runtime.py", rtx=False)
 
 
 def test_float16_stays_out_of_where_values_do_not_fit(without_rtx, batches, tmp_path):

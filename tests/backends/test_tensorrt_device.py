@@ -57,7 +57,7 @@ def _unknown(text: str) -> list[str]:
     return unknown
 
 
-@pytest.mark.parametrize("name", ["build_engine.py", "engine.py"])
+@pytest.mark.parametrize("name", ["building.py", "engine.py"])
 def test_the_programs_use_names_that_tensorrt_has(name):
     assert _unknown((SCRIPTS / name).read_text()) == []
 
@@ -76,7 +76,7 @@ def test_names_that_tensorrt_no_longer_has_are_found(line, wrong):
 
 
 @pytest.mark.needs("tensorrt_rtx")
-@pytest.mark.parametrize("name", ["engine.py", "build_engine.py"])
+@pytest.mark.parametrize("name", ["engine.py", "building.py"])
 def test_tensorrt_rtx_has_the_same_names(name):
     import tensorrt_rtx as trt
 
@@ -331,7 +331,8 @@ def test_a_program_says_in_one_line_what_is_missing_and_what_to_do(artifact, gpu
     ):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
-            assert _line(_program(artifact, program)) == f"{said}: run this on the machine with the GPU"
+            done = _program(artifact, program)
+            assert _line(done) == f"{said}: run this on the machine with the GPU" and done.returncode == 4
 
 
 @pytest.mark.parametrize("program", ["build_engine.py", "verify.py", "bench.py"])
@@ -340,7 +341,20 @@ def test_a_program_without_tensorrt_gives_the_pip_line(artifact, gpu, monkeypatc
     said = (
         "TensorRT does not load (libnvinfer.so.11: cannot open shared object file): pip install tensorrt-cu13"
     )
-    assert _line(_program(artifact, program)) == said
+    done = _program(artifact, program)
+    assert _line(done) == said and done.returncode == 4
+    with pytest.raises(BackendUnavailableError, match=r"build_engine\.py: TensorRT does not load") as error:
+        finalize(artifact)
+    assert error.value.hint == "pip install tensorrt-cu13"
+
+
+@pytest.mark.parametrize("program", ["build_engine.py", "verify.py", "bench.py"])
+def test_a_program_gives_its_help_without_tensorrt_and_a_device(artifact, gpu, monkeypatch, program):
+    monkeypatch.setenv("FAKE_TENSORRT_BROKEN", "1")
+    monkeypatch.setenv("OPTKIT_LIBCUDA", "/nonexistent/libcuda.so.1")
+    done = _program(artifact, program, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {program}") and f"    python {program}\n" in done.stdout
 
 
 def test_inputs_outside_the_profile_are_refused_with_input_shape_and_profile(artifact, gpu):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from closeness import batch, spread
-from device import Device
-from engine import Engine, opened
+
+if TYPE_CHECKING:
+    import numpy as np
+    from device import Device
+    from engine import Engine
 
 HERE = Path(__file__).resolve().parent
 
@@ -40,10 +42,15 @@ def bench(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--warmup", type=int, default=50)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=200, help="how many are timed (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=50, help="how many go before (%(default)s)")
     arguments = parser.parse_args()
+    # Loads TensorRT, which the help does not need.
+    from engine import Engine, opened
+
     records = []
     with opened() as gpu:
         loaded = Engine(gpu)

@@ -10,11 +10,7 @@ from typing import Any
 
 import numpy as np
 from device import CudaError, Device
-
-try:
-    import tensorrt as trt
-except ImportError as error:
-    raise SystemExit(f"TensorRT does not load ({error}): pip install tensorrt-cu13") from None
+from runtime import not_here, trt
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,7 +20,7 @@ def opened() -> Device:
     try:
         return Device()
     except CudaError as error:
-        raise SystemExit(f"{error}: run this on the machine with the GPU") from None
+        not_here(f"{error}: run this on the machine with the GPU")
 
 
 class Engine:
