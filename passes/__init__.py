@@ -8,6 +8,7 @@ PASSES = Registry(
     "pass",
     {
         "lift-constants": "optkit.passes.cleanup.constants:LiftConstants",
+        "unpack-weights": "optkit.passes.cleanup.packed:UnpackWeights",
         "fold-constants": "optkit.passes.cleanup.constants:FoldConstants",
         "fold-shapes": "optkit.passes.cleanup.shapes:FoldShapes",
         "remove-noops": "optkit.passes.cleanup.noops:RemoveNoops",

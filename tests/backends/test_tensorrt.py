@@ -550,6 +550,30 @@ def test_sums_of_einsum_count_among_the_formats_though_nothing_quantizes_them(tm
     assert artifact.manifest.achieved.formats == {"fp16": 0.6, "int8": 0.4}
 
 
+PACKED = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[N, 64] x) => (float[N, 32] y) { y = com.microsoft.MatMulNBits <K = 64, N = 32, bits = 4, block_size = 32> (x, q, s) }
+"""
+
+
+def test_weights_that_onnx_runtime_packed_in_4_bits_are_written_as_tensorrt_reads_them(tmp_path):
+    random = np.random.default_rng(0)
+    weights = {
+        "q": random.integers(0, 256, (32, 2, 16)).astype(np.uint8),
+        "s": random.uniform(0.01, 0.03, (32, 2)).astype(np.float32),
+    }
+    packed = parse(PACKED, **weights)
+    done, _ = optkit.compile(
+        packed, target="h100", recipe="tensorrt-fp16", out=tmp_path / "out", overrides=["options.proxy=false"]
+    )
+    assert done.manifest.achieved.scheme == "weights int4 per block of 32, symmetric"
+    assert [n.op_type for n in walk(ir.load(done.folder / "model.onnx")) if n.domain] == []
+    x = random.standard_normal((3, 64)).astype(np.float32)
+    with done.session() as session:
+        found = session.run({"x": x})["y"]
+    # 64 terms of about 0.1, inputs and weights rounded to float16.
+    assert np.abs(found - ReferenceSession(packed).run({"x": x})["y"]).max() < 64**0.5 * 0.1 * 2**-9
+
+
 # Formats with block scales
 
 BLOCKS = (
