@@ -40,6 +40,8 @@ KERNELS = Registry(
         "linear-fp8-blocks": "optkit.kernels.triton.block_scales:LinearFp8Blocks",
         "linear-int4": "optkit.kernels.triton.weights:LinearInt4",
         "linear-int4-decode": "optkit.kernels.triton.weights:LinearInt4Decode",
+        "linear-uint4": "optkit.kernels.triton.weights:LinearUint4",
+        "linear-uint4-decode": "optkit.kernels.triton.weights:LinearUint4Decode",
         "rotary-pairs": "optkit.kernels.triton.rotary:RotaryPairs",
         "rotary": "optkit.kernels.triton.rotary:Rotary",
         "quantize": "optkit.kernels.triton.quantize:Quantize",

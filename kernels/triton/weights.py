@@ -59,6 +59,8 @@ _FEW_TILES = {
 
 class _Product(Tiled):
     few: ClassVar[bool] = False
+    # Whether each block has a zero point; without, it is the middle.
+    zeros: ClassVar[bool] = False
     formats: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
     examples: ClassVar[tuple[Problem, ...]] = (
         {"format": "fp16", "columns": 1536, "depth": 384, "block": 32},
@@ -89,6 +91,7 @@ class _Product(Tiled):
             ("w", "i8", "input:1"),
             ("scale", fmt, "input:2"),
             ("bias", fmt, "input:3"),
+            *([("zero", "i8", "input:4")] if self.zeros else []),
             ("y", fmt, "output:0"),
         )
         return Program(
@@ -97,7 +100,10 @@ class _Product(Tiled):
                 *(Argument(name=a, type=f"*{kind}", binds=b, aligned=True) for a, kind, b in kinds),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
-            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": tile.m, "N": tile.n, "GROUP": _GROUP},
+            constants={
+                **({} if self.zeros else {"zero": None}),
+                "COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": tile.m, "N": tile.n, "GROUP": _GROUP,
+            },
             grid=(f"cdiv(rows, {tile.m}) * {-(-columns // tile.n)}", "1", "1"),
             warps=tile.warps, stages=tile.stages, products=fmt,
         )  # fmt: skip
@@ -110,11 +116,12 @@ class _Product(Tiled):
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         columns, depth, block = (int(problem[k]) for k in ("columns", "depth", "block"))
-        return [(rows, depth), (depth, columns // 2), (depth // block, columns), (columns,)]
+        blocks = (depth // block, columns)
+        return [(rows, depth), (depth, columns // 2), blocks, (columns,), *([blocks] if self.zeros else [])]
 
     def draw(self, problem: Problem, rows: int, seed: int) -> list[np.ndarray | None]:
         fmt, random = str(problem["format"]), np.random.default_rng(seed)
-        x, w, scale, bias = self.shapes(problem, rows)
+        x, w, scale, bias, *zero = self.shapes(problem, rows)
         # Products of about 1.
         unit = 1 / (4.6 * int(problem["depth"]) ** 0.5)
         return [
@@ -122,6 +129,7 @@ class _Product(Tiled):
             random.integers(0, 256, w).astype(np.uint8),
             (random.uniform(0.5, 2, scale) * unit).astype(np.float32).astype(DTYPES[fmt]),
             *draw([bias], fmt, seed + 1),
+            *(random.integers(0, 16, shape).astype(np.uint8) for shape in zero),
         ]
 
     def allowed(self, problem: Problem) -> float:
@@ -129,8 +137,8 @@ class _Product(Tiled):
         return {"fp16": 0.55, "bf16": 0.55}[str(problem["format"])]
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-        x, w, scale, bias = (a for a in inputs if a is not None)
-        weights = self._unpacked(w, scale, int(problem["block"]))
+        x, w, scale, bias, *zero = (a for a in inputs if a is not None)
+        weights = self._unpacked(w, scale, zero[0] if zero else None, int(problem["block"]))
         return [x.astype(np.float64) @ weights + bias.astype(np.float64)]
 
     def work(self, problem: Problem, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
@@ -138,6 +146,7 @@ class _Product(Tiled):
         columns, size = int(problem["columns"]), BYTES[str(problem["format"])]
         blocks = depth // int(problem["block"])
         moved = (rows * (depth + columns) + columns + blocks * columns) * size + depth * columns / 2
+        moved += blocks * columns if self.zeros else 0
         return 2.0 * rows * depth * columns, float(moved)
 
     def attributes(self, problem: Problem) -> dict[str, Any]:
@@ -147,23 +156,30 @@ class _Product(Tiled):
         """Shapes that the body sees the weights in."""
         return {"blocks": [-1, block, columns], "matrix": [-1, columns]}
 
-    def _packed(self, q: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers from 0 to 15 two a byte, and their scales, in the order in which the program reads them."""
-        return q[:, ::2] | (q[:, 1::2] << 4), scales
+    def _packed(self, q: np.ndarray, *blocks: np.ndarray) -> list[np.ndarray]:
+        """Numbers from 0 to 15 two a byte, and what each block has, in the order in which the program reads them."""
+        return [q[:, ::2] | (q[:, 1::2] << 4), *blocks]
 
-    def _unpacked(self, w: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
+    def _unpacked(self, w: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, block: int) -> np.ndarray:
         """``[depth, columns]`` in float64."""
-        return _halves(w) * np.repeat(scale.astype(np.float64), block, 0)
+        return _halves(w, _spread(zero, block, 0)) * _spread(scale, block, 0)
 
     def rules(self) -> Sequence[Rule]:
         return [
-            Rule(_pattern(biased, cast), self._rewrite, self._check, name=self.name)
+            Rule(_pattern(biased, cast, middle), self._rewrite, self._check, name=self.name)
             for biased in (True, False)
             for cast in (True, False)
+            for middle in ((True, False) if self.zeros else (False,))
         ]
 
     def _check(
-        self, root: ir.Node, x: ir.Value, w: ir.Value, v: ir.Value, bias: ir.Value | None = None
+        self,
+        root: ir.Node,
+        x: ir.Value,
+        w: ir.Value,
+        v: ir.Value,
+        z: ir.Value | None = None,
+        bias: ir.Value | None = None,
     ) -> Match:
         match = Match()
         if format_of(x) not in self.formats or (rank(x) or 0) < 2:
@@ -171,8 +187,12 @@ class _Product(Tiled):
         if self.few and not 0 < rows_of(x) <= _FEW:
             return match.fail(f"not known to be at most {_FEW} rows", x)
         array, scales = constant(w), constant(v)
-        if w.dtype != ir.DataType.INT4 or array is None or array.ndim != 2 or scales is None:
+        if w.dtype not in _LEAST or array is None or array.ndim != 2 or scales is None:
             return match.fail("not a constant matrix in 4 bits", w)
+        if self.zeros == (w.dtype == ir.DataType.INT4 and z is None):
+            return match.fail(f"{'no' if self.zeros else 'other'} zero points than the middle", w)
+        if z is not None and constant(z) is None:
+            return match.fail("zero points that are computed", z)
         node = next(u.node for u in w.uses())
         block = int(attribute(node, "block_size", 0))  # type: ignore[call-overload]
         if attribute(node, "axis", 1) != 0 or block not in _BLOCKS or len(array) % block:
@@ -186,14 +206,25 @@ class _Product(Tiled):
         return match
 
     def _rewrite(
-        self, op: Any, root: ir.Node, x: ir.Value, w: ir.Value, v: ir.Value, bias: ir.Value | None = None
+        self,
+        op: Any,
+        root: ir.Node,
+        x: ir.Value,
+        w: ir.Value,
+        v: ir.Value,
+        z: ir.Value | None = None,
+        bias: ir.Value | None = None,
     ) -> Any:
         array, scales = constant(w), constant(v)
-        assert array is not None and scales is not None and x.dtype is not None
-        packed, order = self._packed((array.astype(np.int8) + 8).astype(np.uint8), scales)
-        kind, columns = x.dtype.numpy(), array.shape[1]
+        assert array is not None and scales is not None and x.dtype is not None and w.dtype is not None
+        kind, columns, least = x.dtype.numpy(), array.shape[1], _LEAST[w.dtype]
+        zeros = np.zeros(scales.shape, np.int8) if z is None else constant(z)
+        assert zeros is not None
+        given = [array, scales, zeros] if self.zeros else [array, scales]
+        packed, factors, *middles = self._packed(*(a if a is scales else _from_zero(a, least) for a in given))
         added = np.zeros(columns, kind) if bias is None else bias
-        inputs = [x, np.ascontiguousarray(packed), np.ascontiguousarray(order.astype(kind)), added]
+        inputs = [x, np.ascontiguousarray(packed), np.ascontiguousarray(factors.astype(kind)), added]
+        inputs += map(np.ascontiguousarray, middles)
         (y,) = op.node(self.op, inputs, self._forms(len(array) // len(scales), columns), domain=DOMAIN)
         y.type = x.type
         return y
@@ -222,7 +253,9 @@ class _Decode(_Product):
 
     def tiled(self, problem: Problem, tile: Tile) -> Program:
         fmt, columns, depth = str(problem["format"]), int(problem["columns"]), int(problem["depth"])
-        kinds = (("x", fmt), ("w", "int8"), ("scale", fmt), ("bias", fmt))
+        kinds = (
+            ("x", fmt), ("w", "int8"), ("scale", fmt), ("bias", fmt), *([("zero", "int8")] if self.zeros else []),
+        )  # fmt: skip
         return Program(
             function="optkit.kernels.triton.device.weights:decode",
             arguments=(
@@ -230,35 +263,51 @@ class _Decode(_Product):
                 Argument(name="y", type=pointer(fmt), binds="output:0", aligned=True),
                 Argument(name="rows", type="i32", binds="rows"),
             ),
-            constants={"COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": tile.m, "N": tile.n, "K": tile.k},
+            constants={
+                **({} if self.zeros else {"zero": None}),
+                "COLUMNS": columns, "DEPTH": depth, "BLOCK": int(problem["block"]), "M": tile.m, "N": tile.n, "K": tile.k,
+            },
             grid=(f"{-(-columns // tile.n)}", "1", "1"),
             warps=tile.warps, stages=tile.stages, products=fmt, low=True,
         )  # fmt: skip
 
     def shapes(self, problem: Problem, rows: int) -> list[tuple[int, ...]]:
         columns, depth, block = (int(problem[k]) for k in ("columns", "depth", "block"))
-        return [(min(rows, _FEW), depth), (columns, depth // 2), (columns, depth // block), (columns,)]
+        blocks = (columns, depth // block)
+        zero = [blocks] if self.zeros else []
+        return [(min(rows, _FEW), depth), (columns, depth // 2), blocks, (columns,), *zero]
 
     def edges(self, problem: Problem, capability: Capability) -> tuple[int, ...]:
         return (1, 2, _FEW - 1, _FEW)
 
     def allowed(self, problem: Problem) -> float:
-        # Each weight is rounded, by half a step; the sum of 64 or more of them once more.
-        return {"fp16": 1.0, "bf16": 1.0}[str(problem["format"])]
+        # Half a step from rounding the sum. Each weight is rounded too: in the sum that is noise of 1 / sqrt(12) steps, of which
+        # the worst of thousands of outputs has about 3.5 deviations.
+        return 1.5
 
     def _forms(self, block: int, columns: int) -> dict[str, Any]:
         return {"blocks": [0, -1, block], "matrix": [0, -1]}
 
-    def _packed(self, q: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return q.T[:, ::2] | (q.T[:, 1::2] << 4), scales.T
+    def _packed(self, q: np.ndarray, *blocks: np.ndarray) -> list[np.ndarray]:
+        return [q.T[:, ::2] | (q.T[:, 1::2] << 4), *(b.T for b in blocks)]
 
-    def _unpacked(self, w: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
-        return (_halves(w) * np.repeat(scale.astype(np.float64), block, 1)).T
+    def _unpacked(self, w: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, block: int) -> np.ndarray:
+        return (_halves(w, _spread(zero, block, 1)) * _spread(scale, block, 1)).T
 
 
-def _halves(w: np.ndarray) -> np.ndarray:
-    """The two numbers of each byte, neighbours along the last axis."""
-    return np.stack([w & 15, w >> 4], -1).reshape(len(w), -1).astype(np.float64) - 8
+def _from_zero(q: np.ndarray, least: int) -> np.ndarray:
+    """Numbers of 4 bits, from ``least`` on, as those from 0 to 15."""
+    return (q.astype(np.int8) - least).astype(np.uint8)
+
+
+def _spread(given: np.ndarray | None, block: int, axis: int) -> np.ndarray | float:
+    """What each block has for each number; without, that is 8."""
+    return 8.0 if given is None else np.repeat(given.astype(np.float64), block, axis)
+
+
+def _halves(w: np.ndarray, zero: np.ndarray | float) -> np.ndarray:
+    """The two numbers of each byte, neighbours along the last axis, around ``zero``."""
+    return np.stack([w & 15, w >> 4], -1).reshape(len(w), -1).astype(np.float64) - zero
 
 
 def rows_of(x: ir.Value) -> int:
@@ -268,26 +317,39 @@ def rows_of(x: ir.Value) -> int:
     return math.prod(sizes) if shape is not None and len(sizes) == len(shape) - 1 else 0
 
 
-def _pattern(biased: bool, cast: bool) -> Callable[..., Any]:
-    def build(op: Any, x: Any, w: Any, v: Any, bias: Any) -> Any:
-        m = op.DequantizeLinear(w, v)
+def _pattern(biased: bool, cast: bool, middle: bool) -> Callable[..., Any]:
+    def build(op: Any, x: Any, w: Any, v: Any, z: Any = None, bias: Any = None) -> Any:
+        m = op.DequantizeLinear(w, v, z) if middle else op.DequantizeLinear(w, v)
         y = op.MatMul(x, op.Cast(m) if cast else m)
         return op.Add(y, bias) if biased else y
 
-    return build if biased else lambda op, x, w, v: build(op, x, w, v, None)
+    if biased and middle:
+        return build
+    if biased:
+        return lambda op, x, w, v, bias: build(op, x, w, v, bias=bias)
+    return (
+        (lambda op, x, w, v, z: build(op, x, w, v, z)) if middle else lambda op, x, w, v: build(op, x, w, v)
+    )
 
 
-# The axis that scales are spread along, and how the weights become ``[inputs, outputs]``.
+# The least number of each type.
+_LEAST = {ir.DataType.INT4: -8, ir.DataType.UINT4: 0}
+# The operator and what else it takes, the middle of each block, the axis that scales are spread along, and how the weights become
+# ``[inputs, outputs]``.
 _BODY = (
-    '<domain: "optkit", opset_import: ["" : %%d]> %s <blocks, matrix> (x, w, scale, bias) => (y) { '
-    "fifteen = Constant <value = uint8 {15}> () four = Constant <value = uint8 {4}> () eight = Constant <value = float {8.0}> () "
+    '<domain: "optkit", opset_import: ["" : %%d]> %s <blocks, matrix> (x, w, scale, bias%s) => (y) { '
+    "fifteen = Constant <value = uint8 {15}> () four = Constant <value = uint8 {4}> () "
     "last = Constant <value = int64[1] {-1}> () one = Constant <value = int64[1] {1}> () "
     'lo = BitwiseAnd (w, fifteen) hi = BitShift <direction = "RIGHT"> (w, four) '
     "a = Unsqueeze (lo, last) b = Unsqueeze (hi, last) c = Concat <axis = -1> (a, b) "
-    "f = Cast <to = 1> (c) q = Sub (f, eight) bs = Constant <value_ints: ints = @blocks> () r = Reshape (q, bs) "
-    "sf = Cast <to = 1> (scale) su = Unsqueeze (sf, %s) m = Mul (r, su) ms = Constant <value_ints: ints = @matrix> () "
+    "f = Cast <to = 1> (c) bs = Constant <value_ints: ints = @blocks> () r = Reshape (f, bs) %s q = Sub (r, middle) "
+    "sf = Cast <to = 1> (scale) su = Unsqueeze (sf, %s) m = Mul (q, su) ms = Constant <value_ints: ints = @matrix> () "
     "g = Reshape (m, ms) h = CastLike (g, x) %s p = MatMul (x, %s) y = Add (p, bias) }"
 )
+_EIGHT = "middle = Constant <value = float {8.0}> ()"
+_ZERO = "zf = Cast <to = 1> (zero) middle = Unsqueeze (zf, %s)"
+_DOWN = ("one", "", "h")
+_ALONG = ("last", "o = Transpose <perm = [1, 0]> (h)", "o")
 
 
 class LinearInt4(_Product):
@@ -301,7 +363,7 @@ class LinearInt4(_Product):
     size: ClassVar[int] = 6
     source: ClassVar[str] = "arXiv:2408.11743"
     examples: ClassVar[tuple[Problem, ...]] = _Product.examples[:1]
-    body: ClassVar[str] = _BODY % (op, "one", "", "h")
+    body: ClassVar[str] = _BODY % (op, "", _EIGHT, *_DOWN)
 
 
 class LinearInt4Decode(_Decode):
@@ -314,4 +376,28 @@ class LinearInt4Decode(_Decode):
     name, op = "linear-int4-decode", "LinearInt4Decode"
     size: ClassVar[int] = 7
     source: ClassVar[str] = "arXiv:2408.11743"
-    body: ClassVar[str] = _BODY % (op, "last", "o = Transpose <perm = [1, 0]> (h)", "o")
+    body: ClassVar[str] = _BODY % (op, "", _EIGHT, *_ALONG)
+
+
+class LinearUint4(_Product):
+    """``y = x @ ((q - zero) * scale) + bias``: ``linear-int4`` of weights that have a zero point for each block too.
+
+    Lin et al., "AWQ", 2024, arXiv:2306.00978, whose weights are such; the difference, from -15 to 15, is exact in both formats.
+    """
+
+    name, op = "linear-uint4", "LinearUint4"
+    size: ClassVar[int] = 6
+    zeros: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv:2408.11743, arXiv:2306.00978"
+    examples: ClassVar[tuple[Problem, ...]] = _Product.examples[:1]
+    body: ClassVar[str] = _BODY % (op, ", zero", _ZERO % "one", *_DOWN)
+
+
+class LinearUint4Decode(_Decode):
+    """``linear-uint4`` of at most 16 rows, in the order of ``linear-int4-decode``."""
+
+    name, op = "linear-uint4-decode", "LinearUint4Decode"
+    size: ClassVar[int] = 7
+    zeros: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv:2408.11743, arXiv:2306.00978"
+    body: ClassVar[str] = _BODY % (op, ", zero", _ZERO % "last", *_ALONG)

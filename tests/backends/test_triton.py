@@ -297,24 +297,36 @@ def test_floats_of_eight_bits_are_refused_where_the_card_has_none(tmp_path, caps
 
 PACKED = """
 <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
-g (float[%s, 64] x) => (float[%s, 32] y) { y = com.microsoft.MatMulNBits <K = 64, N = 32, bits = 4, block_size = 32> (x, q, s) }
+g (float[%s, 64] x) => (float[%s, 32] y) { y = com.microsoft.MatMulNBits <K = 64, N = 32, bits = 4, block_size = 32> (x, q, s%s) }
 """
 
 
 @pytest.mark.needs("triton")
-@pytest.mark.parametrize(("rows", "kernel"), [("N", "LinearInt4"), (1, "LinearInt4Decode")])
-def test_weights_that_onnx_runtime_packed_in_4_bits_are_multiplied_by_the_kernel(tmp_path, rows, kernel):
+@pytest.mark.parametrize(
+    ("rows", "zeros", "kernel"),
+    [
+        ("N", "", "LinearInt4"),
+        (1, "", "LinearInt4Decode"),
+        ("N", ", z", "LinearUint4"),
+        (1, ", z", "LinearUint4Decode"),
+    ],
+)
+def test_weights_that_onnx_runtime_packed_in_4_bits_are_multiplied_by_the_kernel(
+    tmp_path, rows, zeros, kernel
+):
     random = np.random.default_rng(0)
     weights = {
         "q": random.integers(0, 256, (32, 2, 16)).astype(np.uint8),
         "s": random.uniform(0.01, 0.03, (32, 2)).astype(np.float32),
     }
-    packed = parse(PACKED % (rows, rows), **weights)
+    if zeros:
+        weights["z"] = random.integers(0, 256, (32, 1)).astype(np.uint8)
+    packed = parse(PACKED % (rows, rows, zeros), **weights)
     done, _ = optkit.compile(packed, target="h100", recipe="triton-fp16", out=tmp_path / "out")
     assert [row["op"] for row in bundle.read(done.folder)["launches"]] == [kernel]
     x = random.standard_normal((1, 64)).astype(np.float32)
     right = ReferenceSession(packed).run({"x": x})["y"]
     with Triton().load(done.folder, H100, TritonOptions()) as session:
         found = session.run({"x": x})["y"]
-    # 64 terms of about 0.1, inputs and weights rounded to float16.
-    assert np.abs(found - right).max() < 64**0.5 * 0.1 * 2**-9
+    # 64 terms of about 0.2, inputs and weights rounded to float16.
+    assert np.abs(found - right).max() < 64**0.5 * 0.2 * 2**-9

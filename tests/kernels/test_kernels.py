@@ -160,7 +160,16 @@ def test_the_first_finalist_is_the_one_of_the_table_and_none_comes_twice(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "linear-gelu", "linear-int8", "linear-int4", "linear-int4-decode"]
+    "name",
+    [
+        "linear",
+        "linear-gelu",
+        "linear-int8",
+        "linear-int4",
+        "linear-int4-decode",
+        "linear-uint4",
+        "linear-uint4-decode",
+    ],
 )
 @pytest.mark.parametrize("capability", [c for c in ARCHITECTURES if c >= (8, 0)])
 def test_a_device_chooses_among_tiles_not_only_among_stages(name, capability):
@@ -201,6 +210,7 @@ def test_every_other_tile_computes_what_the_reference_does():
         "linear-int8",
         "linear-fp8",
         "linear-int4-decode",
+        "linear-uint4-decode",
     }
     for one, outputs in zip(launches, interpret(launches), strict=True):
         for error in errors(one, outputs):

@@ -518,6 +518,47 @@ def test_other_products_with_weights_of_4_bits_are_left_alone(old, new, kind):
     assert all(n.domain == "" for n in walk(after))
 
 
+def _from_zero(text, least, *, zeros=True, **given):
+    """Weights from ``least`` on with zero points: computed exactly, each has 4 bits."""
+    kind, rng = ir.DataType.INT4 if least else ir.DataType.UINT4, np.random.default_rng(2)
+    model = _four(
+        text.replace("(w, v)", "(w, v, z)" if zeros else "(w, v)"), z=np.zeros((2, 32), np.int8), **given
+    )
+    for name in "wz" if zeros else "w":
+        value = model.graph.initializers[name]
+        array = rng.integers(least, least + 16, value.shape.numpy()).astype(kind.numpy())
+        value.const_value, value.type = ir.Tensor(array, dtype=kind, name=name), ir.TensorType(kind)
+    if not zeros:
+        model.graph.initializers.pop("z")
+    return model
+
+
+@pytest.mark.parametrize(("least", "zeros"), [(0, True), (-8, True), (0, False)])
+@pytest.mark.parametrize(("rows", "kernel"), [("N, 3", "LinearUint4"), ("1, 3", "LinearUint4Decode")])
+def test_weights_of_4_bits_with_zero_points_have_a_kernel_of_their_own(rows, kernel, least, zeros):
+    text = (FOUR % "p = MatMul (x, m) y = Add (p, b)").replace("N, 3", rows)
+    # Sums of 64 weights of up to 15 steps of 0.02, rounded to float16.
+    model = _from_zero(text, least, zeros=zeros, b=np.linspace(-1, 1, 32).astype(np.float16))
+    check_pass(CallKernels(), model, context=H100, ops=[kernel], atol=2e-2, rtol=2e-3)
+
+
+@pytest.mark.parametrize("blocks", [16, 64])
+def test_zero_points_of_other_blocks_than_the_kernel_has_are_left_alone(blocks):
+    model = _from_zero(FOUR % "y = MatMul (x, m)", 0)
+    (dequantize, _) = model.graph
+    dequantize.attributes["block_size"] = ir.AttrInt64("block_size", blocks)
+    for name in "vz":
+        value = model.graph.initializers[name]
+        array = np.resize(value.const_value.numpy(), (64 // blocks, 32))
+        value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
+        value.shape = ir.Shape(array.shape)
+    after = model.clone()
+    CallKernels().run(after, H100)
+    assert [n.op_type for n in after.graph] == (
+        ["DequantizeLinear", "MatMul"] if blocks == 16 else ["LinearUint4"]
+    )
+
+
 ROWS = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (float[N, 3, 64] x) => (float[N, 3, 64] y) { y = Softmax <axis = %s> (x) }
