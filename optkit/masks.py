@@ -13,6 +13,8 @@ from optkit.graph import attribute, constant, scalar
 
 _MOVES = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape"})
 _ROW, _COLUMN = -2, -1
+HIDDEN = -1e4
+"""What is not above it hides keys: exporters write this and lower numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,8 @@ def sight(mask: ir.Value, keys: ir.Value | None) -> Sight | str:
         keys: ``[batch, heads, keys, depth]``, for whether a cache stands before them; None where nobody asks.
     """
     try:
-        parts = list(_conditions(*_hidden(mask), keys))
+        shown = _shown(mask)
+        parts = list(_conditions(*_hidden(mask), keys) if shown is None else _band(shown, mask))
     except _Unknown as why:
         return str(why)
     bounds = [p for p in parts if isinstance(p, _Bound)]
@@ -113,6 +116,61 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
     return node if node is not None and node.domain == "" else None
 
 
+def _shown(mask: ir.Value) -> np.ndarray | None:
+    """Where a constant mask is 0, if else it is very low."""
+    array = constant(mask)
+    if array is None:
+        return None
+    shown: np.ndarray = array == 0
+    if not np.all(shown | (array <= HIDDEN)):
+        raise _Unknown(f"{mask.name} is not of 0 and very low numbers alone")
+    return shown
+
+
+def _start(value: ir.Value | None) -> np.ndarray | None:
+    """The constant that ``value`` is the start of along each axis, also where it is compared with a number."""
+    node = _producer(value)
+    if node is None:
+        return constant(value)
+    if node.op_type == "Slice":
+        starts, steps = (
+            constant(node.inputs[1]),
+            constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1),
+        )
+        plain = starts is not None and steps is not None and not starts.any() and (steps == 1).all()
+        return _start(node.inputs[0]) if plain else None
+    if node.op_type == "Equal":
+        for compared, other in (node.inputs, node.inputs[::-1]):
+            array, single = _start(compared), number(other)
+            if array is not None and single is not None:
+                return np.asarray(array == single)
+    if node.op_type in ("Identity", "Not", "Cast"):
+        array = _start(node.inputs[0])
+        if array is None or value is None or value.dtype is None or node.op_type == "Identity":
+            return array
+        return ~array if node.op_type == "Not" else array.astype(value.dtype.numpy())
+    return constant(value)
+
+
+def _band(shown: np.ndarray, value: ir.Value) -> Iterator[_Bound]:
+    """The bounds that ``shown``, ``[..., queries, keys]``, is made of; all before are 1."""
+    rows, columns = shown.shape[-2:] if shown.ndim > 1 else (1, 1)
+    if shown.size != rows * columns or not shown.any():
+        raise _Unknown(f"{value.name} is not the same for all samples and heads")
+    shown = shown.reshape(rows, columns)
+    row, counts = np.arange(rows), shown.sum(1)
+    first, last = shown.argmax(1), columns - 1 - shown[:, ::-1].argmax(1)
+    some = counts > 0
+    least, most = int((first - row)[some].min()), int((last - row)[some].max())
+    start, end = np.maximum(row + least, 0), np.minimum(row + most, columns - 1)
+    if (counts != np.maximum(end - start + 1, 0)).any() or ((first < start) | (last > end))[some].any():
+        raise _Unknown(f"{value.name} is no band of keys around the query's own place")
+    if most < columns - 1:
+        yield _Bound(upper=True, offset=most, past=False)
+    if least > 1 - rows:
+        yield _Bound(upper=False, offset=least, past=False)
+
+
 def _hidden(mask: ir.Value | None) -> tuple[ir.Value, bool]:
     """The condition behind a mask of 0 and something very low; and whether it holds where keys are seen."""
     node = _producer(mask)
@@ -127,15 +185,14 @@ def _hidden(mask: ir.Value | None) -> tuple[ir.Value, bool]:
     if node.op_type == "Where":
         condition, *chosen = node.inputs
         values = [number(v) for v in chosen]
-        # What is lower than -10000 is what exporters hide keys with.
         for at in (0, 1):
             shown, hidden = values[at], values[1 - at]
-            if condition is not None and shown == 0 and hidden is not None and hidden <= -1e4:
+            if condition is not None and shown == 0 and hidden is not None and hidden <= HIDDEN:
                 return condition, at == 0
     if node.op_type == "Mul":
         for numbers, factor in (node.inputs, node.inputs[::-1]):
             low = number(factor)
-            found = _zero_or_one(numbers) if low is not None and low <= -1e4 else None
+            found = _zero_or_one(numbers) if low is not None and low <= HIDDEN else None
             if found is not None:
                 return found[0], not found[1]
     raise _Unknown(f"{mask.name} is not a choice between 0 and a very low number")
@@ -160,11 +217,18 @@ def _conditions(value: ir.Value | None, holds: bool, keys: ir.Value | None) -> I
     """What has to be true together for a key to be seen; ``holds``: whether where ``value`` is."""
     node = _producer(value)
     assert value is not None
-    if node is not None and node.op_type == "And" and holds:
+    if (array := _start(value)) is not None and array.dtype == np.bool_:
+        yield from _band(array if holds else ~array, value)
+    elif node is not None and node.op_type == "And" and holds:
         for operand in node.inputs:
             yield from _conditions(operand, holds, keys)
     elif node is not None and node.op_type == "Not":
-        yield from _conditions(node.inputs[0], not holds, keys)
+        try:
+            yield from list(_conditions(node.inputs[0], not holds, keys))
+        except _Unknown:
+            if not holds or not _along_keys(shape_of(value)):
+                raise
+            yield value
     elif node is not None and node.op_type in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
         bound = _bound(node, keys)
         yield bound if holds else bound.turned()
@@ -173,7 +237,7 @@ def _conditions(value: ir.Value | None, holds: bool, keys: ir.Value | None) -> I
         yield bound.turned() if holds else bound
     elif holds and node is not None and node.op_type == "Expand":
         yield from _conditions(node.inputs[0], holds, keys)
-    elif holds and (shape := shape_of(value)) is not None and len(shape) == 4 and _along_keys(shape):
+    elif holds and _along_keys(shape_of(value)):
         yield value
     else:
         raise _Unknown(f"{value.name} compares no places")
@@ -205,8 +269,8 @@ def _triangle(node: ir.Node) -> _Bound:
     return _Bound(upper=not attribute(node, "upper", 1), offset=int(moved), past=False)
 
 
-def _along_keys(shape: tuple[Dim | None, ...]) -> bool:
-    return shape[1:3] == (1, 1) and shape[3] != 1
+def _along_keys(shape: tuple[Dim | None, ...] | None) -> bool:
+    return shape is not None and len(shape) == 4 and shape[1:3] == (1, 1) and shape[3] != 1
 
 
 def _bound(node: ir.Node, keys: ir.Value | None) -> _Bound:

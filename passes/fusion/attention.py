@@ -13,6 +13,7 @@ from optkit.graph import attribute, constant, rank, scalar, users
 from optkit.masks import is_zero, number, sight
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.cleanup.dead import remove_nodes
+from optkit.passes.fusion.hidden_scores import RULE, is_product
 from optkit.rewrite import Builder, Change, Match, Rule, apply
 
 _MOVES = frozenset({"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity"})
@@ -32,25 +33,14 @@ def _guarded(root: ir.Node, p: ir.Value, v: ir.Value) -> Match:
     node = scores.producer() if scores is not None else None
     if node is not None and node.op_type == "Add" and _mask(node) is None:
         return Match().fail("which operand is the mask is not known", node)
-    if node is None or (node.op_type != "Add" and not _is_product(scores)):
+    if node is None or (node.op_type != "Add" and not is_product(scores)):
         return Match().fail("the Softmax is not over products", softmax)
     return Match()
 
 
-def _is_product(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a matrix product, perhaps scaled."""
-    node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "Identity" and node.domain == "":
-        return _is_product(node.inputs[0])
-    if node is not None and node.op_type in ("Mul", "Div") and node.domain == "":
-        operands = node.inputs if node.op_type == "Mul" else node.inputs[:1]
-        return any(_is_product(v) for v in operands) and any(scalar(v) is not None for v in node.inputs)
-    return node is not None and node.op_type == "MatMul" and node.domain == ""
-
-
 def _mask(add: ir.Node) -> ir.Value | None:
     """What is added to the products; None where that is not known."""
-    products = [_is_product(v) for v in add.inputs]
+    products = [is_product(v) for v in add.inputs]
     return add.inputs[products.index(False)] if sorted(products) == [False, True] else None
 
 
@@ -95,7 +85,7 @@ def _zero_mask_pattern(op: Any, scores: Any, mask: Any) -> Any:
 
 
 def _zero_mask(root: ir.Node, scores: ir.Value, mask: ir.Value) -> Match:
-    if not _is_product(scores):
+    if not is_product(scores):
         return Match().fail("not products and a mask", root)
     if constant(mask) is not None or not is_zero(mask):
         return Match().fail("the mask is not zero everywhere", mask)
@@ -244,12 +234,16 @@ class CleanAttention(GraphPass):
       and not in every ``p``.
     * ``Where(max(mask) == -inf, 0, p) @ v``, which is how ONNX's Attention says the same, is asked behind the product, or not
       at all where the mask is causal or finite.
+    * ``Where(hidden, low, scores)``, as ``masked_fill`` writes it, becomes ``scores + Where(seen, 0, low)``, whose mask is small
+      and shared: what kernels and runtimes know as attention. ``low`` is minus infinity, or -10000 and below: then one that no
+      score changes takes its place, so that queries that see no key still give all the same weight; float16 has none.
     * A mask that is zero everywhere.
     * ``k`` transposed as three axes with a Reshape before and behind becomes one Transpose.
     * ``(q * a) @ (k * b)`` becomes ``(q * ab) @ k``, with the factor in front of the head split where that is possible,
       so that ``fold-affine`` takes it into the weights of ``q``.
 
-    Exact but for rounding, given finite scores: a guard also hid NaN that came from elsewhere.
+    Exact but for rounding, given finite scores, those of keys that are seen far above ``low``: a guard, and a choice, also hid NaN
+    that came from elsewhere.
     """
 
     name: ClassVar[str] = "clean-attention"
@@ -257,6 +251,7 @@ class CleanAttention(GraphPass):
     def run(self, model: ir.Model, context: Context) -> Sequence[Change]:
         """Clean up every attention."""
         rules = [
+            RULE,
             Rule(
                 _zero_mask_pattern, lambda op, scores, **_: op.Identity(scores), _zero_mask, name="zero-mask"
             ),

@@ -40,6 +40,9 @@ _MOVES = frozenset(
     }
 )  # fmt: skip
 
+# What gives numbers as it got them.
+_CHOICES = frozenset({"Where", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+
 # From powers to their logarithms there are sums, scales and filters.
 _SPANNING = frozenset(
     {
@@ -164,6 +167,10 @@ class CastFloats(GraphPass):
             data = trial_batches(model, 4, seed=context.seed) if context.data is None else context.data
             seen = observe(model, [str(v.name) for v in live], "min-max", 100.0, replace(context, data=data))
             wild |= {v for v in live if not max(-seen[str(v.name)].low, seen[str(v.name)].high) <= limit}
+        # A choice that the data never makes may be made later: of a mask in float16, what is left of -1e38 is infinite.
+        for node in here:
+            if node.op_type in _CHOICES and any(v in wild for v in node.inputs):
+                wild.update(node.outputs)
         kept = [n for n in chosen if any(v in wild for v in (*n.inputs, *n.outputs))]
         for node in kept:
             logger.info("%s stays in float32: a value beyond %.0f", node.name, limit)
