@@ -31,6 +31,9 @@ _STORED = {
     ir.DataType.FLOAT4E2M1: "nvfp4",
 }
 
+# The first architecture that Triton's kernels are compiled for.
+_KERNELS = (8, 0)
+
 
 def refusal(node: ir.Node, target: Target) -> str | None:
     """Why ``node`` cannot be in an engine for ``target``; None where nothing speaks against it."""
@@ -65,12 +68,16 @@ def _pair(node: ir.Node, target: Target) -> str | None:
     )
     if stored == ir.DataType.INT32:
         return "TensorRT keeps biases in float: there is no grid of int32"
-    if stored in (ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT4):
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    moved = zero is not None and bool(np.asarray(zero, np.float32).any())
+    if stored == ir.DataType.UINT4 or (stored == ir.DataType.INT4 and moved):
+        kernels = target.capability is not None and target.capability >= _KERNELS
+        out = "; -r triton-fp16 has kernels for weights of 4 bits with zero points" if kernels else ""
+        found = "this is uint4" if stored == ir.DataType.UINT4 else "this has others"
+        return f"TensorRT takes int4 with zero point 0 alone, {found}{out}"
+    if stored in (ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16):
         return f"TensorRT takes signed grids with zero point 0, this one is {stored.name.lower()}"
     wanted = None if stored is None else _STORED.get(stored)
     if wanted is not None and (why := target.refusal(wanted)) is not None:
         return why
-    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if zero is not None and np.asarray(zero, np.float32).any():
-        return "TensorRT takes zero point 0 alone"
-    return None
+    return "TensorRT takes zero point 0 alone" if moved else None

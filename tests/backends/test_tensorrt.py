@@ -112,6 +112,16 @@ def test_zero_points_must_be_zero():
 
 
 @pytest.mark.parametrize(
+    ("stored", "zero"), [(ml_dtypes.uint4, 8), (ml_dtypes.uint4, 0), (ml_dtypes.int4, 1)]
+)
+def test_zero_points_of_4_bits_are_refused_with_the_way_out_where_there_is_one(stored, zero):
+    text = "g (float s) => (float[4] y) { [n] y = DequantizeLinear(w, s, z) }"
+    node = _node(text, w=np.zeros(4, stored), z=np.array(zero, stored))
+    assert "int4 with zero point 0 alone" in refusal(node, target("t4"))
+    assert "triton" not in refusal(node, target("t4")) and "-r triton-fp16" in refusal(node, target("h100"))
+
+
+@pytest.mark.parametrize(
     ("stored", "fmt", "allowed", "refused"),
     [
         (ml_dtypes.float8_e4m3fn, "fp8", "l4 h100 rtx4090 b200", "t4 a10 a100 rtx3090 jetson-orin"),
