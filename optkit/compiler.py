@@ -180,6 +180,7 @@ class Compilation:
             self.loaded.original,
             large=weight_bytes(self.loaded.model) > LARGE,
             disabled=unsound(self.loaded.model),
+            precise=not self.target.saturates,
         )
 
     @property

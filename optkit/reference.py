@@ -37,6 +37,8 @@ class ReferenceSession:
         threads: Of one operator.
         disabled: Optimizers of ONNX Runtime that stay off, by their names; for a path, ``unsound`` tells which must.
         large: Read weights where they lie instead of packing them: little memory, slower products.
+        precise: Keep products of 8-bit integers from saturating in 16 bits on processors where they would: what stands in for
+            hardware that does not saturate.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ReferenceSession:
         threads: int = 1,
         disabled: Sequence[str] = (),
         large: bool | None = None,
+        precise: bool = False,
     ) -> None:
         if outputs is not None:
             assert isinstance(model, ir.Model), "outputs are values of a graph"
@@ -56,7 +59,10 @@ class ReferenceSession:
         where = model.name if isinstance(model, Path) else model.graph.name or "model"
         size = model.stat().st_size if isinstance(model, Path) else weight_bytes(model)
         options = session_options(
-            threads=threads, optimize=optimize, large=size > LARGE if large is None else large
+            threads=threads,
+            optimize=optimize,
+            large=size > LARGE if large is None else large,
+            precise=precise,
         )
         source: str | bytes = str(model) if isinstance(model, Path) else self._take(model, options)
         if isinstance(model, ir.Model):
@@ -165,8 +171,10 @@ def moves_signed(node: ir.Node) -> bool:
     )
 
 
-def session_options(*, threads: int, optimize: bool = True, large: bool = False) -> ort.SessionOptions:
-    """Options that every session of this project starts from."""
+def session_options(
+    *, threads: int, optimize: bool = True, large: bool = False, precise: bool = False
+) -> ort.SessionOptions:
+    """Options that every session of this project starts from; ``precise`` as of ``ReferenceSession``."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
@@ -176,6 +184,9 @@ def session_options(*, threads: int, optimize: bool = True, large: bool = False)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if precise:
+        # Products of u8 by u8, which widen before they multiply: slower, and exact on every x86.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

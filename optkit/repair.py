@@ -97,7 +97,7 @@ def _measured(work: Compilation, built: Built, ladders: Mapping[str, _Ladder]) -
             alone = steps[index].model_copy(update={"targets": tuple(f"={n}" for n in group), "ignore": ()})
             passes = tuple(alone if i == index else p for i, p in enumerate(steps) if p.exact or i == index)
             model, _, _ = work.transform(built.recipe.model_copy(update={"passes": passes}))
-            session = ReferenceSession(model)
+            session = ReferenceSession(model, precise=not work.target.saturates)
             shares = []
             for feeds, wanted in zip(work.feeds, expected, strict=True):
                 found = session.run(feeds)

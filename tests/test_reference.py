@@ -109,3 +109,18 @@ def test_pairs_of_int8_in_front_of_what_moves_elements_are_computed(moved, as_fi
     found = ReferenceSession(source, disabled=unsound(model)).run({"x": x})
     grid = np.clip(np.round(x / 0.5) - 3, -128, 127) + 3
     assert sorted(-found["y"].ravel()) == sorted(grid.ravel() * 0.5)
+
+
+def test_what_stands_in_for_other_hardware_adds_integers_exactly_on_every_processor():
+    """Without VNNI ``vpmaddubsw`` would stop at 32767, where two products of 255 by 127 are 64770."""
+    model = parse(
+        """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[3, 64] x) => (float[3, 8] y) <float s = {0.01}, int8 z = {0}> {
+  a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z) u = DequantizeLinear(w, s, z) y = MatMul(b, u) }
+""",
+        w=np.full((64, 8), 127, np.int8),
+    )
+    feeds = {"x": np.full((3, 64), 1.27, np.float32)}
+    found = ReferenceSession(model, precise=True).run(feeds)["y"]
+    np.testing.assert_allclose(found, np.full((3, 8), 64 * 1.27 * 1.27), rtol=1e-6)

@@ -48,14 +48,13 @@ class OnnxRuntimeSession(Session):
         precise: bool = False,
     ) -> None:
         settings = session_options(
-            threads=options.threads if threads is None else threads, large=not options.prepacking
+            threads=options.threads if threads is None else threads,
+            large=not options.prepacking,
+            precise=precise,
         )
         settings.add_session_config_entry(
             "session.qdq_matmulnbits_accuracy_level", str(options.accuracy_level)
         )
-        if precise:
-            # Products of u8 by u8, which widen before they multiply: slower, and exact on every x86.
-            settings.add_session_config_entry("session.x64quantprecision", "1")
         if profile is not None:
             settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
         try:

@@ -104,7 +104,7 @@ def observe_channels(
         ] = value.name
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in reduced)
-    session = ReferenceSession(copy)
+    session = ReferenceSession(copy, precise=not context.target.saturates)
     totals: dict[str, np.ndarray] = {}
     join = np.maximum if reduction == "ReduceMax" else np.add
     with context.progress.task("observe channels", len(data)) as task:
