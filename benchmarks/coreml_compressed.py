@@ -45,6 +45,7 @@ RECIPES: Mapping[str, tuple[str, float]] = {
     "coreml-palette4": ("1%", 0.30),
     "coreml-w4": ("1%", 0.30),
     "coreml-int8": ("1%", 0.55),
+    "coreml-int8-smooth": ("1%", 0.55),
 }
 _BATCHES = 48
 # Of what would decide a limit half as many more, since it is an estimate, and at most so many samples.
