@@ -64,6 +64,8 @@ PROGRAMS = {
 _FOUR = ("rtx5090", "tensorrt-nvfp4")
 # Convolutional networks miss the budget by recipe; what is searched for keeps layers in float until they do not.
 _SEARCHED = ("l4", "int8")
+# Channels of activations stand out in front of linear layers.
+_SMOOTH = ("l4", "tensorrt-int8-smooth")
 # What ships where a recipe misses, by the names of candidates.
 _FLOATS = {"float": "missed: float32 ships", "unquantized": "missed: float16 ships"}
 # A row's last word: nothing is judged, so that the engine is that of the recipe whatever it loses.
@@ -73,7 +75,7 @@ ROWS = tuple(
     for model in MODELS
     for target, recipe in (
         *ENGINES,
-        (_SEARCHED if model in _CONVOLUTIONS else _FOUR),
+        *((_SEARCHED,) if model in _CONVOLUTIONS else (_SMOOTH, _FOUR)),
         *(("h100", recipe) for recipe in PROGRAMS[model]),
         ("mi300x", PROGRAMS[model][0]),
     )
