@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -227,6 +228,59 @@ def test_a_wrong_constant_is_found_by_the_numbers():
     assert errors(wrong, outputs)[0].steps > 10 * kernel.allowed(kernel.small[0])
 
 
+LOWEST = float(np.finfo(np.float32).min)
+# What hides keys, by the formats of masks that hold it.
+HIDING = {
+    "fp32": (-np.inf, LOWEST, float(ml_dtypes.finfo(ml_dtypes.bfloat16).min), -65504.0, -1e9),
+    "bf16": (-np.inf, float(ml_dtypes.finfo(ml_dtypes.bfloat16).min), -1e9),
+    "fp16": (-np.inf, -65504.0),
+}
+
+
+def hiding(shape, low):
+    """A mask whose rows in turn hide all keys, all but the last, as padding on the left does, all but the first, and every other."""
+    hidden = np.zeros((4, shape[3]), bool)
+    hidden[0], hidden[1, :-5], hidden[2, 7:], hidden[3, ::2] = True, True, True, True
+    turns = np.arange(np.prod(shape[:3])).reshape(shape[:3]) % 4
+    return np.where(hidden[turns], np.float32(low), np.float32(0))
+
+
+@pytest.mark.needs("triton", "torch")
+def test_attention_hides_keys_with_any_low_number_as_onnx_does():
+    """The product of float32's lowest number with log2(e) is infinite, which would make NaN of rows that hide every key."""
+    cases = []
+    for name, index, fmt in (
+        ("masked-attention", 0, "fp32"),
+        ("masked-attention", 1, "bf16"),
+        ("masked-attention", 2, "fp32"),
+        ("masked-attention", 3, "fp16"),
+        ("causal-masked-attention", 1, "fp32"),
+    ):
+        kernel = KERNELS[name]()
+        problem = {**kernel.small[index], "mask_format": fmt}
+        # Over a block of queries, and over one of keys.
+        one = launch(kernel, problem, HOPPER, max(kernel.edges(problem, HOPPER)))
+        masks = [hiding(one.inputs[3].shape, low) for low in HIDING[fmt]]
+        if fmt == "fp32":
+            # With a second one, as for order and padding: minus infinity where both hide.
+            second = np.where(np.arange(one.inputs[3].shape[3]) < 40, np.float32(LOWEST), np.float32(0))
+            with np.errstate(over="ignore"):
+                masks.append(hiding(one.inputs[3].shape, LOWEST) + second)
+        cases += [dataclasses.replace(one, inputs=[*one.inputs[:3], m.astype(DTYPES[fmt])]) for m in masks]
+    for one, (found,) in zip(cases, interpret(cases), strict=True):
+        wide = [a.astype(np.float32) for a in one.inputs]
+        exact = {**one.problem, "format": "fp32", "mask_format": "fp32"}
+        feeds = {f"i{i}": a for i, a in enumerate(wide)}
+        (right,) = ReferenceSession(call(one.kernel, exact, wide), optimize=False).run(feeds).values()
+        case = (one.kernel.name, one.problem, float(wide[3].min()))
+        found = found.astype(np.float32)
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(right), err_msg=str(case))
+        assert np.isnan(right).any() <= np.isinf(wide[3]).any(), case
+        allowed = one.kernel.allowed(one.problem) * {"fp16": 2.0**-10, "bf16": 2.0**-7}[one.problem["format"]]
+        least = np.sqrt(np.nanmean(right**2))
+        np.testing.assert_allclose(found, right, rtol=allowed, atol=allowed * least, err_msg=str(case))
+
+
 @pytest.mark.needs("triton")
 @pytest.mark.parametrize(("name", "arch"), [("h100", "sm_90a"), ("mi300x", "gfx942")])
 def test_every_kernel_that_a_target_has_formats_for_compiles_and_passes_its_gates(name, arch):
@@ -251,7 +305,7 @@ def test_every_kernel_that_a_target_has_formats_for_compiles_and_passes_its_gate
 @pytest.mark.needs("triton")
 @pytest.mark.parametrize("capability", [ADA, HOPPER])
 def test_attention_of_small_heads_with_a_value_for_every_score_is_shipped(capability):
-    """The mask is most of what they read, and its rows start anywhere; the tile of four warps goes over to the stack on sm_89."""
+    """The mask is most of what they read, and its rows start anywhere."""
     kernel = KERNELS["masked-attention"]()
     problem = {
         "format": "fp16",

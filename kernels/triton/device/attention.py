@@ -66,21 +66,25 @@ def attention(
         else:
             mask += plane * keys
         mask += first
+    # The product of float32's lowest number, with which masks hide keys, and log2(e) is infinite: with a mask, it is differences
+    # of scores that are turned into powers of 2.
+    FACTOR: tl.constexpr = SCALE if MASK else SCALE * 1.4426950408889634
+    TURN: tl.constexpr = 1.4426950408889634 if MASK else 1.0
     highest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DEPTH), tl.float32)
     for start in range(first, end, N):
         there = column < keys - start
         key = tl.load(left, mask=there[:, None], other=0.0)
-        score = tl.dot(asked, tl.trans(key)) * (SCALE * 1.4426950408889634)
+        score = tl.dot(asked, tl.trans(key)) * FACTOR
         if MASK:
             if MASK_QUERIES:
                 places = (row * keys)[:, None] + column[None, :]
                 added = tl.load(mask + places, mask=(row < queries)[:, None] & there[None, :], other=0.0)
-                score += added.to(tl.float32) * 1.4426950408889634
+                score += added.to(tl.float32)
             else:
                 added = tl.load(mask + column, mask=there, other=0.0)
-                score += added.to(tl.float32)[None, :] * 1.4426950408889634
+                score += added.to(tl.float32)[None, :]
             mask += N
         seen = there[None, :]
         if CAUSAL:
@@ -92,8 +96,8 @@ def attention(
         now = tl.maximum(highest, tl.max(score, axis=1))
         # Where all so far is minus infinity, any finite number is as good.
         safe = tl.where(now == float("-inf"), 0.0, now)
-        part = tl.exp2(score - safe[:, None])
-        less = tl.exp2(highest - safe)
+        part = tl.exp2((score - safe[:, None]) * TURN)
+        less = tl.exp2((highest - safe) * TURN)
         total = total * less + tl.sum(part, axis=1)
         value = tl.load(right, mask=there[:, None], other=0.0)
         sums = tl.dot(part.to(value.dtype), value, sums * less[:, None])
