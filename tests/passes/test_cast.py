@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -159,6 +160,18 @@ def test_bfloat16_needs_no_range():
     CastFloats(to="bf16").run(model, Context(target=target("cpu")))
     assert [n.op_type for n in model.graph] == ["Cast", "MatMul", "Relu", "Add", "Cast"]
     assert model.graph[1].outputs[0].dtype == ir.DataType.BFLOAT16
+
+
+def test_float32s_lowest_number_stays_finite_in_bfloat16():
+    """The nearest number is minus infinity, with which a query whose keys are all hidden gives NaN."""
+    model = parse(
+        (MODEL % "Relu(m)").replace(", float[3] b = {0.5, -1, 2}", ""),
+        b=np.array([np.finfo(np.float32).min, -np.inf, -1e30], np.float32),
+    )
+    CastFloats(to="bf16").run(model, Context(target=target("cpu")))
+    b = model.graph[3].inputs[1].const_value.numpy().astype(np.float32)
+    np.testing.assert_array_equal(b[:2], [float(ml_dtypes.finfo(ml_dtypes.bfloat16).min), -np.inf])
+    np.testing.assert_allclose(b[2], -1e30, rtol=2.0**-8)
 
 
 @pytest.mark.parametrize("to", ["fp8", "fp32"])
