@@ -23,7 +23,7 @@ from optkit.backends import BACKENDS
 from optkit.benchmarks import suite
 from optkit.benchmarks.coreml import difference
 from optkit.benchmarks.suite import EVALUATORS, SUITE
-from optkit.benchmarks.tables import table
+from optkit.benchmarks.tables import processors, table
 from optkit.data import CalibrationData
 from optkit.errors import OptkitError
 from optkit.evaluate import load_python
@@ -84,7 +84,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# Core AI (experimental)",
         "",
-        f"{result['machine']['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
+        f"{processors(result)}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
         "",
         "Executed by the runtime in Apple's Linux wheel (coreai-core 1.0.0b3, a beta), not on Apple hardware. The error is the largest",
         f"difference to ONNX Runtime as a share of the largest value; float32 passes up to {_ROUNDING:g}, or {_ALIKE} times what ONNX Runtime's",

@@ -454,7 +454,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# Core ML",
         "",
-        f"{processors(result['models'])}. "
+        f"{processors(result)}. "
         + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items())
         + ".",
         "",

@@ -30,6 +30,7 @@ from optkit.artifact import Artifact
 from optkit.benchmarks import suite
 from optkit.benchmarks.machine import processor, versions
 from optkit.benchmarks.suite import EVALUATORS, SUITE
+from optkit.benchmarks.tables import WHERE, processors
 from optkit.errors import OptkitError, UnknownNameError
 from optkit.evaluate import Budget, Comparison, Evaluator, compare, load_python
 from optkit.recipe import Recipe
@@ -135,10 +136,11 @@ def _shipped(row: Mapping[str, Any]) -> str:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The page for readers."""
+    named = [{**row, "name": f"{row['name']} {row['recipe']}"} for row in result["models"]]
     lines = [
         "# Compressed Core ML packages",
         "",
-        f"{result['machine']['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
+        f"{processors({**result, 'models': named})}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
         "",
         "Verified by the reference evaluator, not executed on Apple hardware. The drop as the recipe alone has it, and of what ships: layers that",
         "hurt most get more bits where it misses its limit. Sizes are shares of the float16 package. Undecided: the drop keeps the limit, the",
@@ -212,10 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for recipe in options.recipe or every:
             print(name, recipe, file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix=f"optkit-{name}-") as folder:
-                rows.append(measure(name, recipe, Path(folder)))
+                rows.append({**measure(name, recipe, Path(folder)), WHERE: processor()["name"]})
     options.out.mkdir(parents=True, exist_ok=True)
     if (kept := options.out / "coreml_compressed.json").is_file():
-        rows = merged(json.loads(kept.read_text("utf-8"))["models"], rows)
+        before = json.loads(kept.read_text("utf-8"))
+        # Rows that stay were perhaps measured elsewhere.
+        where = before["machine"]["processor"]["name"]
+        rows = merged([{WHERE: where, **row} for row in before["models"]], rows)
     result = {"schema": 1, "machine": {"processor": processor(), "versions": versions()}, "models": rows}
     (options.out / "coreml_compressed.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     (options.out / "coreml_compressed.md").write_text(markdown(result), "utf-8")

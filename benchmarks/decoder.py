@@ -27,7 +27,7 @@ import optkit
 from optkit.bench import median_ratio
 from optkit.benchmarks.apart import in_turn, keep
 from optkit.benchmarks.lines import words
-from optkit.benchmarks.tables import table
+from optkit.benchmarks.tables import processors, table
 from optkit.evaluate import Run
 from optkit.reference import ReferenceSession
 
@@ -174,7 +174,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# A decoder on this CPU",
         "",
-        f"{result['machine']['processor']['name']}, one thread. Written by `python -m optkit.benchmarks.decoder`, which says how.",
+        f"{processors(result)}, one thread. Written by `python -m optkit.benchmarks.decoder`, which says how.",
         "",
         f"SmolLM2-135M, a token a step, float32: {rows[0]['reference_ms']} ms in ONNX Runtime, perplexity "
         f"{rows[0]['reference_perplexity']} (on {_PIECES} pieces of {_TOKENS} tokens), {_model_megabytes(result):.0f} MB.",

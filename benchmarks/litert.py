@@ -28,7 +28,7 @@ from optkit.bench import speedup
 from optkit.benchmarks import suite
 from optkit.benchmarks.coreml import difference
 from optkit.benchmarks.suite import EVALUATORS, SUITE
-from optkit.benchmarks.tables import table
+from optkit.benchmarks.tables import processors, table
 from optkit.data import CalibrationData
 from optkit.errors import OptkitError
 from optkit.evaluate import Budget, Evaluator, compare, load_python
@@ -150,7 +150,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# LiteRT",
         "",
-        f"{result['machine']['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
+        f"{processors(result)}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
         "",
         "Run by LiteRT on this machine's processor, one thread; no phone was at hand. The error of float32 is the largest difference to",
         f"ONNX Runtime as a share of the largest value; it passes up to {_ROUNDING:g}, or up to {_ALIKE} times what ONNX Runtime's own rewrites",

@@ -37,7 +37,7 @@ from optkit.benchmarks import suite
 from optkit.benchmarks.builders import phone
 from optkit.benchmarks.fetch import cache
 from optkit.benchmarks.suite import EVALUATORS, SUITE
-from optkit.benchmarks.tables import table
+from optkit.benchmarks.tables import processors, table
 from optkit.closeness import closeness
 from optkit.evaluate import load_python
 from optkit.graph import constant, walk
@@ -218,7 +218,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         *(line for line in (__doc__ or "").split("\n\n")[2].strip().splitlines()),
         "Written by `python -m optkit.benchmarks.nvidia`.",
         "",
-        f"{result['machine']['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
+        f"{processors(result)}. " + ", ".join(f"{k} {v}" for k, v in result["machine"]["versions"].items()) + ".",
         "",
         "## TensorRT",
         "",

