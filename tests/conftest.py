@@ -45,6 +45,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def elsewhere() -> str:
+    """A processor that is not the one at hand."""
+    from optkit.targets import target
+
+    return next(name for name in ("x86-avx2", "arm64-dot") if not target(name).runs_here)
+
+
+@pytest.fixture
 def golden(request: pytest.FixtureRequest):
     """``golden(name, text)`` compares with tests/golden/name; ``--update-golden`` rewrites it."""
 
