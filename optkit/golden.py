@@ -56,7 +56,7 @@ def write(
     """
     folder.mkdir()
     random = np.random.default_rng(seed)
-    session, apart = ReferenceSession(file, disabled=unsound(model), precise=True), 1.0
+    session, apart = ReferenceSession(file, disabled=unsound(model)), 1.0
     plain = _one_by_one(file)
     for index, free in enumerate(sizes):
         feeds = draw(model, random, free)

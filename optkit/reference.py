@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from optkit.data import CalibrationData, specs, trial_sizes
 from optkit.errors import DataError, ModelError
 from optkit.graph import walk, weight_bytes
 from optkit.store import detached
+from optkit.targets import target
 
+logger = logging.getLogger(__name__)
 # Beyond, a second, packed copy of the weights would cost more memory than it saves time.
 LARGE = 1_500_000_000
 # Types without a counterpart in NumPy.
@@ -37,8 +40,8 @@ class ReferenceSession:
         threads: Of one operator.
         disabled: Optimizers of ONNX Runtime that stay off, by their names; for a path, ``unsound`` tells which must.
         large: Read weights where they lie instead of packing them: little memory, slower products.
-        precise: Keep products of 8-bit integers from saturating in 16 bits on processors where they would: what stands in for
-            hardware that does not saturate.
+        precise: Keep products of 8-bit integers from saturating in 16 bits on processors where they would; without, they are as
+            fast and as wrong as this machine has them.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class ReferenceSession:
         threads: int = 1,
         disabled: Sequence[str] = (),
         large: bool | None = None,
-        precise: bool = False,
+        precise: bool = True,
     ) -> None:
         if outputs is not None:
             assert isinstance(model, ir.Model), "outputs are values of a graph"
@@ -68,12 +71,7 @@ class ReferenceSession:
         if isinstance(model, ir.Model):
             disabled = (*disabled, *unsound(model))
         try:
-            self._session = ort.InferenceSession(
-                source,
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(disabled) or None,
-            )
+            self._session = _opened(source, options, disabled)
         except Exception as error:
             lacks = "NOT_IMPLEMENTED" in str(error)
             raise ModelError(
@@ -143,6 +141,28 @@ def _exchanged(where: str, inputs: Mapping[str, str], outputs: Mapping[str, str]
 _CROSSED = ("MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 
+def _opened(
+    source: str | bytes, options: ort.SessionOptions, disabled: Sequence[str]
+) -> ort.InferenceSession:
+    for last in (False, True):
+        try:
+            return ort.InferenceSession(
+                source,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(disabled) or None,
+            )
+        except Exception as error:
+            # What makes u8 of s8 (1.32) stops at zero points that several products share.
+            if last or "Attempt to replace the existing tensor" not in str(error):
+                raise
+            logger.warning(
+                "products of 8-bit integers saturate in 16 bits on this processor: %s", first_line(error)
+            )
+            options.add_session_config_entry("session.x64quantprecision", "0")
+    raise AssertionError
+
+
 def unsound(model: ir.Model) -> tuple[str, ...]:
     """Optimizers of ONNX Runtime that stop at ``model``, or make it compute something else, by their names.
 
@@ -184,8 +204,9 @@ def session_options(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if precise:
-        # Products of u8 by u8, which widen before they multiply: slower, and exact on every x86.
+    if precise and target("cpu").saturates:
+        # Pairs stay what they say, in floats. Operators on integers multiply u8 by u8, which widen first. Both are slower.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from optkit.graph import attribute, constant, graphs, users
 from optkit.reference import ReferenceSession
-from optkit.rewrite import Names, register
+from optkit.rewrite import Names, label, register
 
 LOW, HIGH = -32768, 32767
 # The largest weight of which no pair leaves 16 bits: 255 * (64 + 64) = 32640.
@@ -301,7 +301,7 @@ def saturated(model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]]) -> d
     """Nodes of the main graph that saturate on ``batches``, were the arithmetic before them exact.
 
     Returns:
-        Node name -> ``[N]``: which of its output channels could, for some input; those that did are among them.
+        Label of the node -> ``[N]``: which of its output channels could, for some input; those that did are among them.
     """
     probe = model.clone()
     names, outputs, risk = Names(probe), dict[str, str](), dict[str, np.ndarray]()
@@ -319,8 +319,8 @@ def saturated(model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]]) -> d
             total, axes = new("Reshape", total, rows, dtype=_FLOAT), [0]
         others = new.constant("others", np.asarray(axes, np.int64))
         count = new("ReduceSum", total, others, dtype=_FLOAT, keepdims=0)
-        outputs[str(count.name)] = str(product.node.name)
-        risk[str(product.node.name)] = np.asarray(product.at_risk.any(1))
+        outputs[str(count.name)] = label(product.node)
+        risk[label(product.node)] = np.asarray(product.at_risk.any(1))
     found: dict[str, np.ndarray] = {}
     if not outputs:
         return found

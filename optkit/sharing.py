@@ -68,7 +68,11 @@ def share(work: Compilation, recipe: Recipe, best: Built) -> ScenarioRecord | No
     source = work.loaded.original
     large = weight_bytes(work.loaded.model) > LARGE
     with work.progress.task("try streams" if offline else "try threads"), ExitStack() as stack:
-        reference = stack.enter_context(closing(ReferenceSession(source, threads=host.cores(), large=large)))
+        reference = stack.enter_context(
+            closing(
+                ReferenceSession(source, threads=host.cores(), large=large, precise=not work.target.saturates)
+            )
+        )
         sessions = {
             pair: stack.enter_context(engine.load(best.folder, work.target, ways[pair])) for pair in ways
         }

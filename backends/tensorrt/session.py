@@ -33,7 +33,7 @@ class TypedGraphSession(Session):
         self.inputs, self.outputs = specs(model)
         self._profile = profile
         large = weight_bytes(model) > LARGE
-        self._session = ReferenceSession(file, large=large, disabled=unsound(model), precise=True)
+        self._session = ReferenceSession(file, large=large, disabled=unsound(model))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name."""

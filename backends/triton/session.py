@@ -28,7 +28,7 @@ class FunctionBodySession(Session):
         model = ir.load(file)
         self.inputs, self.outputs = specs(model)
         large = weight_bytes(model) > LARGE
-        self._session = ReferenceSession(file, large=large, disabled=unsound(model), precise=True)
+        self._session = ReferenceSession(file, large=large, disabled=unsound(model))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name."""

@@ -24,7 +24,7 @@ from optkit.qdq import (
     store,
     weight_range,
 )
-from optkit.rewrite import Names
+from optkit.rewrite import Names, label
 from optkit.saturation import SAFE, note_narrowed
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Weights:
     """Weights and biases on their way to integers; what several nodes read alike is stored once.
 
     Attributes:
-        narrow: By name of the node, the output channels that get 7 bits.
+        narrow: By label of the node, the output channels that get 7 bits.
         means: ``[channels]`` mean of the values that nodes read, by name of the value; where there is one, biases are
             corrected.
         moments: ``[groups, in, in]`` second moments of what nodes read; the weights of these are rounded by the outputs.
@@ -104,7 +104,7 @@ class Weights:
             smallest = np.maximum(np.abs(bias.astype(np.float64)) / 2.0**30, np.finfo(np.float32).tiny)
             need = smallest / float(x_scale) * self._fmt.high
             top = np.maximum(top, need if top.ndim else need.max(initial=0.0))
-        channels = self.narrow.get(str(node.name))
+        channels = self.narrow.get(label(node))
         if channels is not None:
             # One step less than what is safe: the bias may have made the grid of a channel coarser, never finer.
             top = np.where(channels if top.ndim else channels.any(), top * self._fmt.high / (SAFE - 1), top)

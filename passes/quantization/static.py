@@ -22,7 +22,7 @@ from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.rounding import second_moments
 from optkit.passes.quantization.through import Function, through
 from optkit.qdq import centred, insert_pair, scale_zero
-from optkit.rewrite import Change, Names
+from optkit.rewrite import Change, Names, label
 from optkit.saturation import narrowed, saturated
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class QuantizeStatic(GraphPass):
                 assert x is not None
                 weights.quantize(node, scales[plan.pairs[x]][0])
             detail = f"{node.op_type} to {placement.weight} x {placement.activation}"
-            if node.name in weights.narrow:
+            if label(node) in weights.narrow:
                 detail += f", {narrowed(node)} channels in 7 bits"
             changes.append(Change(rule=self.name, node=str(node.name), detail=detail))
         for value, origin in plan.pairs.items():

@@ -442,7 +442,9 @@ def test_pairs_around_no_product_are_an_error(without_rtx, tmp_path):
 
 def test_the_precision_int8_tries_the_rows_of_tensorrt_and_no_other(without_rtx, model, batches, tmp_path):
     _, report = _compile(model, batches, tmp_path / "out", precision="int8")
-    assert {c.name for c in report.candidates} == {"fp32", "tensorrt-int8", "tensorrt-int8-mse"}
+    assert {c.name for c in report.candidates} == {
+        "fp32", "tensorrt-int8", "tensorrt-int8-mse", "tensorrt-int8-smooth",
+    }  # fmt: skip
 
 
 def test_a_candidate_in_a_format_that_the_card_lacks_is_left_out_with_the_reason(

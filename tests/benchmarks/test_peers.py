@@ -42,7 +42,7 @@ def test_a_peer_quantizes_close_to_the_original(peer: Peer, model: Path, tmp_pat
         warnings.simplefilter("ignore")  # their own
         path = peer.make(model, batches, tmp_path)
     expected = ReferenceSession(model).run(batches[0])["y"]
-    found = ReferenceSession(path, precise=True).run(batches[0])["y"]
+    found = ReferenceSession(path).run(batches[0])["y"]
     assert not np.array_equal(found, expected)
     # Eight products of a weight, off by half of 1/127 of the largest, and an input, off by half of 1/127 of its reach
     # (defaults), and half a step of the output.

@@ -107,7 +107,7 @@ def _case(source: str) -> tuple[ir.Model, list[dict[str, np.ndarray]]]:
 def _quantized(model: ir.Model, batches, **options) -> ir.Model:
     after = model.clone()
     QuantizeStatic(**options).run(
-        after, Context(target=target("cpu"), data=CalibrationData(batches), placements=PLACEMENTS)
+        after, Context(target=target("x86-vnni"), data=CalibrationData(batches), placements=PLACEMENTS)
     )
     verify(after)
     return after
@@ -142,7 +142,7 @@ def test_second_moments_of_a_convolution_are_those_of_its_windows():
     source = next(iter(LAYERS))
     model, batches = _case(source)
     node = next(iter(model.graph))
-    context = Context(target=target("cpu"), data=CalibrationData(batches), placements=PLACEMENTS)
+    context = Context(target=target("x86-vnni"), data=CalibrationData(batches), placements=PLACEMENTS)
     found = second_moments(model, [node], context)[node]
     windows = [
         b["x"][n, :, i : i + 3, j : j + 3].reshape(-1).astype(np.float64)
@@ -177,7 +177,9 @@ def test_a_weight_that_two_inputs_are_multiplied_with_is_rounded_for_each():
 def test_adaptive_rounding_without_data_is_refused():
     model, _ = _case(next(iter(LAYERS)))
     with pytest.raises(DataError, match="calibration data"):
-        QuantizeStatic(rounding="adaptive").run(model, Context(target=target("cpu"), placements=PLACEMENTS))
+        QuantizeStatic(rounding="adaptive").run(
+            model, Context(target=target("x86-vnni"), placements=PLACEMENTS)
+        )
 
 
 def test_formats_that_are_not_integers_are_refused_by_name():
@@ -197,7 +199,7 @@ def test_second_moments_of_few_vectors_do_not_claim_directions_that_were_not_see
     node = next(iter(model.graph))
 
     def found(batches):
-        context = Context(target=target("cpu"), data=CalibrationData(batches), placements=PLACEMENTS)
+        context = Context(target=target("x86-vnni"), data=CalibrationData(batches), placements=PLACEMENTS)
         return second_moments(model, [node], context)[node][0]
 
     few = [{"x": random.normal(size=(1, 32)).astype(np.float32)} for _ in range(8)]

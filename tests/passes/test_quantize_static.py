@@ -55,7 +55,7 @@ def _batches(model: ir.Model, n: int = 4) -> list[dict[str, np.ndarray]]:
 
 
 def _context(batches, placements=PLACEMENTS, **more) -> Context:
-    return Context(target=target("cpu"), data=CalibrationData(batches), placements=placements, **more)
+    return Context(target=target("x86-vnni"), data=CalibrationData(batches), placements=placements, **more)
 
 
 def _interface(model: ir.Model) -> list[tuple[object, ...]]:
@@ -89,9 +89,9 @@ def _executed(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> tuple[list[st
     """The kernels that ONNX Runtime ran on the written file, without copies; and its outputs."""
     backend, options = OnnxRuntime(), OnnxRuntimeOptions()
     with tempfile.TemporaryDirectory() as folder:
-        backend.lower(model, target("cpu"), options, Path(folder))
-        ran = backend.executed(Path(folder), target("cpu"), options, feeds)
-        with backend.load(Path(folder), target("cpu"), options, threads=1) as session:
+        backend.lower(model, target("x86-vnni"), options, Path(folder))
+        ran = backend.executed(Path(folder), target("x86-vnni"), options, feeds)
+        with backend.predict(Path(folder), target("x86-vnni"), options, threads=1) as session:
             return [e.op for e in ran if e.op != "Transpose"], session.run(feeds)
 
 
@@ -651,7 +651,7 @@ def test_a_second_run_with_fewer_exceptions_quantizes_the_rest():
 
 def test_nothing_to_quantize_changes_nothing_and_needs_no_data():
     model = parse(HEAD + "g (float[2] x) => (float[2] y) { y = Exp(x) }")
-    context = Context(target=target("cpu"), placements=PLACEMENTS)
+    context = Context(target=target("x86-vnni"), placements=PLACEMENTS)
     assert QuantizeStatic().run(model, context) == []
 
 
@@ -744,7 +744,7 @@ def test_inputs_that_are_always_zero_get_a_grid():
 
 
 def test_without_data_the_hint_names_calib():
-    context = Context(target=target("cpu"), placements=PLACEMENTS)
+    context = Context(target=target("x86-vnni"), placements=PLACEMENTS)
     with pytest.raises(DataError, match="needs calibration data") as caught:
         QuantizeStatic().run(_model(CHAIN), context)
     assert "--calib" in caught.value.hint
@@ -847,7 +847,7 @@ def test_what_was_observed_on_a_graph_is_not_observed_again():
         reads.append(1)
         return iter(batches)
 
-    context = Context(target=target("cpu"), data=CalibrationData(read), placements=PLACEMENTS, memo={})
+    context = Context(target=target("x86-vnni"), data=CalibrationData(read), placements=PLACEMENTS, memo={})
     first, second, third = model.clone(), model.clone(), model.clone()
     QuantizeStatic(method="mse").run(first, context)
     before = len(reads)
