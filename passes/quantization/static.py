@@ -13,7 +13,7 @@ from pydantic import Field
 
 from optkit.errors import PassError, UnknownNameError
 from optkit.formats import FORMATS
-from optkit.graph import describe, drop_unused_initializers, rank
+from optkit.graph import describe, drop_unused_initializers, rank, walk
 from optkit.passes.base import Context, GraphPass
 from optkit.passes.quantization.calibrate import observe, observe_channels
 from optkit.passes.quantization.integers import Weights
@@ -127,6 +127,8 @@ class QuantizeStatic(GraphPass):
         if not context.target.saturates or context.data is None:
             return {}
         trial = model.clone()
+        for node, twin in zip(walk(model), walk(trial), strict=True):
+            twin.name = label(node)
         self.run(trial, replace(context, target=replace(context.target, saturates=False)))
         return saturated(trial, context.data)
 

@@ -946,3 +946,21 @@ def test_any_graph_stays_valid_and_runs_the_same_optimized_or_not(seed):
         for name, y in expected.items():
             # A value next to a tie may go to the other neighbour in an integer kernel: few do.
             assert np.sqrt(np.mean((y - found[name]) ** 2)) <= 0.01 * np.sqrt(np.mean(y**2)) + 1e-6
+
+
+def test_channels_that_saturate_are_those_of_their_own_node_also_without_names():
+    model = _model(
+        """
+        g (float[2, 4, 6, 6] x, float[8, 4, 3, 3] w, float[5, 8, 3, 3] v) => (float[2, 5, 2, 2] y) {
+          c = Conv(x, w) r = Relu(c) y = Conv(r, v)
+        }
+        """,
+        w=np.full((8, 4, 3, 3), 0.3),
+        v=np.full((5, 8, 3, 3), 0.3),
+    )
+    batches = [{"x": np.full((2, 4, 6, 6), 1.0, np.float32)}]
+    context = Context(target=target("x86-avx2"), data=CalibrationData(batches), placements=PLACEMENTS)
+    changes = QuantizeStatic().run(model, context)
+    assert [c.detail.rpartition(", ")[2] for c in changes if "Conv" in c.detail] == [
+        "8 of 8 channels in 7 bits", "5 of 5 channels in 7 bits",
+    ]  # fmt: skip
