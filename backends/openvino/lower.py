@@ -116,10 +116,10 @@ class OpenVino(Backend):
             ModelError: OpenVINO does not take the model.
         """
         able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if options.precision == "bf16" and "BF16" not in able:
-            raise BackendUnavailableError("this processor has no bfloat16 instructions")
         if options.precision == "bf16" and "bf16" not in target.formats:
             raise BackendUnavailableError(f"{target.name} has no bfloat16 instructions")
+        if options.precision == "bf16" and "BF16" not in able:
+            raise BackendUnavailableError("this processor has no bfloat16 instructions")
         if model.functions:
             model = model.clone()
             InlinePass()(model)
