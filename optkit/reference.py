@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from optkit.errors import DataError, ModelError
 from optkit.graph import walk, weight_bytes
 from optkit.store import detached
 from optkit.targets import target
+from optkit.unsigned import signed, unsigned
 
-logger = logging.getLogger(__name__)
 # Beyond, a second, packed copy of the weights would cost more memory than it saves time.
 LARGE = 1_500_000_000
 # Types without a counterpart in NumPy.
@@ -67,11 +66,18 @@ class ReferenceSession:
             large=size > LARGE if large is None else large,
             precise=precise,
         )
+        if precise and target("cpu").saturates:
+            model = _widened(model)
         source: str | bytes = str(model) if isinstance(model, Path) else self._take(model, options)
         if isinstance(model, ir.Model):
             disabled = (*disabled, *unsound(model))
         try:
-            self._session = _opened(source, options, disabled)
+            self._session = ort.InferenceSession(
+                source,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(disabled) or None,
+            )
         except Exception as error:
             lacks = "NOT_IMPLEMENTED" in str(error)
             raise ModelError(
@@ -141,26 +147,17 @@ def _exchanged(where: str, inputs: Mapping[str, str], outputs: Mapping[str, str]
 _CROSSED = ("MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def _opened(
-    source: str | bytes, options: ort.SessionOptions, disabled: Sequence[str]
-) -> ort.InferenceSession:
-    for last in (False, True):
-        try:
-            return ort.InferenceSession(
-                source,
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(disabled) or None,
-            )
-        except Exception as error:
-            # What makes u8 of s8 (1.32) stops at zero points that several products share.
-            if last or "Attempt to replace the existing tensor" not in str(error):
-                raise
-            logger.warning(
-                "products of 8-bit integers saturate in 16 bits on this processor: %s", first_line(error)
-            )
-            options.add_session_config_entry("session.x64quantprecision", "0")
-    raise AssertionError
+def _widened(model: ir.Model | Path) -> ir.Model | Path:
+    """``model``, or a copy that multiplies integers u8 by u8: ONNX Runtime's own remedy leaves out bodies of loops and conditionals."""
+    try:
+        graph = ir.load(model) if isinstance(model, Path) else model
+    except Exception:  # noqa: BLE001  (of a broken file; ONNX Runtime reads it next, and says what is wrong)
+        return model
+    if not signed(graph):
+        return model
+    copy = graph.clone()
+    unsigned(copy)
+    return copy
 
 
 def unsound(model: ir.Model) -> tuple[str, ...]:

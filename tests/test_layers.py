@@ -16,7 +16,7 @@ LAYERS = {
     1: ["errors", "registry"],
     2: [
         "graph", "origin", "ops", "formats", "microscaling", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
-        "propagation", "inference", "saturation", "arithmetic", "closeness", "golden", "masks", "deciding", "words",
+        "propagation", "inference", "saturation", "unsigned", "arithmetic", "closeness", "golden", "masks", "deciding", "words",
         "multiplies",
     ],
     3: ["kernels", "training_sharded"],
