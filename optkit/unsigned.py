@@ -35,7 +35,7 @@ def unsigned(model: ir.Model) -> None:
             name = names.new(f"{label(node)}/unsigned")
             tensor = ir.tensor((array.astype(np.int16) + 128).astype(np.uint8), name=name)
             value = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
             )
             # Bodies read what is around them.
             model.graph.register_initializer(value)
