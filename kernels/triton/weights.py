@@ -281,9 +281,8 @@ class _Decode(_Product):
         return (1, 2, _FEW - 1, _FEW)
 
     def allowed(self, problem: Problem) -> float:
-        # Half a step from rounding the sum. Each weight is rounded too: in the sum that is noise of 1 / sqrt(12) steps, of which
-        # the worst of thousands of outputs has about 3.5 deviations.
-        return 1.5
+        # Each weight is rounded, by half a step; the sum of 64 or more of them once more.
+        return {"fp16": 1.0, "bf16": 1.0}[str(problem["format"])]
 
     def _forms(self, block: int, columns: int) -> dict[str, Any]:
         return {"blocks": [0, -1, block], "matrix": [0, -1]}
