@@ -319,7 +319,7 @@ class _Tensors:
         else:
             name, entries = _FIELDS.get(dtype, ("int32_data", 1))
             expected, found = count * entries, len(getattr(proto, name))
-            if dtype.bitwidth < 8:
+            if dtype != ir.DataType.STRING and dtype.bitwidth < 8:
                 expected = -(-count * dtype.bitwidth // 8)
         if expected != found:
             raise ModelError(

@@ -281,6 +281,17 @@ def test_every_type_of_weight_comes_back_bit_for_bit(dtype: str):
     assert found.tobytes() == tensor.tobytes()
 
 
+def test_strings_in_a_constant_are_read():
+    """As classifiers hold the names of their classes."""
+    graph = "chosen = Gather(names, i) y = Equal(chosen, cat)"
+    proto = onnx.parser.parse_model(_model(graph, inputs="int64[2] i", outputs="bool[2] y"))
+    for name, words in {"names": ["cat", "dog"], "cat": ["cat"]}.items():
+        tensor = onnx.helper.make_tensor(name, onnx.TensorProto.STRING, [len(words)], words)
+        proto.graph.initializer.append(tensor)
+    session = ReferenceSession(load(proto.SerializeToString(), check=False))
+    assert session.run({"i": np.array([1, 0])})["y"].tolist() == [False, True]
+
+
 def test_external_data_is_read_relative_to_the_model(tmp_path: Path):
     model = load(_external(tmp_path), check=False)
     assert model.graph.initializers["w"].const_value.numpy().tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
