@@ -184,14 +184,14 @@ def _even(node: ir.Node, integers: np.ndarray, values: np.ndarray) -> np.ndarray
 
 
 def _refuse_quantize(node: ir.Node) -> str | None:
+    if any(constant(v) is None for v in node.inputs[1:] if v is not None):
+        return "Core ML needs scales and zero points when it is compiled"
     kind = node.outputs[0].dtype if node.op_type == "QuantizeLinear" else node.inputs[0].dtype  # type: ignore[union-attr]
     held = node.op_type == "DequantizeLinear" and constant(node.inputs[0]) is not None
     if held and kind in (*_FOUR, ir.DataType.INT32, *_EIGHT):
         return None
     if kind not in _EIGHT:
         return f"Core ML quantizes activations to 8 bits, not to {kind.name.lower() if kind else '?'}"
-    if constant(node.inputs[1]) is None:
-        return "Core ML needs the scale when it is compiled"
     return "Core ML quantizes activations per tensor or channel" if integer(node, "block_size", 0) else None
 
 

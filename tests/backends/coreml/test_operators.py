@@ -672,3 +672,18 @@ def test_random_numbers_in_float64_are_refused():
     model = parse(HEAD % (21, "(float[2] x) => (double[2] y) { y = RandomNormalLike<dtype = 11>(x) }"))
     with pytest.raises(UnsupportedOpError, match="random numbers of type double"):
         legalize(model, CoreMl(), PHONE, name="model")
+
+
+@pytest.mark.parametrize(
+    "node", ["DequantizeLinear(k, s, z)", "DequantizeLinear(k, t, o)", "DequantizeLinear(q, t, o)"]
+)
+def test_a_scale_or_zero_point_of_each_run_is_refused(node):
+    """Also where the integers are constant, which else would be computed with what is not known."""
+    from optkit.backends.coreml.lower import CoreMl
+
+    text = f"(float s, uint8 o, float[4] x) => (float[4] y) {{ q = QuantizeLinear(x, t, z) y = {node} }}"
+    model = parse(
+        HEAD % (21, text), k=np.array([0, 3, 128, 255], np.uint8), t=np.float32(0.5), z=np.uint8(128)
+    )
+    with pytest.raises(UnsupportedOpError, match="needs scales and zero points when it is compiled"):
+        legalize(model, CoreMl(), PHONE, name="model")
