@@ -57,6 +57,7 @@ PASSES = Registry(
         "quantize-static": "optkit.passes.quantization.static:QuantizeStatic",
         "quantize-embedding": "optkit.passes.quantization.embedding:QuantizeEmbedding",
         "quantize-weights": "optkit.passes.quantization.weights:QuantizeWeights",
+        "round-weights": "optkit.passes.quantization.halves:RoundWeights",
         "palettize-weights": "optkit.passes.quantization.palette:PalettizeWeights",
         "quantize-blocks": "optkit.passes.quantization.blocks:QuantizeBlocks",
         "quantize-microscaling": "optkit.passes.quantization.microscaling:QuantizeMicroscaling",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ _INTEGER_VERSIONS = {
     "AVERAGE_POOL_2D": 2, "MAX_POOL_2D": 2, "CONCATENATION": 2, "MEAN": 2, "PAD": 2, "TRANSPOSE": 2, "DEQUANTIZE": 2,
     "STRIDED_SLICE": 2,
 }  # fmt: skip
+_HALF_VERSIONS = {"DEQUANTIZE": 3}
 _PRODUCTS = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE_CONV"})
 # Operators that started later than at 1.
 _VERSIONS = {"BROADCAST_TO": 2}
@@ -85,9 +86,12 @@ class File:
         self._codes: dict[tuple[str, int], int] = {}
         self._buffers: dict[bytes, int] = {}
 
-    def code(self, name: str, *, integers: bool) -> int:
-        """Index of an operator."""
-        version = _INTEGER_VERSIONS.get(name, 1) if integers else _VERSIONS.get(name, 1)
+    def code(self, name: str, kinds: Set[str]) -> int:
+        """Index of an operator with elements of these types."""
+        versions = (
+            _HALF_VERSIONS if "float16" in kinds else _INTEGER_VERSIONS if "int8" in kinds else _VERSIONS
+        )
+        version = versions.get(name, 1)
         key = (name, version)
         if key not in self._codes:
             made = schema.OperatorCodeT()
@@ -196,8 +200,8 @@ class Graph:
         """
         check(code, inputs)
         made = schema.OperatorT()
-        integers = any(t.dtype == np.int8 for t in (*inputs, *outputs) if t is not NOTHING)
-        made.opcodeIndex = self._file.code(code, integers=integers)
+        kinds = {t.dtype.name for t in (*inputs, *outputs) if t is not NOTHING}
+        made.opcodeIndex = self._file.code(code, kinds)
         if code in _PRODUCTS:
             self._products.append((self.table.tensors[outputs[0].index].name, outputs[0].dtype == np.int8))
         made.inputs, made.outputs = [t.index for t in inputs], [t.index for t in outputs]

@@ -53,7 +53,7 @@ KERNELS: dict[str, Kernel] = {
     **_rows("TRANSPOSE_CONV", _FLOAT, operands=(1, 3, 1)),
     **_rows("PRELU", _FLOAT, operands=_PAIR),
     **_rows("BATCH_MATMUL", _FLOAT, operands=_PAIR, axes=5),
-    **_rows("DEQUANTIZE", frozenset(), grids=True),
+    **_rows("DEQUANTIZE", frozenset({"float16"}), grids=True),
     **_rows("ABS SIGN", _SHORT),
     **_rows("DIV POW SQUARED_DIFFERENCE", _SHORT, operands=_PAIR),
     **_rows("NEG CUMSUM", _WIDE),

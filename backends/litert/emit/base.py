@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert.schema_py_generated import ActivationFunctionType, TensorType
 
-from optkit.backends.litert.emit.grids import floats_of, stored
+from optkit.backends.litert.emit.grids import floats_of, halved, stored
 from optkit.backends.litert.flat import File, Graph, Grid, Settings, Tensor
 from optkit.backends.litert.kernels import NotTakenError, wider
 from optkit.errors import ModelError
@@ -20,6 +20,9 @@ Refuse = Callable[[ir.Node], str | None]
 Emit = Callable[["Context", ir.Node], None]
 # ``last``: channels come last, as convolutions of LiteRT want them; of a value with three axes, in a picture of one row.
 Layout = Literal["plain", "last"]
+
+# Elements from which on a constant in 16 bits is worth the operator that widens it.
+_HALVED = 1 << 10
 
 TO_LAST, TO_PLAIN = (0, 2, 3, 1), (0, 3, 1, 2)
 # Where an axis of a plain value is in one with channels last.
@@ -117,6 +120,8 @@ class Context:
         self.done: set[ir.Node] = set()
         self._floats: dict[tuple[ir.Value, Layout], Tensor] = {}
         self._integers: dict[tuple[ir.Value, Layout], Tensor] = {}
+        # Floats of constants that are stored in 16 bits, by the index of these.
+        self._widened: dict[int, Tensor] = {}
 
     # What is there.
 
@@ -269,6 +274,22 @@ class Context:
     def number(self, value: float, dtype: Any = np.float32) -> Tensor:
         """A constant of one element."""
         return self.graph.constant(np.asarray(value, dtype))
+
+    def weights(self, array: np.ndarray, name: str = "weights") -> Tensor:
+        """A constant of floats that a product or a table lookup reads: in 16 bits where these hold all its elements exactly.
+
+        Runtimes widen it while they open the file (TensorFlow Lite's float16 quantization), or compute in float16 (its GPU delegate).
+        """
+        array = np.ascontiguousarray(array, np.float32)
+        narrow = halved(array) if array.size >= _HALVED else None
+        if narrow is None:
+            return self.graph.constant(array, name)
+        held = self.graph.constant(narrow, name)
+        if held.index not in self._widened:
+            self._widened[held.index] = self.op(
+                "DEQUANTIZE", [held], held.shape, np.float32, ("DequantizeOptions", {}), name=name
+            )
+        return self._widened[held.index]
 
     def vector(self, values: Sequence[int]) -> Tensor:
         """Sizes or axes, as LiteRT takes them."""

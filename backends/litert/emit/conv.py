@@ -117,9 +117,7 @@ def _conv(c: Context, node: ir.Node) -> None:
             Grid(scale=scales.scale, zero=scales.zero, axis=3 if depthwise else 0),
         )  # fmt: skip
     else:
-        w = c.graph.constant(
-            np.ascontiguousarray(np.transpose(_filled(floats_of(weights)), order)), str(weights.name)
-        )
+        w = c.weights(np.transpose(_filled(floats_of(weights)), order), str(weights.name))
     if whole:
         assert kept is not None and x.grid is not None and end.quantizer is not None
         b, grid = bias(c, node, outs, x.grid, kept[1]), grid_of(end.quantizer)
@@ -301,7 +299,7 @@ def _conv_transpose(c: Context, node: ir.Node) -> None:
     array, x = floats_of(weights), c.get(source, "last")
     strides, pads = _picture(node, "strides", [1, 1]), _picture(node, "pads", [0] * 4)
     outs, kernel = array.shape[1], _area(weights)
-    w = c.graph.constant(np.ascontiguousarray(np.transpose(_filled(array), (1, 2, 3, 0))), str(weights.name))
+    w = c.weights(np.transpose(_filled(array), (1, 2, 3, 0)), str(weights.name))
     rows = [(x.shape[i + 1] - 1) * s + k for i, (s, k) in enumerate(zip(strides, kernel, strict=True))]
     shape = (x.shape[0], *rows, outs)
     settings = {"padding": Padding.VALID, "strideH": strides[0], "strideW": strides[1]}

@@ -125,7 +125,7 @@ def _connected(c: Context, node: ir.Node, a: ir.Value, b: ir.Value, *, rows: boo
             if array is None:
                 w = c.get(b) if rows else c.transposed(c.get(b), (1, 0))
             else:
-                w = c.graph.constant(np.ascontiguousarray(array if rows else array.T), str(b.name))
+                w = c.weights(array if rows else array.T, str(b.name))
         vector = _plain_bias(c, node, outs)
     settings = {
         "fusedActivationFunction": end.activation, "keepNumDims": len(x.shape) > 2,

@@ -76,7 +76,7 @@ def _product(c: Context, x: Tensor, matrix: np.ndarray, bias: np.ndarray | None)
     """``x matrix^T + bias``."""
     more = NOTHING if bias is None else c.graph.constant(np.ascontiguousarray(bias, np.float32))
     return c.op(
-        "FULLY_CONNECTED", [x, c.graph.constant(np.ascontiguousarray(matrix)), more], (x.shape[0], len(matrix)),
+        "FULLY_CONNECTED", [x, c.weights(matrix), more], (x.shape[0], len(matrix)),
         settings=("FullyConnectedOptions", {}),
     )  # fmt: skip
 

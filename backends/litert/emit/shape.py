@@ -223,7 +223,9 @@ def _gather(c: Context, node: ir.Node) -> None:
     settings = ("GatherOptions", {"axis": axis, "batchDims": 0})
     kept = stored(source)
     if kept is None or kept[0].dtype != np.int8 or kept[1].zero.any():
-        x = c.get(source)
+        plain = constant(source)
+        floats = plain is not None and plain.dtype == np.float32
+        x = c.weights(plain, str(source.name)) if floats and plain is not None else c.get(source)
         c.put(
             node.outputs[0],
             c.op("GATHER", [x, indices], shape, settings=settings, name=str(node.outputs[0].name)),

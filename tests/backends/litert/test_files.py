@@ -169,6 +169,40 @@ def test_int8_weights_of_linear_layers_stay_so_and_their_kernels_round_activatio
     assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
+HALVED = """(float[1, 16, 6, 6] x, int64[2] i, float[3, 1, 16] z) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
+  a = Conv<kernel_shape = [3, 3]>(x, k) b = ConvTranspose<kernel_shape = [3, 3]>(x, t) r = Gather(rows, i) c = MatMul(r, p)
+  d = Gemm<transB = 1>(r, q) e = LSTM<hidden_size = 16>(z, w, u) }"""
+
+
+def test_weights_that_float16_holds_are_stored_in_it_and_compute_the_same(tmp_path):
+    from ai_edge_litert.schema_py_generated import TensorType
+
+    random = np.random.default_rng(0)
+    shapes = {
+        "k": (8, 16, 3, 3), "t": (16, 8, 3, 3), "rows": (40, 32), "p": (32, 40), "q": (36, 32), "w": (1, 64, 16), "u": (1, 64, 16),
+    }  # fmt: skip
+    weights = {n: random.normal(size=s).astype(np.float16).astype(np.float32) for n, s in shapes.items()}
+    # What float16 does not hold stays whole, be it one element.
+    weights["p"][3, 4] = 0.1
+    model = parse(HEAD + HALVED, **weights)
+    session = _opened(model, tmp_path)
+    file, _ = _file(tmp_path)
+    (graph,) = file.subgraphs
+    halves = {t.name.decode() for t in graph.tensors if t.type == TensorType.FLOAT16}
+    assert halves == {"k", "t", "rows", "q", "weights"}
+    assert sum(t.type == TensorType.FLOAT16 for t in graph.tensors) == 6
+    whole = {
+        tuple(t.shape)
+        for t in graph.tensors
+        if t.type == TensorType.FLOAT32 and file.buffers[t.buffer].data is not None
+    }
+    assert (40, 32) in whole and max(map(np.prod, whole)) == 40 * 32
+    feeds = random_feeds(model, seed=1)
+    found, expected = session.run(feeds), ReferenceSession(model, optimize=False).run(feeds)
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
 def test_lists_of_sizes_become_signatures_that_share_the_weights(tmp_path):
     one = _opened(_text(), tmp_path / "one", shapes={"T": 6})
     session = _opened(_text(), tmp_path / "both", shapes={"T": [6, 9], "N": 2})
