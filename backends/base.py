@@ -163,6 +163,7 @@ class Backend(ABC):
         generic: Whether quantized recipes that name no backend are candidates for it.
         dynamic_in_floats: Whether integer products with scales of each run may be written out in floats where it has none: a file with
             them then runs and stays small, and is no faster than in float.
+        halves_in_floats: Whether it computes in float32 what a file computes in float16.
         floor: The recipe of exact passes that ships where no other candidate keeps the limits; ``fallback`` asks the target.
     """
 
@@ -174,6 +175,7 @@ class Backend(ABC):
     fixes: ClassVar[bool] = False
     generic: ClassVar[bool] = True
     dynamic_in_floats: ClassVar[bool] = False
+    halves_in_floats: ClassVar[bool] = False
     floor: ClassVar[str] = "fp32"
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import onnx
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # What chooses scales in each run, and the pass that writes it out.
 _CHOOSING = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 _DYNAMIC = "dynamic-to-float"
+# What computes floats of 16 bits in 32.
+_WIDEN = "widen-halves"
 # Fusions are left out: they would make the node again that was written out.
 _SIMPLER = (
     "lift-constants", "remove-noops", "fold-constants", "fold-shapes", "clean-casts", "remove-noops", "remove-dead",
@@ -38,20 +40,20 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
     """Write out what ``backend`` can't run in terms of what it can, and check that every node is such.
 
     A node that it can't run is replaced by what defines its operator: a rule of ``optkit.decompositions``, or the function
-    that ONNX has for it, in as many steps as it takes. Integer products with scales of each run are replaced as a whole, by the pass
-    ``dynamic-to-float``, where the backend says so.
+    that ONNX has for it, in as many steps as it takes. Where the backend says so, passes replace as a whole integer products with
+    scales of each run (``dynamic-to-float``), and float16 by float32 (``widen-halves``).
 
     Raises:
         UnsupportedOpError: Lists all nodes that cannot be written out so, with the reason for each; the graph is as it was.
     """
     problems: list[tuple[ir.Node, str]] = []
-    if backend.dynamic_in_floats and any(n.op_type in _CHOOSING for n in walk(model)):
+    if replaced := _replaced(model, backend):
         # On a copy first, since a graph that is refused stays as it is.
         copy = model.clone()
-        _in_floats(copy, target)
+        _in_floats(copy, replaced, target)
         problems = _fit(copy, backend, target)
         if not problems:
-            _in_floats(model, target)
+            _in_floats(model, replaced, target)
     if not problems:
         problems = _fit(model, backend, target)
     if problems:
@@ -62,9 +64,18 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
         )
 
 
-def _in_floats(model: ir.Model, target: Target) -> None:
-    """Write out dynamic quantization, with constants folded."""
-    run_passes(model, [PASSES[name]() for name in (_DYNAMIC, *_SIMPLER)], Context(target=target))
+def _replaced(model: ir.Model, backend: Backend) -> list[str]:
+    """Passes for what the whole graph has to be without."""
+    dynamic = backend.dynamic_in_floats and any(n.op_type in _CHOOSING for n in walk(model))
+    halves = backend.halves_in_floats and any(
+        o.dtype == ir.DataType.FLOAT16 for n in walk(model) for o in n.outputs
+    )
+    return [name for name, wanted in ((_DYNAMIC, dynamic), (_WIDEN, halves)) if wanted]
+
+
+def _in_floats(model: ir.Model, replaced: Sequence[str], target: Target) -> None:
+    """Run these passes, and fold constants."""
+    run_passes(model, [PASSES[name]() for name in (*replaced, *_SIMPLER)], Context(target=target))
 
 
 def _fit(

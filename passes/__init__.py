@@ -35,6 +35,7 @@ PASSES = Registry(
         "fuse-layer-norm": "optkit.passes.fusion.layer_norm:FuseLayerNorm",
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "dynamic-to-float": "optkit.passes.lowering.dynamic:DynamicToFloat",
+        "widen-halves": "optkit.passes.lowering.widen:WidenHalves",
         "linear-to-convolution": "optkit.passes.lowering.convolution:LinearToConvolution",
         "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
         "lengthen-last-axis": "optkit.passes.lowering.last_axis:LengthenLastAxis",

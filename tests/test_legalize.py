@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -325,6 +327,26 @@ def test_dynamic_quantization_is_written_out_where_the_backend_says_so():
         "Mul", "Mul", "Mul", "Relu"
     ]  # fmt: skip
     same_numbers(model, after, random_feeds(model), atol=0, rtol=0)
+
+
+class _Single(_Without):
+    """A backend that computes in float32 alone."""
+
+    halves_in_floats = True
+
+
+def test_float16_is_widened_where_the_backend_says_so_and_stays_where_a_node_is_refused():
+    source = HEAD % "(float16[N, 3] x) => (float16[N, 3] y) { e = Exp(x) y = Erf(e) }"
+    model = parse(source)
+    legalize(model, _Single(), ANDROID, name="m")
+    assert [n.op_type for n in walk(model)] == ["Cast", "Exp", "Erf", "Cast"]
+    assert model.graph.outputs[0].dtype == model.graph.inputs[0].dtype == ir.DataType.FLOAT16
+    for backend in (_Without(), _Single("Erf")):
+        model = parse(source)
+        before = text(model)
+        with contextlib.suppress(UnsupportedOpError):
+            legalize(model, backend, ANDROID, name="m")
+        assert text(model) == before
 
 
 def test_dynamic_quantization_stays_where_the_backend_does_not_say_so():

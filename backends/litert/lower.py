@@ -61,6 +61,7 @@ class LiteRt(Backend):
     packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
     generic: ClassVar[bool] = False
     dynamic_in_floats: ClassVar[bool] = True
+    halves_in_floats: ClassVar[bool] = True
 
     def available(self) -> str | None:
         """None: the package brings writer and runtime."""
@@ -162,7 +163,7 @@ class LiteRt(Backend):
 
 
 _SIZES = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
-_TYPES = frozenset({"FLOAT", "INT8", "UINT8", "INT32", "INT64", "BOOL"})
+_TYPES = frozenset({"FLOAT", "FLOAT16", "INT8", "UINT8", "INT32", "INT64", "BOOL"})
 
 
 def _sized(node: ir.Node) -> bool:

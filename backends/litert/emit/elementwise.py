@@ -143,11 +143,16 @@ def _clip(c: Context, node: ir.Node) -> None:
 
 @emits("Cast", refuse=lambda n: _refuse_cast(n))
 def _cast(c: Context, node: ir.Node) -> None:
-    kind = ir.DataType(integer(node, "to")).numpy()
-    _unary(c, node, lambda x: c.cast(x, kind))
+    kind, x = ir.DataType(integer(node, "to")).numpy(), node.inputs[0]
+    if kind != np.float16:
+        _unary(c, node, lambda x: c.cast(x, kind))
+        return
+    # At the border of the model, where channels have to be as it says.
+    assert x is not None
+    c.put(node.outputs[0], c.cast(c.get(x), kind))
 
 
-_CASTS = frozenset({"FLOAT", "INT32", "INT64", "BOOL", "INT8", "UINT8"})
+_CASTS = frozenset({"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL", "INT8", "UINT8"})
 
 
 def _refuse_cast(node: ir.Node) -> str | None:

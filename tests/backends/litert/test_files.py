@@ -203,6 +203,29 @@ def test_weights_that_float16_holds_are_stored_in_it_and_compute_the_same(tmp_pa
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
+def test_a_model_in_half_precision_computes_in_float32_and_stays_as_small(tmp_path):
+    from ai_edge_litert.schema_py_generated import TensorType
+
+    text = """(float16[1, 16, 6, 6] x) => (float16[1, 32, 4, 4] y, float16[1, 32] z) <int64[2] axes = {2, 3}> {
+      c = Conv<kernel_shape = [3, 3]>(x, k) y = Tanh(c) z = ReduceMean<keepdims = 0>(c, axes) }"""
+    weight = np.random.default_rng(0).normal(size=(32, 16, 3, 3)).astype(np.float16) / 8
+    model = parse(HEAD + text, k=weight)
+    whole = parse(HEAD + text.replace("float16", "float"), k=weight.astype(np.float32))
+    session = _opened(model, tmp_path)
+    assert [str(s.dtype) for s in (*session.inputs, *session.outputs)] == ["float16"] * 3
+    file, _ = _file(tmp_path)
+    assert {t.type for t in file.subgraphs[0].tensors if tuple(t.shape) == (32, 3, 3, 16)} == {
+        TensorType.FLOAT16,
+        TensorType.FLOAT32,
+    }
+    assert (tmp_path / "model.tflite").stat().st_size < 1.5 * weight.nbytes
+    feeds = random_feeds(model, seed=1)
+    expected = ReferenceSession(whole).run({"x": feeds["x"].astype(np.float32)})
+    for key, value in session.run(feeds).items():
+        # One rounding to 11 bits, at the end.
+        np.testing.assert_allclose(value, expected[key], rtol=2**-11, atol=2**-24, err_msg=key)
+
+
 def test_lists_of_sizes_become_signatures_that_share_the_weights(tmp_path):
     one = _opened(_text(), tmp_path / "one", shapes={"T": 6})
     session = _opened(_text(), tmp_path / "both", shapes={"T": [6, 9], "N": 2})
