@@ -29,9 +29,7 @@ def _filled(array: np.ndarray) -> np.ndarray:
 
 
 def _refuse_window(node: ir.Node) -> str | None:
-    if rank(node.inputs[0]) not in (3, 4):
-        return "LiteRT slides windows over one or two axes"
-    return "ceil_mode rounds another way than LiteRT" if integer(node, "ceil_mode") else None
+    return None if rank(node.inputs[0]) in (3, 4) else "LiteRT slides windows over one or two axes"
 
 
 def _picture(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
@@ -72,11 +70,26 @@ def _edges(
     return (same if automatic == "SAME_UPPER" else _picture(node, "pads", [0] * 4)), same
 
 
+def _beyond(
+    node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, pads: Sequence[int]
+) -> list[int]:
+    """Pads with what the last window of an axis reaches beyond them, as it does where sizes are rounded up."""
+    if not integer(node, "ceil_mode"):
+        return list(pads)
+    outs = _area(node.outputs[0])
+    more = [
+        max(0, (o - 1) * s + k - (n + pads[i] + pads[2 + i]))
+        for i, (o, s, k, n) in enumerate(zip(outs, strides, kernel, shape, strict=True))
+    ]
+    return [*pads[:2], *(p + m for p, m in zip(pads[2:], more, strict=True))]
+
+
 def padded(
     node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, dilations: Pair
 ) -> tuple[int, list[int]]:
     """The schema's padding, and rows and columns to pad before (top, left, bottom, right) where that is not enough."""
     pads, same = _edges(node, shape, kernel, strides, dilations)
+    pads = _beyond(node, shape, kernel, strides, pads)
     if not any(pads):
         return Padding.VALID, []
     return (Padding.SAME, []) if pads == same else (Padding.VALID, pads)
@@ -230,7 +243,8 @@ def _average_pool(c: Context, node: ir.Node) -> None:
     assert source is not None
     kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
     area, counted = _area(source), integer(node, "count_include_pad")
-    pads, same = _edges(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
+    given, same = _edges(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
+    pads = _beyond(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), given)
     if not any(pads) or (pads == same and not counted):
         _pool(c, node, "AVERAGE_POOL_2D")
         return
@@ -242,10 +256,12 @@ def _average_pool(c: Context, node: ir.Node) -> None:
     }  # fmt: skip
     shape = (x.shape[0], *rows, x.shape[3])
     made = c.op("AVERAGE_POOL_2D", [x], shape, settings=("Pool2DOptions", settings))
-    if not counted:
+    if not counted or pads != given:
+        # From where to where elements count: those of the picture, or of its pads as well.
+        before, after = (given[:2], given[2:]) if counted else ([0, 0], [0, 0])
         shares = [
-            [k / (min(i * s - p + k, n) - max(i * s - p, 0)) for i in range(r)]
-            for k, s, p, n, r in zip(kernel, strides, pads, area, rows, strict=False)
+            [k / (min(i * s - p + k, n + e) - max(i * s - p, -b)) for i in range(r)]
+            for k, s, p, n, b, e, r in zip(kernel, strides, given, area, before, after, rows, strict=False)
         ]
         larger = np.multiply.outer(*shares)[None, :, :, None].astype(np.float32)
         made = c.op("MUL", [made, c.graph.constant(larger)], shape, settings=("MulOptions", {}))

@@ -138,6 +138,16 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         e = AveragePool<kernel_shape = [3], pads = [0, 2], strides = [2]>(z) }""",
         {},
     ),
+    "pools with sizes rounded up": (
+        """(float[2, 3, 8, 9] x, float[1, 4, 8] z) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f) {
+        a = MaxPool<kernel_shape = [3, 2], strides = [2, 2], ceil_mode = 1>(x)
+        b = AveragePool<kernel_shape = [3, 2], strides = [2, 2], ceil_mode = 1>(x)
+        c = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [3, 2], ceil_mode = 1, count_include_pad = 1>(x)
+        d = AveragePool<kernel_shape = [3, 2], pads = [1, 0, 0, 1], strides = [2, 2], ceil_mode = 1>(x)
+        e = MaxPool<kernel_shape = [1, 1], strides = [2, 2], pads = [0, 0, 0, 0], ceil_mode = 1>(x)
+        f = MaxPool<kernel_shape = [3], strides = [2], ceil_mode = 1>(z) }""",
+        {},
+    ),
     "products": (
         """(float[2, 3, 4] x, float[2, 4, 5] z, float[3, 4] s) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
         a = MatMul(x, z) b = MatMul(x, w) c = MatMul(s, w) d = MatMul(x, u) e = MatMul(s, z) }""",
