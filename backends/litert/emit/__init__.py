@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optkit.backends.litert.emit import conv as conv  # each enters its rows into the table
 from optkit.backends.litert.emit import elementwise as elementwise
+from optkit.backends.litert.emit import indexing as indexing
 from optkit.backends.litert.emit import matmul as matmul
 from optkit.backends.litert.emit import norm as norm
 from optkit.backends.litert.emit import quant as quant

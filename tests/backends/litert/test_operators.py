@@ -148,6 +148,37 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         f = MaxPool<kernel_shape = [3], strides = [2], ceil_mode = 1>(z) }""",
         {},
     ),
+    "looked up": (
+        """(float[3, 3, 4] x, int64[2, 2, 4] i, int64[2, 5, 2] j) => (float[] a, float[] b, float[] c, float[] d, int64[] e)
+        <int64[1, 2] last = {-1, -2}, int64 one = {1}> {
+        a = GatherElements<axis = 1>(x, i) n = Neg(i) b = GatherElements<axis = -2>(x, n) m = Neg(j) k = Sub(m, one) c = GatherND(x, k)
+        d = GatherND(x, last) e = GatherElements<axis = 2>(i, i) }""",
+        {},
+    ),
+    "written": (
+        """(float[3, 4, 5] x, float[2, 4, 5] u, float[2, 2, 5] v, int64[3, 4] i, int64[2, 4, 5] places) => (float[] a, float[] b, float[] c, float[] d, int64[] e)
+        <int64[2, 1] rows = {2, -3}, int64[2, 2, 2] spots = {0, 1, 2, 3, 1, 1, -1, 0}, int64[2, 2, 2] twice = {0, 1, 0, 1, 1, 1, 0, 0},
+        int64[1, 4] at = {2, 0, -1, 1}, int64[1, 4] nines = {9, 8, 7, 6}> {
+        a = ScatterND(x, rows, u) b = ScatterND(x, spots, v) c = ScatterND<reduction = "add">(x, twice, v)
+        d = ScatterElements<axis = 1, reduction = "add">(x, places, u)
+        e = ScatterElements<axis = 0>(i, at, nines) }""",
+        {},
+    ),
+    "largest of a line": (
+        """(float[3, 6, 4] x) => (float[] a, int64[] b, float[] c, int64[] d, float[] e) <int64[1] k = {3}, int64[1] one = {1}> {
+        a, b = TopK(x, k) c, d = TopK<axis = 1, largest = 0>(x, k) e, f = TopK<axis = 0>(x, one) }""",
+        {},
+    ),
+    "one of many": (
+        """(int64[2, 3] i) => (float[] a, int64[] b) <int64 n = {5}, float[2] v = {-1.5, 2.5}, int64[2] w = {0, 7}> {
+        s = Neg(i) a = OneHot(s, n, v) b = OneHot<axis = 1>(i, n, w) }""",
+        {},
+    ),
+    "triangles": (
+        """(float[2, 1, 4, 5] x, int64[3, 3] i) => (float[] a, float[] b, int64[] c) <int64 one = {1}, int64 low = {-2}> {
+        a = Trilu(x) b = Trilu<upper = 0>(x, one) c = Trilu(i, low) }""",
+        {},
+    ),
     "products": (
         """(float[2, 3, 4] x, float[2, 4, 5] z, float[3, 4] s) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
         a = MatMul(x, z) b = MatMul(x, w) c = MatMul(s, w) d = MatMul(x, u) e = MatMul(s, z) }""",
