@@ -77,7 +77,7 @@ KERNELS: dict[str, Kernel] = {
     **_rows("CONCATENATION", _ANY, grids=True, operands=(0, None, 1), axes=6),
     **_rows("GATHER_ND", _ANY),
     **_rows("SCATTER_ND", _ANY, operands=(1, 2, 1)),
-    **_rows("TOPK_V2", _FLOAT),
+    **_rows("TOPK_V2", _WIDE),
     **_rows("ONE_HOT", frozenset({"float32", "int32", "int64", "bool"}), operands=(2, 4, 1)),
     **_rows("ATAN2", _FLOAT, operands=_PAIR),
     **_rows("SELECT_V2", _ANY, operands=(1, 3, 1)),

@@ -297,32 +297,75 @@ def _refuse_transpose(node: ir.Node) -> str | None:
         constant(node.inputs[1]) is None and stored(node.inputs[1]) is None
     ):
         return "LiteRT transposes convolutions over one or two axes with constant weights alone"
-    if integer(node, "group", 1) != 1 or set(_picture(node, "dilations", [1, 1])) != {1}:
-        return "LiteRT transposes convolutions without groups and gaps alone"
-    if (
-        text(node, "auto_pad", "NOTSET") != "NOTSET"
-        or ints(node, "output_shape")
-        or any(ints(node, "output_padding"))
-    ):
-        return "LiteRT transposes convolutions with plain pads alone"
     return None
+
+
+def _before(node: ir.Node, area: Sequence[int], reach: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Rows and columns that are cut off ahead of what a transposed convolution gives without pads."""
+    automatic = text(node, "auto_pad", "NOTSET")
+    if automatic == "VALID":
+        return [0, 0]
+    if automatic == "NOTSET" and not ints(node, "output_shape"):
+        return _picture(node, "pads", [0] * 4)[:2]
+    outs, more = _area(node.outputs[0]), _picture(node, "output_padding", [0, 0])
+    cut = [
+        max(0, s * (n - 1) + m + r - o)
+        for n, s, m, r, o in zip(area, strides, more, reach, outs, strict=True)
+    ]
+    return [t // 2 if automatic == "SAME_UPPER" else t - t // 2 for t in cut]
 
 
 @emits("ConvTranspose", refuse=_refuse_transpose)
 def _conv_transpose(c: Context, node: ir.Node) -> None:
     source, weights = node.inputs[0], node.inputs[1]
     assert source is not None and weights is not None
-    array, x = floats_of(weights), c.get(source, "last")
-    strides, pads = _picture(node, "strides", [1, 1]), _picture(node, "pads", [0] * 4)
-    outs, kernel = array.shape[1], _area(weights)
-    w = c.weights(np.transpose(_filled(array), (1, 2, 3, 0)), str(weights.name))
-    rows = [(x.shape[i + 1] - 1) * s + k for i, (s, k) in enumerate(zip(strides, kernel, strict=True))]
-    shape = (x.shape[0], *rows, outs)
+    array, x = _filled(floats_of(weights)), c.get(source, "last")
+    strides, dilations = _picture(node, "strides", [1, 1]), _picture(node, "dilations", [1, 1])
+    groups, reach = (
+        integer(node, "group", 1),
+        [(k - 1) * d + 1 for k, d in zip(array.shape[2:], dilations, strict=True)],
+    )
+    spread = np.zeros((*array.shape[:2], *reach), array.dtype)
+    spread[:, :, :: dilations[0], :: dilations[1]] = array
+    each, ins = array.shape[1], array.shape[0] // groups
+    rows = [(x.shape[i + 1] - 1) * s + r for i, (s, r) in enumerate(zip(strides, reach, strict=True))]
+    outs, before = _area(node.outputs[0]), _before(node, x.shape[1:3], reach, strides)
+    inside = [min(n - b, o) for n, b, o in zip(rows, before, outs, strict=True)]
+    # Beyond what the products reach there is nothing but the bias, which then is added at the end.
+    wider = inside != outs
+    bias = _float_bias(c, node, each * groups)
     settings = {"padding": Padding.VALID, "strideH": strides[0], "strideW": strides[1]}
-    inputs = [c.vector(shape), w, x, _float_bias(c, node, outs)]
-    made = c.op("TRANSPOSE_CONV", inputs, shape, np.float32, ("TransposeConvOptions", settings))
-    if any(pads):
-        begin, after = [0, pads[0], pads[1], 0], [0, pads[2], pads[3], 0]
-        sizes = [n - a - b for n, a, b in zip(shape, begin, after, strict=True)]
+    parts = []
+    for g in range(groups):
+        some = x if groups == 1 else _channels(c, x, g * ins, ins)
+        w = c.weights(np.transpose(spread[g * ins : (g + 1) * ins], (1, 2, 3, 0)), str(weights.name))
+        whole = groups == 1 and not wider
+        inputs = [c.vector((x.shape[0], *rows, each)), w, some, *([bias] if whole else [])]
+        parts.append(
+            c.op(
+                "TRANSPOSE_CONV",
+                inputs,
+                (x.shape[0], *rows, each),
+                np.float32,
+                ("TransposeConvOptions", settings),
+            )
+        )
+    made = parts[0]
+    if groups > 1:
+        shape = (*made.shape[:3], each * groups)
+        made = c.op("CONCATENATION", parts, shape, settings=("ConcatenationOptions", {"axis": 3}))
+    if any(before) or inside != rows:
+        begin, sizes = [0, *before, 0], [made.shape[0], *inside, made.shape[3]]
         made = c.op("SLICE", [made, c.vector(begin), c.vector(sizes)], sizes, settings=("SliceOptions", {}))
+    made = _pad(c, made, [0, 0, outs[0] - inside[0], outs[1] - inside[1]])
+    if groups > 1 or wider:
+        made = c.op("ADD", [made, bias], made.shape, settings=("AddOptions", {}))
     c.put(node.outputs[0], made, "last")
+
+
+def _channels(c: Context, x: Tensor, first: int, count: int) -> Tensor:
+    """Some channels of a picture."""
+    sizes = (*x.shape[:3], count)
+    return c.op(
+        "SLICE", [x, c.vector((0, 0, 0, first)), c.vector(sizes)], sizes, settings=("SliceOptions", {})
+    )

@@ -167,11 +167,13 @@ _BINARY: dict[str, tuple[str, Settings | None]] = {
     "GreaterOrEqual": ("GREATER_EQUAL", ("GreaterEqualOptions", {})), "Less": ("LESS", ("LessOptions", {})),
     "LessOrEqual": ("LESS_EQUAL", ("LessEqualOptions", {})), "And": ("LOGICAL_AND", ("LogicalAndOptions", {})),
     "Or": ("LOGICAL_OR", ("LogicalOrOptions", {})), "Max": ("MAXIMUM", ("MaximumMinimumOptions", {})),
-    "Min": ("MINIMUM", ("MaximumMinimumOptions", {})),
+    "Min": ("MINIMUM", ("MaximumMinimumOptions", {})), "Mod": ("FLOOR_MOD", ("FloorModOptions", {})),
 }  # fmt: skip
 _COMPARED = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or"})
 # Kernels with an int8 form on grids of their own.
 _ON_GRIDS = frozenset({"Add", "Sub", "Mul"})
+# Of integers, those whose quotients the kernel of 32 bits gives.
+_DIVIDED = frozenset({ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8})
 # Kernels broadcast up to so many axes.
 _MOST = 5
 
@@ -185,8 +187,10 @@ def _refuse_binary(node: ir.Node) -> str | None:
         known = constant(power)
         if base is None or power is None or base.dtype != power.dtype or known is None or (known < 0).any():
             return "LiteRT raises integers to constant powers of their own type that are not negative"
-    if node.op_type == "Div" and not is_float(node.outputs[0]):
-        return "LiteRT divides floats alone as ONNX does"
+    if node.op_type == "Div" and not is_float(node.outputs[0]) and node.outputs[0].dtype not in _DIVIDED:
+        return "LiteRT divides floats and integers of up to 32 bits"
+    if node.op_type == "Mod" and integer(node, "fmod"):
+        return "LiteRT has remainders with the sign of the divisor alone"
     return None
 
 
@@ -226,6 +230,14 @@ def _binary(c: Context, node: ir.Node) -> None:
     c.put(outcome, x, layout)
 
 
+@emits("Xor", refuse=_refuse_binary)
+def _either(c: Context, node: ir.Node) -> None:
+    x, y = (c.get(v) for v in node.inputs if v is not None)
+    shape = size(node.outputs[0])
+    same = c.op("EQUAL", [x, y], shape, np.bool_, ("EqualOptions", {}))
+    c.put(node.outputs[0], c.op("LOGICAL_NOT", [same], shape, settings=("LogicalNotOptions", {})))
+
+
 @emits("Where", refuse=_refuse_binary)
 def _where(c: Context, node: ir.Node) -> None:
     values = [v for v in node.inputs if v is not None]
@@ -248,6 +260,87 @@ def _prelu(c: Context, node: ir.Node) -> None:
     c.put(
         node.outputs[0], c.op("PRELU", [tensor, operand(c, slope, len(shape), layout)], tensor.shape), layout
     )
+
+
+def _one(c: Context, code: str, x: Tensor) -> Tensor:
+    return c.op(code, [x], x.shape)
+
+
+def _two(c: Context, code: str, kind: str, x: Tensor, y: Tensor) -> Tensor:
+    return c.op(code, [x, y], np.broadcast_shapes(x.shape, y.shape), settings=(kind, {}))
+
+
+def _hyperbolic(c: Context, x: Tensor, *, sine: bool) -> Tensor:
+    """Halves of powers; of small numbers the sine by ``e^x - 1``, where these would cancel out (ELU is that below 0)."""
+    half = c.number(0.5)
+    up, down = _one(c, "EXP", x), _one(c, "EXP", c.op("NEG", [x], x.shape, settings=("NegOptions", {})))
+    if not sine:
+        return _two(c, "MUL", "MulOptions", _two(c, "ADD", "AddOptions", up, down), half)
+    size_ = c.op("ABS", [x], x.shape, settings=("AbsOptions", {}))
+    # Of a = |x|: (t + t / (t + 1)) / 2 with t = e^a - 1, which is -(e^-a - 1) e^a.
+    less = c.op("ELU", [c.op("NEG", [size_], x.shape, settings=("NegOptions", {}))], x.shape)
+    t = c.op(
+        "NEG",
+        [_two(c, "MUL", "MulOptions", less, _one(c, "EXP", size_))],
+        x.shape,
+        settings=("NegOptions", {}),
+    )
+    both = _two(c, "SUB", "SubOptions", t, less)
+    signed = _two(c, "MUL", "MulOptions", both, c.op("SIGN", [x], x.shape, settings=("SignOptions", {})))
+    return _two(c, "MUL", "MulOptions", signed, half)
+
+
+@emits("Sinh", "Cosh")
+def _of_powers(c: Context, node: ir.Node) -> None:
+    _unary(c, node, lambda x: _hyperbolic(c, x, sine=node.op_type == "Sinh"))
+
+
+@emits("Tan")
+def _tangent(c: Context, node: ir.Node) -> None:
+    def compute(x: Tensor) -> Tensor:
+        cosine = c.op("COS", [x], x.shape, settings=("CosOptions", {}))
+        return _two(c, "DIV", "DivOptions", _one(c, "SIN", x), cosine)
+
+    _unary(c, node, compute)
+
+
+@emits("Asin", "Acos", "Atan")
+def _angle(c: Context, node: ir.Node) -> None:
+    """The angle of a point: on the circle of radius 1 with one of its places known, or beside the line at 1."""
+
+    def compute(x: Tensor) -> Tensor:
+        one = c.number(1.0)
+        if node.op_type == "Atan":
+            whole = c.op(
+                "BROADCAST_TO",
+                [c.reshaped(one, (1,) * len(x.shape)), c.vector(x.shape)],
+                x.shape,
+                settings=("BroadcastToOptions", {}),
+            )
+            return c.op("ATAN2", [x, whole], x.shape)
+        # By factors: near 1 nothing cancels out.
+        product = _two(
+            c, "MUL", "MulOptions", _two(c, "SUB", "SubOptions", one, x), _two(c, "ADD", "AddOptions", one, x)
+        )
+        other = _one(c, "SQRT", product)
+        return c.op("ATAN2", [x, other] if node.op_type == "Asin" else [other, x], x.shape)
+
+    _unary(c, node, compute)
+
+
+@emits("IsNaN", "IsInf")
+def _special(c: Context, node: ir.Node) -> None:
+    def compute(x: Tensor) -> Tensor:
+        if node.op_type == "IsNaN":
+            same = c.op("EQUAL", [x, x], x.shape, np.bool_, ("EqualOptions", {}))
+            return c.op("LOGICAL_NOT", [same], x.shape, settings=("LogicalNotOptions", {}))
+        up, down = (integer(node, f"detect_{which}", 1) for which in ("positive", "negative"))
+        if up and down:
+            x = c.op("ABS", [x], x.shape, settings=("AbsOptions", {}))
+        end = np.inf if up else -np.inf if down else np.nan
+        return c.op("EQUAL", [x, c.number(end)], x.shape, np.bool_, ("EqualOptions", {}))
+
+    _unary(c, node, compute)
 
 
 @emits("Erf", refuse=lambda n: "LiteRT has no Erf, only the Gelu that it is part of")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from optkit.backends.litert.emit.base import Context, emits, integer, size, text
 from optkit.backends.litert.flat import Tensor
-from optkit.graph import constant, is_float
+from optkit.graph import constant
 
 
 def _places(c: Context, value: ir.Value, sizes: Sequence[int] | int) -> Tensor:
@@ -129,9 +129,7 @@ def _scatter_elements(c: Context, node: ir.Node) -> None:
 
 
 def _refuse_top(node: ir.Node) -> str | None:
-    if constant(node.inputs[1]) is None:
-        return "LiteRT: how many are kept must be constant"
-    return None if is_float(node.inputs[0]) else "LiteRT finds the largest of floats alone"
+    return "LiteRT: how many are kept must be constant" if constant(node.inputs[1]) is None else None
 
 
 @emits("TopK", refuse=_refuse_top)
@@ -144,20 +142,23 @@ def _top(c: Context, node: ir.Node) -> None:
     order = [*(i for i in range(len(shape)) if i != axis), axis]
     back = [order.index(i) for i in range(len(shape))]
     x = c.transposed(c.get(source), order)
-    x = x if largest else _negated(c, x)
+    x = x if largest else _reversed(c, x)
     count = size(node.outputs[0])[axis]
     placed = (*x.shape[:-1], count)
     values, places = (
         c.graph.tensor(str(o.name), placed, k) for o, k in zip(node.outputs, (x.dtype, np.int32), strict=True)
     )
     c.graph.op("TOPK_V2", [x, c.number(count, np.int32)], [values, places], ("TopKV2Options", {}))
-    values = values if largest else _negated(c, values)
+    values = values if largest else _reversed(c, values)
     c.put(node.outputs[0], c.transposed(values, back))
     c.put(node.outputs[1], c.cast(c.transposed(places, back), np.int64))
 
 
-def _negated(c: Context, x: Tensor) -> Tensor:
-    return c.op("NEG", [x], x.shape, settings=("NegOptions", {}))
+def _reversed(c: Context, x: Tensor) -> Tensor:
+    """In reverse order, and back; of integers, whose lowest has no counterpart, by ``-1 - x``."""
+    if x.dtype.kind == "f":
+        return c.op("NEG", [x], x.shape, settings=("NegOptions", {}))
+    return c.op("SUB", [c.number(-1, x.dtype), x], x.shape, settings=("SubOptions", {}))
 
 
 def _refuse_hot(node: ir.Node) -> str | None:

@@ -79,14 +79,20 @@ def _rms_norm(c: Context, node: ir.Node) -> None:
     c.put(node.outputs[0], _scaled(c, node, _over_root(c, x, mean, real(node, "epsilon", 1e-5)), 1))
 
 
-@emits(
-    "InstanceNormalization", refuse=lambda n: None if rank(n.inputs[0]) == 4 else "LiteRT: of four axes alone"
-)
+@emits("InstanceNormalization")
 def _instance_norm(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    x = c.get(source, "last")
-    c.put(node.outputs[0], _scaled(c, node, _centred(c, x, [1, 2], real(node, "epsilon", 1e-5)), 1), "last")
+    shape = size(source)
+    layout: Layout = "last" if len(shape) == 4 else "plain"
+    x, epsilon = c.get(source, layout), real(node, "epsilon", 1e-5)
+    if layout == "last":
+        c.put(node.outputs[0], _scaled(c, node, _centred(c, x, [1, 2], epsilon), 1), layout)
+        return
+    # All there is of a channel in a row, and channels last for their factors.
+    rows = c.reshaped(x, (shape[0], shape[1], int(np.prod(shape[2:]))))
+    y = c.transposed(_centred(c, rows, [2], epsilon), (0, 2, 1))
+    c.put(node.outputs[0], c.reshaped(c.transposed(_scaled(c, node, y, 1), (0, 2, 1)), shape))
 
 
 def _refuse_batch_norm(node: ir.Node) -> str | None:

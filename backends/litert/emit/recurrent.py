@@ -1,4 +1,4 @@
-"""LSTMs, step after step.
+"""Recurrent cells, step after step.
 
 LiteRT's own operator for sequences gives neither states nor a start from any; written out, everything that ONNX says is there,
 and sizes are fixed anyway.
@@ -17,7 +17,20 @@ from optkit.graph import attribute, constant
 _LONGEST = 1024
 
 
-def _refuse_lstm(node: ir.Node) -> str | None:
+# Operators of the functions that gates may be.
+_FUNCTIONS = {"Sigmoid": "LOGISTIC", "Tanh": "TANH", "Relu": "RELU"}
+_USUAL = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
+
+
+def _functions(node: ir.Node) -> list[str]:
+    """Names of the functions of one direction after the other."""
+    names = attribute(node, "activations")
+    if names is None:
+        return _USUAL[node.op_type] * (1 + (text(node, "direction", "forward") == "bidirectional"))
+    return [n.decode() if isinstance(n, bytes) else str(n) for n in names]  # type: ignore[attr-defined]
+
+
+def _refuse(node: ir.Node) -> str | None:
     given = [*node.inputs, *[None] * (8 - len(node.inputs))]
     if given[4] is not None:
         return "LiteRT: sequences of different lengths"
@@ -27,10 +40,8 @@ def _refuse_lstm(node: ir.Node) -> str | None:
         return "LiteRT: weights that are computed"
     if attribute(node, "clip") is not None or integer(node, "input_forget") or integer(node, "layout"):
         return "LiteRT: clip, input_forget or layout"
-    names = attribute(node, "activations")
-    usual = ["Sigmoid", "Tanh", "Tanh"] * (1 + (text(node, "direction", "forward") == "bidirectional"))
-    if names is not None and [n.decode() if isinstance(n, bytes) else str(n) for n in names] != usual:  # type: ignore[attr-defined]
-        return "LiteRT: activations other than Sigmoid, Tanh, Tanh"
+    if unknown := [n for n in _functions(node) if n not in _FUNCTIONS]:
+        return f"LiteRT: activations other than {', '.join(_FUNCTIONS)}: {', '.join(unknown)}"
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     steps = shape[0] if shape is not None and len(shape) else None
     if isinstance(steps, int) and steps > _LONGEST:
@@ -38,8 +49,8 @@ def _refuse_lstm(node: ir.Node) -> str | None:
     return None
 
 
-@emits("LSTM", refuse=_refuse_lstm)
-def _lstm(c: Context, node: ir.Node) -> None:
+@emits("LSTM", "GRU", "RNN", refuse=_refuse)
+def _recurrent(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
     x = c.get(source)
@@ -48,25 +59,41 @@ def _lstm(c: Context, node: ir.Node) -> None:
     offsets = np.zeros((len(weights), 2 * weights.shape[1]), np.float32) if held is None else held
     steps, batch, _ = x.shape
     hidden = again.shape[2]
+    count, states = weights.shape[1], 2 if node.op_type == "LSTM" else 1
+    names = _functions(node)
+    each = len(names) // len(weights)
     direction = text(node, "direction", "forward")
     outs: list[list[Tensor]] = []
-    lasts: list[tuple[Tensor, Tensor]] = []
+    lasts: list[list[Tensor]] = []
     for d in range(len(weights)):
         backward = direction == "reverse" or d == 1
-        bias = offsets[d, : 4 * hidden] + offsets[d, 4 * hidden :]
-        gates = _product(c, c.reshaped(x, (steps * batch, x.shape[2])), weights[d], bias)
-        h, cell = (_start(c, node, i, d, batch, hidden) for i in (5, 6))
+        own, other = offsets[d, :count], offsets[d, count:].copy()
+        functions = [_FUNCTIONS[n] for n in names[d * each : (d + 1) * each]]
+        apart = node.op_type == "GRU" and bool(integer(node, "linear_before_reset"))
+        if apart:
+            # Added to the state's product before the gate that resets it.
+            own = own + np.concatenate([other[: 2 * hidden], np.zeros(hidden, np.float32)])
+            other[: 2 * hidden] = 0
+        else:
+            own = own + other
+        gates = _product(c, c.reshaped(x, (steps * batch, x.shape[2])), weights[d], own)
+        state = [_start(c, node, 5 + i, d, batch, hidden) for i in range(states)]
         found: dict[int, Tensor] = {}
         for step in range(steps)[:: -1 if backward else 1]:
             part = _rows(c, gates, step * batch, batch)
-            h, cell = _step(c, part, h, cell, again[d])
-            found[step] = h
+            if node.op_type == "LSTM":
+                state = _lstm_step(c, part, *state, again[d], functions)
+            elif node.op_type == "GRU":
+                state = [_gru_step(c, part, state[0], again[d], other if apart else None, functions)]
+            else:
+                state = [_function(c, functions[0], _add(c, part, _product(c, state[0], again[d], None)))]
+            found[step] = state[0]
         outs.append([found[step] for step in range(steps)])
-        lasts.append((h, cell))
+        lasts.append(state)
     shape = (steps, len(outs), batch, hidden)
     rows = [c.reshaped(outs[d][step], (1, batch, hidden)) for step in range(steps) for d in range(len(outs))]
     results = [c.reshaped(_joined(c, rows), shape)]
-    for i in range(2):
+    for i in range(states):
         results.append(_joined(c, [c.reshaped(last[i], (1, batch, hidden)) for last in lasts]))
     for value, made in zip(node.outputs, results, strict=False):
         c.put(value, made)
@@ -100,15 +127,50 @@ def _slice(c: Context, x: Tensor, begin: tuple[int, int], size: tuple[int, int])
     return c.op("SLICE", [x, c.vector(begin), c.vector(size)], size, settings=("SliceOptions", {}))
 
 
-def _step(c: Context, gates: Tensor, h: Tensor, cell: Tensor, again: np.ndarray) -> tuple[Tensor, Tensor]:
+def _function(c: Context, code: str, x: Tensor) -> Tensor:
+    return c.op(code, [x], x.shape)
+
+
+def _parts(c: Context, x: Tensor, hidden: int, count: int) -> list[Tensor]:
+    return [_slice(c, x, (0, i * hidden), (x.shape[0], hidden)) for i in range(count)]
+
+
+def _lstm_step(
+    c: Context, gates: Tensor, h: Tensor, cell: Tensor, again: np.ndarray, functions: list[str]
+) -> list[Tensor]:
     """Gates in ONNX's order: input, output, forget, cell."""
-    batch, hidden = h.shape
     total = _add(c, gates, _product(c, h, again, None))
-    parts = [_slice(c, total, (0, i * hidden), (batch, hidden)) for i in range(4)]
-    take, give, keep = (c.op("LOGISTIC", [p], p.shape) for p in parts[:3])
-    new = c.op("TANH", [parts[3]], parts[3].shape)
+    parts = _parts(c, total, h.shape[1], 4)
+    take, give, keep = (_function(c, functions[0], p) for p in parts[:3])
+    new = _function(c, functions[1], parts[3])
     cell = _add(c, _times(c, keep, cell), _times(c, take, new))
-    return _times(c, give, c.op("TANH", [cell], cell.shape)), cell
+    return [_times(c, give, _function(c, functions[2], cell)), cell]
+
+
+def _gru_step(
+    c: Context, gates: Tensor, h: Tensor, again: np.ndarray, bias: np.ndarray | None, functions: list[str]
+) -> Tensor:
+    """Gates in ONNX's order: update, reset, hidden.
+
+    Args:
+        bias: Of the state's product, which is reset as a whole; None where the state is reset before the product.
+    """
+    hidden = h.shape[1]
+    update, reset, new = _parts(c, gates, hidden, 3)
+    if bias is None:
+        before = _parts(c, _product(c, h, again[: 2 * hidden], None), hidden, 2)
+    else:
+        before = _parts(c, _product(c, h, again, bias), hidden, 3)
+    z, r = (
+        _function(c, functions[0], _add(c, a, b)) for a, b in zip((update, reset), before[:2], strict=True)
+    )
+    more = (
+        _product(c, _times(c, r, h), again[2 * hidden :], None) if bias is None else _times(c, r, before[2])
+    )
+    n = _function(c, functions[1], _add(c, new, more))
+    # (1 - z) n + z h
+    difference = c.op("SUB", [h, n], h.shape, settings=("SubOptions", {}))
+    return _add(c, n, _times(c, z, difference))
 
 
 def _add(c: Context, a: Tensor, b: Tensor) -> Tensor:

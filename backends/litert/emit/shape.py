@@ -20,7 +20,7 @@ from optkit.backends.litert.emit.base import (
 )
 from optkit.backends.litert.emit.grids import grid_of, stored
 from optkit.backends.litert.emit.quant import store
-from optkit.backends.litert.flat import Tensor
+from optkit.backends.litert.flat import Settings, Tensor
 from optkit.graph import constant
 
 
@@ -144,37 +144,57 @@ def _split(c: Context, node: ir.Node) -> None:
         c.put(output, tensor, layout)
 
 
+def _edges(node: ir.Node) -> np.ndarray | None:
+    """Elements before and behind each axis, ``[axes, 2]``; None where they are not constant."""
+    source, pads = node.inputs[0], constant(node.inputs[1])
+    given = node.inputs[3] if len(node.inputs) > 3 else None
+    axes = None if given is None else constant(given)
+    if source is None or source.shape is None or pads is None or (given is not None and axes is None):
+        return None
+    found = np.zeros((len(source.shape), 2), np.int64)
+    found[slice(None) if axes is None else axes] = pads.reshape(2, -1).T
+    return found
+
+
 def _refuse_pad(node: ir.Node) -> str | None:
-    if text(node, "mode", "constant") not in ("constant", "reflect"):
-        return "LiteRT pads with a constant or reflected elements"
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        return "LiteRT: pads of chosen axes"
-    pads = constant(node.inputs[1])
-    return "LiteRT: pads must be constant and not negative" if pads is None or (pads < 0).any() else None
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is not None and constant(value) is None:
+        return "LiteRT: the value of pads must be constant"
+    edges = _edges(node)
+    return "LiteRT: pads must be constant and not negative" if edges is None or (edges < 0).any() else None
+
+
+# NumPy's names of the modes that repeat elements.
+_REPEATED = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 
 
 @emits("Pad", refuse=_refuse_pad)
 def _pad(c: Context, node: ir.Node) -> None:
-    source = node.inputs[0]
+    source, mode = node.inputs[0], text(node, "mode", "constant")
     assert source is not None
     layout = c.layout(source)
-    x, pads = c.get(source, layout), constant(node.inputs[1])
-    assert pads is not None
-    n = len(x.shape)
-    order = TO_LAST if layout == "last" else tuple(range(n))
-    edges = np.asarray([[pads[i], pads[n + i]] for i in order], np.int32)
+    x, found = c.get(source, layout), _edges(node)
+    assert found is not None
+    edges = found[list(TO_LAST)] if layout == "last" else found
     shape = [d + int(e.sum()) for d, e in zip(x.shape, edges, strict=True)]
-    if text(node, "mode", "constant") == "reflect":
-        made = c.op(
-            "MIRROR_PAD", [x, c.graph.constant(edges)], shape, settings=("MirrorPadOptions", {"mode": 0})
-        )
+    if mode == "reflect" and all(e.max() < d for d, e in zip(x.shape, edges, strict=True)):
+        inputs = [x, c.graph.constant(edges.astype(np.int32))]
+        made = c.op("MIRROR_PAD", inputs, shape, settings=("MirrorPadOptions", {"mode": 0}))
+    elif mode in _REPEATED:
+        made = x
+        for axis, (n, e) in enumerate(zip(x.shape, edges, strict=True)):
+            if e.any():
+                places = c.vector(np.pad(np.arange(n), tuple(map(int, e)), mode=_REPEATED[mode]).tolist())  # type: ignore[call-overload]
+                placed = [*made.shape[:axis], n + int(e.sum()), *made.shape[axis + 1 :]]
+                settings = ("GatherOptions", {"axis": axis, "batchDims": 0})
+                made = c.op("GATHER", [made, places], placed, settings=settings)
     else:
-        value = (
-            constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-        )
-        assert value is not None
-        fill = c.number(float(value.reshape(-1)[0]), x.dtype)
-        made = c.op("PADV2", [x, c.graph.constant(edges), fill], shape, settings=("PadV2Options", {}))
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        held = np.zeros(1) if value is None else constant(value)
+        assert held is not None
+        fill = c.graph.constant(np.asarray(held.reshape(-1)[0], x.dtype))
+        inputs = [x, c.graph.constant(edges.astype(np.int32)), fill]
+        made = c.op("PADV2", inputs, shape, settings=("PadV2Options", {}))
     c.put(node.outputs[0], made, layout)
 
 
@@ -257,17 +277,20 @@ def _gather(c: Context, node: ir.Node) -> None:
     )
 
 
-@emits(
-    "DepthToSpace",
-    refuse=lambda n: None if text(n, "mode", "DCR") == "DCR" else "LiteRT has the order DCR alone",
-)
+@emits("DepthToSpace")
 def _depth_to_space(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
     out, block = size(node.outputs[0]), integer(node, "blocksize", 1)
+    x = c.get(source, "last")
+    if text(node, "mode", "DCR") == "CRD":
+        # Channels in the order of the other mode, which is the kernel's.
+        order = np.arange(x.shape[3]).reshape(-1, block * block).T.reshape(-1)
+        settings: Settings = ("GatherOptions", {"axis": 3, "batchDims": 0})
+        x = c.op("GATHER", [x, c.vector(order.tolist())], x.shape, settings=settings)
     shape = (out[0], out[2], out[3], out[1])
     settings = ("DepthToSpaceOptions", {"blockSize": block})
-    c.put(node.outputs[0], c.op("DEPTH_TO_SPACE", [c.get(source, "last")], shape, settings=settings), "last")
+    c.put(node.outputs[0], c.op("DEPTH_TO_SPACE", [x], shape, settings=settings), "last")
 
 
 @emits("SpaceToDepth")

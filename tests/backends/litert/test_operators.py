@@ -165,8 +165,9 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         {},
     ),
     "largest of a line": (
-        """(float[3, 6, 4] x) => (float[] a, int64[] b, float[] c, int64[] d, float[] e) <int64[1] k = {3}, int64[1] one = {1}> {
-        a, b = TopK(x, k) c, d = TopK<axis = 1, largest = 0>(x, k) e, f = TopK<axis = 0>(x, one) }""",
+        """(float[3, 6, 4] x, int64[3, 6, 4] i) => (float[] a, int64[] b, float[] c, int64[] d, float[] e, int64[] g, int64[] h) <int64[1] k = {3}, int64[1] one = {1}> {
+        a, b = TopK(x, k) c, d = TopK<axis = 1, largest = 0>(x, k) e, f = TopK<axis = 0>(x, one)
+        g, h = TopK<axis = 1, largest = 0>(i, k) }""",
         {},
     ),
     "one of many": (
@@ -178,6 +179,57 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         """(float[2, 1, 4, 5] x, int64[3, 3] i) => (float[] a, float[] b, int64[] c) <int64 one = {1}, int64 low = {-2}> {
         a = Trilu(x) b = Trilu<upper = 0>(x, one) c = Trilu(i, low) }""",
         {},
+    ),
+    "angles": (
+        """(float[3, 50] x) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f) <float most = {0.999}, float few = {0.001}> {
+        s = Sin(x) t = Mul(s, most) a = Asin(t) b = Acos(t) c = Atan(x) d = Tan(t) u = Mul(x, few) g = Concat<axis = 0>(x, u)
+        e = Sinh(g) f = Cosh(x) }""",
+        {},
+    ),
+    "not numbers": (
+        """(float[3, 4] x) => (bool[] a, bool[] b, bool[] c, bool[] d, bool[] e) <float zero = {0}> {
+        p = Relu(x) q = Neg(p) r = Div(q, zero) a = IsNaN(r) b = IsInf(r) c = IsInf<detect_negative = 0>(r) d = IsInf<detect_positive = 0>(r)
+        e = Xor(a, b) }""",
+        {},
+    ),
+    "integers divided": (
+        """(int32[3, 4] x, int64[3, 4] z, uint8[3, 4] w) => (int32[] a, int32[] b, int64[] c, float[] d) <int32 two = {2}, int64 less = {-3}, uint8 bytes = {2}> {
+        f = Add(x, x) g = Add(f, x) n = Neg(g) a = Div(n, two) b = Mod(n, two) m = Mul(z, less) o = Add(m, less) c = Mod(o, less)
+        v = Div(w, bytes) d = Cast<to = 1>(v) }""",
+        {},
+    ),
+    "pads of chosen axes and repeated elements": (
+        """(float[1, 2, 3, 4] x, int64[2, 3] i) => (float[] a, float[] b, float[] c, float[] d, float[] e, int64[] f)
+        <int64[2] ends = {1, 2}, int64[1] last = {-1}, int64[8] all = {0, 1, 1, 2, 0, 0, 2, 3}, int64[4] wide = {0, 5, 1, 4}, float fill = {2.5}> {
+        a = Pad(x, ends, fill, last) b = Pad<mode = "edge">(x, all) c = Pad<mode = "wrap">(x, all) d = Pad<mode = "edge">(x, ends, , last)
+        g = Conv<kernel_shape = [1, 1]>(x, w) e = Pad<mode = "reflect">(g, ends, , last) f = Pad<mode = "wrap">(i, wide) }""",
+        {"w": (2, 2, 1, 1)},
+    ),
+    "transposed convolutions of other sizes": (
+        """(float[1, 4, 5, 6] x, float[1, 4, 7] z) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f, float[] g) {
+        a = ConvTranspose<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], output_padding = [1, 1]>(x, w, v)
+        b = ConvTranspose<kernel_shape = [3, 3], group = 2, strides = [2, 1]>(x, w, u) c = ConvTranspose<kernel_shape = [3, 3], dilations = [2, 1]>(x, w)
+        d = ConvTranspose<kernel_shape = [3, 3], strides = [2, 3], auto_pad = "SAME_UPPER">(x, w)
+        e = ConvTranspose<kernel_shape = [3, 3], strides = [2, 2], auto_pad = "SAME_LOWER">(x, w)
+        f = ConvTranspose<kernel_shape = [3], strides = [3], output_padding = [2], pads = [0, 1]>(z, t, v)
+        g = ConvTranspose<kernel_shape = [3, 3], strides = [3, 3], output_shape = [14, 18]>(x, w) }""",
+        {"w": (4, 3, 3, 3), "v": (3,), "u": (6,), "t": (4, 3, 3)},
+    ),
+    "gated cells": (
+        """(float[4, 2, 3] x, float[2, 2, 5] h) => (float[] a, float[] b, float[] c, float[] d, float[] e, float[] f) {
+        a, b = GRU<hidden_size = 5, direction = "bidirectional">(x, w, r, o, , h) c, d = GRU<hidden_size = 5, linear_before_reset = 1, direction = "bidirectional">(x, w, r, o)
+        e, f = GRU<hidden_size = 5, direction = "reverse", activations = ["Sigmoid", "Relu"]>(x, v, s) }""",
+        {"w": (2, 15, 3), "r": (2, 15, 5), "o": (2, 30), "v": (1, 15, 3), "s": (1, 15, 5)},
+    ),
+    "plain cells": (
+        """(float[4, 2, 3] x, float[1, 2, 5] h) => (float[] a, float[] b, float[] c) {
+        a, b = RNN<hidden_size = 5>(x, v, s, o, , h) c = RNN<hidden_size = 5, direction = "bidirectional", activations = ["Relu", "Tanh"]>(x, w, r) }""",
+        {"w": (2, 5, 3), "r": (2, 5, 5), "o": (1, 10), "v": (1, 5, 3), "s": (1, 5, 5)},
+    ),
+    "norms of instances of other ranks": (
+        """(float[2, 3, 7] x, float[2, 3, 2, 3, 2] z) => (float[] a, float[] b) {
+        a = InstanceNormalization(x, w, v) b = InstanceNormalization<epsilon = 0.01>(z, w, v) }""",
+        {"w": (3,), "v": (3,)},
     ),
     "products": (
         """(float[2, 3, 4] x, float[2, 4, 5] z, float[3, 4] s) => (float[] a, float[] b, float[] c, float[] d, float[] e) {
@@ -299,7 +351,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "(float[3, 4] x) => (float[3, 4] y, bool[3, 4] m, float[3, 4] z) <float r = {0}, bool t = {1}> { y, m = Dropout(x) z = Dropout(x, r, t) }",
         {},
     ),
-    "blocks": ("(float[1, 8, 4, 6] x) => (float[] a, float[] b) { a = DepthToSpace<blocksize = 2>(x) b = SpaceToDepth<blocksize = 2>(x) }", {}),
+    "blocks": (
+        """(float[1, 8, 4, 6] x) => (float[] a, float[] b, float[] c) {
+        a = DepthToSpace<blocksize = 2>(x) b = SpaceToDepth<blocksize = 2>(x) c = DepthToSpace<blocksize = 2, mode = "CRD">(x) }""",
+        {},
+    ),
     "reduced": (
         """(float[2, 3, 4, 5] x) => (float[] a, float[] b, float[] d, float[] e, float[] f, float[] g, float[] h)
         <int64[2] hw = {2, -1}, int64[1] one = {1}> {

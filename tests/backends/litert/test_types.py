@@ -102,7 +102,7 @@ def test_a_file_that_kills_litert_kills_a_child_alone(tmp_path):
     x, z, y = (graph.tensor(n, (2, 3), np.uint8) for n in "xzy")
     # Past the check of types, as a kernel that nobody knew to be so would be.
     graph.op("MAXIMUM", [x, z], [y], ("MaximumMinimumOptions", {}))
-    graph.table.operators[0].opcodeIndex = file.code("ADD", integers=False)
+    graph.table.operators[0].opcodeIndex = file.code("ADD", {"uint8"})
     graph.table.operators[0].builtinOptionsType = flat.schema.BuiltinOptions.AddOptions
     graph.table.operators[0].builtinOptions = flat.schema.AddOptionsT()
     file.add(graph, "serving_default", {"x": x, "z": z}, {"y": y})
