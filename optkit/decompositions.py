@@ -271,6 +271,19 @@ def _target(kept: int, groups: Sequence[Sequence[str]], sizes: Mapping[str, Dim 
     return None if products.count(-1) > 1 else np.array([0] * kept + products, np.int64)
 
 
+def _scaled_gemm(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Factors on weights and bias, where they fold into constants, instead of on the product."""
+    a, b, *rest = node.inputs
+    given = {k: v.value for k, v in node.attributes.items()}
+    alpha, beta = (float(given.pop(k, 1.0)) for k in ("alpha", "beta"))
+    if (alpha, beta) == (1, 1):
+        return None
+    b = b if alpha == 1 else op.Mul(b, _like(a, alpha))
+    c = rest[0] if rest else None
+    more = [] if c is None else [c if beta == 1 else op.Mul(c, _like(a, beta))]
+    return op.Gemm(a, b, *more, **given)
+
+
 def _like(x: ir.Value | None, number: float) -> np.ndarray:
     """A scalar of the type of ``x``."""
     assert x is not None and x.dtype is not None
@@ -284,6 +297,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Asinh": (_asinh,),
     "Atanh": (_atanh,),
     "Einsum": (_einsum_in_pairs, _einsum_as_products),
+    "Gemm": (_scaled_gemm,),
     "GlobalLpPool": (_global_lp_pool,),
     "LpPool": (_lp_pool,),
     "QLinearConv": (_quantized_convolution,),

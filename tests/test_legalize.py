@@ -97,6 +97,10 @@ RULES: dict[str, tuple[str, str]] = {
         y = LpPool<kernel_shape = [3], strides = [2], auto_pad = "SAME_LOWER", p = 1>(x) }""",
         "coreml litert",
     ),
+    "Gemm with factors": (
+        "(float[4, 3] x, float[4, 5] a, float[5] b) => (float[3, 5] y) { y = Gemm<transA = 1, alpha = 0.5, beta = -3.0>(x, a, b) }",
+        "litert",
+    ),
     "GlobalLpPool": (
         "(float[2, 3, 4, 5] x) => (float[2, 3, 1, 1] y) { y = GlobalLpPool<p = 3>(x) }",
         "coreml litert",

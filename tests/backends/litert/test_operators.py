@@ -221,6 +221,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         e, f = GRU<hidden_size = 5, direction = "reverse", activations = ["Sigmoid", "Relu"]>(x, v, s) }""",
         {"w": (2, 15, 3), "r": (2, 15, 5), "o": (2, 30), "v": (1, 15, 3), "s": (1, 15, 5)},
     ),
+    "factors of products": (
+        """(float[3, 4] x, float[5, 4] m, float[3, 5] z) => (float[] a, float[] b, float[] c) {
+        a = Gemm<alpha = 0.5, beta = -2.0>(x, w, v) b = Gemm<transB = 1, beta = 3.0>(x, m, v) c = Gemm<transA = 1, alpha = 0.25>(x, z) }""",
+        {"w": (4, 5), "v": (5,)},
+    ),
     "plain cells": (
         """(float[4, 2, 3] x, float[1, 2, 5] h) => (float[] a, float[] b, float[] c) {
         a, b = RNN<hidden_size = 5>(x, v, s, o, , h) c = RNN<hidden_size = 5, direction = "bidirectional", activations = ["Relu", "Tanh"]>(x, w, r) }""",
