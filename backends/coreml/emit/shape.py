@@ -282,7 +282,9 @@ def _eye(c: Context, node: ir.Node) -> Any:
     return cast(mb.const(val=eye), name_of(wide(x)))
 
 
-_PADS = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}
+_PADS = frozenset({"constant", "reflect", "edge", "wrap"})
+# Core ML's names of modes that repeat values.
+_OWN = {"reflect": "reflect", "edge": "replicate"}
 
 
 def _refuse_pad(node: ir.Node) -> str | None:
@@ -327,7 +329,7 @@ def _padded(c: Context, node: ir.Node, x: Any) -> Any:
     if mode == "constant":
         flat = [p for pair in pairs for p in pair]
         return mb.pad(x=x, pad=flat, mode="constant", constant_val=_fill(c, node, x))
-    return _mirrored(c, node, x, pairs, _PADS[mode])
+    return _mirrored(c, node, x, pairs, mode)
 
 
 def _framed(c: Context, x: Any, pairs: list[tuple[int, int]], value: Any) -> Any:
@@ -345,19 +347,20 @@ def _framed(c: Context, x: Any, pairs: list[tuple[int, int]], value: Any) -> Any
 
 
 def _mirrored(c: Context, node: ir.Node, x: Any, pairs: list[tuple[int, int]], mode: str) -> Any:
-    """Pads that repeat values, which Core ML has for the last two axes alone; along others by the places of these."""
-    if x.rank < 2:
-        out = mb.pad(x=mb.expand_dims(x=x, axes=[0]), pad=[0, 0, *pairs[0]], mode=mode)
+    """Pads that repeat values, which Core ML has for the last two axes of floats alone; else by the places of these."""
+    own = _OWN.get(mode) if is_float(x) else None
+    if own is not None and x.rank < 2:
+        out = mb.pad(x=mb.expand_dims(x=x, axes=[0]), pad=[0, 0, *pairs[0]], mode=own)
         return mb.squeeze(x=out, axes=[0])
-    for axis, pair in enumerate(pairs[:-2]):
+    for axis, pair in enumerate(pairs if own is None else pairs[:-2]):
         if not any(pair):
             continue
         if not isinstance(x.shape[axis], int | np.integer):
-            raise refused(node, f"mode {mode!r} on an axis of free size before the last two")
-        places = np.pad(np.arange(int(x.shape[axis])), pair, "edge" if mode == "replicate" else "reflect")
+            raise refused(node, f"mode {mode!r} on an axis of free size, but of the last two of floats")
+        places = np.pad(np.arange(int(x.shape[axis])), pair, mode)  # type: ignore[call-overload]
         x = mb.gather(x=x, indices=places.astype(np.int32), axis=axis, **unchecked(c))
     inner = [p for pair in pairs[-2:] for p in pair]
-    return mb.pad(x=x, pad=inner, mode=mode) if any(inner) else x
+    return mb.pad(x=x, pad=inner, mode=own) if own is not None and any(inner) else x
 
 
 def _computed(c: Context, node: ir.Node) -> bool:

@@ -322,6 +322,13 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         a = Pad(x, p) b = Pad<mode = "reflect">(x, p) c = Pad<mode = "edge">(x, p) d = Pad(x, q, v) }""",
         {},
     ),
+    "repeated around": (
+        """(float[2, 3, 4] x, int64[3, 4] i, float[N, 4] z) => (float[] a, int64[] b, int64[] c, float[] d, int64[] e)
+        <int64[6] p = {1, 0, 2, 0, 2, 5}, int64[4] q = {0, 1, 1, 2}, int64[4] r = {0, 3, 0, 2}, int64[2] f = {2, 1}, int64[1] first = {0}> {
+        a = Pad<mode = "wrap">(x, p) b = Pad<mode = "edge">(i, q) c = Pad<mode = "reflect">(i, q) d = Pad<mode = "wrap">(z, r)
+        g = ReduceSum(i, first) h = Squeeze(g, first) e = Pad<mode = "wrap">(h, f) }""",
+        {},
+    ),
     "integers padded": (
         """(int64[N, 3] x) => (int64[] a, int64[] b) <int64[4] p = {1, 0, 0, 2}, int64[4] q = {0, -1, 2, 1}, int64 v = {16777217}> {
         a = Pad(x, p, v) b = Pad(x, q) }""",
