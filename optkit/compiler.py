@@ -48,7 +48,7 @@ from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
 from optkit.planning import estimate
-from optkit.recipe import Goal, Recipe, condition, shipped, validated
+from optkit.recipe import Goal, Limits, Recipe, condition, shipped, validated
 from optkit.reference import LARGE, ReferenceSession, exchanged, trial_batches, unsound
 from optkit.report import (
     AccuracyRecord,
@@ -172,6 +172,11 @@ class Compilation:
         if name not in self._engines:
             self._engines[name] = available(name)
         return self._engines[name]
+
+    def resolved(self, recipe: Recipe) -> tuple[Backend, Any]:
+        """The backend of ``recipe``, and the recipe's options as that backend's own type."""
+        engine = self.engine(recipe)
+        return engine, engine.options.model_validate(recipe.options)
 
     @cached_property
     def reference(self) -> ReferenceSession:
@@ -311,12 +316,12 @@ class Compilation:
         """
         with self.progress.task(f"build {name}"):
             model, records, seconds = self.transform(recipe)
-        engine = self.engine(recipe)
+        engine, given = self.resolved(recipe)
         legalize(model, engine, self.target, name=self.loaded.name)
         self._built += 1
         folder = self.folder / f"{self._built:03d}-{name}"
         folder.mkdir()
-        options = engine.fit(engine.options.model_validate(recipe.options), self.usual_shapes)
+        options = engine.fit(given, self.usual_shapes)
         if sizes := self.all_sizes if engine.fixes else self.sizes:
             options = engine.span(model, options, sizes)
         recipe = recipe.model_copy(
@@ -361,14 +366,13 @@ class Compilation:
 
     def session(self, built: Built, threads: int = 1) -> Session:
         """Open what was built, on one thread unless said otherwise."""
-        engine = self.engine(built.recipe)
-        chosen = engine.options.model_validate(built.recipe.options)
-        return engine.predict(built.folder, self.target, chosen, threads=threads)
+        engine, options = self.resolved(built.recipe)
+        return engine.predict(built.folder, self.target, options, threads=threads)
 
     def finishes(self, built: Built) -> bool:
         """Whether what is left to do on the device is done now, because it is at hand."""
-        engine = self.engine(built.recipe)
-        return engine.finishes(engine.options.model_validate(built.recipe.options))
+        engine, options = self.resolved(built.recipe)
+        return engine.finishes(options)
 
     def measure(self, built: Built, *, rounds: int, budget: float, hopeless: float = 0.0) -> Speedup | None:
         """Time ``built`` in turn with the reference, briefly where it is ``hopeless``; None for a target that is not at hand."""
@@ -395,13 +399,13 @@ class Compilation:
         with self.session(built) as session:
             return fidelity(lambda _: next(expected), session.run, feeds).sqnr
 
-    def judge(self, built: Built, limits_: Any) -> None:
+    def judge(self, built: Built, limits: Limits) -> None:
         """Fill in accuracy where there is an evaluator, else fidelity."""
         if self.evaluator is None and not self.repeatable:
             return
         with self.session(built) as session:
             if self.evaluator is not None:
-                budget = None if limits_.max_drop is None else Budget.parse(limits_.max_drop)
+                budget = None if limits.max_drop is None else Budget.parse(limits.max_drop)
                 built.accuracy = self._accuracy(built, session, budget)
             else:
                 built.fidelity = fidelity(self.reference.run, session.run, self.unseen)
@@ -422,8 +426,7 @@ class Compilation:
 
     def executed(self, built: Built, feeds: Mapping[str, np.ndarray] | None = None) -> Sequence[Executed]:
         """What the runtime really ran, for the first inputs or for others."""
-        engine = self.engine(built.recipe)
-        options = engine.options.model_validate(built.recipe.options)
+        engine, options = self.resolved(built.recipe)
         return engine.executed(built.folder, self.target, options, self.feeds[0] if feeds is None else feeds)
 
 
@@ -1002,8 +1005,8 @@ def _finished(folder: Path, report: Report, started: tuple[float, float], progre
 
 
 def _mode(work: Compilation, best: Built) -> str | None:
-    engine = work.engine(best.recipe)
-    return engine.mode(engine.options.model_validate(best.recipe.options))
+    engine, options = work.resolved(best.recipe)
+    return engine.mode(options)
 
 
 def _evidence(work: Compilation, best: Built) -> Evidence:
@@ -1013,8 +1016,7 @@ def _evidence(work: Compilation, best: Built) -> Evidence:
             ("emitted", "compiled", "inspected", "executed_cpu", "ran_on_device"), True
         )
         return Evidence(**everything, timed_on_device=best.speedup is not None)
-    engine = work.engine(best.recipe)
-    options = engine.options.model_validate(best.recipe.options)
+    engine, options = work.resolved(best.recipe)
     found = engine.evidence(best.folder, work.target, options) - {"ran_on_device", "timed_on_device"}
     return Evidence(**dict.fromkeys(sorted(found | {"emitted", "executed_cpu"}), True))
 
@@ -1022,16 +1024,16 @@ def _evidence(work: Compilation, best: Built) -> Evidence:
 def _eligibility(work: Compilation, best: Built) -> tuple[EligibilityRecord, ...]:
     if work.target.runs_here:
         return ()
-    engine = work.engine(best.recipe)
-    found = engine.eligibility(best.folder, work.target, engine.options.model_validate(best.recipe.options))
+    engine, options = work.resolved(best.recipe)
+    found = engine.eligibility(best.folder, work.target, options)
     return tuple(EligibilityRecord(node=e.name, op=e.op, predicted=e.units, reason=e.reason) for e in found)
 
 
 def _deferred(work: Compilation, best: Built) -> tuple[str, ...]:
     if work.target.runs_here:
         return ()
-    engine, limits = work.engine(best.recipe), best.recipe.limits
-    options = engine.options.model_validate(best.recipe.options)
+    engine, options = work.resolved(best.recipe)
+    limits = best.recipe.limits
     steps = list(engine.deferred(best.folder, work.target, options))
     if limits.max_latency_ms is not None or limits.min_speedup > 1:
         known = (
@@ -1044,8 +1046,7 @@ def _deferred(work: Compilation, best: Built) -> tuple[str, ...]:
 
 
 def _left_out(work: Compilation, best: Built) -> tuple[LeftOutRecord, ...]:
-    engine = work.engine(best.recipe)
-    options = engine.options.model_validate(best.recipe.options)
+    engine, options = work.resolved(best.recipe)
     return tuple(LeftOutRecord(**asdict(one)) for one in engine.left_out(best.folder, work.target, options))
 
 

@@ -305,8 +305,7 @@ def carry_out(work: Compilation, recipe: Recipe, *, strict: bool) -> Choice:
             fixed.speedup = work.measure(fixed, rounds=_FINAL[0], budget=_FINAL[1])
             shipped = _record(fixed.name, fixed, "shipped", "")
             return _settled(fixed, [record, shipped], _too_slow(fixed, recipe), strict)
-    engine = work.engine(recipe)
-    given = engine.options.model_validate(recipe.options)
+    engine, given = work.resolved(recipe)
     widest = engine.widest(given, work.target)
     exact: dict[str, Any] = {"passes": tuple(p for p in recipe.passes if p.exact)}
     floats = {"passes": tuple(p for p in recipe.passes if p.exact or p.floats)}
@@ -428,9 +427,8 @@ def _tune(work: Compilation, front: Sequence[Built]) -> None:
 
 def _others(work: Compilation, built: Built) -> list[Built]:
     """The same with the other options that its backend proposes."""
-    engine = work.engine(built.recipe)
+    engine, options = work.resolved(built.recipe)
     model, _, _, _ = work.prepare(work.exact(built.recipe))
-    options = engine.options.model_validate(built.recipe.options)
     return [
         replace(built, recipe=built.recipe.model_copy(update={"options": o.model_dump(mode="json")}))
         for o in engine.variants(model, work.target, options, built.folder, work.feeds)

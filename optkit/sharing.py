@@ -49,8 +49,7 @@ def share(work: Compilation, recipe: Recipe, best: Built) -> ScenarioRecord | No
     What the caller's own options fix is measured and not changed. None for targets that are not at hand, and for backends
     whose threads cannot be set.
     """
-    engine = work.engine(best.recipe)
-    options = engine.options.model_validate(best.recipe.options)
+    engine, options = work.resolved(best.recipe)
     if not work.target.runs_here:
         return None
     fixed = bool(recipe.options.get("threads", 0)) or recipe.options.get("streams", 0) > 1

@@ -166,8 +166,9 @@ class _Work:
         self.log.append(("closeness", built.name))
         return self.plans[built.name].sqnr
 
-    def engine(self, recipe):
-        return _Engine(self)
+    def resolved(self, recipe):
+        engine = _Engine(self)
+        return engine, engine.options.model_validate(recipe.options)
 
     def exact(self, recipe):
         return recipe.passes
