@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-import operator
 import platform
 import resource
 import time
@@ -40,19 +38,17 @@ from optkit.finish import finalize
 from optkit.formats import Precision
 from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded, is_torch, read
-from optkit.graph import count_nodes, count_parameters, digest, graphs, rank, walk, weight_bytes
-from optkit.kernels.base import DOMAIN
+from optkit.graph import count_nodes, count_parameters, digest, graphs, walk, weight_bytes
 from optkit.legalize import legalize
-from optkit.microscaling import format_of, is_call, numbers_of
 from optkit.page import page
 from optkit.passes.base import Context, Pass, Progress, Silent
 from optkit.pipeline import run_passes
 from optkit.planning import estimate
-from optkit.recipe import Goal, Limits, Recipe, condition, shipped, validated
+from optkit.readback import achieved, saturation, scheme, unmet, weight_bytes_by_type
+from optkit.recipe import Goal, Limits, Recipe, shipped, validated
 from optkit.reference import LARGE, ReferenceSession, exchanged, trial_batches, unsound
 from optkit.report import (
     AccuracyRecord,
-    Achieved,
     Ceilings,
     DataFacts,
     EligibilityRecord,
@@ -68,13 +64,11 @@ from optkit.report import (
     Report,
     Resources,
     Roofline,
-    SaturationRecord,
     ScenarioRecord,
     Size,
     dump,
 )  # fmt: skip
 from optkit.roofline import against, ceilings, moved, weights_read
-from optkit.saturation import narrowed, products
 from optkit.search import Choice, carry_out, choose
 from optkit.sharing import share
 from optkit.store import replace_folder, temporary_folder
@@ -345,7 +339,7 @@ class Compilation:
             bytes=size,
             lossy=lossy,
             scheme=scheme(model),
-            weights=weights(model),
+            weights=weight_bytes_by_type(model),
             rounds=any(n.op_type == "QuantizeLinear" for n in walk(self.loaded.model)),
             narrows=engine.narrows(options),
             saturation=saturation(model, self.target),
@@ -450,105 +444,6 @@ def available(name: str) -> Backend:
     if (reason := engine.available()) is not None:
         raise BackendUnavailableError(f"backend {engine.name}: {reason}")
     return engine
-
-
-# What kernels read in place of floats.
-_NARROW = frozenset(ir.DataType[n] for n in ("INT8", "UINT8", "INT4", "UINT4", "FLOAT8E4M3FN"))
-
-
-def scheme(model: ir.Model) -> str:
-    """Signedness, granularity and zero point of the quantized tensors, read from the graph."""
-    kinds: set[str] = set()
-    for graph in graphs(model):
-        for node in graph:
-            if (
-                node.op_type == "DequantizeLinear"
-                and node.inputs[0] is not None
-                and node.inputs[1] is not None
-            ):
-                x, s = node.inputs[0], node.inputs[1]
-                stored = x.dtype.name.lower() if x.dtype else "?"
-                if stored == "int32":
-                    continue
-                role = "weights" if x.is_initializer() else "activations"
-                grain = "per channel" if s.shape is not None and len(s.shape) else "per tensor"
-                if "block_size" in node.attributes:
-                    grain = f"per block of {node.attributes.get_int('block_size')}"
-                kinds.add(
-                    f"{role} {stored} {grain}, {'symmetric' if stored.startswith(('int', 'float')) else 'asymmetric'}"
-                )
-            elif node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer():
-                if node.inputs[0].dtype == ir.DataType.INT8:
-                    kinds.add("embeddings int8 per row, symmetric")
-                elif (
-                    rank(node.inputs[0]) == 1
-                    and node.inputs[1] is not None
-                    and node.inputs[1].is_initializer()
-                ):
-                    kinds.add("weights in palettes")
-            elif node.op_type == "MatMulInteger":
-                kinds.add("weights int8 per channel, symmetric")
-                kinds.add("activations uint8 per tensor, asymmetric, computed in each run")
-            elif (blocks := format_of(node)) is not None:
-                still = node.inputs[0] is not None and node.inputs[0].is_initializer()
-                kinds.add(
-                    f"{'weights' if still else 'activations'} {blocks.name} per block of {blocks.size}, symmetric"
-                    + ("" if still else ", scales computed in each run")
-                )
-            elif node.domain == DOMAIN and not is_call(node):
-                for value in node.inputs:
-                    # A single number is the zero point of a grid.
-                    if (
-                        value is not None
-                        and value.dtype in _NARROW
-                        and (value.shape is None or len(value.shape))
-                    ):
-                        role = "weights" if value.is_initializer() else "activations"
-                        kinds.add(f"{role} {value.dtype.name.lower()} in {node.op_type}")
-    return "; ".join(sorted(kinds, reverse=True)) or "no integers: float throughout"
-
-
-def weights(model: ir.Model) -> dict[str, int]:
-    """Bytes of weights by stored type."""
-    found: dict[str, int] = {}
-    for graph in graphs(model):
-        for value in graph.initializers.values():
-            if (tensor := value.const_value) is not None:
-                # Numbers of 4 bits are held in 8 where ONNX has to run them.
-                own = numbers_of(value)
-                size = tensor.nbytes if own is None else math.ceil(tensor.size * own.itemsize)
-                kind = (own or tensor.dtype).name.lower()
-                found[kind] = found.get(kind, 0) + size
-    return found
-
-
-def saturation(model: ir.Model, target: Target) -> SaturationRecord | None:
-    """Which products of a finished graph can saturate on ``target``; None where none ever does."""
-    if not target.saturates:
-        return None
-    found = list(products(model))
-    return SaturationRecord(
-        layers=len(found), at_risk=tuple(str(p.node.name) for p in found if p.at_risk.any()),
-        narrowed={str(p.node.name): told for p in found if (told := narrowed(p.node)) is not None},
-    )  # fmt: skip
-
-
-def achieved(executed: Sequence[Executed], built: Built) -> Achieved:
-    """Summarize what ran or, for a target that is not at hand, what was built."""
-    total = sum(e.macs for e in executed)
-    formats: dict[str, float] = {}
-    for e in executed:
-        if e.macs:
-            formats[e.format] = formats.get(e.format, 0.0) + e.macs / total
-    places: dict[str, int] = {}
-    operators: dict[str, int] = {}
-    for e in executed:
-        places[e.where] = places.get(e.where, 0) + 1
-        operators[e.op] = operators.get(e.op, 0) + 1
-    return Achieved(
-        formats={k: round(v, 4) for k, v in sorted(formats.items())}, placement={k: round(v / len(executed), 4) for k, v in sorted(places.items())},
-        operators=dict(sorted(operators.items(), key=lambda kv: (-kv[1], kv[0]))), weights=dict(sorted(built.weights.items())), scheme=built.scheme,
-    )  # fmt: skip
 
 
 def compile(
@@ -1057,22 +952,6 @@ def _estimate(best: Built) -> EstimateRecord | None:
     return EstimateRecord(
         floor_ms=e.floor * 1e3, low_ms=e.low * 1e3, high_ms=e.high * 1e3, bound=e.bound, inputs=e.inputs
     )
-
-
-_HOLDS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
-
-
-def unmet(require: Mapping[str, str], facts: Achieved) -> list[str]:
-    """Which requirements the built artifact does not show."""
-    found = facts.model_dump()
-    reasons = []
-    for key, text in require.items():
-        group, _, name = key.partition(".")
-        comparison, wanted = condition(text)
-        value = float(found[group].get(name, 0))
-        if not _HOLDS[comparison](value, wanted):
-            reasons.append(f"require {key} {text}: the artifact shows {value:g}")
-    return reasons
 
 
 def _model_facts(loaded: Loaded) -> ModelFacts:

@@ -21,12 +21,13 @@ from optkit.backends.base import Session
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
 from optkit.candidate import Built
-from optkit.compiler import Compilation, compile, scheme, unmet
+from optkit.compiler import Compilation, compile
 from optkit.data import CalibrationData
 from optkit.errors import DataError, ModelError, OptkitError, RecipeError, UnknownNameError, UsageError
 from optkit.evaluate import Evaluator
 from optkit.frontend import read
 from optkit.passes.base import Silent
+from optkit.readback import scheme, unmet
 from optkit.recipe import Recipe
 from optkit.reference import ReferenceSession
 from optkit.report import Achieved, Manifest, Report, dump

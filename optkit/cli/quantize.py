@@ -69,9 +69,10 @@ def quantize(
     from optkit.cli.memory import limited, needed, parse_size
     from optkit.cli.render import facts, show, table
     from optkit.cli.writing import check_runs, move, place
-    from optkit.compiler import request, scheme
+    from optkit.compiler import request
     from optkit.graph import count_nodes, weight_bytes
     from optkit.legalize import legalize
+    from optkit.readback import scheme
     from optkit.recipe import Recipe
     from optkit.store import save, temporary_folder
 
