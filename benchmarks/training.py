@@ -41,10 +41,10 @@ import optkit
 from optkit.bench import speedup
 from optkit.benchmarks import digits, words
 from optkit.benchmarks.cores import cores, usable
-from optkit.compiler import machine
 from optkit.evaluate import Comparison, Evaluator, compare
 from optkit.reference import ReferenceSession
 from optkit.store import save
+from optkit.targets.host import machine
 from optkit.training_export import draft, loaded
 from optkit.training_loop import Fit
 from optkit.training_session import TrainingSession

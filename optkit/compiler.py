@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import platform
 import resource
 import time
 from collections import Counter
@@ -72,8 +71,9 @@ from optkit.roofline import against, ceilings, moved, weights_read
 from optkit.search import Choice, carry_out, choose
 from optkit.sharing import share
 from optkit.store import replace_folder, temporary_folder
-from optkit.targets import Target, host
+from optkit.targets import Target
 from optkit.targets import target as find_target
+from optkit.targets.host import machine
 
 if TYPE_CHECKING:
     from optkit.backends.base import Backend, Executed, Session
@@ -1025,12 +1025,3 @@ def _reached(
             return None
         found.append(one)
     return sorted(found, key=lambda r: r.floor_ms)[len(found) // 2]
-
-
-def machine() -> dict[str, str]:
-    """The processor that measurements were taken on; no host name."""
-    facts = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
-    if known := host.fields():
-        facts["processor"] = known.get("model name", "")
-        facts["features"] = " ".join(f for f in host.TOLD if f in host.features())
-    return facts

@@ -84,7 +84,7 @@ def doctor(
 def _machine() -> dict[str, str]:
     import os
 
-    from optkit.compiler import machine
+    from optkit.targets.host import machine
 
     found = machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -74,6 +74,15 @@ def detected(row: Target, rows: Sequence[Target], have: frozenset[str]) -> tuple
     return (here, *(replace(r, runs_here=r is mine) for r in rows))
 
 
+def machine() -> dict[str, str]:
+    """The processor and system at hand, as reports name what measurements were taken on; no host name."""
+    facts = {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()}
+    if known := fields():
+        facts["processor"] = known.get("model name", "")
+        facts["features"] = " ".join(f for f in TOLD if f in features())
+    return facts
+
+
 def cores() -> int:
     """Physical cores that this process may use; logical ones where threads of one core cannot be told apart."""
     usable = (
