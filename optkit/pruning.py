@@ -18,7 +18,7 @@ from optkit.sparsity import exploited, worth
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from optkit.compiler import Compilation
+    from optkit.compilation import Compilation
     from optkit.passes.base import GraphPass
     from optkit.rewrite import Change
 

@@ -23,7 +23,7 @@ from optkit.report import LayerRecord
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from optkit.compiler import Compilation
+    from optkit.compilation import Compilation
     from optkit.passes.base import Pass
 
 logger = logging.getLogger(__name__)

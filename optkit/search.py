@@ -17,7 +17,7 @@ from optkit.repair import repair
 from optkit.report import CandidateRecord
 
 if TYPE_CHECKING:
-    from optkit.compiler import Compilation
+    from optkit.compilation import Compilation
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from optkit.targets import host
 
 if TYPE_CHECKING:
     from optkit.candidate import Built
-    from optkit.compiler import Compilation
+    from optkit.compilation import Compilation
     from optkit.evaluate import Run
     from optkit.recipe import Recipe
 

@@ -141,7 +141,7 @@ def _narrow(
     **limits: Any,
 ) -> set[int]:
     """What ``narrow`` finds for the first batch, or an error."""
-    from optkit.compiler import available
+    from optkit.compilation import available
     from optkit.narrowing import narrow
     from optkit.passes.nested import feeds
 
@@ -166,7 +166,7 @@ def _race(
     Raises:
         BackendUnavailableError: The target is not this machine.
     """
-    from optkit.compiler import available
+    from optkit.compilation import available
     from optkit.narrowing import Trial, check_measurable
     from optkit.passes.nested import feeds
 

@@ -21,7 +21,8 @@ from optkit.backends.base import Session
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
 from optkit.candidate import Built
-from optkit.compiler import Compilation, compile
+from optkit.compilation import Compilation
+from optkit.compiler import compile
 from optkit.data import CalibrationData
 from optkit.errors import DataError, ModelError, OptkitError, RecipeError, UnknownNameError, UsageError
 from optkit.evaluate import Evaluator

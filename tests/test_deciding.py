@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from optkit.backends.onnxruntime import OnnxRuntime
-from optkit.compiler import Compilation
+from optkit.compilation import Compilation
 from optkit.data import CalibrationData
 from optkit.deciding import deciding
 from optkit.frontend import read

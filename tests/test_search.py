@@ -13,7 +13,7 @@ import pytest
 from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.bench import Speedup, Timing
 from optkit.candidate import Built
-from optkit.compiler import Compilation
+from optkit.compilation import Compilation
 from optkit.data import CalibrationData
 from optkit.errors import BackendUnavailableError, DataError, ModelError, PassError
 from optkit.evaluate import Budget, Evaluator, Fidelity, compare

@@ -16,7 +16,7 @@ import torch
 from optkit.backends.coreml.shapes import keys
 from optkit.benchmarks.families.catalogue import Builder, build
 from optkit.candidate import Built
-from optkit.compiler import Compilation, available
+from optkit.compilation import Compilation, available
 from optkit.data import CalibrationData
 from optkit.errors import OptkitError
 from optkit.evaluate import fidelity

@@ -295,7 +295,7 @@ def test_a_backend_that_is_not_installed_is_exit_code_4(optkit, given, monkeypat
         "other": "a_package_that_is_not_there:Backend",
     }
     registry = Registry("backend", rows, group="optkit.no-such-group", extras={"other": "other"})
-    monkeypatch.setattr("optkit.compiler.BACKENDS", registry)
+    monkeypatch.setattr("optkit.compilation.BACKENDS", registry)
     ran = optkit(
         "compile",
         given / "model.onnx",

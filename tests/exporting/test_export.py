@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import optkit
-from optkit.compiler import Compilation, available
+from optkit.compilation import Compilation, available
 from optkit.errors import DataError, ModelError, UsageError
 from optkit.exporting.export import export
 from optkit.frontend import proved, read
