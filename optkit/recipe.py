@@ -164,6 +164,11 @@ class Recipe(Worded):
         return tuple(p for p in self.passes if p.stage == "graph")
 
     @property
+    def exact(self) -> bool:
+        """Whether none of its own passes changes numbers."""
+        return all(p.exact for p in self.passes)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the resolved recipe."""
         return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()

@@ -77,7 +77,7 @@ def choose(
         try:
             first = not (built or refused)
             one = _floor(work, name, candidate, tried) if first else work.build(name, candidate)
-            if built and not one.lossy and any(not p.exact for p in candidate.passes):
+            if built and not one.lossy and not candidate.exact:
                 tried[name] = _record(name, one, "not needed", "it found nothing to quantize")
                 continue
             if any(_same(one, other) for other in built):

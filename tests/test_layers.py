@@ -23,7 +23,7 @@ LAYERS = {
     4: ["passes", "backends"],
     5: ["recipe", "recipes"],
     6: [
-        "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compilation", "compiler", "evaluate",
+        "frontend", "exporting", "onnxfile", "opset", "equivalence", "pipeline", "legalize", "training", "compilation", "compiler", "request", "evaluate",
         "bench", "report", "artifact", "search", "candidate", "repair", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
         "estimate", "finish", "planning", "seen", "sized", "progress", "workbench",
         "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",

@@ -11,8 +11,8 @@ from optkit.cli import options
 from optkit.cli.terminal import Terminal, command
 
 if TYPE_CHECKING:
-    from optkit.compiler import Request
     from optkit.recipe import Recipe
+    from optkit.request import Request
 
 # The least that any recipe takes (measured): the reference reads the weights. More is watched for while working.
 _COPIES = 1.3
@@ -67,7 +67,7 @@ def compile(
     from optkit.cli.memory import limited, needed, parse_size
     from optkit.cli.render import show, summary
     from optkit.compiler import compile as compile_model
-    from optkit.compiler import request
+    from optkit.request import request
 
     path = options.source(model)
     budget = None if memory is None else parse_size(memory)

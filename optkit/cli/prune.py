@@ -84,11 +84,11 @@ def prune(
     """  # fmt: skip
     from optkit.cli.memory import limited, needed, parse_size
     from optkit.cli.writing import check_runs, move, place
-    from optkit.compiler import request
     from optkit.legalize import legalize
     from optkit.passes.pruning.structured import PruneChannels
     from optkit.passes.pruning.zeros import ZeroWeights
     from optkit.pruning import prune_channels, zero_weights
+    from optkit.request import request
     from optkit.store import save, temporary_folder
 
     wanted = _passes(ratio, speedup, sparsity)

@@ -14,8 +14,8 @@ from optkit.errors import PassError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from optkit.compiler import Request
     from optkit.report import PassRecord
+    from optkit.request import Request
 
 # Weights are mapped, and quantized one at a time while they are written (measured on 2.1 GB of weights).
 _COPIES = 0.3
@@ -69,11 +69,11 @@ def quantize(
     from optkit.cli.memory import limited, needed, parse_size
     from optkit.cli.render import facts, show, table
     from optkit.cli.writing import check_runs, move, place
-    from optkit.compiler import request
     from optkit.graph import count_nodes, weight_bytes
     from optkit.legalize import legalize
     from optkit.readback import scheme
     from optkit.recipe import Recipe
+    from optkit.request import request
     from optkit.store import save, temporary_folder
 
     path = options.source(model)

@@ -15,13 +15,13 @@ import pytest
 import optkit
 from optkit.backends import BACKENDS
 from optkit.cli import main
-from optkit.compiler import request
 from optkit.errors import DataError, ModelError, RecipeError, UnsupportedOpError, UsageError
 from optkit.graph import walk
 from optkit.legalize import legalize
 from optkit.passes.base import Silent
 from optkit.recipe import Recipe, validated
 from optkit.reference import ReferenceSession
+from optkit.request import request
 from optkit.store import save
 from optkit.targets import target
 from optkit.testing import parse, random_feeds
