@@ -27,7 +27,7 @@ LAYERS = {
         "bench", "report", "artifact", "search", "candidate", "repair", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
         "estimate", "finish", "planning", "seen", "sized", "progress", "workbench",
         "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",
-        "readback", "functions", "decompositions", "narrowing", "latency_table", "sparsity", "pruning", "torch",
+        "readback", "reporting", "functions", "decompositions", "narrowing", "latency_table", "sparsity", "pruning", "torch",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip
