@@ -61,7 +61,7 @@ def matrix(
     node: ir.Node, size: int, target: int, scale: float | None, mode: str, coordinates: str
 ) -> np.ndarray:
     """Weights ``[target, size]`` of an axis."""
-    cubic = float(attribute(node, "cubic_coeff_a", -0.75))  # type: ignore[arg-type]
+    cubic = node.attributes.get_float("cubic_coeff_a", -0.75)
     outside = bool(attribute(node, "exclude_outside", 0))
     factor = target / size if scale is None else scale
     # Downscaled with antialias, the kernel is as wide as what falls into one element.

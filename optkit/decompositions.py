@@ -61,7 +61,7 @@ def _log1p(op: Builder, x: ir.Value) -> ir.Value:
 
 def _lp_pool(op: Builder, node: ir.Node) -> ir.Value | None:
     """``(n * mean(|x|^p))^(1/p)``; the mean counts what pads add, which are zeros."""
-    x, kernel = node.inputs[0], list(attribute(node, "kernel_shape"))  # type: ignore[call-overload]
+    x, kernel = node.inputs[0], list(node.attributes["kernel_shape"].as_ints())
     pads = _pads(node, kernel)
     if pads is None or attribute(node, "ceil_mode", 0):
         return None  # Windows that overhang have fewer elements.
@@ -75,10 +75,10 @@ def _pads(node: ir.Node, kernel: list[int]) -> list[int] | None:
     """Of a window, as numbers; None where they follow from sizes that are not known."""
     mode, none = str(attribute(node, "auto_pad", "NOTSET")), [0] * len(kernel)
     if not mode.startswith("SAME"):
-        return none * 2 if mode == "VALID" else list(attribute(node, "pads", none * 2))  # type: ignore[call-overload]
+        return none * 2 if mode == "VALID" else list(node.attributes.get_ints("pads", none * 2))
     sizes = (shape_of(node.inputs[0]) or ())[2:]
     ones = [1] * len(kernel)
-    strides, dilations = (list(attribute(node, name, ones)) for name in ("strides", "dilations"))  # type: ignore[call-overload]
+    strides, dilations = (list(node.attributes.get_ints(name, ones)) for name in ("strides", "dilations"))
     wanted = []
     for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=False):
         if not isinstance(size, int):
@@ -100,20 +100,21 @@ def _global_lp_pool(op: Builder, node: ir.Node) -> ir.Value | None:
 
 
 def _power(op: Builder, x: ir.Value | None, node: ir.Node) -> ir.Value:
-    p = int(attribute(node, "p", 2))  # type: ignore[call-overload]
+    p = node.attributes.get_int("p", 2)
     return op.Mul(x, x) if p == 2 else op.Abs(x) if p == 1 else op.Pow(op.Abs(x), _like(x, p))
 
 
 def _root(op: Builder, x: ir.Value, node: ir.Node) -> ir.Value:
-    p = int(attribute(node, "p", 2))  # type: ignore[call-overload]
+    p = node.attributes.get_int("p", 2)
     return op.Sqrt(x) if p == 2 else x if p == 1 else op.Pow(x, _like(x, 1 / p))
 
 
 def _last_of_several(op: Builder, node: ir.Node) -> ir.Value | None:
     """Counted from the end, the last of several extrema is the first."""
-    x, axis = node.inputs[0], int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    x, axis = node.inputs[0], node.attributes.get_int("axis", 0)
     shape = shape_of(x)
-    if not attribute(node, "select_last_index", 0) or shape is None or not isinstance(shape[axis], int):
+    size = None if shape is None else shape[axis]
+    if not attribute(node, "select_last_index", 0) or not isinstance(size, int):
         return None
     ends = [np.array([v], np.int64) for v in (-1, -(2**31) + 1, axis, -1)]
     found = op.node(
@@ -121,7 +122,7 @@ def _last_of_several(op: Builder, node: ir.Node) -> ir.Value | None:
         [op.Slice(x, *ends)],
         {k: v for k, v in node.attributes.items() if k != "select_last_index"},
     )
-    return op.Sub(np.array(shape[axis] - 1, np.int64), found[0])
+    return op.Sub(np.array(size - 1, np.int64), found[0])
 
 
 def _quantized_product(op: Builder, node: ir.Node) -> ir.Value | None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import Dim, shape_of
-from optkit.graph import attribute, rank, users
+from optkit.graph import rank, users
 from optkit.kernels.base import BYTES, DOMAIN, Argument, Kernel, Problem, Program, format_of
 from optkit.kernels.triton.drawing import DTYPES, draw
 from optkit.kernels.triton.scores import (
@@ -287,7 +287,7 @@ class _Attention(Kernel):
     ) -> Any:
         turned = k.producer()
         assert turned is not None
-        perm = list(attribute(turned, "perm", (3, 2, 1, 0)))  # type: ignore[call-overload]
+        perm = list(turned.attributes.get_ints("perm", (3, 2, 1, 0)))
         perm[2:] = perm[:1:-1]
         keys = op.Transpose(turned.inputs[0], perm=perm) if perm != [0, 1, 2, 3] else turned.inputs[0]
         queries, before = scaled_queries(q)
@@ -328,11 +328,11 @@ def _hiding(op: Any, seen: ir.Value, q: ir.Value) -> ir.Value:
 
 
 def _scale(node: ir.Node) -> float:
-    return float(attribute(node, "scale", 1.0))  # type: ignore[arg-type]
+    return node.attributes.get_float("scale", 1.0)
 
 
 def _integer(node: ir.Node, name: str) -> int:
-    return int(attribute(node, name, 0))  # type: ignore[call-overload, no-any-return]
+    return node.attributes.get_int(name, 0)
 
 
 # Heads that share keys are seen as queries of one head, and as their own again.

@@ -147,8 +147,8 @@ class _Depthwise(Kernel):
         assert x.dtype is not None
         channels = int(window[0] or 0)
         attributes = {
-            "group": channels, "strides": list(attribute(conv, "strides", (1, 1))),  # type: ignore[call-overload]
-            "pads": list(attribute(conv, "pads", (0, 0, 0, 0))),  # type: ignore[call-overload]
+            "group": channels, "strides": list(conv.attributes.get_ints("strides", (1, 1))),
+            "pads": list(conv.attributes.get_ints("pads", (0, 0, 0, 0))),
         }  # fmt: skip
         added = np.zeros(channels, x.dtype.numpy()) if bias is None else bias
         (y,) = op.node(self.op, [x, w, added], attributes, domain=DOMAIN)

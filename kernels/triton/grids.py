@@ -126,7 +126,7 @@ class _Blocks(Kernel):
     def _rewrite(self, op: Any, root: ir.Node, x: ir.Value, steps: ir.Value) -> Any:
         kind = root.outputs[0].dtype
         assert kind is not None
-        attributes = {"block": int(attribute(root, "block_size", 0)), "to": int(kind)}  # type: ignore[call-overload]
+        attributes = {"block": root.attributes.get_int("block_size", 0), "to": int(kind)}
         return self._call(op, x, attributes, root.outputs[0], steps)
 
     def _narrow(self, root: ir.Node, x: ir.Value) -> Match:

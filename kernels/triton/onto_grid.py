@@ -131,7 +131,7 @@ class _NormOntoGrid(_OntoGrid):
     def _onto(self, op: Any, root: ir.Node, x: ir.Value, step: ir.Value, zero: ir.Value) -> Any:
         node = x.producer()
         assert node is not None
-        attributes = {"epsilon": float(attribute(node, "epsilon", 1e-5))}  # type: ignore[arg-type]
+        attributes = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
         operands = [*node.inputs, step, zero]
         q, *others = op.node(self.op, operands, attributes, domain=DOMAIN, outputs=2 + self.residual)
         q.type, q.shape = root.outputs[0].type, x.shape

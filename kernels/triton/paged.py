@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import shape_of
-from optkit.graph import attribute
 from optkit.kernels.base import (
     BYTES,
     DOMAIN,
@@ -85,8 +84,8 @@ class _Decode(_Paged):
         assert heads is not None
         assert pages is not None
         share = int(heads[1] or 1) // int(pages[1] or 1)
-        window = int(attribute(node, "window", 0))  # type: ignore[call-overload]
-        scale = float(attribute(node, "scale", 1.0))  # type: ignore[arg-type]
+        window = node.attributes.get_int("window", 0)
+        scale = node.attributes.get_float("scale", 1.0)
         return {**found, "share": share, "window": window, "scale": repr(scale)}
 
     def program(self, problem: Problem, capability: Capability) -> Program:

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from optkit.dims import Dim, shape_of
-from optkit.graph import attribute, scalar
+from optkit.graph import scalar
 
 DEPTHS = (16, 32, 64, 128)
 
@@ -157,7 +157,7 @@ def scaled_queries(q: ir.Value) -> tuple[ir.Value, float]:
 def softmax_axis(root: ir.Node, k: ir.Value) -> int | None:
     """Of the Softmax above ``root``; None where there is none."""
     node = next((n for n in above(root, k) if n.op_type == "Softmax"), None)
-    return None if node is None else int(attribute(node, "axis", -1))  # type: ignore[call-overload]
+    return None if node is None else node.attributes.get_int("axis", -1)
 
 
 def depth_of(value: ir.Value | None) -> int | None:

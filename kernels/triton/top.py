@@ -43,7 +43,7 @@ class _Top(Kernel):
             return f"no format of {self.name}"
         if shape is None or len(shape) < 1 + self.decode:
             return "the scores have no known axes"
-        k = int(attribute(node, "k", 0))  # type: ignore[call-overload]
+        k = node.attributes.get_int("k", 0)
         return _misfit(shape[-1 - self.decode :], k) or {"format": fmt, "k": k}
 
     def program(self, problem: Problem, capability: Capability) -> Program:

@@ -78,7 +78,7 @@ class _Product(Tiled):
         if w is None or w.shape is None or not w.shape.is_static():
             return "the matrix has no fixed shape"
         depth, pairs = w.shape.numpy()
-        block = list(attribute(node, "blocks"))[1]  # type: ignore[call-overload]
+        block = node.attributes["blocks"].as_ints()[1]
         return {"format": fmt, "columns": 2 * pairs, "depth": depth, "block": block}
 
     def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:
@@ -194,7 +194,7 @@ class _Product(Tiled):
         if z is not None and constant(z) is None:
             return match.fail("zero points that are computed", z)
         node = next(u.node for u in w.uses())
-        block = int(attribute(node, "block_size", 0))  # type: ignore[call-overload]
+        block = node.attributes.get_int("block_size", 0)
         if attribute(node, "axis", 1) != 0 or block not in _BLOCKS or len(array) % block:
             return match.fail(f"no blocks of {', '.join(map(str, _BLOCKS))} along the inputs", w)
         if array.shape[1] % _STEP:
@@ -245,7 +245,7 @@ class _Decode(_Product):
         if not 0 < rows_of(x) <= _FEW:
             return f"not at most {_FEW} rows"
         columns, pairs = w.shape.numpy()
-        block = list(attribute(node, "blocks"))[2]  # type: ignore[call-overload]
+        block = node.attributes["blocks"].as_ints()[2]
         return {"format": fmt, "columns": columns, "depth": 2 * pairs, "block": block}
 
     def tiles(self, problem: Problem, capability: Capability) -> Sequence[Tile]:

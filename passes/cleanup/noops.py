@@ -222,7 +222,7 @@ def _drop_zero_states(node: ir.Node) -> bool:
 
 def _drop_empty_parts(node: ir.Node) -> bool:
     """Leave out inputs that are known to be empty along the axis, as rotary embeddings of all channels have them."""
-    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    axis = node.attributes.get_int("axis", 0)
     full = [v for v in node.inputs if (shape_of(v) or {axis: None})[axis] != 0]
     if not full or len(full) == len(node.inputs):
         return False

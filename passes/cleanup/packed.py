@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import attribute, constant, drop_unused_initializers, walk
+from optkit.graph import constant, drop_unused_initializers, walk
 from optkit.inference import infer
 from optkit.passes.base import Context, GraphPass
 from optkit.rewrite import Builder, Change, Names, label, remove, substitute
@@ -100,7 +100,7 @@ def _read(node: ir.Node) -> _Weights | None:
 
 
 def _integer(node: ir.Node, name: str) -> int:
-    return int(attribute(node, name, 4 if name == "bits" else 0))  # type: ignore[call-overload, no-any-return]
+    return node.attributes.get_int(name, 4 if name == "bits" else 0)
 
 
 def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:

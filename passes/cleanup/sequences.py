@@ -43,7 +43,7 @@ def _split(node: ir.Node, names: Names) -> bool:
     given = [p for r, p in zip(readers, places, strict=True) if r.outputs[0].is_graph_output()]
     if None in places or len(given) > len(set(given)):
         return False
-    axis = int(attribute(node, "axis", 0))  # type: ignore[call-overload]
+    axis = node.attributes.get_int("axis", 0)
     split = Builder(node, names).node("Split", [node.inputs[0], sizes], {"axis": axis}, outputs=count)
     for reader, place in zip(readers, places, strict=True):
         assert place is not None
@@ -63,7 +63,7 @@ def _sizes(node: ir.Node) -> np.ndarray | ir.Value | None:
     if size is None or not attribute(node, "keepdims", 1):
         return None  # ONNX ignores it beside sizes, ONNX Runtime drops the axis beside a single one.
     shape, most = shape_of(node.inputs[0]), int(size)
-    length = None if shape is None else shape[int(attribute(node, "axis", 0))]  # type: ignore[call-overload]
+    length = None if shape is None else shape[node.attributes.get_int("axis", 0)]
     if not isinstance(length, int) or most < 1:
         return None
     return np.array([min(most, length - start) for start in range(0, length, most)], np.int64)

@@ -72,7 +72,7 @@ def again(op: Builder, node: ir.Node, order: Order, now: Mapping[ir.Value, ir.Va
             inputs[index] = np.ascontiguousarray(wide.transpose(order))
     changed: dict[str, object] = {}
     if node.op_type in _ALONG:
-        changed["axis"] = place[int(attribute(node, "axis", _ALONG[node.op_type])) % 4]  # type: ignore[call-overload]
+        changed["axis"] = place[node.attributes.get_int("axis", _ALONG[node.op_type]) % 4]
     elif node.op_type == "Transpose":
         permutation = _permutation(node)
         changed["perm"] = [place[permutation[a]] for a in order]

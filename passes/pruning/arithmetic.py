@@ -48,7 +48,7 @@ def _broadcast(work: Labelling, operands: Sequence[Axes], node: ir.Node) -> Axes
 
 def _conv(work: Labelling, node: ir.Node) -> None:
     x, w = work.of(node.inputs[0]), work.of(node.inputs[1])
-    groups = int(attribute(node, "group", 1))  # type: ignore[call-overload]
+    groups = node.attributes.get_int("group", 1)
     channels, outs, ins = x[1], w[0], w[1]
     if (
         not isinstance(channels, np.ndarray)
@@ -135,7 +135,7 @@ def _norm_by_channel(work: Labelling, node: ir.Node) -> None:
 def _norm_by_axis(work: Labelling, node: ir.Node) -> None:
     """Statistics over channels change when one goes."""
     x = work.of(node.inputs[0])
-    first = int(attribute(node, "axis", -1))  # type: ignore[call-overload]
+    first = node.attributes.get_int("axis", -1)
     for axis in x[first if first < 0 else first - len(x) :]:
         work.labels.freeze(axis, f"{node.op_type} computes statistics over it")
     for value in node.inputs[1:]:
@@ -146,7 +146,7 @@ def _norm_by_axis(work: Labelling, node: ir.Node) -> None:
 
 def _softmax(work: Labelling, node: ir.Node) -> None:
     x = work.of(node.inputs[0])
-    work.labels.freeze(x[int(attribute(node, "axis", -1))], f"{node.op_type} runs over it")  # type: ignore[call-overload]
+    work.labels.freeze(x[node.attributes.get_int("axis", -1)], f"{node.op_type} runs over it")
     work.axes[node.outputs[0]] = list(x)
 
 

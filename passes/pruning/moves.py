@@ -19,7 +19,7 @@ _REDUCTIONS = "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMe
 
 def _concat(work: Labelling, node: ir.Node) -> None:
     operands = [work.of(v) for v in node.inputs if v is not None]
-    axis = int(attribute(node, "axis"))  # type: ignore[call-overload]
+    axis = node.attributes["axis"].as_int()
     out: Axes = []
     for position in range(len(operands[0])):
         found = [o[position] for o in operands]
@@ -40,7 +40,7 @@ def _concat(work: Labelling, node: ir.Node) -> None:
 
 def _split(work: Labelling, node: ir.Node) -> None:
     x = work.of(node.inputs[0])
-    axis = int(attribute(node, "axis", 0)) % len(x)  # type: ignore[call-overload]
+    axis = node.attributes.get_int("axis", 0) % len(x)
     labels, start = x[axis], 0
     sizes = [None if o.shape is None else o.shape[axis] for o in node.outputs]
     fixed = len(node.inputs) > 1 and node.inputs[1] is not None and not editable(node.inputs[1])
@@ -163,7 +163,7 @@ def _reduce(work: Labelling, node: ir.Node) -> None:
 
 def _gather(work: Labelling, node: ir.Node) -> None:
     x, index = work.of(node.inputs[0]), work.of(node.inputs[1])
-    axis = int(attribute(node, "axis", 0)) % len(x)  # type: ignore[call-overload]
+    axis = node.attributes.get_int("axis", 0) % len(x)
     work.labels.freeze(x[axis], "chosen by index")
     work.axes[node.outputs[0]] = [*x[:axis], *index, *x[axis + 1 :]]
 

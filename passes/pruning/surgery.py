@@ -138,7 +138,7 @@ def _split(
 ) -> None:
     x = node.inputs[0]
     assert x is not None
-    axis = int(attribute(node, "axis", 0)) % len(found.axes[x])  # type: ignore[call-overload]
+    axis = node.attributes.get_int("axis", 0) % len(found.axes[x])
     if axis not in kept(found, x, removed):
         return
     sizes = []

@@ -60,12 +60,12 @@ def ints(node: ir.Node, name: str, default: Sequence[int] | None = None) -> list
 
 def integer(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute."""
-    return int(attribute(node, name, default))  # type: ignore[call-overload,no-any-return]
+    return node.attributes.get_int(name, default)
 
 
 def number(node: ir.Node, name: str, default: float) -> float:
     """A float attribute."""
-    return float(attribute(node, name, default))  # type: ignore[arg-type]
+    return node.attributes.get_float(name, default)
 
 
 def string(node: ir.Node, name: str, default: str) -> str:

@@ -65,12 +65,12 @@ def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> list[int]:
 
 def integer(node: ir.Node, name: str, default: int = 0) -> int:
     """An attribute that is an integer."""
-    return int(attribute(node, name, default))  # type: ignore[call-overload,no-any-return]
+    return node.attributes.get_int(name, default)
 
 
 def real(node: ir.Node, name: str, default: float) -> float:
     """An attribute that is a number."""
-    return float(attribute(node, name, default))  # type: ignore[arg-type]
+    return node.attributes.get_float(name, default)
 
 
 def text(node: ir.Node, name: str, default: str) -> str:

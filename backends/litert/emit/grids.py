@@ -28,7 +28,7 @@ def grid_of(node: ir.Node) -> Grid:
     found = _parameters(node)
     assert found is not None
     scale, zero, dtype = found
-    along = int(attribute(node, "axis", 1))  # type: ignore[call-overload]
+    along = node.attributes.get_int("axis", 1)
     axis = along % max(rank(node.inputs[0]) or 1, 1) if scale.size > 1 else 0
     shift = _SIGNED if dtype == np.uint8 else 0
     zeros = np.broadcast_to(zero.astype(np.int64) - shift, scale.shape)
