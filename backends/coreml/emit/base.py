@@ -215,6 +215,14 @@ class Context:
             self.variables[value] = mb.const(val=array.astype(np.int32) if short else array)
         return self.variables[value]
 
+    def call(self, graph: ir.Graph, given: Sequence[Any] = ()) -> list[Any]:
+        """The outputs of a body whose inputs are ``given``; constants that it makes are not seen by the graph around it."""
+        variables, weights = dict(self.variables), dict(self.weights)
+        self.variables.update(zip(graph.inputs, given, strict=True))
+        found = self.body(self, graph)
+        self.variables, self.weights = variables, weights
+        return found
+
     def inputs(self, node: ir.Node) -> list[Any]:
         """Variables of all inputs; None for those left out."""
         return [None if v is None else self[v] for v in node.inputs]

@@ -97,13 +97,10 @@ def _if(c: Context, node: ir.Node) -> Any:
 
     def branch(graph: ir.Graph) -> Any:
         def emit() -> Any:
-            # What a branch reads from outside must not be the branch's own constant afterwards.
-            kept, weights = dict(c.variables), dict(c.weights)
             found = [
                 mb.identity(x=v) if (n := axes.get(i)) is None else _single(c, v, n)
-                for i, v in enumerate(c.body(c, graph))
+                for i, v in enumerate(c.call(graph))
             ]
-            c.variables, c.weights = kept, weights
             return tuple(found) if len(found) > 1 else found[0]
 
         return emit
@@ -162,11 +159,6 @@ def _loop(c: Context, node: ir.Node) -> Any:
     if _collects(node):
         return _written_out(c, node)
     body = node.attributes["body"].as_graph()
-    limit = scalar(node.inputs[0]) if node.inputs[0] is not None else None
-    count = c.input(node, 0) if limit is None else None
-    largest = np.int32(min(limit, np.iinfo(np.int32).max)) if limit is not None else None
-    if node.inputs[0] is None:
-        largest = np.int32(np.iinfo(np.int32).max)
     start = c.input(node, 1)
     if start is None:
         start = mb.const(val=np.bool_(True))
@@ -179,41 +171,18 @@ def _loop(c: Context, node: ir.Node) -> Any:
     ]
     if not changing:
         raise refused(node, "it carries no values that change")
-    bound: Any = largest
-    if count is not None:
-        bound = mb.squeeze(x=count) if count.rank else count
+    bound = _most_steps(c, node)
 
     def goes_on(step: Any, alive: Any, *_: Any) -> Any:
         return mb.logical_and(x=alive, y=mb.less(x=step, y=bound))
 
-    def same(i: int, variable: Any, before: Any) -> Any:
-        """What a step leaves, with as many axes as it began with."""
-        value = body.inputs[2 + i]
-        if variable.rank == before.rank or _unread(value):
-            variable = mb.identity(x=variable) if variable.op is None else variable
-            if variable.val is None:
-                # The builder gives symbols to what it concatenates, others in each step, and takes them for another constant.
-                variable._sym_val = None
-            return variable
-        axes = max(variable.rank, before.rank)
-        if static(variable) not in ([], [1] * variable.rank) or not all(
-            _is_spread(v, axes) for v in (value, node.outputs[i])
-        ):
-            what = f"it carries {value.name!r} with {before.rank} axes into a step and {variable.rank} into the next"
-            raise refused(node, what)
-        return _single(c, variable, before.rank)
-
     def once(step: Any, alive: Any, *values: Any) -> Any:
-        kept, weights = dict(c.variables), dict(c.weights)
         carried = list(given)
         for i, variable in zip(changing, values, strict=True):
             carried[i] = variable
-        for value, variable in zip(body.inputs, (step, alive, *carried), strict=True):
-            c.variables[value] = variable
-        again, *after = c.body(c, body)
-        c.variables, c.weights = kept, weights
+        again, *after = c.call(body, (step, alive, *carried))
         again = mb.squeeze(x=again) if again.rank else again
-        after = [same(i, after[i], carried[i]) for i in changing]
+        after = [_as_before(c, node, i, after[i], carried[i]) for i in changing]
         return (mb.add(x=step, y=np.int32(1)), mb.identity(x=again), *after)
 
     first: Any = (
@@ -228,6 +197,36 @@ def _loop(c: Context, node: ir.Node) -> Any:
     for i, variable in zip(changing, results[2:], strict=True):
         found[i] = variable
     return found
+
+
+def _most_steps(c: Context, node: ir.Node) -> Any:
+    """How many steps the count of a Loop allows: a number, or a variable."""
+    largest = np.iinfo(np.int32).max
+    if node.inputs[0] is None:
+        return np.int32(largest)
+    if (limit := scalar(node.inputs[0])) is not None:
+        return np.int32(min(limit, largest))
+    count = c.input(node, 0)
+    return mb.squeeze(x=count) if count.rank else count
+
+
+def _as_before(c: Context, node: ir.Node, i: int, variable: Any, before: Any) -> Any:
+    """What a step of a Loop leaves of its carried value ``i``, with as many axes as it began with."""
+    value = node.attributes["body"].as_graph().inputs[2 + i]
+    if variable.rank == before.rank or _unread(value):
+        variable = mb.identity(x=variable) if variable.op is None else variable
+        if variable.val is None:
+            # The builder gives symbols to what it concatenates, others in each step, and takes them for another constant.
+            variable._sym_val = None
+        return variable
+    axes = max(variable.rank, before.rank)
+    single = static(variable) in ([], [1] * variable.rank)
+    if not single or not all(_is_spread(v, axes) for v in (value, node.outputs[i])):
+        raise refused(
+            node,
+            f"it carries {value.name!r} with {before.rank} axes into a step and {variable.rank} into the next",
+        )
+    return _single(c, variable, before.rank)
 
 
 # Beyond, the program has more operations than anything gains from.
@@ -245,12 +244,8 @@ def _written_out(c: Context, node: ir.Node) -> Any:
     while alive is not None and limit is not None and alive and step < int(limit.reshape(-1)[0]):
         if step == _LONGEST:
             raise refused(node, f"it has more than {_LONGEST} steps, and each is written out")
-        variables, weights = dict(c.variables), dict(c.weights)
         given = (mb.const(val=np.int32(step)), mb.const(val=np.bool_(True)), *carried)
-        for value, variable in zip(body.inputs, given, strict=True):
-            c.variables[value] = variable
-        again, *results = c.body(c, body)
-        c.variables, c.weights = variables, weights
+        again, *results = c.call(body, given)
         carried, made = results[: len(carried)], results[len(carried) :]
         for some, one in zip(found, made, strict=True):
             some.append(one)
@@ -293,11 +288,7 @@ def _scan(c: Context, node: ir.Node) -> Any:
             _part(x, axis, int(steps) - 1 - step if way else step)
             for x, axis, way in zip(scanned, axes, ways, strict=True)
         ]
-        variables, weights = dict(c.variables), dict(c.weights)
-        for value, variable in zip(body.inputs, (*carried, *parts), strict=True):
-            c.variables[value] = variable
-        results = c.body(c, body)
-        c.variables, c.weights = variables, weights
+        results = c.call(body, (*carried, *parts))
         carried, made = results[: len(carried)], results[len(carried) :]
         for some, one in zip(found, made, strict=True):
             some.append(one)
