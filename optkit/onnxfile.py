@@ -19,6 +19,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from optkit.errors import ModelError, UsageError
+from optkit.protobuf import tag, varint
 
 # Smaller tensors are parsed with the graph.
 _SMALL = 1024
@@ -227,7 +228,7 @@ class _Cutter:
         for number, wire, start, content, stop in self._fields(at, end):
             if wire == 2 and number in inner and stop - content > _SMALL:
                 body = self._message(content, stop, inner[number], depth + 1)
-                parts += [self.data[kept:start].tobytes(), _key(number), _varint(len(body)), body]
+                parts += [self.data[kept:start].tobytes(), tag(number), varint(len(body)), body]
                 kept = stop
         parts.append(self.data[kept:end].tobytes())
         return b"".join(parts)
@@ -248,20 +249,8 @@ class _Cutter:
         _, _, start, content, stop = large[0]
         entry: bytes = onnx.StringStringEntryProto(key=_CUT, value=str(len(self.cuts))).SerializeToString()
         self.cuts.append((content, stop))
-        reference = _key(13) + _varint(len(entry)) + entry + _varint(14 << 3) + b"\x01"
+        reference = tag(13) + varint(len(entry)) + entry + varint(14 << 3) + b"\x01"
         return self.data[at:start].tobytes() + self.data[stop:end].tobytes() + reference
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes((*out, number))
-
-
-def _key(number: int) -> bytes:
-    return _varint(number << 3 | 2)
 
 
 # The repeated field that holds the elements of a type, and how many entries an element takes.

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 import optkit
 from optkit.errors import ModelError, OptkitError, UsageError
+from optkit.protobuf import tag, varint
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def save(model: ir.Model, path: str | Path) -> tuple[Path, ...]:
 
     def write_graph(file: IO[bytes]) -> None:
         file.write(shell.SerializeToString(deterministic=True))
-        file.write(_tag(7) + _varint(size))
+        file.write(tag(7) + varint(size))
         file.write(graph)
         for entry, blob in zip(entries, blobs, strict=True):
             file.write(entry)
@@ -209,23 +210,10 @@ def _shell(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes((*out, number))
-
-
-def _tag(field: int) -> bytes:
-    """The key of a length-delimited protobuf field."""
-    return _varint(field << 3 | 2)
-
-
 def _field(field: int, header: bytes, raw: int | None) -> bytes:
     """A TensorProto as field ``field`` of its parent, up to the ``raw`` bytes of its raw_data (field 9) that follow."""
-    head = b"" if raw is None else _tag(9) + _varint(raw)
-    return _tag(field) + _varint(len(header) + len(head) + (raw or 0)) + header + head
+    head = b"" if raw is None else tag(9) + varint(raw)
+    return tag(field) + varint(len(header) + len(head) + (raw or 0)) + header + head
 
 
 def _write(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
