@@ -63,9 +63,9 @@ class SmoothActivations(GraphPass):
                     moved = True
             if not moved:
                 break
-        for value, (axis, ports) in apart.items():
+        for value, (_, ports) in apart.items():
             scale = self._scale(largest[value], ports)
-            if _matters(scale) and _insert(value, axis, ports, scale, names):
+            if _matters(scale) and _insert(value, ports, scale, names):
                 changed[str(value.name)] = self._change(ports[0].node, ports)
         return list(changed.values())
 
@@ -115,7 +115,7 @@ def _smoothed(value: ir.Value) -> bool:
     return node is not None and node.metadata_props.get("optkit.smoothed") == "yes"
 
 
-def _insert(value: ir.Value, axis: int, ports: Sequence[Port], scale: np.ndarray, names: Names) -> bool:
+def _insert(value: ir.Value, ports: Sequence[Port], scale: np.ndarray, names: Names) -> bool:
     edits = [take_input(p, scale, np.zeros_like(scale)) for p in ports]
     dtype = value.dtype
     if any(e is None for e in edits) or dtype is None:

@@ -71,7 +71,7 @@ def _bias(c: Context, node: ir.Node, rows: int, kind: Any) -> np.ndarray:
     return np.zeros((_directions(node), 2, rows), kind) if bias is None else bias.reshape(-1, 2, rows)
 
 
-def _weights(c: Context, node: ir.Node, gates: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _weights(c: Context, node: ir.Node) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Input weights, recurrent weights and both biases, by direction: ``[D, G H, I]``, ``[D, G H, H]``, ``[D, 2, G H]``."""
     w, r = c.known(node, 1), c.known(node, 2)
     assert w is not None and r is not None
@@ -137,7 +137,7 @@ def _written_out(c: Context, node: ir.Node) -> Any:
     if not isinstance(length, int | np.integer) or int(length) > _STEPS:
         raise refused(node, f"Core ML needs the number of steps when it is compiled, at most {_STEPS}")
     _lengths(c, node, x)
-    w, r, bias = _weights(c, node, 3 if node.op_type == "GRU" else 1)
+    w, r, bias = _weights(c, node)
     names = _activations(node)
     each = len(names) // _directions(node)
     states = _initial(c, node, 5, x, units)
