@@ -40,7 +40,7 @@ def compile(
         typer.Option(
             "--goal",
             metavar="GOAL",
-            help="latency of one request at a time, throughput of many, or size: what is wanted most among what keeps the limits.",
+            help="What to prefer among what keeps the limits: latency of one request at a time, throughput of many, or size.",
             show_default="latency",
         ),
     ] = None,

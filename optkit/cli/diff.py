@@ -39,24 +39,30 @@ def diff(
     ],
     calib: options.Calib = None,
     shape: options.Shape = None,
-    batches: Annotated[int, typer.Option("--batches", metavar="N", min=1, help="At most.")] = _BATCHES,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="N", min=1, help="Run at most this many batches.")
+    ] = _BATCHES,
     min_sqnr: Annotated[
         float | None,
-        typer.Option("--min-sqnr", metavar="DB", help="Least of each float output.", show_default=False),
+        typer.Option(
+            "--min-sqnr", metavar="DB", help="SQNR that each float output must reach.", show_default=False
+        ),
     ] = None,
     min_cosine: Annotated[
         float | None,
         typer.Option(
-            "--min-cosine", metavar="COSINE", help="Least of each float output.", show_default=False
+            "--min-cosine",
+            metavar="COSINE",
+            help="Cosine that each float output must reach.",
+            show_default=False,
         ),
     ] = None,
     json: options.Json = False,
 ) -> int:
     """Run MODEL and another on the same inputs, and say how far each output is from the other's.
 
-    The numbers of an artifact for another processor are predicted where they differ, as in `optkit eval`, and what did not run
-    on its target is said to be. With --min-sqnr or
-    --min-cosine it is a gate: exit code 0 met, 3 missed; integers and shapes that differ miss any gate.
+    Where an artifact is for another processor, whose numbers differ, they are predicted, as in `optkit eval`; the output says
+    what did not run on its target. With --min-sqnr or --min-cosine it is a gate: exit code 0 met, 3 missed; integers and shapes that differ miss any gate.
     """  # fmt: skip
     from optkit.cli.render import table
     from optkit.cli.running import Remarks, feeds, opened

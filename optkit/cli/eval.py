@@ -40,8 +40,8 @@ def evaluate(
 ) -> int:
     """Compute the metric of MODEL over the samples of an evaluator file.
 
-    The metric of an artifact for another processor is what that processor gives, where it differs: then it is predicted
-    by emulation, and said to be. With --against and --max-drop it is a gate: exit code 0 met, 3 missed, 5 when the samples do not decide.
+    Where an artifact is for another processor, whose numbers differ, its metric is predicted by emulation, and the output
+    says so. With --against and --max-drop it is a gate: exit code 0 met, 3 missed, 5 where the samples do not decide.
     """  # fmt: skip
     from optkit.cli.render import facts, table
     from optkit.cli.running import Remarks, opened

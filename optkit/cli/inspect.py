@@ -33,14 +33,14 @@ def inspect(
             show_default=False,
         ),
     ] = False,
-    target: options.Target = None,
+    target: options.NamedTarget = None,
     backend: options.Backend = None,
     dynamic: options.Dynamic = None,
     inputs: options.Inputs = None,
     weights: options.Weights = None,
     json: options.Json = False,
 ) -> int:
-    """Show what MODEL is made of: operators, parameters, multiply-accumulates, bytes; with a target also the least time there."""
+    """Show what MODEL is made of: operators, parameters, multiply-accumulates, bytes; with --target also the least time there."""
     from optkit.cli.render import facts, table
     from optkit.cli.running import graph, holds_graph, shaped
     from optkit.cost import costs

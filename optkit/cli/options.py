@@ -32,8 +32,18 @@ Target = Annotated[
         "--target", "-t", metavar="NAME", help="Hardware; `optkit targets` lists it.", show_default="cpu"
     ),
 ]
+# For commands that assume no target where none is named.
+NamedTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target", "-t", metavar="NAME", help="Hardware; `optkit targets` lists it.", show_default=False
+    ),
+]
 Backend = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="Runtime.", show_default="the target's best")
+    str | None,
+    typer.Option(
+        "--backend", metavar="NAME", help="Runtime to compile for.", show_default="the target's best"
+    ),
 ]
 Recipe = Annotated[
     str | None,
@@ -51,7 +61,7 @@ Precision = Annotated[
         "--precision",
         "-p",
         metavar="NAME",
-        help="fp32, fp16, fp8, int8, int8-dyn, w4a16: the recipe that stands for it.",
+        help="fp32, fp16, fp8, int8, int8-dyn, w4a16, nvfp4 or mxfp8: the recipe that stands for it.",
         show_default=False,
     ),
 ]
@@ -86,17 +96,26 @@ Set = Annotated[
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="For every random choice.", show_default=False)
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        help="Seed of every random choice; the recipe's where none is given.",
+        show_default=False,
+    ),
 ]
 Memory = Annotated[
     str | None,
     typer.Option(
-        "--memory", metavar="SIZE", help="Stop rather than use more, as in 8GiB.", show_default=False
+        "--memory",
+        metavar="SIZE",
+        help="Stop rather than use more memory than this: 8GiB, 512MB.",
+        show_default=False,
     ),
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="What the samples cannot decide counts as missed.", show_default=False),
+    typer.Option("--strict", help="Count what the samples cannot decide as missed.", show_default=False),
 ]
 Shape = Annotated[
     list[str] | None,

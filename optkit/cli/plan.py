@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plan(
     terminal: Terminal,
     model: options.ModelOrArtifact,
-    target: options.Target = None,
+    target: options.NamedTarget = None,
     precision: options.Precision = None,
     shape: options.Shape = None,
     price: Annotated[
@@ -37,13 +37,15 @@ def plan(
             "--prices", metavar="FILE", help="YAML with dollars an hour by target.", show_default=False
         ),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="How many of the longest layers are listed.")] = 20,
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", min=1, help="List this many of the longest layers.")
+    ] = 20,
     dynamic: options.Dynamic = None,
     inputs: options.Inputs = None,
     weights: options.Weights = None,
     json: options.Json = False,
 ) -> int:
-    """Say layer by layer what MODEL takes on a target by its data sheet: floors and estimates, never measurements."""
+    """Say, layer by layer, what MODEL would take on a target by its data sheet: floors and estimates, never measurements."""
     from optkit import sentences
     from optkit.cli.render import facts, table
     from optkit.cli.running import graph, shaped
@@ -53,7 +55,7 @@ def plan(
     from optkit.targets import target as find_target
 
     if target is None:
-        raise UsageError("a plan is for a target", hint="--target h100; optkit targets lists them")
+        raise UsageError("a plan needs a target", hint="--target h100; optkit targets lists them")
     where = find_target(target)
     dollar, source = _price(where.name, price, prices)
     loaded = graph(model, **options.torch_given(model, dynamic, inputs, weights))

@@ -30,7 +30,7 @@ def prune(
         typer.Option(
             "--ratio",
             metavar="SHARE",
-            help="Share of the channels, heads and features that goes: 0.5 or 50%.",
+            help="Share of the channels, heads and features to remove: 0.5 or 50%.",
             show_default=False,
         ),
     ] = None,
@@ -39,7 +39,7 @@ def prune(
         typer.Option(
             "--speedup",
             metavar="FACTOR",
-            help="Remove as much as makes it so many times as fast, measured: 1.5x.",
+            help="Remove enough to make it this many times as fast, by measurement: 1.5x.",
             show_default=False,
         ),
     ] = None,
@@ -78,9 +78,9 @@ def prune(
 ) -> int:
     """Remove the least important channels, heads and features of MODEL from all weights that they touch, without training.
 
-    Kept widths are multiples of 16, which kernels run fast; --set passes.prune-channels.multiple=8 changes that, and so for
-    criterion, least, targets and ignore. The pruned model computes what MODEL does with the removed weights at 0: it has to
-    be trained afterwards (optkit.training, from the PyTorch module). Prints the file.
+    Kept widths are multiples of 16, which kernels run fast; --set passes.prune-channels.multiple=8 changes that;
+    criterion, least, targets and ignore are set the same way. The pruned model computes what MODEL computes with the removed weights at 0, so it
+    has to be trained afterwards (optkit.training, from the PyTorch module). Prints the file.
     """  # fmt: skip
     from optkit.cli.memory import limited, needed, parse_size
     from optkit.cli.writing import check_runs, move, place

@@ -72,7 +72,7 @@ def test_a_table_of_prices_takes_the_place_of_the_list(optkit, given, tmp_path):
     ("more", "said"),
     [
         (["-t", "h100"], "has free axes: N"),
-        (["--shape", "x=1x32"], "a plan is for a target"),
+        (["--shape", "x=1x32"], "a plan needs a target"),
         (["-t", "h100", "--shape", "x=1x32", "--prices", "nowhere.yaml"], "no such file"),
     ],
 )
