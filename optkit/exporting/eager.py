@@ -15,6 +15,7 @@ import torch
 from optkit.errors import OptkitError, UsageError
 from optkit.exporting.explain import where
 from optkit.exporting.signature import Signature
+from optkit.passes.modes import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def run_eager(
     from torch.utils import _pytree as pytree
 
     args, kwargs = signature.arguments([t.clone() for t in tensors])
-    with evaluation(module), torch.no_grad(), quiet():
+    with evaluating(module), torch.no_grad(), quiet():
         result = module(*args, **kwargs)
     found = [v for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
     return {n: v.resolve_conj().numpy(force=True).copy() for n, v in zip(outputs, found, strict=True)}
@@ -54,20 +55,6 @@ def quiet() -> Iterator[None]:
                 lg.setLevel(level)
             if said.getvalue():
                 logger.debug("said while tracing: %s", said.getvalue())
-
-
-@contextlib.contextmanager
-def evaluation(module: Any) -> Iterator[bool]:
-    """Every part in evaluation mode; tells whether any was training, and puts it back."""
-    parts = list(module.modules()) if hasattr(module, "modules") else []
-    training = [m for m in parts if m.training]
-    try:
-        for m in training:
-            m.training = False
-        yield bool(training)
-    finally:
-        for m in training:
-            m.training = True
 
 
 def call(module: Any, signature: Signature, tensors: Sequence[torch.Tensor], name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from optkit.errors import UsageError
 from optkit.exporting.axes import Axes, Dynamic, ask
-from optkit.exporting.eager import call, evaluation, quiet
+from optkit.exporting.eager import call, quiet
 from optkit.exporting.exported import Exported
 from optkit.exporting.interface import free_axes, name_free_axes, name_interface, take_bounds
 from optkit.exporting.origin import note_origins
@@ -18,6 +18,7 @@ from optkit.exporting.script import from_script
 from optkit.exporting.signature import Flat, Signature, output_names
 from optkit.exporting.tracing import climb, enlarged
 from optkit.exporting.writing import write
+from optkit.passes.modes import evaluating
 
 
 def export(module: Any, inputs: Any, dynamic: Dynamic | None = None, *, name: str = "module") -> Exported:
@@ -44,7 +45,7 @@ def export(module: Any, inputs: Any, dynamic: Dynamic | None = None, *, name: st
             hint="give inputs=(tensor, ...), or (module, inputs); on the command line --inputs x=1x3x224x224, or a factory that returns both",
         )
     module, notes = _in_float32(module, name)
-    with evaluation(module) as was_training:
+    with evaluating(module) as was_training:
         if was_training:
             notes.append("exported in evaluation mode")
         signature = Signature(module, _float_inputs(inputs) if notes and "float32" in notes[0] else inputs)

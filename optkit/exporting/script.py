@@ -11,12 +11,13 @@ import torch
 
 from optkit.errors import ModelError, UsageError
 from optkit.exporting.axes import Dynamic, ask
-from optkit.exporting.eager import call, evaluation, quiet
+from optkit.exporting.eager import call, quiet
 from optkit.exporting.exported import Exported
 from optkit.exporting.interface import name_free_axes, name_interface
 from optkit.exporting.signature import Signature, output_names
 from optkit.graph import walk
 from optkit.origin import MODULE
+from optkit.passes.modes import evaluating
 
 
 def from_script(module: Any, inputs: Any, dynamic: Dynamic | None, name: str) -> Exported:
@@ -27,7 +28,7 @@ def from_script(module: Any, inputs: Any, dynamic: Dynamic | None, name: str) ->
             f"{name}: TorchScript does not say what its inputs are",
             hint=f"give example inputs (--inputs x=1x512); or {again}",
         )
-    with evaluation(module), quiet():
+    with evaluating(module), quiet():
         signature = Signature(module, inputs)
         axes = ask(dynamic, signature.names, signature.tensors)
         outputs = output_names(call(module, signature, signature.tensors, name))

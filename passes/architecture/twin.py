@@ -11,6 +11,7 @@ from torch import nn
 from optkit.passes.architecture.evolve import Genome
 from optkit.passes.architecture.space import CONVOLUTIONS, Convolution, Depth, Form, Space, Width
 from optkit.passes.base import Batch, call
+from optkit.passes.modes import evaluating
 from optkit.passes.nested import tensors
 from optkit.passes.pruning.modules import Cut
 
@@ -46,13 +47,8 @@ def become(space: Space, genome: Genome, module: nn.Module, batch: Batch) -> str
 
 
 def _outputs(module: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    was = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            return tensors(call(module, batch))
-    finally:
-        module.train(was)
+    with evaluating(module), torch.no_grad():
+        return tensors(call(module, batch))
 
 
 def formed(layer: Any, form: Form) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 
 from optkit.errors import PassError, UsageError
 from optkit.passes.base import Attached, Batch, Context, call
+from optkit.passes.modes import evaluating
 from optkit.rewrite import Change
 
 if TYPE_CHECKING:
@@ -202,11 +203,8 @@ class Features(Attached):
         ):
             for path in dict.fromkeys(paths):
                 self._watch(module, path, where)
-        was = self._module.training
-        self._module.eval()
-        with torch.no_grad():
+        with evaluating(self._module), torch.no_grad():
             call(self._module, self._batch)
-        self._module.train(was)
         self._teacher.run(self._batch)
         for a, b in asked:
             missing = [path for path, seen in ((a, self._mine), (b, self._theirs)) if path not in seen]

@@ -12,6 +12,7 @@ from torch import nn
 
 from optkit.errors import UsageError
 from optkit.passes.base import Context, call
+from optkit.passes.modes import evaluating
 from optkit.passes.pruning.choose import Score, by_norm_scale, magnitude, norm_scales
 
 
@@ -38,18 +39,16 @@ def _taylor(module: nn.Module, context: Context) -> Callable[[str, int], np.ndar
         raise UsageError(
             "the criterion taylor needs gradients, and there is no loss", hint="give loss= to optkit.training"
         )
-    was = module.training
-    module.eval()
     module.zero_grad(set_to_none=True)
-    for index, batch in enumerate(training.batches):
-        training.loss(call(module, batch), index).backward()
+    with evaluating(module):
+        for index, batch in enumerate(training.batches):
+            training.loss(call(module, batch), index).backward()
     products = {
         name: (p.detach() * p.grad).double().cpu().numpy()
         for name, p in module.named_parameters()
         if p.grad is not None
     }
     module.zero_grad(set_to_none=True)
-    module.train(was)
 
     def of(name: str, axis: int) -> np.ndarray | None:
         if name not in products:
@@ -95,14 +94,11 @@ def input_norms(module: nn.Module, context: Context) -> dict[str, np.ndarray]:
             hooks.append(
                 layer.register_forward_pre_hook(watch(path, -1 if isinstance(layer, nn.Linear) else 1))
             )
-    was = module.training
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             for batch in training.batches:
                 call(module, batch)
     finally:
-        module.train(was)
         for handle in hooks:
             handle.remove()
     return {path: total.sqrt().numpy() for path, total in squares.items()}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from optkit.passes.base import Context, call
+from optkit.passes.modes import evaluating
 
 # Columns whose masks are chosen together, and the share of the mean diagonal that is added to it: both as in the paper.
 _BLOCK = 128
@@ -36,14 +37,11 @@ def hessians(module: nn.Module, context: Context, paths: Sequence[str]) -> dict[
             isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str)
         ):
             hooks.append(layer.register_forward_pre_hook(watch(path)))
-    was = module.training
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             for batch in training.batches:
                 call(module, batch)
     finally:
-        module.train(was)
         for handle in hooks:
             handle.remove()
     return found

@@ -12,6 +12,7 @@ from torch import nn
 
 from optkit.errors import PassError, UsageError
 from optkit.passes.base import Attached, Context, call
+from optkit.passes.modes import evaluating
 from optkit.passes.pruning.criteria import input_norms
 from optkit.passes.pruning.hessian import hessians, sparsegpt
 from optkit.passes.pruning.weights import FEWEST
@@ -122,11 +123,9 @@ class _Masks(Attached):
                     hint="give loss= to optkit.training",
                 )
             self._module.zero_grad(set_to_none=True)
-            was = self._module.training
-            self._module.eval()
-            for index, batch in enumerate(training.batches):
-                training.loss(call(self._module, batch), index).backward()
-            self._module.train(was)
+            with evaluating(self._module):
+                for index, batch in enumerate(training.batches):
+                    training.loss(call(self._module, batch), index).backward()
             found = {
                 p: (w.detach() * w.grad).square() for p, w in self._weights.items() if w.grad is not None
             }

@@ -17,6 +17,7 @@ from torch import nn
 
 from optkit.errors import ModelError, PassError
 from optkit.passes.base import Attached, Batch, Context, call
+from optkit.passes.modes import evaluating
 from optkit.passes.nested import feeds, tensors
 from optkit.passes.pruning.choose import choose, multiple_for, scores
 from optkit.passes.pruning.criteria import score
@@ -314,14 +315,9 @@ def _compare(
     module: nn.Module, model: ir.Model, found: Dependencies, gone: set[int], batch: Batch
 ) -> str | None:
     """Hold the module against its graph, cut alike and run by ONNX Runtime."""
-    was = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            # First, because it fails within a moment where sizes do not fit.
-            given = call(module, batch)
-    finally:
-        module.train(was)
+    with evaluating(module), torch.no_grad():
+        # First, because it fails within a moment where sizes do not fit.
+        given = call(module, batch)
     other = remove_from_copy(model, found, gone)
     try:
         expected = list(ReferenceSession(other).run(feeds(other, batch)).values())

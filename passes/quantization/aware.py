@@ -15,6 +15,7 @@ from optkit.errors import PassError, UnknownNameError
 from optkit.formats import FORMATS, Format
 from optkit.ops import spec
 from optkit.passes.base import Attached, Batch, Context, call
+from optkit.passes.modes import evaluating
 from optkit.passes.quantization.fake import FakeQuantize, OnGrid, QuantizedLayer, unfit
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.sites import Sites, add, export_marked, install, reads_first, trace
@@ -57,14 +58,9 @@ def attach(options: QuantizeAware, module: nn.Module, context: Context) -> Attac
 
 
 def _observe(module: nn.Module, batches: Sequence[Batch]) -> None:
-    was = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                call(module, batch)
-    finally:
-        module.train(was)
+    with evaluating(module), torch.no_grad():
+        for batch in batches:
+            call(module, batch)
 
 
 class _Found:
