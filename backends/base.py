@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict
 
-from optkit.errors import UsageError
+from optkit.errors import DataError, UsageError
 from optkit.words import Worded
 
 if TYPE_CHECKING:
@@ -150,6 +150,16 @@ class Session(ABC):
         self.close()
 
 
+def misnamed(wanted: Iterable[str], feeds: Mapping[str, object]) -> DataError:
+    """The error for inputs of other names than a session's."""
+    return DataError(f"the inputs are {', '.join(wanted)}; given: {', '.join(feeds) or 'nothing'}")
+
+
+def mistyped(name: str, given: np.dtype[Any], wanted: object) -> DataError:
+    """The error for an input of another type than a session's."""
+    return DataError(f"input {name!r} is {given}, the model takes {wanted}")
+
+
 class Backend(ABC):
     """Turns graphs into artifacts for one runtime.
 
@@ -228,7 +238,7 @@ class Backend(ABC):
             UsageError: There is no such difference, or the device is another one.
         """
         raise UsageError(
-            f"artifacts of {self.name} have no runtime of optkit's on another device",
+            f"optkit has no runtime for {self.name} artifacts on another device",
             hint="optkit.load(...).run(...)",
         )
 

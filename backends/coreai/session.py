@@ -14,7 +14,7 @@ import numpy as np
 from coreai.authoring import AIModelAsset
 from coreai.runtime import NDArray
 
-from optkit.backends.base import Session
+from optkit.backends.base import Session, misnamed, mistyped
 from optkit.backends.quiet import without
 from optkit.data import TensorSpec
 from optkit.errors import DataError, ModelError
@@ -71,8 +71,7 @@ class CoreAiSession(Session):
             ModelError: Core AI fails.
         """
         if feeds.keys() != {s.name for s in self.inputs}:
-            names = ", ".join(s.name for s in self.inputs)
-            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
+            raise misnamed((s.name for s in self.inputs), feeds)
         given = {spec.name: NDArray(_narrowed(feeds[spec.name], spec)) for spec in self.inputs}
         try:
             with self._lock:
@@ -104,7 +103,7 @@ class CoreAiSession(Session):
 def _narrowed(value: np.ndarray, spec: TensorSpec) -> np.ndarray:
     array = np.ascontiguousarray(value)
     if array.dtype != spec.dtype:
-        raise DataError(f"input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}")
+        raise mistyped(spec.name, array.dtype, spec.dtype)
     if array.shape != spec.shape:
         raise DataError(
             f"{spec.name} {list(array.shape)}: the program was made for {list(spec.shape or ())}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from optkit.backends.base import Session
+from optkit.backends.base import Session, misnamed, mistyped
 from optkit.backends.coreml.interface import SCORES, Interface, Picture, Port
 from optkit.backends.coreml.package import PACKAGE
 from optkit.backends.coreml.quiet import ct, silence
@@ -52,8 +52,7 @@ class PackageSession(Session):
         """
         ports = self._ports(feeds)
         if set(feeds) != {p.name for p in ports}:
-            names = ", ".join(p.name for p in ports)
-            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
+            raise misnamed((p.name for p in ports), feeds)
         sizes: dict[str, int] = {}
         found = {p.feature: self._stored(p, np.asarray(feeds[p.name]), sizes) for p in ports}
         self._check_sizes(sizes)
@@ -67,7 +66,7 @@ class PackageSession(Session):
 
     def _stored(self, port: Port, array: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
         if array.dtype != np.dtype(port.dtype):
-            raise DataError(f"input {port.name!r} is {array.dtype}, the model takes {port.dtype}")
+            raise mistyped(port.name, array.dtype, port.dtype)
         shape = port.shape or ()
         if array.ndim != len(shape):
             raise DataError(f"input {port.name!r} is {list(array.shape)}, the package takes {port.spec}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optkit.backends.base import Session
+from optkit.backends.base import Session, misnamed, mistyped
 from optkit.backends.litert.quiet import interpreter, silence
 from optkit.data import TensorSpec
 from optkit.errors import DataError, ModelError
@@ -51,12 +51,10 @@ class LiteRtSession(Session):
         """
         names = [s.name for s in self.inputs]
         if set(feeds) != set(names):
-            raise DataError(f"the inputs are {', '.join(names)}; given: {', '.join(feeds) or 'nothing'}")
+            raise misnamed(names, feeds)
         for spec in self.inputs:
             if feeds[spec.name].dtype != spec.dtype:
-                raise DataError(
-                    f"input {spec.name!r} is {feeds[spec.name].dtype}, the model takes {spec.dtype}"
-                )
+                raise mistyped(spec.name, feeds[spec.name].dtype, spec.dtype)
         shapes = tuple(feeds[name].shape for name in names)
         if shapes not in self._keys:
             given = ", ".join(f"{n} {list(s)}" for n, s in zip(names, shapes, strict=True))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 
-from optkit.backends.base import Session
+from optkit.backends.base import Session, misnamed
 from optkit.data import TensorSpec
-from optkit.errors import DataError, ModelError
+from optkit.errors import ModelError
 from optkit.reference import first_line, session_options
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ class OnnxRuntimeSession(Session):
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs by name."""
         if feeds.keys() != self._taken:
-            names = ", ".join(s.name for s in self.inputs)
-            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
+            raise misnamed((s.name for s in self.inputs), feeds)
         try:
             results = self._session.run(self._given, feeds if type(feeds) is dict else dict(feeds))
         except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optkit.backends.base import Session
+from optkit.backends.base import Session, misnamed, mistyped
 from optkit.backends.openvino.convert import SUFFIX
 from optkit.backends.openvino.kernels import Kernel, preferring
 from optkit.backends.openvino.messages import reason
@@ -126,8 +126,7 @@ class OpenVinoSession(Session):
             ModelError: The shapes do not fit inside the model, or OpenVINO fails, with an error or without.
         """
         if feeds.keys() != self._names:
-            names = ", ".join(s.name for s in self.inputs)
-            raise DataError(f"the inputs are {names}; given: {', '.join(feeds) or 'nothing'}")
+            raise misnamed((s.name for s in self.inputs), feeds)
         arrays = [_array(feeds[s.name], s) for s in self.inputs]
         where = self._fixed if tuple(a.shape for a in arrays) == self._usual else self._any
         if self._free and where is self._any:
@@ -201,7 +200,7 @@ def _spec(port: Any, file: Path) -> TensorSpec:
 def _array(value: np.ndarray, spec: TensorSpec) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype != spec.dtype:
-        raise DataError(f"input {spec.name!r} is {array.dtype}, the model takes {spec.dtype}")
+        raise mistyped(spec.name, array.dtype, spec.dtype)
     axes = array.shape if spec.shape is None else spec.shape
     if len(axes) != array.ndim or any(d not in (None, n) for d, n in zip(axes, array.shape, strict=True)):
         raise DataError(f"input {spec.name!r} is {list(array.shape)}, the model takes {spec}")
