@@ -71,6 +71,38 @@ def choose(
         OptkitError: Why the floor cannot be built; where there is none, why that candidate cannot which comes nearest to it.
     """
     tried: dict[str, CandidateRecord] = {}
+    built, floor = _build_all(work, recipes, tried)
+    if floor is None:
+        # Layers that go back to float are refused.
+        recipe = recipe.model_copy(update={"repair": False})
+    order = _raced(work, sorted(built, key=lambda b: -ratio(b)))
+    needed = built[0] if floor is not None or len(built) == 1 else None
+    best = _first_within_limits(work, recipe, order, floor, needed, tried, strict=strict)
+    missed: list[str] = []
+    if best is not None:
+        best = _more_accurate(work, recipe, best, order, strict=strict)
+        best = _proven(work, recipe, best, order, tried)
+    else:
+        best = floor if floor is not None else max(built, key=_kept)
+        missed = shortfalls(best, recipe, strict=strict)
+    ranked = ratio(best)
+    best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
+    for one in order:
+        tried[one.name] = _passed_over(one, best, ranked)
+    if best.speedup is not None and _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
+        best = _as_given(work, best, recipe, tried)
+    tried[best.name] = _record(best.name, best, "shipped", "")
+    return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
+
+
+def _build_all(
+    work: Compilation, recipes: Sequence[tuple[str, Recipe]], tried: dict[str, CandidateRecord]
+) -> tuple[list[Built], Built | None]:
+    """What can be built and says something of its own, timed roughly; and the floor, or None where the target refuses it.
+
+    Raises:
+        OptkitError: As ``choose``.
+    """
     built: list[Built] = []
     refused: list[UnsupportedOpError] = []
     for name, candidate in recipes:
@@ -96,13 +128,19 @@ def choose(
         built.append(one)
     if not built:
         raise min(refused, key=lambda e: len(e.problems))
-    floor = None if refused else built[0]
-    if floor is None:
-        # Layers that go back to float are refused.
-        recipe = recipe.model_copy(update={"repair": False})
-    order = _raced(work, sorted(built, key=lambda b: -ratio(b)))
-    best: Built | None = None
-    while order and best is None:
+    return built, None if refused else built[0]
+
+
+def _first_within_limits(
+    work: Compilation, recipe: Recipe, order: list[Built], floor: Built | None, needed: Built | None,
+    tried: dict[str, CandidateRecord], *, strict: bool,
+) -> Built | None:  # fmt: skip
+    """Judge candidates in turn until one keeps the limits, and take those judged out of ``order``.
+
+    Args:
+        needed: What there is nothing to put in place of: that it cannot be judged is an error.
+    """
+    while order:
         one = _next(work, order)
         order.remove(one)
         reasons = []
@@ -112,7 +150,7 @@ def choose(
                 work.judge(one, recipe.limits)
             except OptkitError as error:
                 # What it gives cannot be judged: NaN, or nothing that the evaluator understands.
-                if one is floor or (floor is None and len(built) == 1):
+                if one is needed:
                     raise
                 logger.warning("%s: left out: %s", one.name, error)
                 tried[one.name] = _record(one.name, one, "failed", str(error))
@@ -122,39 +160,31 @@ def choose(
                 # The order is not that of speed, so the smallest may be too slow.
                 reasons += _too_slow(one, recipe)
         if not reasons:
-            best = one
-            break
+            return one
         tried[one.name] = _record(one.name, one, "missed", "; ".join(reasons))
         logger.info("%s: %s", one.name, "; ".join(reasons))
         if floor is not None and recipe.repair and one.lossy and losses(one, recipe, strict=strict):
             fixed = repair(work, recipe, one, strict=strict, faster_than=ratio(floor))
             if fixed is not None:
                 # It goes back into the line: what comes next may be faster than the repaired one.
-                order = sorted([*order, fixed], key=lambda b: -ratio(b))
-    if best is not None:
-        best = _more_accurate(work, recipe, best, order, strict=strict)
-        best = _proven(work, recipe, best, order, tried)
-    missed: list[str] = []
-    if best is None:
-        best = floor if floor is not None else max(built, key=_kept)
-        missed = shortfalls(best, recipe, strict=strict)
-    ranked = ratio(best)
-    best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
-    for one in order:
-        alike = ratio(one) * _ALIKE >= ranked
-        reason = (
-            f"{best.name} is as {_faster(best).replace('er', '', 1)} and {_gain(best, one)}"
-            if alike
-            else f"{best.name} is {_faster(best)} and keeps the limits"
+                order[:] = sorted([*order, fixed], key=lambda b: -ratio(b))
+    return None
+
+
+def _passed_over(one: Built, best: Built, ranked: float) -> CandidateRecord:
+    """Why ``best``, whose ratio was ``ranked`` when candidates were put in order, ships and ``one`` does not."""
+    alike = ratio(one) * _ALIKE >= ranked
+    if alike:
+        return _record(
+            one.name,
+            one,
+            "farther",
+            f"{best.name} is as {_faster(best).replace('er', '', 1)} and {_gain(best, one)}",
         )
-        if not alike and best.speedup is not None and ratio(best) <= ratio(one):
-            reason = f"{best.name} was faster when they were ranked, {ranked:.2f}x, and keeps the limits"
-        behind = "larger" if _faster(best) == "smaller" else "slower"
-        tried[one.name] = _record(one.name, one, "farther" if alike else behind, reason)
-    if best.speedup is not None and _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
-        best = _as_given(work, best, recipe, tried)
-    tried[best.name] = _record(best.name, best, "shipped", "")
-    return _settled(best, list(tried.values()), missed + _too_slow(best, recipe), strict)
+    reason = f"{best.name} is {_faster(best)} and keeps the limits"
+    if best.speedup is not None and ratio(best) <= ratio(one):
+        reason = f"{best.name} was faster when they were ranked, {ranked:.2f}x, and keeps the limits"
+    return _record(one.name, one, "larger" if _faster(best) == "smaller" else "slower", reason)
 
 
 def _kept(built: Built) -> float:
