@@ -48,15 +48,15 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
                 if any(isinstance(v, Symbol) for v in given):
                     return Symbol(f"{name}({', '.join(map(str, given))})")
                 return known[name](*given)
-        raise ModelError(f"{ast.unparse(node)!r} in {expression!r} is no size")
+        raise ModelError(f"{ast.unparse(node)!r} in {expression!r} is not a size")
 
     if len(expression) > _LONGEST:
-        raise ModelError(f"an expression of {len(expression)} characters is no size")
+        raise ModelError(f"an expression of {len(expression)} characters is not a size")
     try:
         found = value(ast.parse(expression, mode="eval"))
         return found if isinstance(found, Symbol) else int(found)
     except (SyntaxError, ZeroDivisionError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{expression!r} is no size: {error}") from error
+        raise ModelError(f"{expression!r} is not a size: {error}") from error
 
 
 class Symbol:

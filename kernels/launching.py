@@ -104,7 +104,7 @@ class Function:
         if facts["arch"] != record["arch"].rstrip("a"):
             raise UsageError(
                 f"{code.name} is code for {record['arch']}, the device is {facts['device']} "
-                f"({facts['arch']}): machine code runs on the architecture that it is for alone",
+                f"({facts['arch']}): machine code runs only on the architecture that it was compiled for",
                 hint="compile for the target that has this device: optkit targets lists them",
             )
         try:
@@ -172,7 +172,7 @@ class Function:
 def _whole(name: str, argument: Mapping[str, Any], value: int) -> Any:
     if argument["type"] not in _WHOLE:
         raise ModelError(
-            f"{name}: its argument {argument['name']} is {argument['type']}, which is no whole number"
+            f"{name}: its argument {argument['name']} is {argument['type']}, which is not a whole number"
         )
     kind, bits = _WHOLE[argument["type"]]
     if not -(1 << bits) <= value < 1 << bits:

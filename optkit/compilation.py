@@ -178,7 +178,7 @@ class Compilation:
             source = self.unseen
         feeds = [dict(batch) for batch, _ in zip(source, range(_TIMED_BATCHES), strict=False)]
         if not feeds:
-            raise DataError("there is not one batch to run")
+            raise DataError("there are no batches to run")
         return feeds
 
     @cached_property

@@ -427,7 +427,7 @@ def fidelity(reference: Run, candidate: Run, batches: Iterable[Mapping[str, np.n
             signal[name] = signal.get(name, 0.0) + float(x @ x)
             noise[name] = noise.get(name, 0.0) + float((x - y) @ (x - y))
     if not n:
-        raise DataError("there is not one batch to compare the outputs on")
+        raise DataError("there are no batches to compare the outputs on")
     if missing and not numbers:
         raise DataError(
             "all that the reference computes is NaN or infinite: there is nothing to compare",

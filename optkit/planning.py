@@ -134,9 +134,7 @@ def plan(model: ir.Model, target: Target, precision: str | None = None) -> Plan:
         hint = "optkit inspect counts what it computes and moves"
         if not target.runs_here:
             hint += f"; optkit compile -t {target.name} writes it, and says what is then left to be measured there"
-        raise UsageError(
-            f"no {lacks} of {called(target.name)} are known, and a plan counts with them", hint=hint
-        )
+        raise UsageError(f"no {lacks} of {called(target.name)} are known, and a plan needs them", hint=hint)
     asked = None if precision is None else Precision.parse(precision).base
     if asked is not None and asked not in WEIGHTS:
         raise UsageError(f"no plan is made for {asked}", hint=f"one of {', '.join(WEIGHTS)}")

@@ -199,7 +199,7 @@ def _share(step: int, steps: int, warmup: float) -> float:
 
 def _batch(item: Any, device: torch.device) -> Labelled:
     if not isinstance(item, Sequence) or len(item) != 2:
-        raise UsageError("the loader gives something else than (inputs, targets)")
+        raise UsageError("the loader yields something other than (inputs, targets)")
     inputs, targets = item
     targets = _moved(targets, device)
     if isinstance(inputs, Mapping):

@@ -223,9 +223,9 @@ class TrainingSession:
         parameters = replaced(self._known, self.module)
         if parameters is None or not (self._sharded() or _was_sharded(self._known)):
             raise UsageError(
-                "the module's parameters are others than when the session was made",
-                hint="make the session last, on the device of the training; of wrappers that replace parameters only "
-                "torch.distributed.fsdp.fully_shard can be used with it, after the session and before the optimizer",
+                "the module's parameters are not those that the session was made with",
+                hint="make the session last, on the device that trains; of the wrappers that replace parameters, only "
+                "torch.distributed.fsdp.fully_shard works with a session: after it, and before the optimizer",
             )
         for name, attached in self._attached:
             with _named(name):

@@ -504,5 +504,5 @@ def test_outputs_without_elements_are_equal():
 
 
 def test_nothing_to_compare_is_refused():
-    with pytest.raises(DataError, match="not one batch"):
+    with pytest.raises(DataError, match="no batches"):
         fidelity(_run, _run, [])

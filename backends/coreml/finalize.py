@@ -61,7 +61,7 @@ def finalize(
     """
     if not has_core_ml():
         raise BackendUnavailableError(
-            f"Core ML is on Macs alone, this is {platform.system()}",
+            f"Core ML runs only on Macs, this is {platform.system()}",
             hint="copy the artifact's folder to a Mac with optkit[coreml], and call optkit finalize there",
         )
     facts = _facts()

@@ -61,7 +61,7 @@ def layers(file: Path) -> list[str]:
     """Names of the convolutions of a model that kernels may be preferred for.
 
     Raises:
-        ModelError: The file is no XML.
+        ModelError: The file is not XML.
     """
     return [str(layer.get("name")) for layer in _parsed(file).iterfind("layers/layer") if _takes(layer)]
 
@@ -70,7 +70,7 @@ def preferring(file: Path, kernels: Mapping[str, Kernel]) -> bytes:
     """The text of a model whose convolutions prefer these kernels, by the layer's name; layers that it lacks are passed over.
 
     Raises:
-        ModelError: The file is no XML.
+        ModelError: The file is not XML.
     """
     root = _parsed(file)
     for layer in root.iterfind("layers/layer"):
@@ -139,7 +139,7 @@ def _parsed(file: Path) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(file.read_bytes())
     except ElementTree.ParseError as error:
-        raise ModelError(f"{file.name}: is no XML: {error}") from error
+        raise ModelError(f"{file.name}: is not XML: {error}") from error
 
 
 def _takes(layer: ElementTree.Element) -> bool:

@@ -35,7 +35,7 @@ def ranges(inputs: Sequence[TensorSpec], given: Mapping[str, Range]) -> dict[str
     """Smallest, usual and largest size of every free axis by name; ``given`` overrides what is assumed.
 
     Raises:
-        UsageError: A name is no free axis, a range is not in order, or an input has no known rank.
+        UsageError: A name is not a free axis, a range is not in order, or an input has no known rank.
     """
     found: dict[str, Range] = {}
     for name, spec, axis in free_axes(inputs):
@@ -45,7 +45,7 @@ def ranges(inputs: Sequence[TensorSpec], given: Mapping[str, Range]) -> dict[str
     unknown = sorted(set(given) - set(found))
     if unknown:
         raise UsageError(
-            f"options.sizes: {unknown[0]} is no free axis of the model",
+            f"options.sizes: {unknown[0]} is not a free axis of the model",
             hint=f"free axes: {', '.join(found) or 'none'}",
         )
     for name, (low, usual, high) in given.items():

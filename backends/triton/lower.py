@@ -94,7 +94,8 @@ class Triton(Backend):
         if target.vendor == "amd" and (options.plugins or options.rest == "cuda"):
             asked = "plugins: TensorRT" if options.plugins else "rest=cuda: CUDA"
             raise UsageError(
-                f"options.{asked} is NVIDIA's, and {target.name} is AMD's", hint="leave the option out"
+                f"options.{asked} is NVIDIA's, and {target.name} is AMD's",
+                hint="leave the option out",
             )
         need_triton()
 
@@ -107,7 +108,7 @@ class Triton(Backend):
         known = {d: None for s in specs(model)[0] for d in s.shape or () if isinstance(d, str)}
         if unknown := [name for name in options.sizes if name not in known]:
             raise UsageError(
-                f"options.sizes: {unknown[0]} is no free axis of the model",
+                f"options.sizes: {unknown[0]} is not a free axis of the model",
                 hint=f"free axes: {', '.join(known) or 'none'}",
             )
         return options.sizes

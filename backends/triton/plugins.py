@@ -73,7 +73,7 @@ def _variant(row: Mapping[str, Any], node: ir.Node) -> dict[str, Any]:
     places = [i for i, o in enumerate(row["outputs"]) if o is not None]
     outputs = [row["outputs"][i] for i in places]
     if None in row["inputs"]:
-        raise ModelError(f"{row['node']}: a call that leaves out operands is no plug-in")
+        raise ModelError(f"{row['node']}: a call that leaves out operands cannot be a plug-in")
     kinds = [v.dtype.name if v is not None and v.dtype is not None else "nothing" for v in node.inputs]
     kinds += [o["type"] for o in outputs]
     if odd := [k for k in kinds if k not in _TYPES]:
@@ -207,7 +207,7 @@ def _number(expression: str) -> str:
                 if name in ("elements", "axis"):
                     return f"s.{name}({', '.join(a.removeprefix('int64_t') for a in inner)})"
                 return f"{'std::' if name in ('min', 'max') else ''}{name}({', '.join(inner)})"
-        raise ModelError(f"{expression!r} is no size")
+        raise ModelError(f"{expression!r} is not a size")
 
     return text(ast.parse(expression, mode="eval").body)
 
@@ -225,7 +225,7 @@ def _symbol(expression: str) -> str:
                 return _with(name, [text(a) for a in arguments])
             case ast.Call(func=ast.Name(id=name), args=arguments) if name in ("elements", "axis"):
                 return f"s.{name}({', '.join(json.dumps(ast.literal_eval(a)) for a in arguments)})"
-        raise ModelError(f"{expression!r} is no size that TensorRT works out")
+        raise ModelError(f"{expression!r} is not a size that TensorRT works out")
 
     return text(ast.parse(expression, mode="eval").body)
 

@@ -92,7 +92,7 @@ def _segment(nodes: list[ir.Node], readers: Mapping[ir.Value, set[ir.Node]]) -> 
     for value in (*inputs, *outputs):
         if value.dtype == ir.DataType.STRING or not isinstance(value.type, ir.TensorType | None):
             raise ModelError(
-                f"{describe(nodes[0])}: {value.name} goes between steps of the device, and is no tensor of numbers"
+                f"{describe(nodes[0])}: {value.name} goes between steps of the device, and is not a tensor of numbers"
             )
     host = [v for v in outputs if v.dtype in _SMALL_KINDS and (v.shape is None or len(v.shape) <= 1)]
     return Segment(

@@ -54,7 +54,7 @@ def mixes(codes: Sequence[bytes], arch: str) -> list[dict[str, int]]:
         RuntimeError: The disassembler fails, or does not name each instruction.
     """
     if any(not c or len(c) % _BYTES for c in codes):
-        raise RuntimeError(f"a program for {arch} is no whole number of instructions")
+        raise RuntimeError(f"a program for {arch} is not a whole number of instructions")
     ends = list(itertools.accumulate(len(c) for c in codes))
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))

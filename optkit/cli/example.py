@@ -57,7 +57,7 @@ def _drawn(part: str, rng: Any) -> tuple[str, Any]:
     sizes, _, kind = rest.partition(":")
     kind = kind or "float32"
     if kind not in _KINDS:
-        raise UsageError(f"--inputs {part!r}: {kind} is no type of inputs", hint=", ".join(_KINDS))
+        raise UsageError(f"--inputs {part!r}: {kind} is not a type of inputs", hint=", ".join(_KINDS))
     shape = tuple(int(n) for n in sizes.split("x"))
     return name, (
         rng.standard_normal(shape) if kind.startswith("float") else rng.integers(0, 2, shape)

@@ -316,7 +316,7 @@ def _stored(terminal: Terminal, model: str, asked: Sequence[str], *, as_json: bo
     manifest = artifact.manifest
     if asked:
         raise UsageError(
-            f"{model}: {' and '.join(asked)}: the graph is needed, and the artifact holds files of {manifest.backend} alone",
+            f"{model}: {' and '.join(asked)}: the graph is needed, and the artifact holds only files of {manifest.backend}",
             hint=f"give the file that it was compiled from, {manifest.model.name}",
         )
     inputs = [str(s) for s in specs(interface(model).model)[0]]

@@ -170,7 +170,7 @@ def _capture(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> _Captured:
                     new = None
                 elif symbol not in axes:
                     raise UsageError(
-                        f"the graph takes {node.name} ({symbol}), which is no axis of an input",
+                        f"the graph takes {node.name} ({symbol}), which is not an axis of an input",
                         hint="torch.compile(..., dynamic=False) compiles for each size by itself",
                     )
                 else:
@@ -239,7 +239,7 @@ def _outputs(module: torch.fx.GraphModule) -> tuple[int | None, ...]:
         example = value.meta.get("example_value") if isinstance(value, torch.fx.Node) else value
         if not isinstance(example, torch.Tensor):
             raise UsageError(
-                f"the graph gives back {value}, which is no tensor",
+                f"the graph gives back {value}, which is not a tensor",
                 hint="torch.compile(..., dynamic=False) makes sizes constants",
             )
         places.append(kept.setdefault(value, len(kept)))

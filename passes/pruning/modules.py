@@ -168,7 +168,7 @@ class Cut:
                 # The bias of 0 that a convolution without one is exported with.
                 if weight.const_value is not None and np.ptp(weight.const_value.numpy()) == 0:
                     continue
-                raise ValueError(f"{weight.name} is no parameter of the module") from error
+                raise ValueError(f"{weight.name} is not a parameter of the module") from error
             # From the whole tensor: groups before this one may have cut it, along the same axis even.
             new = self._whole.setdefault(str(weight.name), old.detach())
             for axis, stay in kept(self._found, weight, self.done).items():

@@ -557,7 +557,7 @@ def test_kernels_are_not_timed_for_a_graph_without_convolutions(tmp_path, monkey
 def test_with_chosen_kernels_too_a_broken_file_is_a_clear_error(tmp_path):
     backend, options = _lower(_mobile(), tmp_path)
     (tmp_path / "model.xml").write_text("<net")
-    with pytest.raises(ModelError, match=r"model\.xml: is no XML"):
+    with pytest.raises(ModelError, match=r"model\.xml: is not XML"):
         backend.load(tmp_path, CPU, options.model_copy(update={"kernels": {"c": "jit_avx512"}}), threads=1)
 
 

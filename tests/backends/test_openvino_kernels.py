@@ -120,5 +120,5 @@ def test_preferences_are_written_where_openvino_reads_them(tmp_path):
 @pytest.mark.parametrize("read", [layers, lambda file: preferring(file, {})])
 def test_a_file_that_is_no_xml_is_named(tmp_path, read):
     (tmp_path / "model.xml").write_text("<net")
-    with pytest.raises(ModelError, match=r"model\.xml: is no XML"):
+    with pytest.raises(ModelError, match=r"model\.xml: is not XML"):
         read(tmp_path / "model.xml")

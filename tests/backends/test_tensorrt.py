@@ -276,7 +276,7 @@ def test_a_sample_that_the_engine_cannot_take_is_refused_with_its_axis(without_r
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"width": (1, 2, 3)}, "width is no free axis"),
+        ({"width": (1, 2, 3)}, "width is not a free axis"),
         ({"height": (64, 32, 128)}, "not in order"),
         ({"height": (0, 32, 128)}, "not in order"),
     ],

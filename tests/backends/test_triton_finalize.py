@@ -239,7 +239,7 @@ def test_golden_batches_that_are_gone_are_missed(artifact, gpu):
 
 
 def test_sizes_that_no_axis_has_are_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"options\.sizes: M is no free axis") as caught:
+    with pytest.raises(UsageError, match=r"options\.sizes: M is not a free axis") as caught:
         optkit.compile(parse(TEXT.replace("MatMul (x, w)", "Neg (x)").replace("Add (m, c)", "Neg (m)"), s=np.ones(64, np.float16)), target="h100", recipe="triton-fp32", overrides=["options.sizes.M=3"], out=tmp_path / "out")  # fmt: skip
     assert caught.value.hint == "free axes: N"
 

@@ -562,7 +562,7 @@ g (string[N] words, float[N, 16] x) => (float[N, 16] y, string[N] z) {
     model = parse(text, s=np.ones(16, np.float32))
     calls = [n for n in model.graph if n.domain == "optkit"]
     with pytest.raises(
-        ModelError, match="words goes between steps of the device, and is no tensor of numbers"
+        ModelError, match="words goes between steps of the device, and is not a tensor of numbers"
     ):
         schedule(model.graph, calls)
 

@@ -88,7 +88,7 @@ def test_an_npz_is_one_example(optkit, here):
     ("given", "said"),
     [
         ("ids=2x", "NAME=SIZES is wanted"),
-        ("ids=2x6:string", "string is no type of inputs"),
+        ("ids=2x6:string", "string is not a type of inputs"),
         ("ids=2x6:int64,2x6", "either all inputs have a name"),
         ("nowhere.npz", "nowhere.npz"),
         ("broken.npz", "cannot be read"),

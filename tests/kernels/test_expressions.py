@@ -31,7 +31,7 @@ def test_expressions_are_worked_out(text, value):
     ],
 )  # fmt: skip
 def test_anything_else_is_refused(text):
-    with pytest.raises(ModelError, match="is no size"):
+    with pytest.raises(ModelError, match="is not a size"):
         evaluate(text, {"rows": 3, **of_shapes([(2,)])})
 
 

@@ -42,8 +42,8 @@ def test_programs_in_a_row_have_the_instructions_that_each_has_alone():
     ("codes", "why"),
     [
         ([SPIN, b"\xff" * 16], "nvdisasm: .*Illegal instruction"),
-        ([SPIN, b""], "no whole number of instructions"),
-        ([SPIN[:8], SPIN[:8]], "no whole number of instructions"),
+        ([SPIN, b""], "not a whole number of instructions"),
+        ([SPIN[:8], SPIN[:8]], "not a whole number of instructions"),
     ],
 )
 def test_bytes_that_are_no_instructions_are_refused(codes, why):

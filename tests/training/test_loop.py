@@ -227,7 +227,7 @@ def test_what_makes_no_sense_is_refused(data):
         optkit.finetune(_made(), DISTIL, [], F.cross_entropy)
     with pytest.raises(UsageError, match="patience needs evaluate="):
         optkit.finetune(_made(), DISTIL, _loader(data), F.cross_entropy, fit=Fit(patience=1))
-    with pytest.raises(UsageError, match=r"something else than \(inputs, targets\)"):
+    with pytest.raises(UsageError, match=r"something other than \(inputs, targets\)"):
         optkit.finetune(_made(), DISTIL, [torch.ones(2, 8)], F.cross_entropy)
     with pytest.raises(DataError, match="epoch 1: the loss is nan"):
         optkit.finetune(_made(), DISTIL, _loader(data), lambda y, t: F.cross_entropy(y, t) * math.nan)

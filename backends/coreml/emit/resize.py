@@ -171,7 +171,7 @@ def _resize_free(
 ) -> Any:
     """Axes of free size: by factors, or to a size computed at run time."""
     if x.rank < 4 or not set(moved) <= {x.rank - 2, x.rank - 1}:
-        raise refused(node, "Core ML resizes the last two axes alone, where their sizes are free")
+        raise refused(node, "Core ML resizes only the last two axes where sizes are free")
     factors = [scales.get(a, 1.0) for a in (x.rank - 2, x.rank - 1)]
     if (
         mode == "linear"
@@ -184,7 +184,7 @@ def _resize_free(
         }  # fmt: skip
         if all(float(f or 0).is_integer() for f in factors):
             return mb.upsample_bilinear(x=x, **settings)
-        raise refused(node, "a scale that is no integer, of an axis of free size")
+        raise refused(node, "a scale that is not an integer, of an axis of free size")
     if not c.has(node, 3) or c.version < 17:
         raise refused(node, f"mode {mode!r} of an axis of free size")
     sizes = c.input(node, 3)

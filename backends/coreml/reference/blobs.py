@@ -51,7 +51,7 @@ class Blobs:
             self._data = np.memmap(file, np.uint8, "r").view(np.ndarray)
         if self._data is not None:
             if self._data.size < 64:
-                raise ModelError(f"{file.name}: {self._data.size} bytes are no file of weights")
+                raise ModelError(f"{file.name}: {self._data.size} bytes are not a file of weights")
             _, version = struct.unpack_from("<II", self._data.data, 0)
             if version != 2:
                 raise ModelError(f"{file.name}: blob storage of version {version}, and version 2 is known")

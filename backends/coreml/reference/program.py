@@ -205,7 +205,7 @@ class Package:
         kind = self.spec.WhichOneof("Type")
         if kind != "mlProgram":
             raise ModelError(
-                f"{path.name}: holds a {kind or 'model of unknown type'}, and ML Programs alone are read"
+                f"{path.name}: holds a {kind or 'model of unknown type'}, and only ML Programs are read"
             )
         self.blobs = Blobs(path / _FOLDER / "weights" / "weight.bin")
         # What is said many times is held once: of a small model the text is more than its weights.
@@ -255,7 +255,7 @@ class Package:
             kind = self._once(_type(proto.type))
             if proto.blobFileValue.fileName != _WEIGHTS:
                 raise ModelError(
-                    f"a value lies in {proto.blobFileValue.fileName!r}, and {_WEIGHTS} alone is read"
+                    f"a value lies in {proto.blobFileValue.fileName!r}, and {_WEIGHTS} is the only file read"
                 )
             return Lazy(blobs=self.blobs, offset=proto.blobFileValue.offset, type=kind)
         held = proto.immediateValue

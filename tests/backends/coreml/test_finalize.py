@@ -288,7 +288,7 @@ def test_pictures_are_handed_over_as_pictures_red_first(color, channels, tmp_pat
 
 def test_elsewhere_it_says_that_a_mac_is_needed(artifact, monkeypatch, capsys):
     monkeypatch.setattr("platform.system", lambda: "Linux")
-    with pytest.raises(BackendUnavailableError, match="Core ML is on Macs alone, this is Linux"):
+    with pytest.raises(BackendUnavailableError, match="Core ML runs only on Macs, this is Linux"):
         finalize(artifact)
     assert main(["finalize", str(artifact)]) == 4
     assert "copy the artifact's folder to a Mac" in capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_from_ios_17_on_a_place_counted_from_the_end_is_none(node, deployment, t
     ("content", "message"),
     [
         (b"", "0 bytes|no blob"),
-        (b"\0" * 10, "10 bytes are no file of weights"),
+        (b"\0" * 10, "10 bytes are not a file of weights"),
         (b"\1\0\0\0\7\0\0\0" + b"\0" * 56, "version 7"),
     ],
 )

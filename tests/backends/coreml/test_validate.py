@@ -238,7 +238,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "a file with fewer weights": ("const", _longer_blob, r"holds \d+ bytes float\d\d, the program says float\d\d\[7, 3, 3, 3\]"),
     "a file of floats for integers": ("const", _blob_of_another_type, r"bytes float\d\d, the program says int\d\d"),
     "weights beyond the file": ("const", _far_blob, "no blob at 1073741824"),
-    "weights in another file": ("const", _another_file, "weight.bin alone is read"),
+    "weights in another file": ("const", _another_file, "weight.bin is the only file read"),
     "an axis that is not there": ("softmax", _set("softmax", "axis", 5), "axis is 5, and x has 2 axes"),
     "axes of which one is not there": ("reduce_mean", _set("reduce_mean", "axes", 2, -5), "axes is -5, and x has 4 axes"),
     "an axis twice": ("reduce_mean", _set("reduce_mean", "axes", 2, -2), r"axes is \[2, -2\], and names an axis twice"),
