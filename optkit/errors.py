@@ -77,9 +77,3 @@ class BackendUnavailableError(OptkitError):
     """Not possible on this machine: a package or device is missing."""
 
     exit_code = 4
-
-
-class InconclusiveError(OptkitError):
-    """A gate that the data at hand cannot decide."""
-
-    exit_code = 5

@@ -209,6 +209,15 @@ def test_free_axes_stay_free(compiled):
     assert session.run(_batches(1, size=5)[0])["classes"].shape == (5, 4)
 
 
+def test_streams_give_the_outputs_in_the_order_of_the_batches(model, tmp_path):
+    plan = {"recipe": 1, "backend": "onnxruntime", "options": {"streams": 3}, "passes": []}
+    artifact, _ = compile(model, recipe=plan, out=tmp_path / "out")
+    batches = _batches(20)
+    assert artifact.streams == 3
+    found = [outputs["classes"] for outputs in artifact.run_all(batches)]
+    np.testing.assert_array_equal(found, [artifact.run(feeds)["classes"] for feeds in batches])
+
+
 def test_feeds_of_other_names_are_refused(compiled):
     with pytest.raises(DataError, match="the inputs are image; given: picture"):
         optkit.load(compiled[0].folder).run({"picture": np.zeros((1, 3, 12, 12), np.float32)})

@@ -10,7 +10,6 @@ from optkit.backends.onnxruntime import OnnxRuntime
 from optkit.errors import (
     BackendUnavailableError,
     DataError,
-    InconclusiveError,
     LimitMissedError,
     ModelError,
     OptkitError,
@@ -128,7 +127,7 @@ def test_every_node_that_the_backend_cannot_run_is_listed_bodies_included():
     ("kind", "code"),
     [
         (OptkitError, 1), (ModelError, 1), (UnsupportedOpError, 1), (PassError, 1), (UsageError, 2), (RecipeError, 2),
-        (DataError, 2), (UnknownNameError, 2), (LimitMissedError, 3), (BackendUnavailableError, 4), (InconclusiveError, 5),
+        (DataError, 2), (UnknownNameError, 2), (LimitMissedError, 3), (BackendUnavailableError, 4),
     ],
 )  # fmt: skip
 def test_every_error_has_its_exit_code(kind, code):
