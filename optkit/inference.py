@@ -79,12 +79,12 @@ def at_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Mode
     return fixed
 
 
-def infer_node(node: ir.Node, *, opset: int = OPSET) -> None:
+def infer_node(node: ir.Node) -> None:
     """Give the outputs of one new node the types and shapes that follow from its inputs; needs no graph.
 
     Leaves them alone where ONNX has no rule or the inputs' types are unknown.
     """
-    for output, found in zip(node.outputs, _outputs(node, opset), strict=False):
+    for output, found in zip(node.outputs, _outputs(node), strict=False):
         _take(output, found)
     # A size that is what the others leave over, ONNX knows of numbers alone.
     known, walk = shape_of(node.outputs[0]), _Walk()
@@ -264,7 +264,7 @@ class _Walk:
                 dims = shape(node, self.of)
         elif is_call(node) and first is not None and first.shape is not None:
             dims = shape_of(first)
-        for index, (output, found) in enumerate(zip(node.outputs, _outputs(node, OPSET), strict=False)):
+        for index, (output, found) in enumerate(zip(node.outputs, _outputs(node), strict=False)):
             if index or dims is None:
                 self._set(output, found, None)
         if dims is not None:
@@ -343,9 +343,9 @@ def _renames(value: ir.Value) -> bool:
     return value.is_graph_output() and value.shape is not None and not value.shape.is_static()
 
 
-def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:
+def _outputs(node: ir.Node) -> list[onnx.TypeProto]:
     """Types and shapes by ONNX's rule for the operator; empty where there is none."""
-    if not onnx.defs.has(node.op_type, opset, node.domain) or any(True for _ in subgraphs(node)):
+    if not onnx.defs.has(node.op_type, OPSET, node.domain) or any(True for _ in subgraphs(node)):
         return []
     types: dict[str, onnx.TypeProto] = {}
     data: dict[str, onnx.TensorProto] = {}
@@ -362,8 +362,8 @@ def _outputs(node: ir.Node, opset: int) -> list[onnx.TypeProto]:
             data[name] = onnx.helper.make_tensor(
                 name, int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True
             )
-    if (misread := _misread(node)) and node.op_type in _POOLS:
-        opset = max(opset, _RIGHT)
+    misread = _misread(node)
+    opset = max(OPSET, _RIGHT) if misread and node.op_type in _POOLS else OPSET
     proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain)
     proto.input.extend("" if v is None else names[v] for v in node.inputs)
     proto.output.extend(f"o{i}" for i in range(len(node.outputs)))

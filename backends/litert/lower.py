@@ -103,11 +103,9 @@ class LiteRt(Backend):
         for signature in chosen:
             sized = fixed(model, signature.sizes)
             problems = [(describe(n), reason) for n in walk(sized) if (reason := _refused(n)) is not None]
-            if problems:
-                raise UnsupportedOpError(
-                    f"LiteRT for {target.name}", problems, hint="choose another --backend"
-                )
-            floats, problems = _emit(file, sized, signature.key)
+            floats = list[str]()
+            if not problems:
+                floats, problems = _emit(file, sized, signature.key)
             if problems:
                 raise UnsupportedOpError(
                     f"LiteRT for {target.name}", problems, hint="choose another --backend"
