@@ -305,7 +305,7 @@ class Compilation:
             weights=weight_bytes_by_type(model),
             rounds=any(n.op_type == "QuantizeLinear" for n in walk(self.loaded.model)),
             narrows=engine.narrows(options),
-            saturation=saturation(model, self.target),
+            saturation=saturation(model, self.target, engine),
         )
         with self.session(built) as session:
             first, *others = self.trials

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["compute", "between"]
+Library = Literal["mlas", "onednn"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Placement:
         weight: Format of weights, per output channel where ``per_channel``.
         centred: By what share a range on both sides of 0 may be widened so that 0 is in its middle: kernels of signed integers
             have no zero point to make up for.
+        library: Whose integer kernels multiply on x86; ``optkit/saturation.py`` knows what those saturate without VNNI.
         bias: Whether biases become int32 on the grid of the products; else they stay float.
         source: Why these rows: a measurement or a document.
     """
@@ -57,6 +59,7 @@ class Placement:
     weight: str
     per_channel: bool = True
     centred: float = 0.0
+    library: Library = "mlas"
     bias: bool = True
     source: str = ""
 

@@ -19,7 +19,8 @@ from optkit.saturation import narrowed, products
 from optkit.targets import Target
 
 if TYPE_CHECKING:
-    from optkit.backends.base import Executed
+    from optkit.backends.base import Backend, Executed
+    from optkit.placement import Library
 
 # What kernels read in place of floats.
 _NARROW = frozenset(ir.DataType[n] for n in ("INT8", "UINT8", "INT4", "UINT4", "FLOAT8E4M3FN"))
@@ -85,11 +86,13 @@ def weight_bytes_by_type(model: ir.Model) -> dict[str, int]:
     return found
 
 
-def saturation(model: ir.Model, target: Target) -> SaturationRecord | None:
-    """Which products of a finished graph can saturate on ``target``; None where none ever does."""
+def saturation(model: ir.Model, target: Target, engine: Backend) -> SaturationRecord | None:
+    """Which products of a finished graph can saturate in kernels of ``engine`` on ``target``; None where none ever does."""
     if not target.saturates:
         return None
-    found = list(products(model))
+    # All placements of a backend are for the same kernels.
+    library: Library = next((p.library for p in engine.placements.values()), "mlas")
+    found = list(products(model, library))
     return SaturationRecord(
         layers=len(found), at_risk=tuple(str(p.node.name) for p in found if p.at_risk.any()),
         narrowed={str(p.node.name): told for p in found if (told := narrowed(p.node)) is not None},

@@ -10,6 +10,11 @@ so the pairs are ``(0, 1), (2, 3) ...``. Convolutions run as the same product ov
 channel, each group apart (``qlinearconv.cc``, NHWC im2col); ``convsym.cpp`` packs four channels of a position, which are the
 same pairs. Zero points are subtracted later, so padding counts as the zero point of the activations. Depthwise kernels and
 products of u8 by u8 widen before they multiply and are exact. Checked against ONNX Runtime itself under an emulated Haswell.
+
+OpenVINO's kernels are oneDNN's, and saturate alike, with three differences. Convolutions run on integers whatever they store, so
+a layer needs no pair behind it. Those without groups pad the channels of each kernel position, so no pair spans two positions.
+And signed activations are shifted by 128 to u8, in products of matrices too, where MLAS widens them first. Checked to the last
+bit against OpenVINO 2026.4 on a Zen 3, which has AVX2 and no VNNI (``jit_avx2``, ``jit_avx2_1x1``, ``jit_gemm``).
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import attribute, constant, graphs, users
+from optkit.placement import Library
 from optkit.reference import ReferenceSession
 from optkit.rewrite import Names, label, register
 
@@ -40,12 +46,14 @@ class Product:
     """A node that becomes one product of u8 activations with constant s8 weights.
 
     Attributes:
-        x: The activations in u8.
+        x: The activations, in u8 once ``shift`` is added.
         x_scale: Of the activations; None for products whose result stays in integers.
         x_zero: Zero point of the activations, or None for 0.
         weights: ``[N, K]``, in the order in which the kernel reads them.
         factors: Scale of the weights, ``[N]`` or ``[1]``.
         kernel: Window of a convolution; empty for other products.
+        channels: That one output of a convolution reads; 0 for other products.
+        shift: What the kernel adds to activations and zero point: 128 where they are s8.
     """
 
     node: ir.Node
@@ -55,6 +63,8 @@ class Product:
     weights: np.ndarray
     factors: np.ndarray
     kernel: tuple[int, ...] = ()
+    channels: int = 0
+    shift: int = 0
 
     @property
     def at_risk(self) -> np.ndarray:
@@ -75,10 +85,13 @@ def pairs_at_risk(weights: np.ndarray) -> np.ndarray:
     return found
 
 
-def kernel_order(node: ir.Node, weights: np.ndarray) -> np.ndarray:
+def kernel_order(node: ir.Node, weights: np.ndarray, library: Library = "mlas") -> np.ndarray:
     """Weights of Conv, MatMul, MatMulInteger or Gemm as ``[N, K]``, in the order in which the kernel multiplies them."""
     if node.op_type == "Conv":
-        return np.moveaxis(weights, 1, -1).reshape(len(weights), -1)
+        last = np.moveaxis(weights, 1, -1)
+        if library == "onednn" and last.shape[-1] % 2 and attribute(node, "group", 1) == 1:
+            last = np.pad(last, [*[(0, 0)] * (last.ndim - 1), (0, 1)])
+        return last.reshape(len(last), -1)
     return weights if node.op_type == "Gemm" and attribute(node, "transB", 0) else weights.T
 
 
@@ -87,11 +100,11 @@ def is_depthwise(node: ir.Node, weights: np.ndarray) -> bool:
     return node.op_type == "Conv" and weights.shape[1] == 1 and attribute(node, "group", 1) == len(weights)
 
 
-def products(model: ir.Model) -> Iterator[Product]:
-    """The nodes that run as products of u8 activations with constant s8 weights, and may saturate."""
+def products(model: ir.Model, library: Library = "mlas") -> Iterator[Product]:
+    """The nodes that kernels of ``library`` run as products of u8 activations with constant s8 weights, and may saturate."""
     for graph in graphs(model):
         for node in graph:
-            found = _integer(node) if node.op_type == "MatMulInteger" else _dequantized(node)
+            found = _integer(node) if node.op_type == "MatMulInteger" else _dequantized(node, library)
             if found is not None:
                 yield found
 
@@ -107,7 +120,7 @@ def _integer(node: ir.Node) -> Product | None:
     )
 
 
-def _dequantized(node: ir.Node) -> Product | None:
+def _dequantized(node: ir.Node, library: Library) -> Product | None:
     if node.op_type not in ("Conv", "MatMul", "Gemm") or node.domain != "":
         return None
     x, w = (_behind(value) for value in node.inputs[:2])
@@ -117,10 +130,12 @@ def _dequantized(node: ir.Node) -> Product | None:
     zero = x.inputs[2] if len(x.inputs) > 2 else None
     assert source is not None
     kind = source.dtype or (None if zero is None else zero.dtype)
-    if weights is None or scale is None or weights.dtype != np.int8 or kind != ir.DataType.UINT8:
+    shifts = {ir.DataType.UINT8: 0} | ({ir.DataType.INT8: 128} if library == "onednn" else {})
+    if weights is None or scale is None or weights.dtype != np.int8 or kind not in shifts:
         return None
     if node.op_type == "Conv":
-        if is_depthwise(node, weights) or not _quantized_again(node.outputs[0]):
+        stored = library == "onednn" or _quantized_again(node.outputs[0])
+        if is_depthwise(node, weights) or not stored:
             return None
     elif weights.ndim != 2 or attribute(node, "transA", 0):
         return None
@@ -133,7 +148,8 @@ def _dequantized(node: ir.Node) -> Product | None:
         factors = factors * np.float32(node.attributes.get_float("alpha", 1.0))
     return Product(
         node=node, x=source, x_scale=x.inputs[1], x_zero=zero,
-        weights=kernel_order(node, weights), factors=factors, kernel=weights.shape[2:] if node.op_type == "Conv" else (),
+        weights=kernel_order(node, weights, library), factors=factors, kernel=weights.shape[2:] if node.op_type == "Conv" else (),
+        channels=weights.shape[1] if node.op_type == "Conv" else 0, shift=shifts[kind],
     )  # fmt: skip
 
 
@@ -182,9 +198,8 @@ def _columns(product: Product, new: _Nodes) -> tuple[ir.Value, int, np.ndarray]:
     x = new("Cast", product.x, dtype=_FLOAT, to=int(_FLOAT.value))
     if node.op_type != "Conv":
         return x, -1, np.broadcast_to(np.arange(k), (n, k))
-    kernel = product.kernel
+    kernel, channels = product.kernel, product.channels
     size, groups = int(np.prod(kernel)), int(str(attribute(node, "group", 1)))
-    channels = k // size
     # Each channel's window of a kernel position is picked by a depthwise convolution with a single 1, so that strides,
     # dilations and padding are the layer's own. Padding is 0 of what has its zero point subtracted.
     if size > 1 or any(attribute(node, name) is not None for name in ("pads", "strides", "auto_pad")):
@@ -205,15 +220,18 @@ def _columns(product: Product, new: _Nodes) -> tuple[ir.Value, int, np.ndarray]:
         x = new("Conv", x, new.constant("positions", picks), dtype=_FLOAT, group=channels * groups, **plain)
         if zero is not None:
             x = new("Add", x, zero, dtype=_FLOAT)
-    position, channel = np.divmod(np.arange(k), channels)
+    position, channel = np.divmod(np.arange(k), k // size)
     first = np.repeat(np.arange(groups) * channels, n // groups)
-    return x, 1, (first[:, None] + channel) * size + position
+    # Any channel will do where the kernel pads: the weight there is 0.
+    return x, 1, (first[:, None] + np.minimum(channel, channels - 1)) * size + position
 
 
 def _excess(product: Product, names: Names, *, magnitude: bool) -> ir.Value:
     """What saturation adds to each output, in units of the integer products; its magnitude summed up where asked for."""
     new = _Nodes(product.node, names)
     x, axis, where = _columns(product, new)
+    if product.shift:
+        x = new("Add", x, new.constant("shift", np.asarray(product.shift, np.float32)), dtype=_FLOAT)
     risk = product.at_risk
     n, most = len(risk), int(risk.sum(1).max())
     # The pairs at risk of each channel, first ones first; where there are fewer, weights of 0 fill up.
@@ -244,14 +262,14 @@ def _excess(product: Product, names: Names, *, magnitude: bool) -> ir.Value:
     return total
 
 
-def emulate(model: ir.Model) -> list[str]:
-    """Add to every product what saturation makes of it, in place.
+def emulate(model: ir.Model, library: Library = "mlas") -> list[str]:
+    """Add to every product what saturation in kernels of ``library`` makes of it, in place.
 
     Returns:
         Names of the nodes with a pair of weights that can saturate.
     """
     names, changed = Names(model), []
-    for product in tuple(products(model)):
+    for product in tuple(products(model, library)):
         if not product.at_risk.any():
             continue
         node, out = product.node, product.node.outputs[0]
@@ -297,15 +315,17 @@ def narrowed(node: ir.Node) -> str | None:
     return node.metadata_props.get(_NARROWED)
 
 
-def saturated(model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Nodes of the main graph that saturate on ``batches``, were the arithmetic before them exact.
+def saturated(
+    model: ir.Model, batches: Iterable[Mapping[str, np.ndarray]], library: Library = "mlas"
+) -> dict[str, np.ndarray]:
+    """Nodes of the main graph that saturate on ``batches`` in kernels of ``library``, were the arithmetic before them exact.
 
     Returns:
         Label of the node -> ``[N]``: which of its output channels could, for some input; those that did are among them.
     """
     probe = model.clone()
     names, outputs, risk = Names(probe), dict[str, str](), dict[str, np.ndarray]()
-    for product in tuple(products(probe)):
+    for product in tuple(products(probe, library)):
         if product.node.graph is not probe.graph or not product.at_risk.any():
             continue
         total = _excess(product, names, magnitude=True)

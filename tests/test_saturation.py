@@ -163,6 +163,51 @@ def _convolved(raw, w, size, group, attributes):
     return out
 
 
+# A convolution that stores floats.
+FLOAT = CONV.split("  r = Relu")[0].replace("  v =", "  y =") + "}}"
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(
+    ("c", "n", "group", "kernel", "attributes"),
+    [
+        (4, 6, 1, 3, "pads = [1, 1, 1, 1]"),
+        (3, 5, 1, 3, "pads = [0, 1, 2, 0], strides = [2, 1]"),
+        (5, 4, 1, 1, ""),
+        (6, 4, 2, 3, "dilations = [2, 1]"),
+        (4, 8, 4, 3, "pads = [1, 1, 1, 1]"),
+    ],
+)
+def test_onednn_saturates_whatever_is_stored_and_for_shifted_activations_too(
+    c, n, group, kernel, attributes, signed
+):
+    weights = _weights((n, c // group, kernel, kernel), n, seed=c)
+    if signed:
+        weights["zx"] = (ZERO_X.astype(int) - 128).astype(np.int8)
+    given = ", ".join(filter(None, (f"group = {group}", attributes)))
+    model = _model(FLOAT.format(c=c, n=n, attributes=f"<{given}>"), **weights)
+    raw, x = _inputs((2, c, 7, 6), seed=3)
+    exact = _run(model, x)
+    assert list(products(model)) == []
+    assert emulate(model, "onednn") == ["y"]
+    found = _run(model, x)
+    # Without groups a channel of weights 0 stands behind an odd number of them.
+    odd = ((0, 0), (0, c % 2 if group == 1 else 0), (0, 0), (0, 0))
+    wanted = _convolved(np.pad(raw, odd), np.pad(weights["w"], odd), found.shape[2:], group, attributes)
+    wanted = wanted * (SCALE_X * weights["sw"])[:, None, None]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert np.abs(found - exact).max() > 0.05
+
+
+def test_onednn_shifts_signed_activations_of_matrices():
+    weights = _weights((6, 4), 4, seed=0) | {"zx": (ZERO_X.astype(int) - 128).astype(np.int8)}
+    model = _model(MATMUL.format(k=6, n=4, op="MatMul", axis=1), **weights)
+    raw, x = _inputs((5, 6), seed=2)
+    assert emulate(model, "onednn") == ["y"]
+    wanted = _product(raw, weights["w"].T) * (SCALE_X * weights["sw"])
+    np.testing.assert_allclose(_run(model, x), wanted, rtol=0, atol=1e-5)
+
+
 def test_integers_come_out_as_onnx_runtime_gives_them_on_a_haswell():
     w = np.asarray([[127, 127, 1, 127, 127, -1], [-128, -100, 127, 3, -127, -127]], np.int8).T.copy()
     model = _model(INTEGER, w=w)
@@ -213,7 +258,8 @@ def test_near_misses_do_not_saturate(old, new, divided):
 def test_depthwise_convolutions_widen_first():
     weights = _weights((4, 1, 3, 3), 4, seed=0) | {"sy": SCALE_Y, "zy": np.uint8(0)}
     model = _model(CONV.format(c=4, n=4, attributes="<group = 4>"), **weights)
-    assert list(products(model)) == [] and emulate(model) == []
+    for library in ("mlas", "onednn"):
+        assert list(products(model, library)) == [] and emulate(model, library) == []
 
 
 def test_unsigned_weights_and_signed_activations_are_exact():

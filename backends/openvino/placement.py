@@ -19,7 +19,9 @@ _WHY = "OpenVINO's low-precision transformations and the runtime graphs of both 
 # With AMX, kernels whose inputs are signed take 3 to 6 % less of a small network's time; without it they take as long.
 _CENTRED = 0.125
 
-_Integers = partial(Placement, activation="u8", weight="s8", centred=_CENTRED, bias=False, source=_WHY)
+_Integers = partial(
+    Placement, activation="u8", weight="s8", centred=_CENTRED, library="onednn", bias=False, source=_WHY
+)
 
 _LINEAR = (Row(op="Gemm", output=False), Row(op="MatMul", output=False, max_rank=2))
 

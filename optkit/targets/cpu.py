@@ -12,7 +12,7 @@ _INT8 = frozenset({"fp32", "int8"})
 _V3 = frozenset({"avx2", "fma", "bmi2", "f16c"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
-# Weakest first. OpenVINO serves those without VNNI too, but what its kernels saturate cannot be told from here.
+# Weakest first. OpenVINO serves those without VNNI too, but on other machines it does not emulate what it saturates on them.
 X86 = (
     Target(
         name="x86-avx2",

@@ -79,7 +79,7 @@ class QuantizeStatic(GraphPass):
         if self.placement not in context.placements:
             raise UnknownNameError("placement", self.placement, context.placements, where=self.name)
         placement = context.placements[self.placement]
-        weights = Weights(placement, Names(model), self._saturating(model, context))
+        weights = Weights(placement, Names(model), self._saturating(model, placement, context))
         fmt = FORMATS[placement.activation]
         self.refuse(context)
         if self.method == "entropy" and not fmt.integer:
@@ -122,7 +122,9 @@ class QuantizeStatic(GraphPass):
             drop_unused_initializers(model)
         return changes
 
-    def _saturating(self, model: ir.Model, context: Context) -> Mapping[str, np.ndarray]:
+    def _saturating(
+        self, model: ir.Model, placement: Placement, context: Context
+    ) -> Mapping[str, np.ndarray]:
         """Nodes that saturate on the calibration data once quantized, with the output channels that can; 8 bits in all others."""
         if not context.target.saturates or context.data is None:
             return {}
@@ -130,7 +132,7 @@ class QuantizeStatic(GraphPass):
         for node, twin in zip(walk(model), walk(trial), strict=True):
             twin.name = label(node)
         self.run(trial, replace(context, target=replace(context.target, saturates=False)))
-        return saturated(trial, context.data)
+        return saturated(trial, context.data, placement.library)
 
     def _plan(
         self, model: ir.Model, placement: Placement, weights: Weights, context: Context
