@@ -20,6 +20,7 @@ from optkit.passes.quantization.fake import FakeQuantize, OnGrid, QuantizedLayer
 from optkit.passes.quantization.plan import Plan, make_plan
 from optkit.passes.quantization.sites import Sites, add, export_marked, install, reads_first, trace
 from optkit.rewrite import Change
+from optkit.saturation import SAFE
 from optkit.training_sharded import spread_like, whole
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def attach(options: QuantizeAware, module: nn.Module, context: Context) -> Attac
     marked = Sites(model=training.clean(marked.model), keys=marked.keys)
     found = _Found(graph, module, marked)
     placement = context.placements[options.placement]
-    layers = found.insert(found.plan(placement, options), options, FORMATS[placement.activation])
+    saturates = context.target.saturates and options.activation_bits is not None
+    layers = found.insert(
+        found.plan(placement, options), options, FORMATS[placement.activation], saturates=saturates
+    )
     install(module, graph)
     quantizers = found.quantizers
     _observe(module, training.batches)
@@ -132,7 +136,9 @@ class _Found:
         ready = isinstance(layer, _NORMS) and layer.track_running_stats and layer.running_var is not None
         return readers[0] if ready else None
 
-    def insert(self, plan: Plan, options: QuantizeAware, fmt: Format) -> dict[str, QuantizedLayer]:
+    def insert(
+        self, plan: Plan, options: QuantizeAware, fmt: Format, *, saturates: bool
+    ) -> dict[str, QuantizedLayer]:
         """Put layers and quantizers into the trace and the module."""
         layers: dict[str, QuantizedLayer] = {}
         made: dict[nn.Module, QuantizedLayer] = {}
@@ -152,7 +158,11 @@ class _Found:
             layer, norm = self._layers[path], self._norm(call)
             if layer not in made:
                 inner = None if norm is None else self._layers[str(norm.target)]
-                bits = max(options.weight_bits, options.outer_bits) if node in outer else options.weight_bits
+                bits: int = (
+                    max(options.weight_bits, options.outer_bits) if node in outer else options.weight_bits
+                )
+                if saturates and not _depthwise(layer):
+                    bits = min(bits, SAFE.bit_length())
                 made[layer] = QuantizedLayer(layer, inner, bits)
                 if norm is not None:
                     _replace(self._module, str(norm.target), nn.Identity())
@@ -259,6 +269,12 @@ def _outer(graph: ir.Graph, plan: Plan) -> set[ir.Node]:
             if node in layers or there:
                 reached.update(made)
     return found
+
+
+def _depthwise(layer: Any) -> bool:
+    """Whether each channel is a convolution of its own, for which kernels widen before they multiply."""
+    groups = getattr(layer, "groups", None)
+    return groups is not None and bool(groups == layer.in_channels == layer.out_channels)
 
 
 def _device(module: nn.Module) -> torch.device:

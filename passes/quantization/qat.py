@@ -22,6 +22,9 @@ class QuantizeAware(TorchPass):
     A batch norm behind a layer is folded into the weights that are quantized while it goes on learning (Jacob et al.
     2018, arXiv:1712.05877, section 3.2, with the running variance in place of the batch's for the folded factor).
 
+    On a target whose u8 x s8 products saturate in 16 bits, weights are trained in 7 bits (-63 to 63) except those of depthwise
+    convolutions: what saturates depends on weights that are still to be trained.
+
     Attributes:
         placement: Name of the backend's rows.
         weight_bits: Width of the weights, symmetric, per output channel.
