@@ -36,6 +36,7 @@ PASSES = Registry(
         "matmul-to-gemm": "optkit.passes.lowering.gemm:MatMulToGemm",
         "dynamic-to-float": "optkit.passes.lowering.dynamic:DynamicToFloat",
         "widen-halves": "optkit.passes.lowering.widen:WidenHalves",
+        "cast-scales": "optkit.passes.lowering.scales:CastScales",
         "linear-to-convolution": "optkit.passes.lowering.convolution:LinearToConvolution",
         "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
         "lengthen-last-axis": "optkit.passes.lowering.last_axis:LengthenLastAxis",

@@ -209,18 +209,27 @@ def test_a_file_that_is_no_engine_shows_nothing():
     assert plan.read(b"") == [] and plan.read(b"header {\nmain {\n") == []
 
 
+def _unpacking(folder) -> list[tuple[str, ...]]:
+    """Layers of the device operations that read weights in 4 bits."""
+    return [
+        o.layers
+        for o in plan.read((folder / "engine.plan").read_bytes())
+        if "int4" in o.formats and not o.nested
+    ]
+
+
 def test_weights_of_4_bits_stay_packed_in_the_engine_and_products_run_in_float16(tmp_path):
     random = np.random.default_rng(0)
     wide = parse(
         HEAD
-        + """g (float[N, 512] x) => (float[N, 512] y) {
+        + """g (float[N, 1024] x) => (float[N, 1024] y) {
           [first] a = MatMul(x, w0)
           [relu] b = Relu(a)
           [second] y = MatMul(b, w1)
         }""",
-        **{name: (random.normal(size=(512, 512)) * 0.05).astype(np.float32) for name in ("w0", "w1")},
+        **{name: (random.normal(size=(1024, 1024)) * 0.05).astype(np.float32) for name in ("w0", "w1")},
     )
-    data = [{"x": random.normal(size=(4, 512)).astype(np.float32)} for _ in range(2)]
+    data = [{"x": random.normal(size=(4, 1024)).astype(np.float32)} for _ in range(2)]
     artifacts = {
         recipe: optkit.compile(
             wide,
@@ -233,10 +242,14 @@ def test_weights_of_4_bits_stay_packed_in_the_engine_and_products_run_in_float16
         for recipe in ("tensorrt-fp16", "tensorrt-w4")
     }
     w4, fp16 = artifacts["tensorrt-w4"], artifacts["tensorrt-fp16"]
+    # Unpacked inside the product, not to memory.
+    assert _unpacking(tmp_path / "tensorrt-w4") == [
+        (f"{w}/DequantizeLinear", product) for w, product in (("w0", "first"), ("w1", "second"))
+    ]
     assert w4.achieved.formats == {"fp16": 1.0}
     assert w4.achieved.scheme == "weights int4 per block of 64, symmetric"
     # Half a byte and 1/64 of a float16 scale a weight, where float16 has two bytes.
-    weights = 2 * 512 * 512
+    weights = 2 * 1024 * 1024
     assert fp16.size.after - w4.size.after > weights
 
 
