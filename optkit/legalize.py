@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from optkit.backends.base import Backend
     from optkit.targets import Target
 
-# What chooses scales in each run, and the pass that writes it out.
+# What chooses scales in each run.
 _CHOOSING = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
-_DYNAMIC = "dynamic-to-float"
-# What computes floats of 16 bits in 32.
-_WIDEN = "widen-halves"
+_FOUR = (ir.DataType.INT4, ir.DataType.UINT4)
 # Fusions are left out: they would make the node again that was written out.
 _SIMPLER = (
     "lift-constants", "remove-noops", "fold-constants", "fold-shapes", "clean-casts", "remove-noops", "remove-dead",
@@ -40,20 +38,21 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
     """Write out what ``backend`` can't run in terms of what it can, and check that every node is such.
 
     A node that it can't run is replaced by what defines its operator: a rule of ``optkit.decompositions``, or the function
-    that ONNX has for it, in as many steps as it takes. Where the backend says so, passes replace as a whole integer products with
-    scales of each run (``dynamic-to-float``), and float16 by float32 (``widen-halves``).
+    that ONNX has for it, in as many steps as it takes. Where the backend says so, passes replace more than a node: integer products with
+    scales of each run by ``dynamic-to-float``, float16 by float32 by ``widen-halves``, and products with weights in 4 bits that have zero
+    points by ``split-zero-points``.
 
     Raises:
         UnsupportedOpError: Lists all nodes that cannot be written out so, with the reason for each; the graph is as it was.
     """
     problems: list[tuple[ir.Node, str]] = []
-    if replaced := _replaced(model, backend):
+    if passes := tuple(_wanted(model, backend)):
         # On a copy first, since a graph that is refused stays as it is.
         copy = model.clone()
-        _in_floats(copy, replaced, target)
+        _run(passes, copy, target)
         problems = _fit(copy, backend, target)
         if not problems:
-            _in_floats(model, replaced, target)
+            _run(passes, model, target)
     if not problems:
         problems = _fit(model, backend, target)
     if problems:
@@ -64,18 +63,27 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
         )
 
 
-def _replaced(model: ir.Model, backend: Backend) -> list[str]:
-    """Passes for what the whole graph has to be without."""
-    dynamic = backend.dynamic_in_floats and any(n.op_type in _CHOOSING for n in walk(model))
-    halves = backend.halves_in_floats and any(
+def _wanted(model: ir.Model, backend: Backend) -> Iterator[str]:
+    """The passes that write out what ``model`` has and ``backend`` wants written out."""
+    if backend.dynamic_in_floats and any(n.op_type in _CHOOSING for n in walk(model)):
+        yield "dynamic-to-float"
+    if backend.halves_in_floats and any(
         o.dtype == ir.DataType.FLOAT16 for n in walk(model) for o in n.outputs
-    )
-    return [name for name, wanted in ((_DYNAMIC, dynamic), (_WIDEN, halves)) if wanted]
+    ):
+        yield "widen-halves"
+    if backend.zero_points_apart and any(_has_zero_points(n) for n in walk(model)):
+        yield "split-zero-points"
 
 
-def _in_floats(model: ir.Model, replaced: Sequence[str], target: Target) -> None:
-    """Run these passes, and fold constants."""
-    run_passes(model, [PASSES[name]() for name in (*replaced, *_SIMPLER)], Context(target=target))
+def _has_zero_points(node: ir.Node) -> bool:
+    """Whether it dequantizes 4 bits that may not stand around 0."""
+    kind = node.inputs[0].dtype if node.op_type == "DequantizeLinear" and node.inputs[0] is not None else None
+    return kind in _FOUR and (kind == ir.DataType.UINT4 or len(node.inputs) > 2)
+
+
+def _run(passes: Sequence[str], model: ir.Model, target: Target) -> None:
+    """With constants folded."""
+    run_passes(model, [PASSES[name]() for name in (*passes, *_SIMPLER)], Context(target=target))
 
 
 def _fit(
@@ -164,5 +172,5 @@ def _model(node: ir.Node, proto: onnx.ModelProto) -> ir.Model | None:
 
 
 def _simplified(model: ir.Model, target: Target) -> ir.Model:
-    run_passes(model, [PASSES[name]() for name in _SIMPLER], Context(target=target))
+    _run((), model, target)
     return model

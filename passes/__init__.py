@@ -37,6 +37,7 @@ PASSES = Registry(
         "dynamic-to-float": "optkit.passes.lowering.dynamic:DynamicToFloat",
         "widen-halves": "optkit.passes.lowering.widen:WidenHalves",
         "cast-scales": "optkit.passes.lowering.scales:CastScales",
+        "split-zero-points": "optkit.passes.lowering.zero_points:SplitZeroPoints",
         "linear-to-convolution": "optkit.passes.lowering.convolution:LinearToConvolution",
         "norm-over-channels": "optkit.passes.lowering.norm:NormOverChannels",
         "lengthen-last-axis": "optkit.passes.lowering.last_axis:LengthenLastAxis",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -367,6 +368,49 @@ def test_dynamic_quantization_stays_as_it_is_where_another_node_is_refused():
     with pytest.raises(UnsupportedOpError) as found:
         legalize(model, _InFloats(*_INTEGERS, "Erf"), ANDROID, name="m")
     assert [reason for _, reason in found.value.problems] == ["no Erf"] and text(model) == before
+
+
+class _Apart(_Without):
+    """The same, where zero points of 4 bits are refused, and may be taken out of products."""
+
+    zero_points_apart = True
+
+    def unsupported(self, node, target):
+        moved = node.op_type == "DequantizeLinear" and len(node.inputs) > 2
+        return "zero points" if moved else super().unsupported(node, target)
+
+
+_FOUR_BITS = """(float[N, 32] x) => (float[N, 4] y) {
+  w = DequantizeLinear<axis = 0, block_size = 16>(q, s, z) m = MatMul(x, w) y = %s(m) }"""
+
+
+def _four_bits(end: str) -> ir.Model:
+    random = np.random.default_rng(0)
+    numbers = {"q": random.integers(0, 16, (32, 4)), "z": random.integers(0, 16, (2, 4))}
+    stored = {k: v.astype(ml_dtypes.uint4) for k, v in numbers.items()}
+    return parse(HEAD % _FOUR_BITS % end, s=random.uniform(0.1, 0.2, (2, 4)).astype(np.float32), **stored)
+
+
+def test_zero_points_of_4_bits_are_taken_out_of_products_where_the_backend_says_so():
+    model = _four_bits("Relu")
+    after = model.clone()
+    legalize(after, _Apart(), ANDROID, name="m")
+    assert [n.op_type for n in walk(after)] == [
+        "DequantizeLinear", "Reshape", "ReduceMean", "MatMul", "MatMul", "Add", "Relu"
+    ]  # fmt: skip
+    same_numbers(model, after, random_feeds(model), rtol=1e-4)
+
+
+def test_zero_points_of_4_bits_stay_where_another_node_is_refused_or_the_backend_does_not_say_so():
+    for backend, end, why in (
+        (_Apart("Erf"), "Erf", "no Erf"),
+        (_Without("DequantizeLinear"), "Relu", "no Deq"),
+    ):
+        model = _four_bits(end)
+        before = text(model)
+        with pytest.raises(UnsupportedOpError, match=why):
+            legalize(model, backend, ANDROID, name="m")
+        assert text(model) == before
 
 
 def test_constants_of_the_node_are_folded_and_shared_ones_stay():

@@ -88,6 +88,7 @@ class TensorRt(Backend):
     stands_in: ClassVar[bool] = True
     fixes: ClassVar[bool] = True
     generic: ClassVar[bool] = False
+    zero_points_apart: ClassVar[bool] = True
 
     def available(self) -> str | None:
         """Always: a bundle needs no package, and ``ready`` says what an engine needs."""

@@ -16,6 +16,7 @@ from optkit.backends.tensorrt import plan, rtx
 from optkit.backends.tensorrt.verdict import Record
 from optkit.errors import ModelError, UnsupportedOpError
 from optkit.page import page
+from optkit.reference import ReferenceSession
 from optkit.store import save
 from optkit.targets import target
 from optkit.testing import parse
@@ -251,6 +252,47 @@ def test_weights_of_4_bits_stay_packed_in_the_engine_and_products_run_in_float16
     # Half a byte and 1/64 of a float16 scale a weight, where float16 has two bytes.
     weights = 2 * 1024 * 1024
     assert fp16.size.after - w4.size.after > weights
+
+
+PACKED = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+g (float[N, 512] x) => (float[N, 512] y) {
+  [first] a = com.microsoft.MatMulNBits<K = 512, N = 256, bits = 4, block_size = 32>(x, q0, s0, z0)
+  [relu] b = Relu(a)
+  [second] y = com.microsoft.MatMulNBits<K = 256, N = 512, bits = 4, block_size = 32>(b, q1, s1, z1)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "fmt"), [("l4", "tensorrt-fp16", "fp16"), ("l4", "fp32", "fp32"), ("h100", "tensorrt-fp16", "fp16")]
+)  # fmt: skip
+def test_weights_of_4_bits_with_zero_points_stay_packed_and_are_multiplied_as_if_they_had_none(
+    tmp_path, name, recipe, fmt
+):
+    random, weights = np.random.default_rng(0), {}
+    for i, (depth, columns) in enumerate(((512, 256), (256, 512))):
+        weights |= {
+            f"q{i}": random.integers(0, 256, (columns, depth // 32, 16), np.uint8),
+            f"s{i}": random.uniform(0.01, 0.05, (columns, depth // 32)).astype(np.float32),
+            f"z{i}": random.integers(0, 256, (columns, depth // 64), np.uint8),
+        }
+    data = [{"x": random.normal(size=(4, 512)).astype(np.float32)} for _ in range(2)]
+    model = parse(PACKED, **weights)
+    artifact, _ = optkit.compile(model, target=name, data=data, recipe=recipe, out=tmp_path / "out")
+    assert artifact.manifest.achieved.formats == {fmt: 1.0}
+    assert artifact.manifest.achieved.scheme == "weights int4 per block of 32, symmetric"
+    expected, found = (
+        ReferenceSession(model).run(data[0])["y"],
+        optkit.load(artifact.folder).run(data[0])["y"],
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+    products = set(Record.load(artifact.folder).products)
+    assert {"first/MatMul/MatMul", "first/MatMul/zero"} <= products and len(products) == 4
+    if name == "l4":
+        assert [layers[-1] for layers in _unpacking(artifact.folder)] == [
+            "first/MatMul/MatMul",
+            "second/MatMul/MatMul",
+        ]
 
 
 BLOCKS = (
