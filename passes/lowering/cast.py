@@ -43,6 +43,9 @@ _MOVES = frozenset(
 # What gives numbers as it got them.
 _CHOICES = frozenset({"Where", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
+# What masks go through on their way to the scores that they are added to.
+_MASKING = _CHOICES | {"Add", "Cast", "Concat", "Max", "Min", "Tile"}
+
 # From powers to their logarithms there are sums, scales and filters.
 _SPANNING = frozenset(
     {
@@ -79,6 +82,9 @@ class CastFloats(GraphPass):
     in float32 as well: float16 has no whole numbers beyond 2048, and an angle of so many turns is then any angle. So does what
     logarithms are taken of: a power of sound spans more than float16 does, and what is below its smallest number would be 0.
 
+    Masks hide keys with float32's lowest number, which bfloat16 rounds to minus infinity: a query with no key left would get NaN
+    instead of the mean of all. What is added to the input of a Softmax is halved there before it is rounded; minus infinity stays.
+
     Attributes:
         to: The format.
         keep: Globs, or ``re:`` expressions, of node names, operators or module paths that stay in float32.
@@ -109,6 +115,11 @@ class CastFloats(GraphPass):
             chosen = self._in_range(model, chosen, context)
         taken = dict.fromkeys(chosen)
         changes = []
+        masks = (
+            {v for n in chosen for v in n.inputs if v is not None and _masks(v, model.graph)}
+            if self.to == "bf16"
+            else set()
+        )
         lowered: dict[ir.Value, ir.Value] = {}
         for node in chosen:
             for index, value in enumerate(node.inputs):
@@ -116,9 +127,9 @@ class CastFloats(GraphPass):
                     continue
                 producer = value.producer()
                 if producer is None or producer not in taken:
-                    node.replace_input_with(
-                        index, lowered[value] if value in lowered else _lower(value, node, dtype, lowered)
-                    )
+                    if value not in lowered:
+                        _lower(value, node, dtype, lowered, value in masks)
+                    node.replace_input_with(index, lowered[value])
             changes.append(Change(rule=self.name, node=str(node.name), detail=self.to))
         for node in chosen:
             for output in node.outputs:
@@ -220,10 +231,28 @@ def _rounded(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
     )
 
 
+def _masks(value: ir.Value, outermost: ir.Graph) -> bool:
+    """Whether ``value`` may be added to the input of a Softmax, or hide keys in a kernel; what leaves a body may do anything."""
+    found, open_ = set[ir.Node](), [value] if value.dtype == ir.DataType.FLOAT else []
+    while open_:
+        for node, index in open_.pop().uses():
+            # Behind queries, keys and values.
+            kernel = node.domain == DOMAIN and node.op_type.endswith("Attention") and index == 3
+            if kernel or node.op_type == "Softmax":
+                return True
+            if node in found or node.domain != "" or node.op_type not in _MASKING:
+                continue
+            found.add(node)
+            if node.outputs[0].is_graph_output() and node.graph is not outermost:
+                return True
+            open_.append(node.outputs[0])
+    return False
+
+
 def _lower(
-    value: ir.Value, reader: ir.Node, dtype: ir.DataType, lowered: dict[ir.Value, ir.Value]
-) -> ir.Value:
-    """``value`` in ``dtype``: constants are converted, others cast once, right behind where they are made."""
+    value: ir.Value, reader: ir.Node, dtype: ir.DataType, lowered: dict[ir.Value, ir.Value], mask: bool
+) -> None:
+    """Add ``value`` in ``dtype``: constants are converted, others cast once, right behind where they are made."""
     kind = dtype.name.lower()
     if (
         value.is_initializer()
@@ -240,22 +269,43 @@ def _lower(
         )
         assert isinstance(value.graph, ir.Graph)
         lowered[value] = initializer(value.graph, f"{value.name}/{kind}", tensor)
-        return lowered[value]
-    cast = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=f"{value.name}/to_{kind}")
-    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
-        f"{value.name}/{kind}",
-        ir.TensorType(dtype),
-        value.shape,
-    )
+        return
+    graph = value.graph if value.graph is not None else reader.graph
+    assert isinstance(graph, ir.Graph)
+    nodes = _halved(value, dtype, graph) if mask else []
+    finite = nodes[-1].outputs[0] if nodes else value
+    cast = ir.node("Cast", [finite], attributes={"to": int(dtype)}, name=f"{value.name}/to_{kind}")
+    nodes.append(_typed(cast, f"{value.name}/{kind}", dtype, value))
     producer = value.producer()
     if producer is not None:
-        producer.append(cast)
+        producer.append(nodes)
     else:
-        graph = value.graph if value.graph is not None else reader.graph
-        assert isinstance(graph, ir.Graph)
-        graph.insert_before(graph[0], cast)
+        graph.insert_before(graph[0], nodes)
     lowered[value] = cast.outputs[0]
-    return cast.outputs[0]
+
+
+def _halved(value: ir.Value, dtype: ir.DataType, graph: ir.Graph) -> list[ir.Node]:
+    """What halves ``value`` where it is below the lowest of ``dtype``: finite numbers stay finite there, and infinite ones infinite."""
+
+    def held(name: str, number: float) -> ir.Value:
+        return initializer(graph, f"{value.name}/{name}", np.array(number, np.float32))
+
+    found, name = list[ir.Node](), str(value.name)
+    for op, inputs, result, kind in (
+        ("Less", [value, held("lowest", float(dtype.min))], f"{name}/below", ir.DataType.BOOL),
+        ("Where", [held("half", 0.5), held("one", 1.0)], f"{name}/factor", ir.DataType.FLOAT),
+        ("Mul", [value], f"{name}/finite", ir.DataType.FLOAT),
+    ):
+        before = [n.outputs[0] for n in found[-1:]]
+        found.append(_typed(ir.node(op, [*before, *inputs], name=result), result, kind, value))
+    return found
+
+
+def _typed(node: ir.Node, name: str, dtype: ir.DataType, like: ir.Value) -> ir.Node:
+    """``node``, whose one output has the shape of ``like``."""
+    out = node.outputs[0]
+    out.name, out.type, out.shape = name, ir.TensorType(dtype), like.shape
+    return node
 
 
 def _raise_output(value: ir.Value, taken: dict[ir.Node, None], dtype: ir.DataType) -> None:
@@ -276,11 +326,7 @@ def _raise_output(value: ir.Value, taken: dict[ir.Node, None], dtype: ir.DataTyp
     if is_output:
         value.name = f"{name}/{dtype.name.lower()}"
     cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{name}/to_float")
-    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
-        name if is_output else f"{name}/float",
-        ir.TensorType(ir.DataType.FLOAT),
-        value.shape,
-    )
+    _typed(cast, name if is_output else f"{name}/float", ir.DataType.FLOAT, value)
     producer.append(cast)
     for node, index in readers:
         node.replace_input_with(index, cast.outputs[0])

@@ -4,8 +4,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from optkit.data import CalibrationData
+from optkit.graph import verify
 from optkit.passes.base import Context
 from optkit.passes.lowering.cast import CastFloats
 from optkit.passes.lowering.kernels import CallKernels
@@ -172,6 +174,72 @@ def test_float32s_lowest_number_stays_finite_in_bfloat16():
     b = model.graph[3].inputs[1].const_value.numpy().astype(np.float32)
     np.testing.assert_array_equal(b[:2], [float(ml_dtypes.finfo(ml_dtypes.bfloat16).min), -np.inf])
     np.testing.assert_allclose(b[2], -1e30, rtol=2.0**-8)
+
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[B, 2, T, 16] q, float[B, 2, T, 16] k, float[B, 2, T, 16] v, float[B, T, T] mask%s) => (float[B, 2, T, 16] y) {
+  one = Constant <value_ints = [1]> ()
+  %s
+  t = Transpose <perm = [0, 1, 3, 2]> (k)
+  s = MatMul(q, t)
+  h = Add(s, m)
+  w = Softmax <axis = -1> (h)
+  y = MatMul(w, v)
+}
+"""
+MASKS = {
+    "from outside": ("", "m = Unsqueeze(mask, one)"),
+    "out of a choice": (
+        ", bool c",
+        "l = If (c) <then_branch = t () => (float[B, T, T] a) { a = Identity(mask) }, "
+        "else_branch = e () => (float[B, T, T] b) { b = Identity(mask) }> m = Unsqueeze(l, one)",
+    ),
+    "with others": (", float[1, 1, 1, T] bias", "u = Unsqueeze(mask, one) m = Add(u, bias)"),
+}
+
+
+@pytest.mark.parametrize("low", [float(np.finfo(np.float32).min), -np.inf])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_of_each_run_hides_keys_with_float32s_lowest_number_in_bfloat16_as_well(name, low):
+    """ONNX's own evaluator runs bfloat16, which ONNX Runtime does not on a processor."""
+    model = parse(ATTENTION % MASKS[name])
+    random = np.random.default_rng(0)
+    feeds = {key: random.normal(size=(2, 2, 4, 16)).astype(np.float32) / 2 for key in "qkv"}
+    # The second sequence is padded by two on the left: its first two queries see no key.
+    seen = np.tri(4, dtype=bool) & np.array([[1, 1, 1, 1], [0, 0, 1, 1]], bool)[:, None]
+    feeds["mask"] = np.where(seen, 0, low).astype(np.float32)
+    feeds |= {"c": np.array(True)} if "bool c" in MASKS[name][0] else {}
+    feeds |= {"bias": np.zeros((1, 1, 1, 4), np.float32)} if "bias" in MASKS[name][0] else {}
+    with np.errstate(invalid="ignore"):
+        (expected,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+        CastFloats(to="bf16").run(model, Context(target=target("cpu")))
+        verify(model)
+        (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+    # Where minus infinity hides all keys, it is NaN before and after. Eight bits of significand, in four roundings.
+    np.testing.assert_allclose(found, expected, rtol=4 * 2.0**-8, atol=4 * 2.0**-8)
+    assert np.isnan(expected[1, :, :2]).all() == np.isinf(low)
+
+
+def test_what_is_no_mask_is_cast_as_it_is():
+    model = parse((MODEL % "Relu(m)").replace("y = Add(s, b)", "t = Add(s, b) y = Add(t, b)"))
+    CastFloats(to="bf16").run(model, Context(target=target("cpu")))
+    assert [n.op_type for n in model.graph] == ["Cast", "MatMul", "Relu", "Add", "Add", "Cast"]
+
+
+def test_masks_of_kernels_are_halved_and_those_in_float16_are_not():
+    text = ATTENTION % MASKS["from outside"]
+    model = parse(text)
+    CastFloats(to="fp16").run(model, Context(target=target("cpu")))
+    assert not [n for n in model.graph if n.op_type == "Less"]
+    call = "y = optkit.MaskedAttention <scale = 1.0> (q, k, v, m)"
+    model = parse(
+        text[: text.index("t = Trans")].replace('["" : 21]', '["" : 21, "optkit" : 1]') + call + "\n}"
+    )
+    CastFloats(to="bf16").run(model, Context(target=target("h100")))
+    assert [n.op_type for n in model.graph if n.op_type != "Constant"] == [
+        *["Cast"] * 3, "Less", "Where", "Mul", "Cast", "Unsqueeze", "MaskedAttention", "Cast"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("to", ["fp8", "fp32"])
