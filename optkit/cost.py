@@ -273,11 +273,15 @@ def _read(value: ir.Value, executed: frozenset[ir.Node], *, output: bool = True)
         if node not in executed or node.op_type in ("Shape", "Size"):
             continue
         part = count
-        if node.domain == "" and node.op_type in _PASSING and (index == 0 or node.op_type == "Concat"):
+        if (
+            node.domain == ""
+            and index == 0
+            and (node.op_type in _WRITING or _grown(node.outputs[0]) is value)
+        ):
+            part = _read(node.outputs[0], executed, output=False)
+        elif node.domain == "" and node.op_type in _PASSING and (index == 0 or node.op_type == "Concat"):
             parts = [_read(v, executed) for v in node.outputs]
             part = None if None in parts else sum(p for p in parts if p is not None)
-        elif node.domain == "" and node.op_type in _WRITING and index == 0:
-            part = _read(node.outputs[0], executed, output=False)
         if part is None:
             return None
         total += part
@@ -291,6 +295,9 @@ def _written(value: ir.Value) -> int | None:
         return count
     if node.domain == "" and node.op_type in _WRITING and _given(node.inputs[0]):
         return elements(node.inputs[2].shape) if node.inputs[2] is not None else count
+    if (past := _grown(value)) is not None:
+        before = elements(past.shape)
+        return None if before is None else count - before
     if node.op_type == "GroupQueryAttention" and value in node.outputs[1:3] and value.shape is not None:
         # Keys and values are put behind those of before; runtimes have both in one buffer.
         past, q = node.inputs[3] if len(node.inputs) > 3 else None, node.inputs[0]
@@ -300,6 +307,14 @@ def _written(value: ir.Value) -> int | None:
                 count // whole * min(whole, new) if isinstance(whole, int) and isinstance(new, int) else None
             )
     return count
+
+
+def _grown(value: ir.Value) -> ir.Value | None:
+    """The input behind whose elements an output puts others, as a cache does; runtimes have both in one buffer."""
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type != "Concat" or not value.is_graph_output():
+        return None
+    return node.inputs[0] if _given(node.inputs[0]) else None
 
 
 def _given(value: ir.Value | None) -> bool:

@@ -173,7 +173,7 @@ def _layers(
     target: Target,
     precision: str | None,
 ) -> Iterator[Layer]:
-    moves, counted, left = _Moves(precision), set[ir.Value](), dict(found.outside or {})
+    moves, counted, left = _Moves(precision, found.outside or {}), set[ir.Value](), dict(found.outside or {})
     for group in _groups(nodes):
         made = [n for n in group if multiplies(n)]
         formats = [format_in(n, precision) for n in made]
@@ -310,8 +310,8 @@ def _elementwise(node: ir.Node) -> bool:
 class _Moves:
     """Bytes between layers, each value in the narrowest type and the smallest part that it has on the way."""
 
-    def __init__(self, precision: str | None) -> None:
-        self._precision = precision
+    def __init__(self, precision: str | None, outside: Mapping[str, float]) -> None:
+        self._precision, self._outside = precision, outside
         self._kept: dict[ir.Value, float] = {}
 
     def of(
@@ -326,7 +326,9 @@ class _Moves:
         written, inner = dict[ir.Value, float](), 0.0
         for node, value in ((n, v) for n in group for v in n.outputs):
             if value.is_graph_output() or self._leaves(value, inside):
-                written[value] = self.kept(value)
+                # Of a cache that grows or is written to where it lies, what is new.
+                most = self._outside.get(str(value.name), math.inf) if value.is_graph_output() else math.inf
+                written[value] = min(most, self.kept(value))
             elif value.uses() and not _quiet(node):
                 inner += self.kept(value)
         return read, written, inner
@@ -348,6 +350,16 @@ class _Moves:
             for v in node.inputs if node.op_type == "Concat" else node.inputs[:1]:
                 if v is not None:
                     yield from self._origins(v, inside, count, width)
+            if (
+                node.op_type == "DequantizeLinear"
+                and (scale := node.inputs[1]) is not None
+                and source(scale) is None
+            ):
+                # As many as belong to what is read; constant ones count with their weights.
+                share = count / max(1, elements(value.shape) or 0)
+                yield from self._origins(
+                    scale, inside, math.ceil(share * (elements(scale.shape) or 0)), math.inf
+                )
 
     def _leaves(self, value: ir.Value, inside: set[ir.Node]) -> bool:
         """Whether something outside reads it, perhaps through movements."""

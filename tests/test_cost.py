@@ -174,6 +174,15 @@ def test_products_between_int8_are_told_apart():
             {"x": 2 * 512 * 64, "row": 2 * 64, "at": 8},
             {"cache": 2 * 64, "y": 2 * 64},
         ),
+        # One that grows, of which all is read, and one that is only passed on.
+        (
+            "g (int8[1, 2, 1023, 64] x, int8[1, 2, 1, 64] new, int8[1, 2, 1023, 64] other, float[2] s) => "
+            "(int8[1, 2, 1024, 64] cache, int8[1, 2, 1024, 64] z, float[1, 2, 1024, 1] y) "
+            "{ cache = Concat <axis = 2> (x, new) z = Concat <axis = 2> (other, new) f = DequantizeLinear <axis = 1> (cache, s) "
+            "y = ReduceMax <keepdims = 1> (f, axis) }",
+            {"x": 2 * 1023 * 64, "new": 2 * 64, "other": 0, "s": 4 * 2},
+            {"cache": 2 * 64, "z": 2 * 64, "y": 4 * 2 * 1024},
+        ),
         (
             "g (float16[1, 1, 512] q, float16[1, 1, 128] k, float16[1, 1, 128] v, float16[1, 2, 1023, 64] x, float16[1, 2, 1023, 64] z, "
             "int32[1, 1] n, int32 t) => (float16[1, 1, 512] y, float16[1, 2, 1024, 64] a, float16[1, 2, 1024, 64] b) "
@@ -187,6 +196,6 @@ def test_of_inputs_what_is_read_counts_and_of_outputs_what_is_written(text, read
     import numpy as np
 
     source = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n' + text
-    constants = {"last": np.array([511]), "axis": np.array([0])}
+    constants = {"last": np.array([511]), "axis": np.array([-1 if "Concat" in text else 0])}
     model = parse(source, **{k: v for k, v in constants.items() if f"{k})" in text})
     assert costs(model).outside == read | written

@@ -245,6 +245,54 @@ def test_of_a_mask_too_large_to_look_at_the_floor_counts_nothing(monkeypatch):
     assert found.least.compute == 0
 
 
+# A token of two sequences: four heads share two of keys, which lie in int8 before it.
+CACHE = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float16[2, 2, 2, 64] q, int8[2, 2, 1, 64] k, int8[2, 2, 1, 64] v, int8[2, 2, 99, 64] pk, int8[2, 2, 99, 64] pv, float16[%s] ks, float16[%s] vs)
+  => (float16[2, 2, 2, 64] y, int8[2, 2, 100, 64] nk, int8[2, 2, 100, 64] nv) {
+  nk = Concat <axis = 2> (pk, k)
+  nv = Concat <axis = 2> (pv, v)
+  a = DequantizeLinear <%s> (nk, ks)
+  b = DequantizeLinear <%s> (nv, vs)
+  t = Transpose <perm = [0, 1, 3, 2]> (a)
+  s = MatMul (q, t)
+  p = Softmax (s)
+  y = MatMul (p, b)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "where", "scales"),
+    [("2", "axis = 1", 2), ("2, 2, 100, 1", "axis = -1, block_size = 64", 2 * 2 * 100)],
+)
+def test_keys_and_values_in_int8_are_a_byte_each_with_their_scales_and_of_a_cache_only_the_new_are_written(
+    shape, where, scales
+):
+    found = plan(parse(CACHE % (shape, shape, where, where)), COLD)
+    (layer,) = found.layers
+    read = 2 * (2 * 2 * 100 * 64) + 2 * 2 * scales
+    assert layer.bytes == read + 2 * 2 * (2 * 2 * 2 * 64)
+    assert layer.macs == 2 * 2 * 2 * 2 * 100 * 64 and layer.format == "fp16"
+    assert found.least.bytes == layer.bytes + 2 * (2 * 2 * 64)
+
+
+def test_a_call_that_puts_keys_behind_a_cache_in_int8_writes_the_new_ones_alone():
+    text = """
+    <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+    g (float16[1, 1, 256] q, float16[1, 1, 128] k, float16[1, 1, 128] v, int8[1, 2, 99, 64] pk, int8[1, 2, 99, 64] pv, int32[1, 1] n,
+      int32 t, float[1] ks, float[1] vs) => (float16[1, 1, 256] y, int8[1, 2, 100, 64] nk, int8[1, 2, 100, 64] nv) {
+      y, nk, nv = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, k_quant_type = "PER_TENSOR",
+        v_quant_type = "PER_TENSOR", kv_cache_bit_width = 8> (q, k, v, pk, pv, n, t, , , , , , ks, vs)
+    }
+    """
+    found = plan(parse(text), COLD)
+    (layer,) = found.layers
+    assert layer.macs == 4 * 2 * 100 * 64
+    read = 2 * (256 + 128 + 128) + 2 * (2 * 99 * 64) + 4 + 4 + 4 + 4
+    assert layer.bytes == found.least.bytes == read + 2 * 256 + 2 * (2 * 64)
+
+
 def test_a_softmax_behind_a_product_with_weights_is_no_attention():
     text = """
     <ir_version: 10, opset_import: ["" : 21]>
