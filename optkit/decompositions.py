@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import Dim, shape_of
-from optkit.graph import attribute, rank
+from optkit.graph import attribute, constant, rank
 from optkit.rewrite import Builder
 
 Rule = Callable[[Builder, ir.Node], "ir.Value | None"]
@@ -57,6 +57,54 @@ def _log1p(op: Builder, x: ir.Value) -> ir.Value:
     whole = op.Add(x, one)
     exact = op.Mul(op.Log(whole), op.Div(x, op.Sub(whole, one)))
     return op.Where(op.Equal(whole, one), x, exact)
+
+
+def _softplus(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``max(x, 0) + log(1 + exp(-|x|))``: what is raised to a power of e is never above 0, so that nothing overflows.
+
+    Exact to a rounding of numbers around 1, also far below 0, where ONNX's own definition is no better.
+    """
+    x = node.inputs[0]
+    rest = op.Log(op.Add(op.Exp(op.Neg(op.Abs(x))), _like(x, 1)))
+    return op.Add(op.Relu(x), rest)
+
+
+def _log_sum_exp(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``m + log(sum(exp(x - m)))`` with the largest, ``m``; ONNX's own definition wants float64 instead.
+
+    Where that is infinite, the largest number stands for it, so that the difference is none of two infinities.
+    """
+    x, axes, count = node.inputs[0], _reduced(node), rank(node.inputs[0])
+    if axes is None or count is None or x is None or x.dtype is None or not x.dtype.is_floating_point():
+        return None
+    places = np.array(axes or range(count), np.int64)
+    ends = np.finfo(x.dtype.numpy())
+    most = op.Clip(op.ReduceMax(x, places, keepdims=1), _like(x, ends.min), _like(x, ends.max))
+    total = op.Add(op.Log(op.ReduceSum(op.Exp(op.Sub(x, most)), places, keepdims=1)), most)
+    return total if attribute(node, "keepdims", 1) else op.Squeeze(total, places)
+
+
+def _reduced(node: ir.Node) -> list[int] | None:
+    """The axes that a reduction names, none for all; None where they are not known, or where it then reduces nothing."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = np.array([]) if given is None else constant(given)
+    if axes is None or (not axes.size and attribute(node, "noop_with_empty_axes", 0)):
+        return None
+    return [int(a) for a in axes.reshape(-1)]
+
+
+def _product_of_vectors(op: Builder, node: ir.Node) -> ir.Value | None:
+    """As a matrix of one row on the left, of one column on the right."""
+    a, b = node.inputs
+    ranks = rank(a), rank(b)
+    if None in ranks or 1 not in ranks:
+        return None
+    left, right = (r == 1 for r in ranks)
+    last, before = np.array([-1], np.int64), np.array([-2], np.int64)
+    x = op.Unsqueeze(a, np.array([0], np.int64)) if left else a
+    y = op.Unsqueeze(b, last) if right else b
+    added = np.concatenate([before] * left + [last] * right)
+    return op.Squeeze(op.MatMul(x, y), added)
 
 
 def _lp_pool(op: Builder, node: ir.Node) -> ir.Value | None:
@@ -301,6 +349,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Gemm": (_scaled_gemm,),
     "GlobalLpPool": (_global_lp_pool,),
     "LpPool": (_lp_pool,),
+    "MatMul": (_product_of_vectors,),
     "QLinearConv": (_quantized_convolution,),
     "QLinearMatMul": (_quantized_product,),
+    "ReduceLogSumExp": (_log_sum_exp,),
+    "Softplus": (_softplus,),
 }

@@ -98,10 +98,6 @@ RULES: dict[str, tuple[str, str]] = {
         y = LpPool<kernel_shape = [3], strides = [2], auto_pad = "SAME_LOWER", p = 1>(x) }""",
         "coreml litert",
     ),
-    "Gemm with factors": (
-        "(float[4, 3] x, float[4, 5] a, float[5] b) => (float[3, 5] y) { y = Gemm<transA = 1, alpha = 0.5, beta = -3.0>(x, a, b) }",
-        "litert",
-    ),
     "GlobalLpPool": (
         "(float[2, 3, 4, 5] x) => (float[2, 3, 1, 1] y) { y = GlobalLpPool<p = 3>(x) }",
         "coreml litert",
@@ -145,6 +141,24 @@ RULES: dict[str, tuple[str, str]] = {
     "ArgMin": (
         "(float[3, 4] x) => (int64[4] y) { r = Round(x) y = ArgMin<axis = 0, keepdims = 0, select_last_index = 1>(r) }",
         "coreml litert",
+    ),
+    "Softplus": ("(float[N, 5] x) => (float[N, 5] y) { y = Softplus(x) }", "litert"),
+    "ReduceLogSumExp": (
+        """(float[2, 3, 4] x) => (float[2, 1, 4] y, float[3] z) <int64[1] one = {1}, int64[2] two = {0, -1}> {
+        y = ReduceLogSumExp(x, one) z = ReduceLogSumExp<keepdims = 0>(x, two) }""",
+        "litert",
+    ),
+    "ReduceLogSumExp of all": ("(float[2, 3] x) => (float y) { y = ReduceLogSumExp<keepdims = 0>(x) }", "litert"),
+    "MatMul of vectors": (
+        """(float[4] x, float[2, 4, 3] a, float[5, 4] b) => (float[2, 3] y, float[5] z, float d) {
+        y = MatMul(x, a) z = MatMul(b, x) d = MatMul(x, x) }""",
+        "litert",
+    ),
+    "Gemm with factors": (
+        """(float[4, 2] x, float[3, 4] w, float[3] b, float[2, 1] c) => (float[2, 3] y, float[2, 3] z, float[2, 3] n) {
+        y = Gemm<transA = 1, transB = 1, alpha = 0.5, beta = 2.0>(x, w, b) z = Gemm<transA = 1, transB = 1, beta = 0.5>(x, w, c)
+        n = Gemm<transA = 1, transB = 1, alpha = 3.0>(x, w) }""",
+        "litert",
     ),
     "QLinearMatMul": (
         """(float[3, 2] x) => (float[3, 4] y) <float s = {0.1}, uint8 z = {120}, uint8[2, 4] w = {1, 200, 30, 4, 50, 6, 7, 255},
@@ -234,6 +248,23 @@ def test_inverse_hyperbolic_functions_are_exact_near_their_zeros_and_far_out(ope
         exact = getattr(np, f"arc{operator[1:]}")(x.astype(np.float64))
     # Two logarithms, a root and some quotients, each rounded to half a step of 1.2e-7.
     np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def test_exponentials_do_not_overflow_where_they_are_written_out():
+    """A kernel of LiteRT takes e to no more than the 88.38th power: softplus of 100 came out as that."""
+    x = np.array(
+        [[-1e4, -100, -1, 0, 20], [88, 89, 100, 1e4, 3e38], [-np.inf] * 5, [0, 1, 2, 3, np.inf]], np.float32
+    )
+    graph = """(float[N, 5] x) => (float[N, 5] y, float[N, 1] z) <int64[1] last = {-1}> {
+      y = Softplus(x) z = ReduceLogSumExp(x, last) }"""
+    model = parse(HEAD % graph)
+    legalize(model, _Without("Softplus", "ReduceLogSumExp"), ANDROID, name="m")
+    assert all(v.dtype != ir.DataType.DOUBLE for n in walk(model) for v in n.outputs)
+    found = ReferenceSession(model, optimize=False).run({"x": x})
+    exact, total = np.logaddexp(0, x.astype(np.float64)), np.logaddexp.reduce(x.astype(np.float64), axis=1)
+    # Half a step of float32 at 1, twice.
+    np.testing.assert_allclose(found["y"], exact, rtol=1.2e-7, atol=1.2e-7)
+    np.testing.assert_allclose(found["z"][:, 0], total, rtol=2.4e-7)
 
 
 class _Without(BACKENDS["onnxruntime"]):  # type: ignore[misc]
