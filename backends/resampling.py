@@ -24,6 +24,8 @@ def positions(size: int, target: int, scale: float | None, coordinates: str) -> 
         found = where * (before - one) / (after - one) if target > 1 else where * 0
     elif coordinates == "asymmetric":
         found = where / factor
+    elif coordinates == "tf_half_pixel_for_nn":
+        found = (where + half) / factor
     elif coordinates == "pytorch_half_pixel" and target == 1:
         found = where * 0
     elif coordinates == "half_pixel_symmetric":

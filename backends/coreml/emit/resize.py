@@ -24,7 +24,14 @@ from optkit.backends.coreml.emit.base import (
 from optkit.backends.coreml.quiet import mb
 from optkit.backends.resampling import matrix, nearest, positions
 
-_COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "half_pixel_symmetric")
+_COORDINATES = (
+    "half_pixel",
+    "pytorch_half_pixel",
+    "align_corners",
+    "asymmetric",
+    "half_pixel_symmetric",
+    "tf_half_pixel_for_nn",
+)
 _KEPT = ("stretch",)
 # Floats hold all their numbers, and Core ML repeats floats alone.
 _SMALL = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.BOOL)
@@ -157,7 +164,7 @@ def _sampling(
     return {
         "half_pixel": "UNALIGN_CORNERS", "pytorch_half_pixel": "UNALIGN_CORNERS", "align_corners": "STRICT_ALIGN_CORNERS",
         "asymmetric": "DEFAULT" if all(n > 1 for _, n in lengths.values()) else None, "half_pixel_symmetric": "UNALIGN_CORNERS",
-    }[coordinates]  # fmt: skip
+    }.get(coordinates)  # fmt: skip
 
 
 def _resize_free(

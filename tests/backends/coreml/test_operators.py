@@ -104,6 +104,12 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         a = Cast<to = 6>(x) b = Cast<to = 9>(x) c = Cast<to = 1>(i) h = Cast<to = 10>(x) d = Cast<to = 1>(h) }""",
         {},
     ),
+    "resized as TensorFlow once did": (
+        """(float[1, 2, 3, 4] x) => (float[] y, float[] z) <float[4] f = {1, 1, 2, 1.5}> {
+        y = Resize<mode = "nearest", coordinate_transformation_mode = "tf_half_pixel_for_nn", nearest_mode = "floor">(x, , f)
+        z = Resize<mode = "linear", coordinate_transformation_mode = "tf_half_pixel_for_nn">(x, , f) }""",
+        {},
+    ),
     "triangles": (
         """(float[4, 5] x) => (float[4, 5] a, float[4, 5] b, float[4, 5] c, float[4, 5] d) <int64 k = {1}> {
         a = Trilu<upper = 1>(x) b = Trilu<upper = 0>(x) c = Trilu<upper = 1>(x, k) d = EyeLike<k = 1>(x) }""",

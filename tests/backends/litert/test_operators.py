@@ -384,6 +384,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "(float[1, 1, 3] x) => (float[] y, float[] h) { y, h = LSTM<hidden_size = 4>(x, w, again) }",
         {"w": (1, 16, 3), "again": (1, 16, 4)},
     ),
+    "resized as TensorFlow once did": (
+        """(float[1, 2, 3, 4] x) => (float[] y) <float[4] f = {1, 1, 2, 1.5}> {
+        y = Resize<mode = "nearest", coordinate_transformation_mode = "tf_half_pixel_for_nn", nearest_mode = "floor">(x, , f) }""",
+        {},
+    ),
     "integers of a grid as outputs": (
         """(float[3, 4] x, float[1, 3, 6, 5] p) => (uint8[3, 4] a, int8[3, 4] b, int8[4, 3] c, int32[3, 4] d, float[3, 4] e, uint8[] f)
         <float s = {0.05}, int8 z = {3}, uint8 u = {120}> {
