@@ -311,29 +311,34 @@ _CASTS = {
     ir.DataType.FLOAT: "fp32", ir.DataType.DOUBLE: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BOOL: "bool",
     ir.DataType.INT64: "int32", ir.DataType.INT32: "int32",
 }  # fmt: skip
-_SHORT = (
-    ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
-)  # fmt: skip
+_UNSIGNED_WIDE = (ir.DataType.UINT32, ir.DataType.UINT64)
 
 
 def _refuse_cast(node: ir.Node) -> str | None:
     to = ir.DataType(integer(node, "to", 1))
     source = node.inputs[0].dtype if node.inputs[0] is not None else None
-    if to in _CASTS or (to in _SHORT and source in (ir.DataType.BOOL, *_SHORT[:4])):
+    if to in _CASTS or to in _SIGNED or to in _UNSIGNED:
+        return None
+    if to in _UNSIGNED_WIDE and source in (ir.DataType.BOOL, *_UNSIGNED):
         return None
     return f"Core ML has no cast to {to.name.lower()} that wraps around as ONNX does"
 
 
 @emits("Cast", refuse=_refuse_cast)
 def _cast(c: Context, node: ir.Node) -> Any:
-    x, to = c.input(node, 0), _CASTS.get(ir.DataType(integer(node, "to", 1)), "int32")
-    if name_of(x) == to:
-        return mb.identity(x=x)
-    if to == "bool":
-        return mb.not_equal(x=wide(x), y=like(wide(x), 0))
-    if name_of(x) in ("int8", "uint8", "int16", "uint16") and c.version < 17:
+    x, kind = c.input(node, 0), ir.DataType(integer(node, "to", 1))
+    to = _CASTS.get(kind, "int32")
+    if to != "bool" and name_of(x) in ("int8", "uint8", "int16", "uint16") and c.version < 17:
         raise refused(node, f"{name_of(x)} needs iOS 17")
-    return mb.cast(x=x, dtype=to)
+    if kind in _CASTS:
+        if name_of(x) == to:
+            return mb.identity(x=x)
+        return mb.not_equal(x=wide(x), y=like(wide(x), 0)) if to == "bool" else mb.cast(x=x, dtype=to)
+    given = node.inputs[0]
+    assert given is not None
+    whole = mb.identity(x=x) if name_of(x) == to else mb.cast(x=x, dtype=to)
+    holds = given.dtype is not None and np.can_cast(given.dtype.numpy(), kind.numpy())
+    return whole if holds else _wrapped(node, whole)
 
 
 @emits("Identity")

@@ -104,6 +104,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         a = Cast<to = 6>(x) b = Cast<to = 9>(x) c = Cast<to = 1>(i) h = Cast<to = 10>(x) d = Cast<to = 1>(h) }""",
         {},
     ),
+    "cast to small integers": (
+        """(float[N, 4] x, int64[N] i, bool[N] b) => (uint8[N, 4] a, int8[N, 4] c, int16[N, 4] d, uint8[N] e, uint16[N] f, uint8[N] g) {
+        p = Abs(x) a = Cast<to = 2>(p) c = Cast<to = 3>(x) d = Cast<to = 5>(x) e = Cast<to = 2>(i) f = Cast<to = 4>(i) g = Cast<to = 2>(b) }""",
+        {},
+    ),
     "resized as TensorFlow once did": (
         """(float[1, 2, 3, 4] x) => (float[] y, float[] z) <float[4] f = {1, 1, 2, 1.5}> {
         y = Resize<mode = "nearest", coordinate_transformation_mode = "tf_half_pixel_for_nn", nearest_mode = "floor">(x, , f)
@@ -581,6 +586,29 @@ def test_small_integers_start_again_beyond_the_last(tmp_path):
         found = session.run(feeds)
     for key, expected in ReferenceSession(model, optimize=False).run(feeds).items():
         np.testing.assert_array_equal(found[key], expected, err_msg=key)
+
+
+def test_casts_to_small_integers_start_again_beyond_the_last(tmp_path):
+    """Read as floats inside of the package, where nothing narrows them any more."""
+    from optkit.backends.coreml.lower import CoreMl, CoreMlOptions
+
+    given = {
+        "i": np.array([300, -1, 128, 70000], np.int64), "s": np.array([-128, -1, 0, 127], np.int8),
+        "u": np.array([255, 128, 127, 0], np.uint8), "x": np.array([250.9, -3.9, 130.0, 0.5], np.float32),
+    }  # fmt: skip
+    casts = [(x, to) for x in given for to in (2, 3, 4, 5)]
+    nodes = " ".join(f"{x}{to} = Cast<to = {to}>({x}) {x}{to}f = Cast<to = 1>({x}{to})" for x, to in casts)
+    inputs = ", ".join(f"{v.dtype.name.replace('32', '')}[4] {k}" for k, v in given.items())
+    outputs = ", ".join(f"float[4] {x}{to}f" for x, to in casts)
+    model = parse(HEAD % (21, f"({inputs}) => ({outputs}) {{ {nodes} }}"))
+    legalize(model, CoreMl(), PHONE, name="model")
+    CoreMl().lower(model, PHONE, CoreMlOptions(), tmp_path)
+    with CoreMl().load(tmp_path, PHONE, CoreMlOptions()) as session:
+        found = session.run(given)
+    kinds = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16}
+    for x, to in casts:
+        expected = given[x].astype(np.int64).astype(kinds[to])
+        np.testing.assert_array_equal(found[f"{x}{to}f"], expected, err_msg=f"{x} to {kinds[to].__name__}")
 
 
 def test_blocks_of_which_the_last_is_not_full_are_as_long_as_the_model_says(tmp_path):
