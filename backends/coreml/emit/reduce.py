@@ -30,7 +30,7 @@ def _reduce(c: Context, node: ir.Node) -> Any:
             raise refused(node, "the axes of a reduction are computed at run time")
     if not axes:
         if integer(node, "noop_with_empty_axes", 0):
-            return mb.identity(x=x)
+            return _of_each(node, wide(c.input(node, 0)))
         axes = list(range(x.rank))
     keep = bool(integer(node, "keepdims", 1))
     out = getattr(mb, _REDUCE[node.op_type])(x=x, axes=axes, keep_dims=keep)
@@ -39,6 +39,17 @@ def _reduce(c: Context, node: ir.Node) -> Any:
     if out.rank and not keep and len(axes) == x.rank:
         out = mb.squeeze(x=out, axes=[0])
     return mb.cast(x=out, dtype="bool") if boolean else out
+
+
+def _of_each(node: ir.Node, x: Any) -> Any:
+    """A reduction along no axis: each element alone."""
+    if node.op_type in ("ReduceL1", "ReduceL2"):
+        return mb.abs(x=x)
+    if node.op_type == "ReduceSumSquare":
+        return mb.mul(x=x, y=x)
+    if node.op_type == "ReduceLogSum":
+        return mb.log(x=x, epsilon=like(x, 0))
+    return mb.identity(x=x)
 
 
 def _refuse_arg(node: ir.Node) -> str | None:

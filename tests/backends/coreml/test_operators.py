@@ -115,6 +115,15 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         z = Resize<mode = "linear", coordinate_transformation_mode = "tf_half_pixel_for_nn">(x, , f) }""",
         {},
     ),
+    "reduced along no axis": (
+        """(float[N, 4] x, bool[N, 4] b) => (float[N, 4] a, float[N, 4] c, float[N, 4] d, float[N, 4] e, float[N, 4] f, float[N, 4] g,
+        bool[N, 4] h) {
+        a = ReduceL1<noop_with_empty_axes = 1>(x) c = ReduceL2<noop_with_empty_axes = 1>(x)
+        d = ReduceSumSquare<noop_with_empty_axes = 1>(x) p = Exp(x) e = ReduceLogSum<noop_with_empty_axes = 1>(p)
+        f = ReduceLogSumExp<noop_with_empty_axes = 1>(x) g = ReduceSum<noop_with_empty_axes = 1>(x)
+        h = ReduceMax<noop_with_empty_axes = 1>(b) }""",
+        {},
+    ),
     "triangles": (
         """(float[4, 5] x) => (float[4, 5] a, float[4, 5] b, float[4, 5] c, float[4, 5] d) <int64 k = {1}> {
         a = Trilu<upper = 1>(x) b = Trilu<upper = 0>(x) c = Trilu<upper = 1>(x, k) d = EyeLike<k = 1>(x) }""",
