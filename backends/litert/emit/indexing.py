@@ -146,12 +146,13 @@ def _top(c: Context, node: ir.Node) -> None:
     count = size(node.outputs[0])[axis]
     placed = (*x.shape[:-1], count)
     values, places = (
-        c.graph.tensor(str(o.name), placed, k) for o, k in zip(node.outputs, (x.dtype, np.int32), strict=True)
+        c.graph.tensor(f"{node.name}/{n}", placed, k) for n, k in (("values", x.dtype), ("places", np.int32))
     )
     c.graph.op("TOPK_V2", [x, c.number(count, np.int32)], [values, places], ("TopKV2Options", {}))
     values = values if largest else _reversed(c, values)
     c.put(node.outputs[0], c.transposed(values, back))
-    c.put(node.outputs[1], c.cast(c.transposed(places, back), np.int64))
+    if len(node.outputs) > 1:
+        c.put(node.outputs[1], c.cast(c.transposed(places, back), np.int64))
 
 
 def _reversed(c: Context, x: Tensor) -> Tensor:

@@ -384,6 +384,22 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "(float[1, 1, 3] x) => (float[] y, float[] h) { y, h = LSTM<hidden_size = 4>(x, w, again) }",
         {"w": (1, 16, 3), "again": (1, 16, 4)},
     ),
+    "largest and smallest": (
+        """(float[2, 3, 5] x, int64[6, 2] i) => (float[2, 3, 2] v, int64[2, 3, 2] p, float[2, 2, 5] s, int64[2, 2, 5] q, int64[3, 2] w, int64[3, 2] r)
+        <int64[1] two = {2}, int64[1] three = {3}> {
+        t = Round(x) v, p = TopK(t, two) s, q = TopK<axis = 1, largest = 0>(t, two) w, r = TopK<axis = 0>(i, three) }""",
+        {},
+    ),
+    "shuffled pixels": (
+        """(float[2, 12, 3, 5] x) => (float[] a, float[] b) {
+        a = DepthToSpace<blocksize = 2, mode = "CRD">(x) c = Conv(x, w) d = DepthToSpace<blocksize = 2, mode = "CRD">(c) b = Relu(d) }""",
+        {"w": (8, 12, 1, 1)},
+    ),
+    "norms of groups and volumes": (
+        """(float[2, 3, 20] x, float[1, 3, 4, 2, 5] v, float[3] t) => (float[] a, float[] b, float[] c) {
+        a = InstanceNormalization(x, s, o) b = InstanceNormalization<epsilon = 0.01>(v, s, o) c = InstanceNormalization(x, t, o) }""",
+        {"s": (3,), "o": (3,)},
+    ),
     "resized as TensorFlow once did": (
         """(float[1, 2, 3, 4] x) => (float[] y) <float[4] f = {1, 1, 2, 1.5}> {
         y = Resize<mode = "nearest", coordinate_transformation_mode = "tf_half_pixel_for_nn", nearest_mode = "floor">(x, , f) }""",
