@@ -305,6 +305,10 @@ class Backend(ABC):
         """Bytes of what is deployed of the files in ``path``."""
         return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
+    def weights(self, path: Path) -> Mapping[str, int] | None:
+        """Bytes of weights by stored type, read back from the files in ``path``; None where they are as in the graph."""
+        return None
+
     def fit(self, options: Any, shapes: Mapping[str, tuple[int, ...]] | None) -> Any:
         """``options`` for inputs that usually have ``shapes``; None where they have no usual shape.
 

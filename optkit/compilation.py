@@ -302,7 +302,7 @@ class Compilation:
             bytes=size,
             lossy=lossy,
             scheme=scheme(model),
-            weights=weight_bytes_by_type(model),
+            weights=engine.weights(folder) or weight_bytes_by_type(model),
             rounds=any(n.op_type == "QuantizeLinear" for n in walk(self.loaded.model)),
             narrows=engine.narrows(options),
             saturation=saturation(model, self.target, engine),

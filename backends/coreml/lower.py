@@ -24,6 +24,7 @@ from optkit.backends.coreml.package import DATA, PACKAGE, convert, write
 from optkit.backends.coreml.placement import PLACEMENTS
 from optkit.backends.coreml.program import build
 from optkit.backends.coreml.quiet import silence
+from optkit.backends.coreml.reference.program import Package
 from optkit.backends.coreml.session import MacSession, ReferenceSession, has_core_ml
 from optkit.backends.coreml.shapes import Axes, Size, axes, fix, keys
 from optkit.backends.coreml.validate import problems
@@ -212,6 +213,10 @@ class CoreMl(Backend):
     ) -> Session:
         """Open the package: on a Mac in Core ML, elsewhere in the reference evaluator."""
         return MacSession(path, options.units) if has_core_ml() else ReferenceSession(path)
+
+    def weights(self, path: Path) -> Mapping[str, int] | None:
+        """Of the file of weights: places in palettes have a few bits there, and 32 in the graph."""
+        return Package(path / PACKAGE).weights() or None
 
     def evidence(self, path: Path, target: Target, options: CoreMlOptions) -> frozenset[str]:
         """The rules of the loader were checked on the saved package."""

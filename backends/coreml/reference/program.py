@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,15 @@ class Package:
         self._shared: dict[Any, Any] = {}
         self.functions = {name: self._function(name, f) for name, f in self.spec.mlProgram.functions.items()}
 
+    def weights(self) -> dict[str, int]:
+        """Bytes of the file of weights by the type of the values, ``float16``, ``uint4`` and so on; of shared ones once."""
+        kinds = {w.offset: w.type for f in self.functions.values() for w in _stored(f.block)}
+        found: dict[str, int] = {}
+        for offset, kind in kinds.items():
+            name = "float" if kind.kind == "FLOAT32" else kind.kind.lower()
+            found[name] = found.get(name, 0) + self.blobs.raw(offset).size
+        return found
+
     def _function(self, name: str, proto: Any) -> Function:
         if proto.opset not in proto.block_specializations:
             raise ModelError(f"{self.path.name}: function {name!r} has no block for {proto.opset}")
@@ -269,6 +279,15 @@ class Package:
             return value
         value.flags.writeable = False
         return self._shared.setdefault((kind, value.tobytes()), value)
+
+
+def _stored(block: Block) -> Iterator[Lazy]:
+    """Constants of a block, and of those inside of it, that are in the file of weights."""
+    for operation in block.operations:
+        values = (*operation.attributes.values(), *chain.from_iterable(operation.inputs.values()))
+        yield from (v for v in values if isinstance(v, Lazy))
+        for inner in operation.blocks:
+            yield from _stored(inner)
 
 
 def _type(proto: Any) -> Type:

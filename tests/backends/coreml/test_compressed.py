@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import optkit
 from optkit.backends import BACKENDS
 from optkit.data import CalibrationData
 from optkit.errors import UnsupportedOpError
@@ -160,3 +161,23 @@ def test_recipes_of_int8_for_processors_do_the_same_for_core_ml(recipe, tmp_path
     assert ("Conv" in quantized) == (recipe != "int8-static-linear")
     assert quantized & {"MatMul", "Gemm"}
     _check(model, tmp_path, rtol=1e-3)
+
+
+def test_the_report_says_what_the_package_stores(tmp_path):
+    """Places in palettes are int32 in the graph and have 4 bits in the file of weights."""
+    recipe = {
+        "recipe": 1,
+        "backend": "coreml",
+        "options": {"precision": "fp16"},
+        "limits": {"min_cosine": -1},
+    }
+    passes = [{"palettize-weights": {"bits": 4}}]
+    artifact, report = optkit.compile(
+        _model(), target="iphone15", recipe={**recipe, "passes": passes}, out=tmp_path / "out"
+    )
+    stored = report.manifest.achieved.weights
+    assert stored["uint4"] == FLOATS // 4 // 2
+    assert set(stored) == {"uint4", "float16"}
+    file = artifact.folder / "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    # Each blob has a record and starts at a multiple of 64 bytes.
+    assert sum(stored.values()) <= file.stat().st_size <= sum(stored.values()) + 16 * 128
