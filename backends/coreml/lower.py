@@ -342,6 +342,12 @@ def _check(model: ir.Model, options: CoreMlOptions, oldest: int, *, several: boo
         a, b = inputs[name].shape, outputs[output].shape
         if a is None or b is None or not a.is_static() or a != b:
             raise UsageError(f"options.states: {name} {a} and {output} {b} must have one fixed shape")
+        kind = inputs[name].dtype
+        if kind is not None and kind.is_integer() and not np.can_cast(kind.numpy(), np.float16):
+            raise UsageError(
+                f"options.states: {name} is {kind.name.lower()}, and Core ML keeps float16, which has no odd numbers beyond 2048",
+                hint="leave counters and positions as inputs and outputs",
+            )
     free = [n for n, v in inputs.items() if v.shape is not None and not v.shape.is_static()]
     if several and len(free) > 1 and oldest < 18:
         raise UsageError(

@@ -556,6 +556,16 @@ def test_options_that_do_not_fit_the_model_are_refused(options, message, tmp_pat
         _lower(_linear(), tmp_path, **options)
 
 
+def test_counters_are_no_states_since_float16_would_stop_at_2048(tmp_path):
+    text = "g (%s[4] n, float[4] x) => (float[4] y, %s[4] m) <%s one = {1}> { m = Add(n, one) c = Cast<to = 1>(n) y = Mul(c, x) }"
+    for kind in ("int64", "int32"):
+        with pytest.raises(UsageError, match=f"n is {kind}, and Core ML keeps float16") as found:
+            _lower(parse(HEAD + text % (kind, kind, kind)), tmp_path, states={"n": "m"})
+        assert "counters and positions" in str(found.value.hint)
+    small = "g (uint8[4] n, float[4] x) => (float[4] y, uint8[4] m) { m = Max(n, n) c = Cast<to = 1>(n) y = Mul(c, x) }"
+    _lower(parse(HEAD + small), tmp_path, states={"n": "m"}).close()
+
+
 def test_words_of_options_are_taken_in_any_case(tmp_path):
     picture = {"scale": 1, "bias": [0], "color": "bgr"}
     kind = BACKENDS.get("coreml")().options
