@@ -17,7 +17,7 @@ from optkit.backends.coreml.emit.base import (
     string,
     through_floats,
 )
-from optkit.backends.coreml.emit.quant import weight
+from optkit.backends.coreml.emit.quant import stored_constant, weight
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import constant, rank
 
@@ -63,8 +63,8 @@ def _refuse_transpose(node: ir.Node) -> str | None:
     if ints(node, "output_shape") is not None:
         return "output_shape of a transposed convolution: pads are needed instead"
     w = node.inputs[1]
-    quantized = w is not None and w.producer() is not None and w.producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
-    if constant(w) is None and not quantized:
+    producer = w.producer() if w is not None else None
+    if constant(w) is None and (producer is None or not stored_constant(producer)):
         return "Core ML needs the weights of a transposed convolution to be constant"
     return None
 

@@ -13,6 +13,7 @@ from optkit.backends import BACKENDS
 from optkit.data import CalibrationData
 from optkit.errors import UnsupportedOpError
 from optkit.graph import walk
+from optkit.legalize import legalize
 from optkit.passes.base import Context
 from optkit.passes.quantization.palette import PalettizeWeights
 from optkit.passes.quantization.weights import QuantizeWeights
@@ -85,6 +86,27 @@ def test_compressed_weights_are_small_in_the_file_and_exact(pass_, share, kind, 
     assert kind in kinds
     assert size < share * FLOATS
     assert "gather" in kinds
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        QuantizeWeights(bits=8),
+        QuantizeWeights(bits=4, block=32),
+        PalettizeWeights(bits=6),
+        PalettizeWeights(bits=4, group=16),
+        PalettizeWeights(bits=4, group=16, scaled=True),
+    ],
+)
+def test_weights_of_transposed_convolutions_are_compressed_too(pass_, tmp_path):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[1, 64, 5, 5] x) => (float[1, 64, 10, 10] y) { y = ConvTranspose<strides = [2, 2]>(x, w) }"""
+    weight = np.random.default_rng(0).normal(size=(64, 64, 2, 2)).astype(np.float32) / 8
+    model = parse(text, w=weight)
+    assert len(pass_.run(model, Context(target=PHONE))) == 1
+    legalize(model, BACKENDS.get("coreml")(), PHONE, name="model")
+    size, kinds = _check(model, tmp_path)
+    assert size < 0.3 * weight.nbytes and "conv_transpose" in kinds
 
 
 @pytest.mark.parametrize(
