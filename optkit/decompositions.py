@@ -59,6 +59,26 @@ def _log1p(op: Builder, x: ir.Value) -> ir.Value:
     return op.Where(op.Equal(whole, one), x, exact)
 
 
+def _affine_grid(op: Builder, node: ir.Node) -> ir.Value | None:
+    """The product of all places of the grid, which are constant, with the transposed matrices.
+
+    ONNX's own function squeezes away the batch where it is of one picture, and fails.
+    """
+    theta, sizes = node.inputs[0], constant(node.inputs[1])
+    if sizes is None:
+        return None
+    batch, _, *axes = (int(n) for n in sizes)
+    aligned = bool(attribute(node, "align_corners", 0))
+    if aligned and 1 in axes:
+        return None  # A step from the first element to itself.
+    lines = [np.linspace(-1, 1, n) if aligned else (2 * np.arange(n) + 1) / n - 1 for n in axes]
+    places = np.meshgrid(*lines, indexing="ij")
+    # The last axis, whose places are x, comes first.
+    whole = np.stack([*places[::-1], np.ones(axes)], axis=-1).reshape(-1, len(axes) + 1)
+    grid = op.MatMul(whole.astype(_like(theta, 0).dtype), op.Transpose(theta, perm=[0, 2, 1]))
+    return op.Reshape(grid, np.array([batch, *axes, len(axes)], np.int64))
+
+
 def _softplus(op: Builder, node: ir.Node) -> ir.Value | None:
     """``max(x, 0) + log(1 + exp(-|x|))``: what is raised to a power of e is never above 0, so that nothing overflows.
 
@@ -341,6 +361,7 @@ def _like(x: ir.Value | None, number: float) -> np.ndarray:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "Acosh": (_acosh,),
+    "AffineGrid": (_affine_grid,),
     "ArgMax": (_last_of_several,),
     "ArgMin": (_last_of_several,),
     "Asinh": (_asinh,),

@@ -30,14 +30,6 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
         "(float[4, 7] x) => (float[5, 5] y) <int64[2] size = {5, 5}> { y = CenterCropPad(x, size) }",
         "coreml litert",
     ),
-    "AffineGrid": (
-        "(float[2, 2, 3] x) => (float[2, 3, 4, 2] y) <int64[4] size = {2, 1, 3, 4}> { y = AffineGrid<align_corners = 1>(x, size) }",
-        "coreml",
-    ),
-    "AffineGrid of volumes": (
-        "(float[1, 3, 4] x) => (float[1, 2, 3, 4, 3] y) <int64[5] size = {1, 1, 2, 3, 4}> { y = AffineGrid(x, size) }",
-        "coreml litert",
-    ),
     "Shrink": ("(float[N, 5] x) => (float[N, 5] y) { y = Shrink<lambd = 0.4, bias = 0.1>(x) }", "coreml litert"),
     "HannWindow": (
         "(float[7] x) => (float[7] y) <int64 size = {7}> { w = HannWindow<periodic = 0>(size) y = Mul(x, w) }",
@@ -80,6 +72,18 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
 RULES: dict[str, tuple[str, str]] = {
     "Acosh": (
         "(float[N, 5] x) => (float[N, 5] y) <float one = {1}> { a = Abs(x) b = Add(a, one) y = Acosh(b) }",
+        "coreml litert",
+    ),
+    "AffineGrid": (
+        "(float[2, 2, 3] x) => (float[2, 3, 4, 2] y) <int64[4] size = {2, 1, 3, 4}> { y = AffineGrid<align_corners = 1>(x, size) }",
+        "coreml litert",
+    ),
+    "AffineGrid of one picture": (
+        "(float[1, 2, 3] x) => (float[1, 4, 5, 2] y) <int64[4] size = {1, 3, 4, 5}> { y = AffineGrid(x, size) }",
+        "coreml litert",
+    ),
+    "AffineGrid of volumes": (
+        "(float[1, 3, 4] x) => (float[1, 2, 3, 4, 3] y) <int64[5] size = {1, 1, 2, 3, 4}> { y = AffineGrid(x, size) }",
         "coreml litert",
     ),
     "Asinh": ("(float[N, 5] x) => (float[N, 5] y) { y = Asinh(x) }", "litert"),
