@@ -305,7 +305,7 @@ class Backend(ABC):
         """Bytes of what is deployed of the files in ``path``."""
         return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
-    def weights(self, path: Path) -> Mapping[str, int] | None:
+    def weights(self, path: Path) -> dict[str, int] | None:
         """Bytes of weights by stored type, read back from the files in ``path``; None where they are as in the graph."""
         return None
 

@@ -214,7 +214,7 @@ class CoreMl(Backend):
         """Open the package: on a Mac in Core ML, elsewhere in the reference evaluator."""
         return MacSession(path, options.units) if has_core_ml() else ReferenceSession(path)
 
-    def weights(self, path: Path) -> Mapping[str, int] | None:
+    def weights(self, path: Path) -> dict[str, int] | None:
         """Of the file of weights: places in palettes have a few bits there, and 32 in the graph."""
         return Package(path / PACKAGE).weights() or None
 

@@ -16,7 +16,7 @@ from optkit.backends.litert.emit import ROWS, Context
 from optkit.backends.litert.flat import File
 from optkit.backends.litert.kernels import NotTakenError
 from optkit.backends.litert.placement import PLACEMENTS
-from optkit.backends.litert.profile import operators
+from optkit.backends.litert.profile import operators, weights
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
 from optkit.backends.litert.trial import survives
 from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
@@ -131,6 +131,10 @@ class LiteRt(Backend):
     ) -> Session:
         """Open the file."""
         return LiteRtSession(path, (options.threads or None) if threads is None else threads)
+
+    def weights(self, path: Path) -> dict[str, int] | None:
+        """Of the file: what float16 holds is in 16 bits there, and in 32 in the graph."""
+        return weights(path / MODEL) or None
 
     def parallel(self, options: LiteRtOptions, *, threads: int, streams: int) -> LiteRtOptions | None:
         """Threads of one request; a file runs one at a time."""

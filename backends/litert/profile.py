@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optkit.backends.litert.session import LiteRtSession
 
 _NAMES = {v: k for k, v in vars(schema.BuiltinOperator).items() if k.isupper()}
+_TYPES = {v: k for k, v in vars(schema.TensorType).items() if k.isupper()}
 # Runs that a duration is the least of.
 _RUNS = 3
 
@@ -42,6 +43,18 @@ def operators(session: LiteRtSession, file: Path, feeds: Mapping[str, np.ndarray
         )
         for name, code, fmt, macs in rows
     ]  # fmt: skip
+
+
+def weights(file: Path) -> dict[str, int]:
+    """Bytes of constants by stored type, ``float16``, ``int8`` and so on; of shared ones once."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(file.read_bytes(), 0))
+    kinds = {t.buffer: _TYPES[t.type] for graph in model.subgraphs for t in graph.tensors}
+    found: dict[str, int] = {}
+    for index, buffer in enumerate(model.buffers):
+        if index in kinds and buffer.data is not None:
+            name = "float" if kinds[index] == "FLOAT32" else kinds[index].lower()
+            found[name] = found.get(name, 0) + len(buffer.data)
+    return found
 
 
 def _one(op: Any, graph: Any, code: str) -> tuple[str, str, str, int]:

@@ -82,7 +82,7 @@ def _recurrent(c: Context, node: ir.Node) -> None:
         for step in range(steps)[:: -1 if backward else 1]:
             part = _rows(c, gates, step * batch, batch)
             if node.op_type == "LSTM":
-                state = _lstm_step(c, part, *state, again[d], functions)
+                state = _lstm_step(c, part, state[0], state[1], again[d], functions)
             elif node.op_type == "GRU":
                 state = [_gru_step(c, part, state[0], again[d], other if apart else None, functions)]
             else:

@@ -416,6 +416,21 @@ def test_the_report_says_what_is_in_integers_and_what_is_left_to_do(tmp_path):
     assert (artifact.folder / "model.tflite").read_bytes() == (again.folder / "model.tflite").read_bytes()
 
 
+def test_half_precision_halves_the_weights_and_the_report_says_so(tmp_path):
+    random = np.random.default_rng(0)
+    weights = {
+        "w": random.normal(size=(64, 64)).astype(np.float32),
+        "b": random.normal(size=64).astype(np.float32),
+    }
+    model = parse(HEAD + "(float[1, 64] x) => (float[1, 64] y) { h = MatMul(x, w) y = Add(h, b) }", **weights)
+    _, report = optkit.compile(
+        model, target="android-cpu", precision="fp16", data=[random_feeds(model)], out=tmp_path / "out"
+    )
+    assert report.manifest.recipe["description"].startswith("LiteRT, float16 quantization")
+    found = dict(report.candidates[0].weights or report.manifest.weights)
+    assert found["float16"] == 2 * 64 * 64 and found["float"] == 4 * 64
+
+
 def test_the_command_line_compiles_and_runs_it(tmp_path, capsys):
     save(_mobile(), tmp_path / "model.onnx")
     assert (
