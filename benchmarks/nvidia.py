@@ -152,9 +152,11 @@ def _compile(
     first, last = report["candidates"][0], report["candidates"][-1]
     # Where floats shipped, the row is about what did not.
     tried, judged_by = (first if last["name"] in _FLOATS else last), manifest["accuracy"] or {}
+    # What is plainly missed is judged by the first samples alone, and so is the reference that it is compared with.
+    reference = None if tried["metric"] is None else tried["metric"] + tried["drop"]
     return {
         "verdict": tried["verdict"], "reason": tried["reason"], "cpu_seconds": spent, "shipped": last["name"],
-        "metric": judged_by.get("metric"), "reference": judged_by.get("reference"), "candidate": tried["metric"],
+        "metric": judged_by.get("metric"), "reference": reference, "candidate": tried["metric"],
         "drop": tried["drop"], "ci95": tried["ci95"], "bytes": manifest["size"]["after"],
         "formats": manifest["achieved"]["formats"], "evidence": [k for k, v in manifest["evidence"].items() if v],
         "deferred": len(manifest["deferred"]), "estimate": report["estimate"],
