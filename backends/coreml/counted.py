@@ -1,4 +1,4 @@
-"""Floats that are rounded to whole numbers which float16 does not have, or must not miss by one."""
+"""Floats that float16 does not hold well enough: what is rounded to whole numbers, and angles that these make."""
 
 from __future__ import annotations
 
@@ -77,6 +77,35 @@ def regained(function: Any) -> set[Any]:
             found.update(_made_of(op))
             found.update(casts)
             found.update(c for cast in casts for c in cast.outputs[0].child_ops if c.op_type == "mul")
+    return found
+
+
+# What lies between positions or steps of time and the angles that frequencies make of them.
+_TO_ANGLE = frozenset({
+    "add", "concat", "expand_dims", "matmul", "mul", "real_div", "reshape", "squeeze", "sub", "tile", "transpose",
+})  # fmt: skip
+_CIRCULAR = ("cos", "sin", "tan")
+
+
+def angles(function: Any) -> set[Any]:
+    """Sines and cosines of multiples of whole numbers or of inputs, with the operations that make these multiples.
+
+    Position 1000 times a frequency of 1 is off by up to a quarter of a radian in float16: of a rotary embedding or the embedding of a
+    step of diffusion nothing is left. What a network computed itself is left out, such as the argument of a periodic activation.
+    """
+    found = set[Any]()
+    for op in _all(function):
+        if op.op_type not in _CIRCULAR:
+            continue
+        way, told = [op], False
+        for one in way:
+            for value in (v for given in one.inputs.values() for v in _values(given) if v.val is None):
+                before = value.op
+                told = told or before is None or (before.op_type == "cast" and types.is_int(before.x.dtype))
+                if before is not None and before.op_type in _TO_ANGLE and before not in way:
+                    way.append(before)
+        if told:
+            found.update(way)
     return found
 
 

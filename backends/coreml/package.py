@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from optkit.backends.coreml.counted import counted, regained
+from optkit.backends.coreml.counted import angles, counted, regained
 from optkit.backends.coreml.interface import LABEL, Port
 from optkit.backends.coreml.quiet import ct, silence
 
@@ -66,8 +66,8 @@ def convert(
         features: The types of its inputs.
         version: Major version of the oldest iOS.
         fp16: Whether float32 inside becomes float16, as far as coremltools finds that the constants fit; what logarithms
-            are taken of stays in float32, and so do squares up to the root of what they become, what sizes are rounded from, and whole
-            numbers that become floats again.
+            are taken of stays in float32, and so do squares up to the root of what they become, what sizes are rounded from, whole
+            numbers that become floats again, and the angles that those make.
         weights: An empty folder.
         classified: The output that becomes a label and a dictionary.
 
@@ -122,7 +122,9 @@ def _selector(program: Any) -> Callable[[Any], bool]:
     @cache
     def kept() -> set[Any]:
         return {
-            op for function in program.functions.values() for op in (*counted(function), *regained(function))
+            op
+            for function in program.functions.values()
+            for op in (*counted(function), *regained(function), *angles(function))
         }
 
     # The passes before give the program other operations: what it has is asked for when the first of them is looked at.

@@ -388,6 +388,48 @@ def test_squares_that_float16_cannot_hold_stay_in_single_precision(tmp_path):
     assert sorted(kind for _, kind in kinds) == ["FLOAT16", "FLOAT32"]
 
 
+def test_angles_of_positions_and_steps_stay_in_single_precision(tmp_path):
+    """900.5 times a frequency is rounded by up to a quarter of a radian in float16."""
+    from optkit.backends.coreml.reference.program import Package
+
+    graph = """<ir_version: 10, opset_import: ["" : 21]>
+    g (int64[1, 6] p, float[1] t, float[1, 8] x) => (float[1, 6, 16] y, float[1, 8] z, float[1, 8] s)
+    {
+      f = Cast <to = 1> (p)
+      u = Unsqueeze(f, two)
+      m = MatMul(u, w)
+      d = Concat <axis = -1> (m, m)
+      a = Cos(d)
+      b = Sin(d)
+      y = Add(a, b)
+      e = Mul(t, v)
+      z = Sin(e)
+      n = MatMul(x, square)
+      s = Sin(n)
+    }"""
+    random = np.random.default_rng(0)
+    frequencies = (10000.0 ** (-np.arange(8) / 8)).astype(np.float32)
+    weights = {
+        "w": frequencies.reshape(1, 1, 8), "v": frequencies.reshape(1, 8), "two": np.array([2]),
+        "square": random.normal(size=(8, 8)).astype(np.float32),
+    }  # fmt: skip
+    feeds = {
+        "p": np.array([[0, 1, 511, 1021, 2047, 4001]]), "t": np.array([901], np.float32),
+        "x": random.normal(size=(1, 8)).astype(np.float32),
+    }  # fmt: skip
+    model = parse(graph, **weights)
+    with _lower(model, tmp_path, precision="fp16") as session:
+        found = session.run(feeds)
+    expected = ReferenceSession(model, optimize=False).run(feeds)
+    # Numbers up to 2 on float16's grid: a sine and a cosine, rounded alone and as a sum.
+    for name in "yz":
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2**-9)
+    operations = Package(tmp_path / "model.mlpackage").functions["main"].block.operations
+    kinds = sorted(o.outputs[0].type.kind for o in operations if o.kind == "sin")
+    # What the network computed itself is a half.
+    assert kinds == ["FLOAT16", "FLOAT32", "FLOAT32"]
+
+
 @pytest.mark.parametrize("looped", [False, True])
 def test_floats_that_sizes_are_rounded_from_stay_in_single_precision(looped, tmp_path):
     """3.0005 is 3 in float16: each of 16 syllables would last 3 frames instead of 4."""
