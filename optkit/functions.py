@@ -13,6 +13,8 @@ from optkit.rewrite import label
 
 # Names of a node's inputs and outputs where it stands alone, with their numbers behind.
 _INPUT, _OUTPUT = "i", "o"
+# Where a definition is a function of the model, until it is written out.
+_DEFINITIONS = "optkit.definitions"
 _Types = Callable[[ir.Value], tuple[ir.DataType | None, ir.Shape | None]]
 
 
@@ -81,10 +83,39 @@ def written_out(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         found = onnx.inliner.inline_selected_functions(model, [("", op_type)], inline_schema_functions=True)
     except RuntimeError as error:
-        raise NotDefinedError(f"its definition cannot be written out: {error}") from error
+        if "" not in model.graph.node[0].input:
+            raise NotDefinedError(f"its definition cannot be written out: {error}") from error
+        found = _with_operands_left_out(model)
     if any(node.op_type == op_type for node in found.graph.node):
         raise NotDefinedError("its types are not known well enough")
     return found
+
+
+def _with_operands_left_out(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same, of a definition that follows from types: ONNX's inliner asks for that of an operand that is not there as well.
+
+    Raises:
+        NotDefinedError: There is none for these types.
+    """
+    node, version = model.graph.node[0], model.opset_import[0].version
+    schema = onnx.defs.get_schema(node.op_type, version, "")
+    known = {i.name: i.type for i in model.graph.input}
+    types = [known.get(name, onnx.TypeProto()).SerializeToString() for name in node.input]
+    versions = [v for v in schema.context_dependent_function_opset_versions if v <= version]  # type: ignore[attr-defined]
+    body = b""
+    if versions:
+        body = schema.get_context_dependent_function_with_opset_version(  # type: ignore[attr-defined]
+            max(versions), node.SerializeToString(), types
+        )
+    if not body:
+        raise NotDefinedError("its types are not known well enough")
+    function, found = onnx.FunctionProto.FromString(body), onnx.ModelProto()
+    function.domain = _DEFINITIONS
+    found.CopyFrom(model)
+    found.functions.append(function)
+    found.opset_import.append(onnx.OperatorSetIdProto(domain=_DEFINITIONS, version=1))
+    found.graph.node[0].domain, found.graph.node[0].op_type = _DEFINITIONS, function.name
+    return onnx.inliner.inline_local_functions(found)
 
 
 def put(node: ir.Node, body: ir.Graph, new: Callable[[str], str] = str) -> list[ir.Node]:

@@ -447,6 +447,14 @@ _case(
     "y = Attention <q_num_heads = 2, kv_num_heads = 2, is_causal = 1> (q, k, v)",
 )
 _case(
+    "Attention-operands-left-out",
+    24,
+    "float[2, 2, 4, 8] q, float[2, 2, 4, 8] k, float[2, 2, 4, 8] v",
+    "float[2, 2, 4, 8] y",
+    "y = Attention(q, k, v, , , , n)",
+    "<int64[2] n = {2, 3}>",
+)
+_case(
     "RotaryEmbedding",
     23,
     "float[1, 2, 4, 8] x, float[1, 4, 4] c, float[1, 4, 4] s",
