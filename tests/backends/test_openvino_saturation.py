@@ -10,11 +10,11 @@ import pytest
 
 from optkit.backends import BACKENDS
 from optkit.backends.openvino.placement import PLACEMENTS
-from optkit.compiler import saturation
 from optkit.data import CalibrationData
 from optkit.graph import constant
 from optkit.passes.base import Context
 from optkit.passes.quantization.static import QuantizeStatic
+from optkit.readback import saturation
 from optkit.reference import ReferenceSession
 from optkit.saturation import emulate, saturated
 from optkit.targets import TARGETS, target
