@@ -134,7 +134,7 @@ class QuantizedLayer(nn.Module):
 
     Args:
         layer: Its parameters are taken over.
-        norm: The batch norm right behind it.
+        norm: The batch norm right behind it; one that is in evaluation while the layer trains is frozen, and stays so.
         bits: Of the weights.
     """
 
@@ -161,7 +161,10 @@ class QuantizedLayer(nn.Module):
             torch.zeros(channels, device=self.weight.device, dtype=self.weight.dtype)
         )
         self._stored = False
+        frozen = norm is not None and layer.training and not norm.training
         self.train(layer.training)
+        if frozen:
+            self.settle()
         self._init_scale()
 
     def read(self, quantizer: FakeQuantize) -> None:

@@ -391,6 +391,18 @@ def test_a_settled_norm_is_folded_and_stands_still():
         torch.testing.assert_close(quantized(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_norm_that_its_owner_froze_stays_frozen():
+    layer, norm = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3).eval()
+    quantized = QuantizedLayer(layer, norm, 8)
+    quantized.train()
+    before = norm.running_mean.clone()
+    quantized(torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0)))
+    assert quantized.training and not norm.training
+    assert torch.equal(norm.running_mean, before)
+    # In evaluation as a whole, nothing says that the norm is frozen.
+    assert QuantizedLayer(nn.Conv2d(2, 3, 3).eval(), nn.BatchNorm2d(3).eval(), 8).train().norm.training
+
+
 def test_ranges_norms_and_layers_freeze_when_they_are_due():
     module, x = _made("signal")
     recipe = _recipe(freeze_ranges=0.5, freeze_batch_norm=0.25, freeze_layers=0.4)
