@@ -32,7 +32,12 @@ def test_two_processes_train_as_one(tmp_path):
         name: script.train(name, lambda module: module, slice(None)).finish().module.state_dict()
         for name in script.RECIPES
     }
-    said = [process.communicate(timeout=120)[1] for process in running]
+    try:
+        # Nearly a minute of each processor on its own: long enough for one that others load, short enough for a hang.
+        said = [process.communicate(timeout=600)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], said
     for recipe, wrapper in itertools.product(alone, script.WRAPPERS):
         expected = alone[recipe]
