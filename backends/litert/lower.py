@@ -113,7 +113,7 @@ class LiteRt(Backend):
             if floats and (why := target.refusal("fp32")) is not None:
                 raise UnsupportedOpError(
                     f"LiteRT for {target.name}",
-                    [(name, f"a product of floats: {why}") for name in floats],
+                    [(name, f"a product of floats: {why}") for name in dict.fromkeys(floats)],
                     hint="all products have to be quantized: -r auto or litert-int8 with --calib FOLDER; those that stay in float cannot run there",
                 )
             shapes[signature.key] = [list(map(int, v.shape)) for v in inputs(sized)]  # type: ignore[arg-type]
@@ -195,6 +195,7 @@ def _emit(file: File, model: ir.Model, key: str) -> tuple[list[str], list[tuple[
     for node in model.graph:
         if node in context.done or node.op_type == "Constant":
             continue
+        context.at = str(node.name or "")
         try:
             ROWS[node.op_type].emit(context, node)
         except OptkitError:

@@ -113,11 +113,13 @@ class Context:
     Attributes:
         graph: What is added to.
         done: Nodes that the kernels of others compute.
+        at: Name of the node that is being written: what its kernels give between is named after it.
     """
 
     def __init__(self, file: File, name: str) -> None:
         self.graph = Graph(file, name)
         self.done: set[ir.Node] = set()
+        self.at = ""
         self._floats: dict[tuple[ir.Value, Layout], Tensor] = {}
         self._integers: dict[tuple[ir.Value, Layout], Tensor] = {}
         # Floats of constants that are stored in 16 bits, by the index of these.
@@ -255,7 +257,8 @@ class Context:
         settings: Settings | None = None, *, grid: Grid | None = None, name: str = "",
     ) -> Tensor:  # fmt: skip
         """An operator with one output, of the type of its first input unless said otherwise."""
-        return self.ops(code, inputs, [(name or code.lower(), shape)], dtype, settings, grid=grid)[0]
+        between = f"{self.at}/{code.lower()}" if self.at else code.lower()
+        return self.ops(code, inputs, [(name or between, shape)], dtype, settings, grid=grid)[0]
 
     def ops(
         self, code: str, inputs: Sequence[Tensor], outputs: Sequence[tuple[str, Sequence[int]]], dtype: Any = None,
