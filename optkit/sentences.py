@@ -257,7 +257,8 @@ def measured_on(found: Finished) -> str:
 
 def deferred(report: Report) -> str:
     """``DEFERRED: 2 steps``."""
-    return f"DEFERRED: {count(len(report.manifest.deferred), 'step')} that need {report.manifest.target}"
+    steps = len(report.manifest.deferred)
+    return f"DEFERRED: {count(steps, 'step')} that need{'s' if steps == 1 else ''} {report.manifest.target}"
 
 
 def reached(found: Roofline) -> str:
