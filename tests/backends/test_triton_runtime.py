@@ -572,5 +572,5 @@ def test_backends_without_a_runtime_of_their_own_say_so(tmp_path):
 
     text = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }'
     optkit.compile(parse(text), recipe="fp32", out=tmp_path / "out")
-    with pytest.raises(UsageError, match="onnxruntime have no runtime"):
+    with pytest.raises(UsageError, match="no runtime for onnxruntime artifacts"):
         Artifact(tmp_path / "out").on_device()
