@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -353,6 +354,72 @@ def _scaled_gemm(op: Builder, node: ir.Node) -> ir.Value | None:
     return op.Gemm(a, b, *more, **given)
 
 
+def _grid_sample(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Pixels, all channels of each in a row, looked up around every place and weighed by how near they are; pictures of known sizes."""
+    picture, grid = node.inputs
+    mode, edge = str(attribute(node, "mode", "linear")), str(attribute(node, "padding_mode", "zeros"))
+    sizes, places = shape_of(picture), shape_of(grid)
+    if mode not in ("linear", "nearest") or sizes is None or places is None or len(sizes) != 4:
+        return None
+    if not all(isinstance(n, int) for n in (*sizes, *places)):
+        return None
+    batch, channels, height, width = (int(n) for n in sizes)  # type: ignore[arg-type]
+    rows, columns = (int(n) for n in places[1:3])  # type: ignore[arg-type]
+    align = bool(attribute(node, "align_corners", 0))
+    x, y = (
+        _place(op, op.Gather(grid, np.array(i), axis=-1), n, edge, align=align)
+        for i, n in enumerate((width, height))
+    )
+    pixels = op.Reshape(
+        op.Transpose(picture, perm=[0, 2, 3, 1]), np.array([batch * height * width, channels])
+    )
+    first = (np.arange(batch) * height * width).reshape(-1, 1, 1)
+    if mode == "nearest":
+        near = [[(op.Round(v), None)] for v in (y, x)]
+    else:
+        low = [op.Floor(v) for v in (y, x)]
+        rest = [op.Sub(v, before) for v, before in zip((y, x), low, strict=True)]
+        near = [
+            [
+                (before, op.Sub(op.constant(_like(picture, 1)), more)),
+                (op.Add(before, _like(picture, 1)), more),
+            ]
+            for before, more in zip(low, rest, strict=True)
+        ]
+    total: ir.Value | None = None
+    for (top, above), (left, beside) in itertools.product(*near):
+        weight = above if beside is None else beside if above is None else op.Mul(above, beside)
+        inside = [
+            op.Clip(v, _like(picture, 0), _like(picture, n - 1)) for v, n in ((top, height), (left, width))
+        ]
+        if edge == "zeros":
+            there = op.And(op.Equal(top, inside[0]), op.Equal(left, inside[1]))
+            seen = op.Cast(there, to=int(picture.dtype))  # type: ignore[union-attr, arg-type]
+            weight = seen if weight is None else op.Mul(weight, seen)
+        where = [op.Cast(v, to=int(ir.DataType.INT64)) for v in inside]
+        index = op.Add(op.Add(op.Mul(where[0], np.array(width)), where[1]), first)
+        value = op.Gather(pixels, index, axis=0)
+        value = value if weight is None else op.Mul(value, op.Unsqueeze(weight, np.array([-1])))
+        total = value if total is None else op.Add(total, value)
+    assert total is not None
+    return op.Transpose(op.Reshape(total, np.array([batch, rows, columns, channels])), perm=[0, 3, 1, 2])
+
+
+def _place(op: Builder, along: ir.Value, size: int, edge: str, *, align: bool) -> ir.Value:
+    """From between -1 and 1 to the middle of the first and of the last of ``size`` pixels, or with ``align`` off to their outer ends."""
+    span = size - 1 if align else size
+    low = 0.0 if align else -0.5
+    place = op.Add(op.Mul(op.Add(along, _like(along, 1)), _like(along, span / 2)), _like(along, low))
+    if edge == "reflection" and span:
+        over = op.Abs(op.Sub(place, _like(along, low)))
+        turns = op.Floor(op.Div(over, _like(along, 2 * span)))
+        over = op.Sub(over, op.Mul(turns, _like(along, 2 * span)))
+        place = op.Add(op.Min(over, op.Sub(op.constant(_like(along, 2 * span)), over)), _like(along, low))
+    # One pixel beyond there is nothing either way; what is farther would not be an index.
+    beyond = 1 if edge == "zeros" else 0
+    return op.Clip(place, _like(along, -beyond), _like(along, size - 1 + beyond))
+
+
 def _like(x: ir.Value | None, number: float) -> np.ndarray:
     """A scalar of the type of ``x``."""
     assert x is not None and x.dtype is not None
@@ -369,6 +436,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Einsum": (_einsum_in_pairs, _einsum_as_products),
     "Gemm": (_scaled_gemm,),
     "GlobalLpPool": (_global_lp_pool,),
+    "GridSample": (_grid_sample,),
     "LpPool": (_lp_pool,),
     "MatMul": (_product_of_vectors,),
     "QLinearConv": (_quantized_convolution,),

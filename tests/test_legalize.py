@@ -70,6 +70,16 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
 
 # Operators that have rules of ours.
 RULES: dict[str, tuple[str, str]] = {
+    **{
+        f"GridSample {mode} {edge} {align}": (
+            f"""(float[2, 3, 4, 5] x, float[2, 3, 6, 2] g) => (float[2, 3, 3, 6] y) {{
+            y = GridSample<mode = "{mode}", padding_mode = "{edge}", align_corners = {align}>(x, g) }}""",
+            "litert",
+        )
+        for mode in ("linear", "nearest")
+        for edge in ("zeros", "border", "reflection")
+        for align in (0, 1)
+    },
     "Acosh": (
         "(float[N, 5] x) => (float[N, 5] y) <float one = {1}> { a = Abs(x) b = Add(a, one) y = Acosh(b) }",
         "coreml litert",
