@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -178,10 +179,44 @@ _DIVIDED = frozenset({ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8})
 _MOST = 5
 
 
+def _groups(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Axes of the result, neighbours together along which every operand has all elements, or every one but the same has one.
+
+    Args:
+        shapes: Of the operands.
+    """
+    n = len(np.broadcast_shapes(*shapes))
+    full = [(1,) * (n - len(s)) + tuple(s) for s in shapes]
+    found: list[list[int]] = []
+    before: tuple[bool, ...] | None = None
+    for axis in range(n):
+        spread = tuple(s[axis] == 1 for s in full)
+        if found and (all(spread) or spread == before):
+            found[-1].append(axis)
+            continue
+        found.append([axis])
+        before = spread
+    return found
+
+
+def _merged(c: Context, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Operands with no more axes than kernels broadcast."""
+    shapes = [t.shape for t in tensors]
+    n = max(map(len, shapes))
+    if n <= _MOST:
+        return list(tensors)
+    groups = _groups(shapes)
+    full = [(1,) * (n - len(s)) + s for s in shapes]
+    sizes = [[math.prod(s[i] for i in group) for group in groups] for s in full]
+    return [c.reshaped(t, s) for t, s in zip(tensors, sizes, strict=True)]
+
+
 def _refuse_binary(node: ir.Node) -> str | None:
-    for value in node.outputs:
-        if value.shape is not None and len(value.shape) > _MOST:
-            return f"LiteRT broadcasts up to {_MOST} axes"
+    shapes = [v.shape for v in node.inputs if v is not None and v.shape is not None]
+    if len(shapes) == len(node.inputs) and all(s.is_static() for s in shapes):
+        axes = len(_groups([[int(d) for d in s] for s in shapes]))  # type: ignore[arg-type]
+        if axes > _MOST:
+            return f"LiteRT broadcasts along {_MOST} axes, and these are {axes}"
     if node.op_type == "Pow" and not is_float(node.inputs[0]):
         base, power = node.inputs[0], node.inputs[1]
         known = constant(power)
@@ -204,7 +239,8 @@ def _binary(c: Context, node: ir.Node) -> None:
     code, settings = _BINARY[node.op_type]
     if node.op_type in _ON_GRIDS and len(values) == 2:
         end = c.end(node)
-        grids = [c.integers(v, layout) if len(size(v)) == len(shape) else None for v in values]
+        suits = [len(size(v)) == len(shape) <= _MOST for v in values]
+        grids = [c.integers(v, layout) if s else None for v, s in zip(values, suits, strict=True)]
         if end.quantizer is not None and all(g is not None for g in grids):
             assert settings is not None
             fields = {"fusedActivationFunction": end.activation}
@@ -226,7 +262,11 @@ def _binary(c: Context, node: ir.Node) -> None:
             y = c.cast(y, x.dtype)
         reached = placed if len(values) == 2 else tuple(np.broadcast_shapes(x.shape, y.shape))
         kind = np.bool_ if node.op_type in _COMPARED else x.dtype
-        x = c.op(code, [x, y], reached, kind, settings, name=str(outcome.name))
+        both = _merged(c, [x, y])
+        made = c.op(
+            code, both, np.broadcast_shapes(*(t.shape for t in both)), kind, settings, name=str(outcome.name)
+        )
+        x = c.reshaped(made, reached)
     c.put(outcome, x, layout)
 
 
@@ -234,8 +274,10 @@ def _binary(c: Context, node: ir.Node) -> None:
 def _either(c: Context, node: ir.Node) -> None:
     x, y = (c.get(v) for v in node.inputs if v is not None)
     shape = size(node.outputs[0])
-    same = c.op("EQUAL", [x, y], shape, np.bool_, ("EqualOptions", {}))
-    c.put(node.outputs[0], c.op("LOGICAL_NOT", [same], shape, settings=("LogicalNotOptions", {})))
+    both = _merged(c, [x, y])
+    same = c.op("EQUAL", both, np.broadcast_shapes(*(t.shape for t in both)), np.bool_, ("EqualOptions", {}))
+    other = c.op("LOGICAL_NOT", [same], same.shape, settings=("LogicalNotOptions", {}))
+    c.put(node.outputs[0], c.reshaped(other, shape))
 
 
 @emits("Where", refuse=_refuse_binary)
@@ -244,10 +286,10 @@ def _where(c: Context, node: ir.Node) -> None:
     shape = size(node.outputs[0])
     layout = together(c, values, len(shape))
     placed = tuple(shape[i] for i in TO_LAST) if layout == "last" else shape
-    tensors = [operand(c, v, len(shape), layout) for v in values]
-    c.put(
-        node.outputs[0], c.op("SELECT_V2", tensors, placed, tensors[1].dtype, ("SelectV2Options", {})), layout
-    )
+    tensors = _merged(c, [operand(c, v, len(shape), layout) for v in values])
+    reached = np.broadcast_shapes(*(t.shape for t in tensors))
+    made = c.op("SELECT_V2", tensors, reached, tensors[1].dtype, ("SelectV2Options", {}))
+    c.put(node.outputs[0], c.reshaped(made, placed), layout)
 
 
 @emits("PRelu")

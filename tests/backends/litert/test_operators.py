@@ -63,6 +63,12 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         p = GlobalAveragePool(c) q = Conv<kernel_shape = [1, 1]>(p, u) r = HardSigmoid(q) y = Mul(c, r) }""",
         {"w": (4, 4, 3, 3), "u": (4, 4, 1, 1)},
     ),
+    "many axes": (
+        """(float[2, 3, 1, 2, 2, 3] x, float[2, 2, 1] z, float[2, 1, 1, 2, 2, 3] u, float[2, 3, 2, 2, 2, 3] w) =>
+        (float[] a, float[] b, bool[] c, float[] d, bool[] e, float[] f, float[] g) {
+        a = Add(x, z) b = Mul(x, w) c = Less(x, u) d = Where(c, x, u) h = Less(x, w) e = Xor(c, h) f = Max(x, z, u) g = Div(w, z) }""",
+        {},
+    ),
     "compared": (
         """(float[3, 4] x, float[4] z) => (bool[3, 4] a, bool[3, 4] b, bool[3, 4] c, bool[3, 4] d, bool[3, 4] e, bool[3, 4] f,
         bool[3, 4] g, bool[3, 4] h) { a = Greater(x, z) b = GreaterOrEqual(x, z) c = Less(x, z) d = LessOrEqual(x, z) e = Equal(x, x)
