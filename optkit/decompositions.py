@@ -374,6 +374,7 @@ def _grid_sample(op: Builder, node: ir.Node) -> ir.Value | None:
         op.Transpose(picture, perm=[0, 2, 3, 1]), np.array([batch * height * width, channels])
     )
     first = (np.arange(batch) * height * width).reshape(-1, 1, 1)
+    near: list[list[tuple[ir.Value, ir.Value | None]]]
     if mode == "nearest":
         near = [[(op.Round(v), None)] for v in (y, x)]
     else:
