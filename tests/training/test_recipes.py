@@ -190,7 +190,8 @@ def test_what_was_trained_is_tried_in_every_runtime_of_the_target(tmp_path):
         assert (apart <= step).mean() > 0.999
         assert apart.max() <= (step if report.manifest.backend == "onnxruntime" else 2 * step)
     chosen, speeds = shipped_in.pop(None)
-    assert set(speeds) == {"fp32", "openvino-fp32"}
+    # The model as it was given is timed as well where the other seems no faster.
+    assert set(speeds) - {"as-given"} == {"fp32", "openvino-fp32"}
     assert chosen == ("openvino" if max(speeds, key=speeds.get) == "openvino-fp32" else "onnxruntime")
     # Asked for by name, it is the only one.
     assert {asked: made[0] for asked, made in shipped_in.items()} == {b: b for b in shipped_in}
