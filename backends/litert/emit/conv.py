@@ -321,10 +321,8 @@ def _conv_transpose(c: Context, node: ir.Node) -> None:
     assert source is not None and weights is not None
     array, x = _filled(floats_of(weights)), c.get(source, "last")
     strides, dilations = _picture(node, "strides", [1, 1]), _picture(node, "dilations", [1, 1])
-    groups, reach = (
-        integer(node, "group", 1),
-        [(k - 1) * d + 1 for k, d in zip(array.shape[2:], dilations, strict=True)],
-    )
+    groups = integer(node, "group", 1)
+    reach = [(k - 1) * d + 1 for k, d in zip(array.shape[2:], dilations, strict=True)]
     spread = np.zeros((*array.shape[:2], *reach), array.dtype)
     spread[:, :, :: dilations[0], :: dilations[1]] = array
     each, ins = array.shape[1], array.shape[0] // groups
@@ -339,17 +337,9 @@ def _conv_transpose(c: Context, node: ir.Node) -> None:
     for g in range(groups):
         some = x if groups == 1 else _channels(c, x, g * ins, ins)
         w = c.weights(np.transpose(spread[g * ins : (g + 1) * ins], (1, 2, 3, 0)), str(weights.name))
-        whole = groups == 1 and not wider
-        inputs = [c.vector((x.shape[0], *rows, each)), w, some, *([bias] if whole else [])]
-        parts.append(
-            c.op(
-                "TRANSPOSE_CONV",
-                inputs,
-                (x.shape[0], *rows, each),
-                np.float32,
-                ("TransposeConvOptions", settings),
-            )
-        )
+        placed = (x.shape[0], *rows, each)
+        inputs = [c.vector(placed), w, some, *([bias] if groups == 1 and not wider else [])]
+        parts.append(c.op("TRANSPOSE_CONV", inputs, placed, np.float32, ("TransposeConvOptions", settings)))
     made = parts[0]
     if groups > 1:
         shape = (*made.shape[:3], each * groups)
