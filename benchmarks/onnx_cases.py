@@ -96,7 +96,7 @@ def examine(
     choices = [list(given), floats, list(given)[:1]]
     row: dict[str, Any] = {}
     for index, free in enumerate(choices):
-        if not free or free in choices[:index]:
+        if index and (not free or free in choices[:index]):
             continue
         feeds = {k: given[k] for k in free}
         try:
