@@ -173,7 +173,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# ONNX's own cases of operators",
         "",
-        f"{result['processor']}. " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
+        f"{result['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
         "Core ML verified by the reference evaluator, not executed on Apple hardware; LiteRT run by its own runtime here. Cases are models of one",
         "node, or of the function that defines it, by ONNX's tests of operators; those with strings, sequences and random numbers are left out.",

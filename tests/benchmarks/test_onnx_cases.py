@@ -54,6 +54,8 @@ def test_the_page_counts_and_names_what_is_wrong():
         {"name": "test_b", "operator": "B", "result": "wrong", "why": "1 of 2 differ", "free": ["x"]},
         {"name": "test_c", "operator": "C", "result": "refused", "why": "no C"},
     ]
-    page = onnx_cases.markdown({"processor": "P", "versions": {"onnx": "1"}, "backends": {"litert": rows}})
+    page = onnx_cases.markdown(
+        {"processor": {"name": "P"}, "versions": {"onnx": "1"}, "backends": {"litert": rows}}
+    )
     assert "| litert | 3 | 1 | 0 | 1 | 0 | 1 |" in page
     assert "no case is equal of: B, C." in page and "* test_b: wrong: 1 of 2 differ" in page
