@@ -315,9 +315,9 @@ def _two(c: Context, code: str, kind: str, x: Tensor, y: Tensor) -> Tensor:
 def _hyperbolic(c: Context, x: Tensor, *, sine: bool) -> Tensor:
     """Halves of powers; of small numbers the sine by ``e^x - 1``, where these would cancel out (ELU is that below 0)."""
     half = c.number(0.5)
-    up, down = _one(c, "EXP", x), _one(c, "EXP", c.op("NEG", [x], x.shape, settings=("NegOptions", {})))
     if not sine:
-        return _two(c, "MUL", "MulOptions", _two(c, "ADD", "AddOptions", up, down), half)
+        down = _one(c, "EXP", c.op("NEG", [x], x.shape, settings=("NegOptions", {})))
+        return _two(c, "MUL", "MulOptions", _two(c, "ADD", "AddOptions", _one(c, "EXP", x), down), half)
     size_ = c.op("ABS", [x], x.shape, settings=("AbsOptions", {}))
     # Of a = |x|: (t + t / (t + 1)) / 2 with t = e^a - 1, which is -(e^-a - 1) e^a.
     less = c.op("ELU", [c.op("NEG", [size_], x.shape, settings=("NegOptions", {}))], x.shape)

@@ -164,8 +164,8 @@ def _refuse_pad(node: ir.Node) -> str | None:
     return "LiteRT: pads must be constant and not negative" if edges is None or (edges < 0).any() else None
 
 
-# NumPy's names of the modes that repeat elements.
-_REPEATED = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
+# Modes that repeat elements, by the names that NumPy has for them too.
+_REPEATED = frozenset({"reflect", "edge", "wrap"})
 
 
 @emits("Pad", refuse=_refuse_pad)
@@ -184,7 +184,7 @@ def _pad(c: Context, node: ir.Node) -> None:
         made = x
         for axis, (n, e) in enumerate(zip(x.shape, edges, strict=True)):
             if e.any():
-                places = c.vector(np.pad(np.arange(n), tuple(map(int, e)), mode=_REPEATED[mode]).tolist())  # type: ignore[call-overload]
+                places = c.vector(np.pad(np.arange(n), tuple(map(int, e)), mode=mode).tolist())  # type: ignore[call-overload]
                 placed = [*made.shape[:axis], n + int(e.sum()), *made.shape[axis + 1 :]]
                 settings = ("GatherOptions", {"axis": axis, "batchDims": 0})
                 made = c.op("GATHER", [made, places], placed, settings=settings)
