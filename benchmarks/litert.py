@@ -155,6 +155,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "Run by LiteRT on this machine's processor, one thread; no phone was at hand. The error of float32 is the largest difference to",
         f"ONNX Runtime as a share of the largest value; it passes up to {_ROUNDING:g}, or up to {_ALIKE} times what ONNX Runtime's own rewrites",
         "move the outputs. Speed-ups are ratios of CPU time, in turn: LiteRT float32 over ONNX Runtime float32, LiteRT int8 over its float32.",
+        "Int8 gains where the processor multiplies bytes in one step (VNNI, the dot product of Arm): without, the two are about as fast.",
         "Written by `python -m optkit.benchmarks.litert`, which says how.",
         "",
         "| model | fp32 | error | over ONNX Runtime | MB | int8 recipe | over LiteRT fp32 (95 %) | MB | metric | float → int8 (drop at most) |",
