@@ -354,6 +354,20 @@ def _scaled_gemm(op: Builder, node: ir.Node) -> ir.Value | None:
     return op.Gemm(a, b, *more, **given)
 
 
+def _unbiased_lrn(op: Builder, node: ir.Node) -> ir.Value | None:
+    """With a bias of 1: ``(b + a s)^p`` is ``b^p (1 + a / b s)^p``."""
+    bias, x = float(node.attributes["bias"].as_float()), node.inputs[0]
+    if bias <= 0:
+        return None
+    alpha, beta = (
+        node.attributes[n].as_float() if n in node.attributes else d
+        for n, d in (("alpha", 1e-4), ("beta", 0.75))
+    )
+    size = node.attributes["size"].as_int()
+    told = {"alpha": alpha / bias, "beta": beta, "bias": 1.0, "size": size}
+    return op.Mul(op.node("LRN", [x], told)[0], _like(x, bias**-beta))
+
+
 def _grid_sample(op: Builder, node: ir.Node) -> ir.Value | None:
     """Pixels, all channels of each in a row, looked up around every place and weighed by how near they are; pictures of known sizes."""
     picture, grid = node.inputs
@@ -438,6 +452,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Gemm": (_scaled_gemm,),
     "GlobalLpPool": (_global_lp_pool,),
     "GridSample": (_grid_sample,),
+    "LRN": (_unbiased_lrn,),
     "LpPool": (_lp_pool,),
     "MatMul": (_product_of_vectors,),
     "QLinearConv": (_quantized_convolution,),

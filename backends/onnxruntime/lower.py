@@ -18,7 +18,7 @@ from optkit.backends.onnxruntime.placement import PLACEMENTS
 from optkit.backends.onnxruntime.profile import conv_weights, read_profile
 from optkit.backends.onnxruntime.session import OnnxRuntimeSession
 from optkit.backends.onnxruntime.spelling import spelled
-from optkit.graph import walk
+from optkit.graph import attribute, walk
 from optkit.reference import session_options
 from optkit.saturation import emulate
 from optkit.store import save
@@ -66,7 +66,9 @@ class OnnxRuntime(Backend):
         return None
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
-        """ONNX Runtime runs all of the standard; of types it lacks arithmetic in bfloat16."""
+        """ONNX Runtime runs nearly all of the standard; of types it lacks arithmetic in bfloat16."""
+        if node.domain == "" and node.op_type in ("GRU", "LSTM", "RNN") and attribute(node, "layout", 0):
+            return "ONNX Runtime's CPU provider takes no batch that comes first (layout 1)"
         product = node.domain == "" and node.op_type in ("MatMul", "Gemm", "Conv")
         if product and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.BFLOAT16:
             return "ONNX Runtime's CPU provider has no bfloat16 kernel for it"

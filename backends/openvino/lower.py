@@ -17,6 +17,7 @@ from optkit.backends.base import Backend, Executed, Options
 from optkit.backends.openvino import cache
 from optkit.backends.openvino.convert import convert
 from optkit.backends.openvino.kernels import Kernel, Layer, available, fastest, layers, times
+from optkit.backends.openvino.misread import misread
 from optkit.backends.openvino.placement import PLACEMENTS
 from optkit.backends.openvino.profile import products, read_runtime, runtime_nodes
 from optkit.backends.openvino.quiet import core, ov
@@ -105,8 +106,8 @@ class OpenVino(Backend):
         return options.threads, max(1, options.streams)
 
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
-        """None: what OpenVINO reads depends on more than the operator; ``lower`` tries, and says what it refuses."""
-        return None
+        """What it would compute otherwise than the node says; what it refuses depends on more, and ``lower`` tries and says it."""
+        return misread(node)
 
     def lower(self, model: ir.Model, target: Target, options: OpenVinoOptions, path: Path) -> None:
         """Write ``model.xml`` and ``model.bin``; weights keep their formats.

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.openvino.placement import ABSORBED
-from optkit.graph import constant, made_for_one, users, walk
-from optkit.rewrite import Builder, Names, substitute
+from optkit.graph import constant, made_for_one, rank, scalar, users, walk
+from optkit.rewrite import Builder, Names, remove_unused, substitute
 
 
 def spelled(model: ir.Model) -> ir.Model | None:
-    """A copy in which every rounding takes place; None where ``model`` may stay as it is.
+    """A copy that OpenVINO (2026.4) computes as ``model`` says; None where ``model`` may stay as it is.
 
-    A convolution of OpenVINO's takes into its kernel the pair behind it, the sum behind that and the pair behind the sum, and
-    leaves out the rounding of the first pair (``DnnlPostOpsComposer``: "drop rounding one special residual pattern"). A network
-    that was trained with it came out 1.6 steps of int8 from what was trained. Spelled with Round and Clip it stays.
+    * A convolution takes into its kernel the pair behind it, the sum behind that and the pair behind the sum, and leaves out the
+      rounding of the first pair (``DnnlPostOpsComposer``: "drop rounding one special residual pattern"). A network that was
+      trained with it came out 1.6 steps of int8 from what was trained. Spelled with Round and Clip it stays.
+    * The largest of values that are all -inf is the lowest float32, so that what asks a mask for rows that see nothing finds none,
+      and attention gives NaN there. Spelled by which elements are -inf it does.
+    * Tile does not write its output where it repeats more than two of at least four axes and the repeats are computed. It
+      repeats two at a time.
     """
-    if not any(True for _ in _roundings(model)):
+    if not any(any(True for _ in find(model)) for find, _ in _SPELLINGS):
         return None
     model = model.clone()
     names = Names(model)
-    for q, dq in list(_roundings(model)):
-        _spell(q, dq, names)
+    for find, spell in _SPELLINGS:
+        for nodes in list(find(model)):
+            spell(nodes, names)
     return model
 
 
@@ -62,7 +68,8 @@ def _ends(q: ir.Node) -> tuple[np.float32, np.float32] | None:
     return np.float32(limits.min - middle), np.float32(limits.max - middle)
 
 
-def _spell(q: ir.Node, dq: ir.Node, names: Names) -> None:
+def _round(pair: tuple[ir.Node, ir.Node], names: Names) -> None:
+    q, dq = pair
     x, scale, _ = q.inputs
     ends = _ends(q)
     assert ends is not None
@@ -72,3 +79,66 @@ def _spell(q: ir.Node, dq: ir.Node, names: Names) -> None:
     for node in (dq, q):
         assert node.graph is not None
         node.graph.remove(node, safe=True)
+
+
+def _questions(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """What asks whether the largest element is -inf, and what finds that."""
+    for node in walk(model):
+        if node.op_type == "Equal" and node.domain == "":
+            for value, other in (node.inputs, node.inputs[::-1]):
+                most = None if value is None else value.producer()
+                if (
+                    most is not None
+                    and most.op_type == "ReduceMax"
+                    and most.domain == ""
+                    and scalar(other) == -np.inf
+                ):
+                    yield node, most
+                    break
+
+
+def _ask_each(found: tuple[ir.Node, ir.Node], names: Names) -> None:
+    equal, most = found
+    op, x = Builder(equal, names), most.inputs[0]
+    assert x is not None
+    low = np.array(-np.inf, x.dtype.numpy() if x.dtype is not None else np.float32)
+    each = op.Cast(op.Equal(x, low), to=ir.DataType.FLOAT)
+    every = op.node("ReduceMin", [each, *most.inputs[1:]], most.attributes)[0]
+    substitute(equal.outputs[0], op.Cast(every, to=ir.DataType.BOOL))
+    remove_unused([equal, most])
+
+
+def _tiles(model: ir.Model) -> Iterator[ir.Node]:
+    """Those of at least four axes by computed repeats."""
+    for node in walk(model):
+        computed = node.op_type == "Tile" and node.domain == "" and constant(node.inputs[1]) is None
+        if computed and (_axes(node) or 0) > _TOGETHER + 1:
+            yield node
+
+
+def _axes(node: ir.Node) -> int | None:
+    """How many a Tile has, by what it repeats or by the repeats."""
+    count = rank(node.inputs[0])
+    given = node.inputs[1].shape if count is None and node.inputs[1] is not None else None
+    return given[0] if given is not None and isinstance(given[0], int) else count
+
+
+def _tile_in_turn(node: ir.Node, names: Names) -> None:
+    op, (x, repeats) = Builder(node, names), node.inputs
+    count = _axes(node)
+    assert count is not None
+    for start in range(0, count, _TOGETHER):
+        now = np.arange(count) // _TOGETHER == start // _TOGETHER
+        x = op.Tile(x, op.Where(now, repeats, np.ones(1, np.int64)))
+    assert x is not None
+    substitute(node.outputs[0], x)
+    remove_unused([node])
+
+
+# As many axes as Tile repeats at a time.
+_TOGETHER = 2
+_SPELLINGS: tuple[tuple[Callable[[ir.Model], Iterator[Any]], Callable[[Any, Names], None]], ...] = (
+    (_roundings, _round),
+    (_questions, _ask_each),
+    (_tiles, _tile_in_turn),
+)

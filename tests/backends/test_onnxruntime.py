@@ -94,6 +94,19 @@ def test_options_are_checked(options):
         OnnxRuntimeOptions.model_validate(options)
 
 
+@pytest.mark.parametrize(("layout", "refused"), [(0, False), (1, True)])
+def test_a_batch_that_comes_first_is_refused_with_the_node(layout, refused):
+    model = parse(
+        f"""<ir_version: 10, opset_import: ["" : 21]>
+g (float[5, 2, 3] x) => (y) {{ y = GRU<hidden_size = 4, layout = {layout}>(x, w, r) }}""",
+        w=np.zeros((1, 12, 3), np.float32),
+        r=np.zeros((1, 12, 4), np.float32),
+    )
+    (node,) = model.graph
+    reason = OnnxRuntime().unsupported(node, target("cpu"))
+    assert ("layout 1" in (reason or "")) == refused
+
+
 def test_a_layer_norm_makes_the_fusion_that_may_slow_it_down_worth_timing(tmp_path):
     backend, options = OnnxRuntime(), OnnxRuntimeOptions()
     assert backend.variants(parse(TYPES), CPU, options, tmp_path, []) == ()

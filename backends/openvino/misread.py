@@ -1,0 +1,141 @@
+"""Operators that OpenVINO (2026.4) computes otherwise than ONNX says, without a word: what it makes of a node instead.
+
+Found by ONNX's own cases of operators and by comparing forms of operators with ONNX Runtime. What takes another form than this is
+in ``spelling``. Differences that nothing here prevents: equal values come out of TopK in any order (sorting stably takes 10 to 100
+times as long), a box whose overlap is the threshold itself is kept by NonMaxSuppression, DynamicQuantizeLinear may round a half to
+the other step, int64 is computed in 32 bits, float64 in float32 with infinities as its largest number, and NaN does not survive
+Relu, Clip, Max and Min.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from optkit.dims import shape_of
+from optkit.graph import attribute, constant, rank
+
+
+def misread(node: ir.Node) -> str | None:
+    """What OpenVINO makes of ``node`` instead of what it says; None where that is the same."""
+    look = _FORMS.get(node.op_type) if node.domain == "" else None
+    said = None if look is None else look(node)
+    return None if said is None else f"OpenVINO {said}"
+
+
+def _recurrent(node: ir.Node) -> str | None:
+    if attribute(node, "layout", 0):
+        return "reads a batch that comes first as steps in time (layout 1)"
+    if node.op_type == "LSTM" and len(node.inputs) > 7 and node.inputs[7] is not None:
+        return "leaves out peepholes (P)"
+    if node.op_type == "LSTM" and attribute(node, "input_forget", 0):
+        return "leaves out input_forget"
+    return None
+
+
+def _resize(node: ir.Node) -> str | None:
+    if attribute(node, "antialias", 0):
+        return "leaves out antialias"
+    if attribute(node, "exclude_outside", 0):
+        return "leaves out exclude_outside"
+    policy = attribute(node, "keep_aspect_ratio_policy", "stretch")
+    return None if policy == "stretch" else f"leaves out the keep_aspect_ratio_policy {policy}"
+
+
+def _roi_align(node: ir.Node) -> str | None:
+    return (
+        "takes the largest of other samples in mode max" if attribute(node, "mode", "avg") == "max" else None
+    )
+
+
+def _dft(node: ir.Node) -> str | None:
+    """It reads the attributes of opset 17, where the axis was one, 1 by default, and takes real signals for pairs."""
+    count, given = rank(node.inputs[0]), node.inputs[2] if len(node.inputs) > 2 else None
+    axis = constant(given) if given is not None else -2
+    if count is None or axis is None or int(axis) % count != 1:
+        return "transforms axis 1, whatever the axis"
+    return "leaves the last axis as it is where signals are real" if attribute(node, "onesided", 0) else None
+
+
+def _max_pool(node: ir.Node) -> str | None:
+    if attribute(node, "storage_order", 0) and len(node.outputs) > 1:
+        return "counts indices by rows, whatever the storage_order"
+    return _overhanging(node)
+
+
+def _average_pool(node: ir.Node) -> str | None:
+    if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0) and any(_pads(node)):
+        return "counts what windows reach over behind the pads (ceil_mode with count_include_pad)"
+    return _overhanging(node)
+
+
+def _overhanging(node: ir.Node) -> str | None:
+    """With ``ceil_mode`` ONNX leaves out windows that begin behind the last element, in the pads; OpenVINO does not.
+
+    None begins there where a stride and the pads behind are no longer than a window; else the sizes tell, where they are known.
+    """
+    if not attribute(node, "ceil_mode", 0):
+        return None
+    kernel = _ints(node, "kernel_shape")
+    count = len(kernel)
+    strides, dilations = _ints(node, "strides") or [1] * count, _ints(node, "dilations") or [1] * count
+    pads, sizes = _pads(node), (shape_of(node.inputs[0]) or (None,) * (count + 2))[2:]
+    for k, s, d, before, behind, n in zip(
+        kernel, strides, dilations, pads[:count], pads[count:], sizes, strict=True
+    ):
+        window = d * (k - 1) + 1
+        if s + behind <= window:
+            continue
+        if not isinstance(n, int) or -(-(n + before + behind - window) // s) * s >= n + before:
+            return "adds a window that begins behind the last element (ceil_mode)"
+    return None
+
+
+def _pads(node: ir.Node) -> list[int]:
+    return _ints(node, "pads") or [0] * (2 * len(_ints(node, "kernel_shape")))
+
+
+def _ints(node: ir.Node, name: str) -> list[int]:
+    found = node.attributes.get(name)
+    return [] if found is None else list(found.as_ints())
+
+
+def _constant(node: ir.Node) -> str | None:
+    value = constant(node.outputs[0])
+    empty = value is not None and value.size == 0 and node.outputs[0].is_graph_output()
+    return "gives one element for an output that is a constant without any" if empty else None
+
+
+def _lrn(node: ir.Node) -> str | None:
+    bias = float(attribute(node, "bias", 1.0))  # type: ignore[arg-type]
+    return None if bias == int(bias) else f"cuts the bias {bias:g} to an integer"
+
+
+def _pointwise_reduction(node: ir.Node) -> str | None:
+    """With ``noop_with_empty_axes`` and no axes, what a reduction does to each element still takes place."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = None if given is None else constant(given)
+    if not attribute(node, "noop_with_empty_axes", 0) or (
+        given is not None and (axes is None or axes.size > 0)
+    ):
+        return None
+    return "gives back elements as they are where nothing is reduced (noop_with_empty_axes)"
+
+
+_FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
+    "AveragePool": _average_pool,
+    "Constant": _constant,
+    "DFT": _dft,
+    "GRU": _recurrent,
+    "LRN": _lrn,
+    "LSTM": _recurrent,
+    "LpPool": _overhanging,
+    "MaxPool": _max_pool,
+    "RNN": _recurrent,
+    "ReduceL1": _pointwise_reduction,
+    "ReduceL2": _pointwise_reduction,
+    "ReduceLogSum": _pointwise_reduction,
+    "Resize": _resize,
+    "RoiAlign": _roi_align,
+}

@@ -1,0 +1,244 @@
+"""What OpenVINO would compute otherwise than ONNX says is refused, written out or spelled otherwise; what it reads right is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from optkit.backends import BACKENDS
+from optkit.backends.openvino.misread import misread
+from optkit.backends.openvino.spelling import spelled
+from optkit.errors import UnsupportedOpError
+from optkit.graph import walk
+from optkit.legalize import legalize
+from optkit.reference import ReferenceSession
+from optkit.targets import target
+from optkit.testing import parse, random_feeds
+
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>\ng '
+
+
+def _weights(gates: int) -> dict[str, np.ndarray]:
+    shapes = {"w": (1, gates * 4, 3), "r": (1, gates * 4, 4), "b": (1, gates * 8), "p": (1, 12)}
+    random = np.random.default_rng(0)
+    return {k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+def _recurrent(operator: str, given: str = "", **attributes: object) -> ir.Model:
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[operator]
+    told = "".join(f", {k} = {v}" for k, v in attributes.items())
+    return parse(
+        f"{HEAD}(float[5, 2, 3] x) => (y) {{ y = {operator}<hidden_size = 4{told}>(x, w, r, b{given}) }}",
+        **_weights(gates),
+    )
+
+
+def _resize(told: str) -> ir.Model:
+    return parse(
+        f'{HEAD}(float[1, 1, 8, 6] x) => (y) {{ y = Resize<{told}>(x, "", "", sizes) }}',
+        sizes=np.array([1, 1, 5, 5], np.int64),
+    )
+
+
+def _node(types: str, call: str, **weights: np.ndarray) -> ir.Model:
+    return parse(f"{HEAD}({types}) => (y) {{ y = {call} }}", **weights)
+
+
+def _pool(call: str, sizes: str = "9, 9") -> ir.Model:
+    return _node(f"float[1, 2, {sizes}] x", f"{call}(x)")
+
+
+ROIS = {
+    "rois": np.array([[0, 0, 4, 4], [1, 2, 7, 6]], np.float32), "batch": np.array([0, 0], np.int64)
+}  # fmt: skip
+ROI = "RoiAlign<output_height = 3, output_width = 3, sampling_ratio = 2"
+NONE, LAST = {"axes": np.array([], np.int64)}, {"axis": np.array(-2, np.int64), "size": np.array(8, np.int64)}
+
+# Name -> model, what the refusal says.
+MISREAD = {
+    "batch first, LSTM": (lambda: _recurrent("LSTM", layout=1), "layout 1"),
+    "batch first, GRU": (lambda: _recurrent("GRU", layout=1), "layout 1"),
+    "batch first, RNN": (lambda: _recurrent("RNN", layout=1), "layout 1"),
+    "peepholes": (lambda: _recurrent("LSTM", ', "", "", "", p'), "peepholes"),
+    "input_forget": (lambda: _recurrent("LSTM", input_forget=1), "input_forget"),
+    "antialias": (lambda: _resize('mode = "linear", antialias = 1'), "antialias"),
+    "exclude_outside": (lambda: _resize('mode = "cubic", exclude_outside = 1'), "exclude_outside"),
+    "aspect": (lambda: _resize('keep_aspect_ratio_policy = "not_larger"'), "not_larger"),
+    "largest of regions": (
+        lambda: _node("float[1, 2, 8, 8] x", f'{ROI}, mode = "max">(x, rois, batch)', **ROIS), "mode max"
+    ),
+    "axis of a transform": (
+        lambda: _node("float[1, 6, 8, 2] x", 'DFT(x, "", axis)', axis=np.array(2, np.int64)), "axis 1"
+    ),
+    "transform of real signals": (
+        lambda: _node("float[1, 6, 8, 1] x", 'DFT<onesided = 1>(x, "", axis)', axis=np.array(1, np.int64)),
+        "real",
+    ),
+    "window in the pads": (
+        lambda: _pool("MaxPool<kernel_shape = [2, 2], strides = [2, 2], pads = [1, 0, 1, 0], ceil_mode = 1>"),
+        "ceil_mode",
+    ),
+    "window in the pads, sizes unknown": (
+        lambda: _pool("MaxPool<kernel_shape = [1, 1], strides = [2, 2], ceil_mode = 1>", "H, W"), "ceil_mode"
+    ),
+    "what is counted behind pads": (
+        lambda: _pool(
+            "AveragePool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], ceil_mode = 1, count_include_pad = 1>",
+            "8, 8",
+        ),
+        "count_include_pad",
+    ),
+    "indices by columns": (
+        lambda: parse(
+            f"{HEAD}(float[1, 1, 4, 6] x) => (y, z) {{ y, z = MaxPool<kernel_shape = [2, 2], storage_order = 1>(x) }}"
+        ),
+        "storage_order",
+    ),
+    "magnitudes where nothing is reduced": (
+        lambda: _node("float[2, 3] x", "ReduceL1<noop_with_empty_axes = 1>(x)"), "noop_with_empty_axes"
+    ),
+    "logarithms where no axis is given": (
+        lambda: _node("float[2, 3] x", "ReduceLogSum<noop_with_empty_axes = 1>(x, axes)", **NONE),
+        "noop_with_empty_axes",
+    ),
+    "bias between integers": (
+        lambda: _node("float[1, 7, 3, 3] x", "LRN<size = 3, alpha = 0.3, bias = 1.5>(x)"), "bias 1.5"
+    ),
+}  # fmt: skip
+# Forms close to those, which it reads as they are.
+READ = {
+    "LSTM": lambda: _recurrent("LSTM"),
+    "GRU": lambda: _recurrent("GRU", linear_before_reset=1),
+    "RNN": lambda: _recurrent("RNN"),
+    "Resize": lambda: _resize('mode = "cubic", cubic_coeff_a = -0.5'),
+    "regions": lambda: _node("float[1, 2, 8, 8] x", f"{ROI}>(x, rois, batch)", **ROIS),
+    "transform": lambda: _node("float[1, 6, 8, 2] x", 'DFT(x, "", axis)', axis=np.array(1, np.int64)),
+    "pool": lambda: _pool("MaxPool<kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1>", "H, W"),
+    "pool that the sizes allow": lambda: _pool(
+        "MaxPool<kernel_shape = [2, 2], strides = [3, 3], ceil_mode = 1>", "8, 8"
+    ),
+    "average": lambda: _pool(
+        "AveragePool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 0, 0], ceil_mode = 1>", "8, 8"
+    ),
+    "reduction": lambda: _node("float[2, 3] x", "ReduceL1<keepdims = 0>(x)"),
+    "squares": lambda: _node("float[2, 3] x", "ReduceSumSquare<noop_with_empty_axes = 1>(x)"),
+    "bias": lambda: _node("float[1, 7, 3, 3] x", "LRN<size = 3, alpha = 0.3, bias = 2.0>(x)"),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_openvino_misreads_is_told(case):
+    make, said = MISREAD[case]
+    (reason,) = filter(None, map(misread, walk(make())))
+    assert reason.startswith("OpenVINO ")
+    assert said in reason
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_it_reads_is_not(case):
+    assert not [n for n in walk(READ[case]()) if misread(n)]
+
+
+def _by_openvino(model: ir.Model, folder, feeds) -> dict[str, np.ndarray]:
+    backend = BACKENDS["openvino"]()
+    options = backend.options.model_validate({"precision": "f32"})
+    backend.lower(model, target("cpu"), options, folder)
+    with backend.load(folder, target("cpu"), options, threads=1) as session:
+        return session.run(feeds)
+
+
+def _same(found, expected) -> bool:
+    return all(
+        found[k].shape == v.shape and np.allclose(found[k], v, rtol=1e-4, atol=1e-5)
+        for k, v in expected.items()
+    )
+
+
+# ONNX Runtime, which is what they are held against, does not take a batch that comes first.
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("case", [c for c in MISREAD if "batch first" not in c])
+def test_without_the_refusal_openvino_gives_other_numbers(case, tmp_path):
+    make, _ = MISREAD[case]
+    feeds = random_feeds(make(), size=8)
+    assert not _same(
+        _by_openvino(make(), tmp_path, feeds), ReferenceSession(make(), optimize=False).run(feeds)
+    )
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("case", READ)
+def test_what_is_not_refused_is_what_onnx_runtime_gives(case, tmp_path):
+    feeds = random_feeds(READ[case](), size=8)
+    expected = ReferenceSession(READ[case](), optimize=False).run(feeds)
+    assert _same(_by_openvino(READ[case](), tmp_path, feeds), expected)
+
+
+@pytest.mark.needs("openvino")
+def test_a_graph_with_a_misread_node_is_refused_for_it(tmp_path):
+    model = _recurrent("LSTM", ', "", "", "", p')
+    with pytest.raises(UnsupportedOpError, match=r"\(LSTM\): OpenVINO leaves out peepholes"):
+        legalize(model, BACKENDS["openvino"](), target("cpu"), name="speech.onnx")
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("bias", [0.5, 1.5])
+def test_a_bias_between_integers_is_written_out(bias, tmp_path):
+    model = _node("float[1, 7, 3, 3] x", f"LRN<size = 3, alpha = 0.3, beta = 0.6, bias = {bias}>(x)")
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model, optimize=False).run(feeds)
+    legalize(model, BACKENDS["openvino"](), target("cpu"), name="net.onnx")
+    assert _same(_by_openvino(model, tmp_path, feeds), expected)
+
+
+MASKED = """{}(float[2, 3] mask, float[2, 3] p, float[3, 4] v) => (float[2, 4] y) {{
+  axes = Constant<value_ints = [-1]>()
+  low = Constant<value = float {{-inf}}>()
+  zero = Constant<value = float {{0}}>()
+  scores = Add(p, mask)
+  weights = Softmax(scores)
+  most = ReduceMax<keepdims = {}>(mask, axes)
+  {}
+  product = MatMul(weights, v)
+  y = Where(rows, zero, product)
+}}"""
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("order", ["most, low", "low, most"])
+@pytest.mark.parametrize("keep", [0, 1])
+def test_rows_that_see_nothing_are_found(order, keep, tmp_path):
+    asked = f"rows = Equal({order})"
+    if not keep:
+        asked = f"flat = Equal({order})\n  rows = Unsqueeze(flat, axes)"
+    model = parse(MASKED.format(HEAD, keep, asked))
+    mask = np.array([[-np.inf, -np.inf, -np.inf], [0, -np.inf, 0]], np.float32)
+    feeds = {**random_feeds(model), "mask": mask}
+    found = _by_openvino(model, tmp_path, feeds)["y"]
+    assert np.array_equal(found[0], np.zeros(4))
+    assert np.allclose(found, ReferenceSession(model, optimize=False).run(feeds)["y"], atol=1e-6)
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("repeats", [(2, 2, 2, 3), (1, 2, 2, 3), (3, 1, 1, 2), (2, 2, 3, 2, 2)])
+def test_computed_repeats_of_many_axes_are_written(repeats, tmp_path):
+    sizes = ", ".join("2345"[i % 4] for i in range(len(repeats)))
+    model = _node(f"float[{sizes}] x, int64[{len(repeats)}] times", "Tile(x, times)")
+    x = np.random.default_rng(0).normal(size=[int(n) for n in sizes.split(", ")]).astype(np.float32)
+    found = _by_openvino(model, tmp_path, {"x": x, "times": np.array(repeats, np.int64)})["y"]
+    assert np.array_equal(found, np.tile(x, repeats))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: _node("float[2, 3, 4] x, int64[3] times", "Tile(x, times)"),
+        lambda: _node("float[2, 3, 4, 5] x", "Tile(x, times)", times=np.array([2, 2, 2, 2], np.int64)),
+        lambda: parse(
+            f"{HEAD}(float[2, 3] x) => (y) {{ z = Constant<value = float {{0}}>()\n m = ReduceMax(x)\n y = Equal(m, z) }}"
+        ),
+    ],
+    ids=["three axes", "constant repeats", "another number"],
+)
+def test_what_openvino_takes_as_it_is_stays(model):
+    assert spelled(model()) is None
