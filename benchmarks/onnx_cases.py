@@ -4,8 +4,8 @@
 
 Each case goes through the recipe ``cleanup`` and is lowered in float32. What Core ML and LiteRT have to know when a file is made is
 constant: where a case is refused, inputs that are no floats become constants, then all but the first. *Equal* are outputs of the same
-shape within the tolerance of the case, or 0.001 of each value, a millionth of the largest, or two roundings where it is in float16. Where they are not, but are what
-ONNX Runtime makes of the case, the row says so. Cases with strings, sequences and random numbers are left out.
+shape within the tolerance of the case, or 0.001 of each value, a millionth of the largest, or two roundings where it is in float16.
+Where they are not, but are what ONNX Runtime makes of the case, the row says so. Cases with strings, sequences and random numbers are left out.
 Core ML's packages are run by the reference evaluator. **Nothing here ran on Apple hardware.** Writes ``onnx_cases.{json,md}``.
 """
 
@@ -202,10 +202,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"{result['processor']['name']}. " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
-        "Core ML verified by the reference evaluator, not executed on Apple hardware; LiteRT run by its own runtime here. Cases are models of one",
-        "node, or of the function that defines it, by ONNX's tests of operators; those with strings, sequences and random numbers are left out.",
-        "Equal are outputs within the tolerance of the case. Refused are, by an error that names them, operators, types and sizes that the format",
-        "does not have or that optkit does not translate, some of them as the file runs. Written by `python -m optkit.benchmarks.onnx_cases`, which says how.",
+        "Core ML verified by the reference evaluator, not executed on Apple hardware; the others run by their own runtimes here. Cases are models",
+        "of one node, or of the function that defines it, by ONNX's tests of operators; those with strings, sequences and random numbers are left out.",
+        "Equal are outputs within the tolerance of the case. Refused are, by an error that names them, operators, types and sizes that the backend",
+        "does not have or computes otherwise, or that optkit does not translate, some of them as the file runs. Of those that stay wrong in OpenVINO",
+        "`backends/openvino/misread.py` says why. Written by `python -m optkit.benchmarks.onnx_cases`, which says how.",
         "",
         "| backend | cases | equal | as ONNX Runtime, not as the case | refused | fails | wrong |",
         "|" + " --- |" * 7,
