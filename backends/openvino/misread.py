@@ -107,6 +107,11 @@ def _constant(node: ir.Node) -> str | None:
     return "gives one element for an output that is a constant without any" if empty else None
 
 
+def _conv_transpose(node: ir.Node) -> str | None:
+    cut = attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER" and _ints(node, "output_shape")
+    return "cuts off the other end for an output_shape with SAME_UPPER" if cut else None
+
+
 def _lrn(node: ir.Node) -> str | None:
     bias = float(attribute(node, "bias", 1.0))  # type: ignore[arg-type]
     return None if bias == int(bias) else f"cuts the bias {bias:g} to an integer"
@@ -126,6 +131,7 @@ def _pointwise_reduction(node: ir.Node) -> str | None:
 _FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "AveragePool": _average_pool,
     "Constant": _constant,
+    "ConvTranspose": _conv_transpose,
     "DFT": _dft,
     "GRU": _recurrent,
     "LRN": _lrn,

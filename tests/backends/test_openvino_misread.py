@@ -89,6 +89,17 @@ MISREAD = {
         ),
         "count_include_pad",
     ),
+    "other end of an output": (
+        lambda: _node(
+            "float[1, 2, 5, 6] x", 'ConvTranspose<strides = [2, 2], output_shape = [10, 12], auto_pad = "SAME_UPPER">(x, k)',
+            k=np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3),
+        ),
+        "SAME_UPPER",
+    ),
+    "constant without elements": (
+        lambda: parse(f"{HEAD}(float[2, 3] x) => (y, z) {{ y = Constant<value = int64[0] {{}}>()\n z = Relu(x) }}"),
+        "without any",
+    ),
     "indices by columns": (
         lambda: parse(
             f"{HEAD}(float[1, 1, 4, 6] x) => (y, z) {{ y, z = MaxPool<kernel_shape = [2, 2], storage_order = 1>(x) }}"
@@ -120,6 +131,11 @@ READ = {
     ),
     "average": lambda: _pool(
         "AveragePool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 0, 0], ceil_mode = 1>", "8, 8"
+    ),
+    "output that is told": lambda: _node(
+        "float[1, 2, 5, 6] x",
+        "ConvTranspose<strides = [2, 2], output_shape = [10, 12]>(x, k)",
+        k=np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3),
     ),
     "reduction": lambda: _node("float[2, 3] x", "ReduceL1<keepdims = 0>(x)"),
     "squares": lambda: _node("float[2, 3] x", "ReduceSumSquare<noop_with_empty_axes = 1>(x)"),
