@@ -101,6 +101,12 @@ def _ints(node: ir.Node, name: str) -> list[int]:
     return [] if found is None else list(found.as_ints())
 
 
+def _cast(node: ir.Node) -> str | None:
+    to = ir.DataType(int(attribute(node, "to")))  # type: ignore[call-overload]
+    bytes_ = to.name.startswith("FLOAT8") and attribute(node, "saturate", 1)
+    return f"does not saturate in {to.name.lower()}" if bytes_ else None
+
+
 def _constant(node: ir.Node) -> str | None:
     value = constant(node.outputs[0])
     empty = value is not None and value.size == 0 and node.outputs[0].is_graph_output()
@@ -130,6 +136,7 @@ def _pointwise_reduction(node: ir.Node) -> str | None:
 
 _FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "AveragePool": _average_pool,
+    "Cast": _cast,
     "Constant": _constant,
     "ConvTranspose": _conv_transpose,
     "DFT": _dft,

@@ -91,10 +91,17 @@ def _questions(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Node]]:
                     most is not None
                     and most.op_type == "ReduceMax"
                     and most.domain == ""
-                    and scalar(other) == -np.inf
+                    and _number(other) == -np.inf
                 ):
                     yield node, most
                     break
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """What a constant of one element is, also behind casts."""
+    while value is not None and (cast := value.producer()) is not None and cast.op_type == "Cast":
+        value = cast.inputs[0]
+    return scalar(value)
 
 
 def _ask_each(found: tuple[ir.Node, ir.Node], names: Names) -> None:
