@@ -2,9 +2,10 @@
 
 Found by ONNX's own cases of operators and by comparing forms of operators with ONNX Runtime. What takes another form than this is
 in ``spelling``. Differences that nothing here prevents: equal values come out of TopK in any order (sorting stably takes 10 to 100
-times as long), a box whose overlap is the threshold itself is kept by NonMaxSuppression, DynamicQuantizeLinear may round a half to
-the other step, int64 is computed in 32 bits, float64 in float32 with infinities as its largest number, and NaN does not survive
-Relu, Clip, Max and Min.
+times as long), a box whose overlap is the threshold itself is left out by NonMaxSuppression, so that with a threshold of 0 boxes
+without overlap go too, LpPool with ``ceil_mode`` is off where a window overhangs, int8 and uint8 sums saturate instead of wrapping,
+DynamicQuantizeLinear may round a half to the other step, int64 is computed in 32 bits, float64 in float32 with infinities as its
+largest number, and NaN does not survive Relu, Clip, Max and Min.
 """
 
 from __future__ import annotations
