@@ -356,14 +356,11 @@ def _scaled_gemm(op: Builder, node: ir.Node) -> ir.Value | None:
 
 def _unbiased_lrn(op: Builder, node: ir.Node) -> ir.Value | None:
     """With a bias of 1: ``(b + a s)^p`` is ``b^p (1 + a / b s)^p``."""
-    bias, x = float(node.attributes["bias"].as_float()), node.inputs[0]
-    if bias <= 0:
+    defaults = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
+    alpha, beta, bias = (float(attribute(node, k, v)) for k, v in defaults.items())  # type: ignore[arg-type]
+    x, size = node.inputs[0], node.attributes["size"].as_int()
+    if bias <= 0 or bias == 1:
         return None
-    alpha, beta = (
-        node.attributes[n].as_float() if n in node.attributes else d
-        for n, d in (("alpha", 1e-4), ("beta", 0.75))
-    )
-    size = node.attributes["size"].as_int()
     told = {"alpha": alpha / bias, "beta": beta, "bias": 1.0, "size": size}
     return op.Mul(op.node("LRN", [x], told)[0], _like(x, bias**-beta))
 

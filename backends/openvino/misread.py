@@ -1,20 +1,24 @@
 """Operators that OpenVINO (2026.4) computes otherwise than ONNX says, without a word: what it makes of a node instead.
 
-Found by ONNX's own cases of operators and by comparing forms of operators with ONNX Runtime. What takes another form than this is
-in ``spelling``. Differences that nothing here prevents: equal values come out of TopK in any order (sorting stably takes 10 to 100
-times as long), a box whose overlap is the threshold itself is left out by NonMaxSuppression, so that with a threshold of 0 boxes
-without overlap go too, LpPool with ``ceil_mode`` is off where a window overhangs, int8 and uint8 sums saturate instead of wrapping,
-DynamicQuantizeLinear may round a half to the other step, int64 is computed in 32 bits, float64 in float32 with infinities as its
-largest number, and NaN does not survive Relu, Clip, Max and Min.
+Found by ONNX's own cases of operators and by comparing forms of operators with ONNX Runtime, with sizes fixed and free. What takes
+another form than this is in ``spelling``. Differences that nothing here prevents:
+
+* Equal values come out of TopK in any order (sorting stably takes 10 to 100 times as long).
+* NonMaxSuppression leaves out boxes whose overlap is the threshold itself where that is computed.
+* The largest and smallest of infinities, or of nothing, are float32's ends, unless Equal with -inf is what reads the largest.
+* int64 and uint64 are computed in 32 bits, uint32 as signed, Div, Mod and comparisons of integers exactly to 2^24; float64 in float32,
+  with infinities as its largest number. NaN does not survive Relu, Clip, Max and Min.
+* DynamicQuantizeLinear and, with an odd zero point, QuantizeLinear may round a half to the other step; ReduceLogSum and linear Resize
+  of integers round where ONNX Runtime cuts off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
-from optkit.dims import shape_of
+from optkit.dims import Dim, shape_of
 from optkit.graph import attribute, constant, rank
 
 
@@ -26,6 +30,12 @@ def misread(node: ir.Node) -> str | None:
 
 
 def _recurrent(node: ir.Node) -> str | None:
+    if len(node.inputs) > 4 and node.inputs[4] is not None and not _fixed(node.inputs[0]):
+        return "leaves out sequence_lens where sizes are free"
+    names = node.attributes["activations"].as_strings() if "activations" in node.attributes else []
+    half = len(names) // 2
+    if attribute(node, "direction") == "bidirectional" and list(names[:half]) != list(names[half:]):
+        return "takes the activations of one direction for both"
     if attribute(node, "layout", 0):
         return "reads a batch that comes first as steps in time (layout 1)"
     if node.op_type == "LSTM" and len(node.inputs) > 7 and node.inputs[7] is not None:
@@ -71,6 +81,17 @@ def _average_pool(node: ir.Node) -> str | None:
     return _overhanging(node)
 
 
+def _lp_pool(node: ir.Node) -> str | None:
+    """It scales up what a window that reaches over has fewer of."""
+    if not attribute(node, "ceil_mode", 0):
+        return None
+    whole = all(
+        isinstance(n, int) and (n + before + behind - window) % s == 0
+        for window, s, before, behind, n in _windows(node)
+    )
+    return None if whole else "counts elements that are not there where a window reaches over (ceil_mode)"
+
+
 def _overhanging(node: ir.Node) -> str | None:
     """With ``ceil_mode`` ONNX leaves out windows that begin behind the last element, in the pads; OpenVINO does not.
 
@@ -78,19 +99,22 @@ def _overhanging(node: ir.Node) -> str | None:
     """
     if not attribute(node, "ceil_mode", 0):
         return None
-    kernel = _ints(node, "kernel_shape")
-    count = len(kernel)
-    strides, dilations = _ints(node, "strides") or [1] * count, _ints(node, "dilations") or [1] * count
-    pads, sizes = _pads(node), (shape_of(node.inputs[0]) or (None,) * (count + 2))[2:]
-    for k, s, d, before, behind, n in zip(
-        kernel, strides, dilations, pads[:count], pads[count:], sizes, strict=True
-    ):
-        window = d * (k - 1) + 1
+    for window, s, before, behind, n in _windows(node):
         if s + behind <= window:
             continue
         if not isinstance(n, int) or -(-(n + before + behind - window) // s) * s >= n + before:
             return "adds a window that begins behind the last element (ceil_mode)"
     return None
+
+
+def _windows(node: ir.Node) -> Iterator[tuple[int, int, int, int, Dim | None]]:
+    """Of each axis how long a window is, the stride, the pads before and behind, and the size."""
+    kernel = _ints(node, "kernel_shape")
+    count = len(kernel)
+    strides, dilations = _ints(node, "strides") or [1] * count, _ints(node, "dilations") or [1] * count
+    pads, sizes = _pads(node), (shape_of(node.inputs[0]) or (None,) * (count + 2))[2:]
+    longs = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
+    yield from zip(longs, strides, pads[:count], pads[count:], sizes, strict=True)
 
 
 def _pads(node: ir.Node) -> list[int]:
@@ -115,8 +139,36 @@ def _constant(node: ir.Node) -> str | None:
 
 
 def _conv_transpose(node: ir.Node) -> str | None:
-    cut = attribute(node, "auto_pad", "NOTSET") == "SAME_UPPER" and _ints(node, "output_shape")
-    return "cuts off the other end for an output_shape with SAME_UPPER" if cut else None
+    side, told = attribute(node, "auto_pad", "NOTSET"), _ints(node, "output_shape")
+    if (told or side in ("SAME_UPPER", "SAME_LOWER")) and not _fixed(node.inputs[0]):
+        return f"leaves out {'output_shape' if told else f'auto_pad {side}'} where sizes are free"
+    return (
+        "cuts off the other end for an output_shape with SAME_UPPER"
+        if told and side == "SAME_UPPER"
+        else None
+    )
+
+
+def _fixed(value: ir.Value | None) -> bool:
+    return all(isinstance(n, int) for n in shape_of(value) or (None,))
+
+
+def _p_relu(node: ir.Node) -> str | None:
+    slope = shape_of(node.inputs[1])
+    along = slope is None or (len(slope) == 1 and slope[0] != 1)
+    return (
+        "takes slopes along the last axis for those of channels"
+        if along and rank(node.inputs[0]) != 2
+        else None
+    )
+
+
+def _arithmetic(node: ir.Node) -> str | None:
+    kind = node.inputs[0].dtype if node.inputs[0] is not None else None
+    eight = kind in (ir.DataType.INT8, ir.DataType.UINT8)
+    return (
+        f"saturates or rounds {kind.name.lower()} where ONNX wraps and cuts off" if kind and eight else None
+    )
 
 
 def _lrn(node: ir.Node) -> str | None:
@@ -136,6 +188,7 @@ def _pointwise_reduction(node: ir.Node) -> str | None:
 
 
 _FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
+    **dict.fromkeys(("Add", "Div", "Mul", "Sub"), _arithmetic),
     "AveragePool": _average_pool,
     "Cast": _cast,
     "Constant": _constant,
@@ -144,8 +197,9 @@ _FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "GRU": _recurrent,
     "LRN": _lrn,
     "LSTM": _recurrent,
-    "LpPool": _overhanging,
+    "LpPool": _lp_pool,
     "MaxPool": _max_pool,
+    "PRelu": _p_relu,
     "RNN": _recurrent,
     "ReduceL1": _pointwise_reduction,
     "ReduceL2": _pointwise_reduction,

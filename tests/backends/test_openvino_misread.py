@@ -49,6 +49,24 @@ def _pool(call: str, sizes: str = "9, 9") -> ir.Model:
     return _node(f"float[1, 2, {sizes}] x", f"{call}(x)")
 
 
+def _lengths(sizes: str) -> ir.Model:
+    return parse(
+        f"{HEAD}(float[{sizes}, 3] x, int32[2] n) => (y) {{ y = GRU<hidden_size = 4>(x, w, r, b, n) }}",
+        **_weights(3),
+    )
+
+
+def _both_ways(activations: str) -> ir.Model:
+    weights = {k: np.concatenate([v, v]) for k, v in _weights(1).items()}
+    told = f'hidden_size = 4, direction = "bidirectional", activations = [{activations}]'
+    return _node("float[5, 2, 3] x", f"RNN<{told}>(x, w, r, b)", **weights)
+
+
+def _transposed(sizes: str, told: str) -> ir.Model:
+    kernel = np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3)
+    return _node(f"float[{sizes}] x", f"ConvTranspose<strides = [2, 2], {told}>(x, k)", k=kernel)
+
+
 ROIS = {
     "rois": np.array([[0, 0, 4, 4], [1, 2, 7, 6]], np.float32), "batch": np.array([0, 0], np.int64)
 }  # fmt: skip
@@ -90,11 +108,7 @@ MISREAD = {
         "count_include_pad",
     ),
     "other end of an output": (
-        lambda: _node(
-            "float[1, 2, 5, 6] x", 'ConvTranspose<strides = [2, 2], output_shape = [10, 12], auto_pad = "SAME_UPPER">(x, k)',
-            k=np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3),
-        ),
-        "SAME_UPPER",
+        lambda: _transposed("1, 2, 5, 6", 'output_shape = [10, 12], auto_pad = "SAME_UPPER"'), "SAME_UPPER"
     ),
     "constant without elements": (
         lambda: parse(f"{HEAD}(float[2, 3] x) => (y, z) {{ y = Constant<value = int64[0] {{}}>()\n z = Relu(x) }}"),
@@ -103,6 +117,21 @@ MISREAD = {
     "bytes that saturate": (
         lambda: parse(f"{HEAD}(float[2, 3] x) => (float8e4m3fn[2, 3] y) {{ y = Cast<to = 17>(x) }}"), "saturate"
     ),
+    "lengths, sizes free": (lambda: _lengths("T, 2"), "sequence_lens"),
+    "activations by direction": (lambda: _both_ways('"Tanh", "Relu"'), "one direction"),
+    "output that is told, sizes free": (
+        lambda: _transposed("N, 2, 5, 6", "output_shape = [10, 12]"), "output_shape where sizes are free"
+    ),
+    "pads that are told, sizes free": (
+        lambda: _transposed("N, 2, 5, 6", 'auto_pad = "SAME_LOWER"'), "SAME_LOWER where sizes are free"
+    ),
+    "slopes along the last axis": (
+        lambda: _node("float[2, 4, 4] x", "PRelu(x, k)", k=np.array([0.1, 0.2, 0.3, 0.4], np.float32)), "slopes"
+    ),
+    "window that reaches over": (
+        lambda: _pool("LpPool<kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1>", "8, 8"), "reaches over"
+    ),
+    "sum that wraps": (lambda: _node("int8[2, 3] x", "Add(x, k)", k=np.array(127, np.int8)), "saturates"),
     "indices by columns": (
         lambda: parse(
             f"{HEAD}(float[1, 1, 4, 6] x) => (y, z) {{ y, z = MaxPool<kernel_shape = [2, 2], storage_order = 1>(x) }}"
@@ -135,11 +164,17 @@ READ = {
     "average": lambda: _pool(
         "AveragePool<kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 0, 0], ceil_mode = 1>", "8, 8"
     ),
-    "output that is told": lambda: _node(
-        "float[1, 2, 5, 6] x",
-        "ConvTranspose<strides = [2, 2], output_shape = [10, 12]>(x, k)",
-        k=np.arange(54, dtype=np.float32).reshape(2, 3, 3, 3),
+    "output that is told": lambda: _transposed("1, 2, 5, 6", "output_shape = [10, 12]"),
+    "lengths": lambda: _lengths("5, 2"),
+    "activations": lambda: _both_ways('"Relu", "Relu"'),
+    "pads that are told": lambda: _transposed("1, 2, 5, 6", 'auto_pad = "SAME_LOWER"'),
+    "slopes of channels": lambda: _node(
+        "float[N, 4, 3] x", "PRelu(x, k)", k=np.array([[0.1], [0.2], [0.3], [0.4]], np.float32)
     ),
+    "windows that fit": lambda: _pool(
+        "LpPool<kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1>", "9, 9"
+    ),
+    "sum in 16 bits": lambda: _node("int16[2, 3] x", "Add(x, k)", k=np.array(32767, np.int16)),
     "reduction": lambda: _node("float[2, 3] x", "ReduceL1<keepdims = 0>(x)"),
     "squares": lambda: _node("float[2, 3] x", "ReduceSumSquare<noop_with_empty_axes = 1>(x)"),
     "bias": lambda: _node("float[1, 7, 3, 3] x", "LRN<size = 3, alpha = 0.3, bias = 2.0>(x)"),
@@ -263,3 +298,27 @@ def test_computed_repeats_of_many_axes_are_written(repeats, tmp_path):
 )
 def test_what_openvino_takes_as_it_is_stays(model):
     assert spelled(model()) is None
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("given", ["", ", t"], ids=["by default", "given"])
+def test_boxes_that_overlap_as_much_as_is_allowed_stay(given, tmp_path):
+    text = f"{HEAD}(float[1, 3, 4] b, float[1, 1, 3] s) => (y) {{ y = NonMaxSuppression(b, s, k{given}) }}"
+    # The second half of the first box; the third lies apart from both.
+    boxes = np.array([[[0, 0, 2, 2], [0, 0, 2, 1], [5, 5, 6, 6]]], np.float32)
+    feeds = {
+        "b": boxes if given else boxes[:, [0, 2, 2]] + np.array([[[0] * 4, [0] * 4, [3] * 4]], np.float32)
+    }
+    feeds["s"] = np.array([[[0.9, 0.8, 0.7]]], np.float32)
+    model = parse(text, k=np.array([5], np.int64), **({"t": np.array([0.5], np.float32)} if given else {}))
+    found = _by_openvino(model, tmp_path, feeds)["y"]
+    assert np.array_equal(found, [[0, 0, 0], [0, 0, 1], [0, 0, 2]])
+    assert np.array_equal(found, ReferenceSession(model, optimize=False).run(feeds)["y"])
+
+
+@pytest.mark.needs("ai_edge_litert")
+def test_a_bias_of_one_is_not_written_out_by_itself():
+    model = _node("float[1, 7, 3, 3] x", "LRN<size = 3>(x)")
+    with pytest.raises(UnsupportedOpError) as refused:
+        legalize(model, BACKENDS["litert"](), target("android-cpu"), name="net.onnx")
+    assert "written out" not in str(refused.value)
