@@ -4,7 +4,6 @@ Found by ONNX's own cases of operators and by comparing forms of operators with 
 another form than this is in ``spelling``. Differences that nothing here prevents:
 
 * Equal values come out of TopK in any order (sorting stably takes 10 to 100 times as long).
-* NonMaxSuppression leaves out boxes whose overlap is the threshold itself where that is computed.
 * The largest and smallest of infinities, or of nothing, are float32's ends, unless Equal with -inf is what reads the largest.
 * int64 and uint64 are computed in 32 bits, uint32 as signed, Div, Mod and comparisons of integers exactly to 2^24; float64 in float32,
   with infinities as its largest number. NaN does not survive Relu, Clip, Max and Min.

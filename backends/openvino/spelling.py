@@ -22,7 +22,7 @@ def spelled(model: ir.Model) -> ir.Model | None:
     * The largest of values that are all -inf is the lowest float32, so that what asks a mask for rows that see nothing finds none,
       and attention gives NaN there. Spelled by which elements are -inf it does.
     * A box whose overlap is the threshold itself is left out of NonMaxSuppression, with the threshold 0, which is ONNX's default, all
-      but the first. The threshold is the next number above.
+      but the first. The threshold is one of the next two numbers above.
     * Tile does not write its output where it repeats more than two of at least four axes and the repeats are computed. It
       repeats two at a time.
     """
@@ -144,23 +144,18 @@ def _tile_in_turn(node: ir.Node, names: Names) -> None:
     remove_unused([node])
 
 
-def _thresholds(model: ir.Model) -> Iterator[ir.Node]:
-    """Suppressions whose threshold is known."""
-    for node in walk(model):
-        given = node.inputs[3] if len(node.inputs) > 3 else None
-        known = given is None or scalar(given) is not None
-        if node.op_type == "NonMaxSuppression" and node.domain == "" and known:
-            yield node
+def _suppressions(model: ir.Model) -> Iterator[ir.Node]:
+    return (n for n in walk(model) if n.op_type == "NonMaxSuppression" and n.domain == "")
 
 
-def _above(node: ir.Node, names: Names) -> None:
-    given = node.inputs[3] if len(node.inputs) > 3 else None
-    value = np.float32(0 if given is None else scalar(given) or 0)
+def _raise_threshold(node: ir.Node, names: Names) -> None:
+    op, given = Builder(node, names), node.inputs[3] if len(node.inputs) > 3 else None
     # No denormal, which processors may take for 0.
-    above = np.maximum(np.nextafter(value, np.float32(np.inf)), np.finfo(np.float32).tiny)
+    least = op.constant(np.array([np.finfo(np.float32).tiny]), "least")
+    more = np.nextafter(np.ones(1, np.float32), np.float32(2))
     if len(node.inputs) < 4:
         node.resize_inputs(4)
-    node.replace_input_with(3, Builder(node, names).constant(np.array([above]), "threshold"))
+    node.replace_input_with(3, least if given is None else op.Max(op.Mul(given, more), least))
 
 
 # As many axes as Tile repeats at a time.
@@ -169,5 +164,5 @@ _SPELLINGS: tuple[tuple[Callable[[ir.Model], Iterator[Any]], Callable[[Any, Name
     (_roundings, _round),
     (_questions, _ask_each),
     (_tiles, _tile_in_turn),
-    (_thresholds, _above),
+    (_suppressions, _raise_threshold),
 )

@@ -301,16 +301,22 @@ def test_what_openvino_takes_as_it_is_stays(model):
 
 
 @pytest.mark.needs("openvino")
-@pytest.mark.parametrize("given", ["", ", t"], ids=["by default", "given"])
-def test_boxes_that_overlap_as_much_as_is_allowed_stay(given, tmp_path):
-    text = f"{HEAD}(float[1, 3, 4] b, float[1, 1, 3] s) => (y) {{ y = NonMaxSuppression(b, s, k{given}) }}"
-    # The second half of the first box; the third lies apart from both.
-    boxes = np.array([[[0, 0, 2, 2], [0, 0, 2, 1], [5, 5, 6, 6]]], np.float32)
-    feeds = {
-        "b": boxes if given else boxes[:, [0, 2, 2]] + np.array([[[0] * 4, [0] * 4, [3] * 4]], np.float32)
-    }
-    feeds["s"] = np.array([[[0.9, 0.8, 0.7]]], np.float32)
-    model = parse(text, k=np.array([5], np.int64), **({"t": np.array([0.5], np.float32)} if given else {}))
+@pytest.mark.parametrize("form", ["0 by default", "constant", "computed"])
+def test_boxes_that_overlap_as_much_as_is_allowed_stay(form, tmp_path):
+    half, place = np.array([0.5], np.float32), float(form == "0 by default")
+    # The second is half of the first, or beside it; the third lies apart from both.
+    boxes = np.array([[[0, 0, 2, 2], [0, 2 * place, 2, 1 + 3 * place], [5, 5, 6, 6]]], np.float32)
+    feeds = {"b": boxes, "s": np.array([[[0.9, 0.8, 0.7]]], np.float32)}
+    weights = {"k": np.array([5], np.int64)}
+    if form == "constant":
+        weights["t"] = half
+    if form == "computed":
+        feeds["t"] = half
+    port, given = ", float[1] t" if "t" in feeds else "", "" if place else ", t"
+    model = parse(
+        f"{HEAD}(float[1, 3, 4] b, float[1, 1, 3] s{port}) => (y) {{ y = NonMaxSuppression(b, s, k{given}) }}",
+        **weights,
+    )
     found = _by_openvino(model, tmp_path, feeds)["y"]
     assert np.array_equal(found, [[0, 0, 0], [0, 0, 1], [0, 0, 2]])
     assert np.array_equal(found, ReferenceSession(model, optimize=False).run(feeds)["y"])
