@@ -5,8 +5,8 @@ another form than this is in ``spelling``. Differences that nothing here prevent
 
 * Equal values come out of TopK in any order (sorting stably takes 10 to 100 times as long).
 * The largest and smallest of infinities, or of nothing, are float32's ends, unless Equal with -inf is what reads the largest.
-* int64 and uint64 are computed in 32 bits, uint32 as signed, Div, Mod and comparisons of integers exactly to 2^24; float64 in float32,
-  with infinities as its largest number. NaN does not survive Relu, Clip, Max and Min.
+* int64 is computed in 32 bits (constants and inputs beyond them are refused, results are not seen), Div, Mod, comparisons and sums of
+  integers exactly to 2^24; float64 in float32, with infinities as its largest number. NaN does not survive Relu, Clip, Max and Min.
 * DynamicQuantizeLinear and, with an odd zero point, QuantizeLinear may round a half to the other step; ReduceLogSum and linear Resize
   of integers round where ONNX Runtime cuts off.
 """
@@ -23,9 +23,40 @@ from optkit.graph import attribute, constant, rank
 
 def misread(node: ir.Node) -> str | None:
     """What OpenVINO makes of ``node`` instead of what it says; None where that is the same."""
-    look = _FORMS.get(node.op_type) if node.domain == "" else None
-    said = None if look is None else look(node)
+    if node.domain != "":
+        return None
+    look = _FORMS.get(node.op_type)
+    said = (None if look is None else look(node)) or _integers(node)
     return None if said is None else f"OpenVINO {said}"
+
+
+def _integers(node: ir.Node) -> str | None:
+    for value in (*node.inputs, *node.outputs):
+        if value is not None and value.dtype in _UNSIGNED and node.op_type != "Identity":
+            return f"computes {value.dtype.name.lower()} in 32 bits with a sign"
+    for value in node.inputs:
+        wide = value is not None and value.dtype == ir.DataType.INT64
+        found = constant(value) if wide else None
+        if found is None or not found.size or -(2**31) <= found.min() <= found.max() < 2**31:
+            continue
+        if not _cut_off(node):
+            return f"cuts integers off at 32 bits, here {value.name}"  # type: ignore[union-attr]
+    return None
+
+
+def _cut_off(node: ir.Node) -> bool:
+    """Whether the last integer of 32 bits does for what comes out of ``node`` as well as one beyond it."""
+    rest, seen = [node], {node}
+    while rest:
+        node = rest.pop()
+        if node.op_type in _BOUNDED:
+            continue
+        if node.op_type not in _MOVED or any(o.is_graph_output() for o in node.outputs):
+            return False
+        after = {user for output in node.outputs for user, _ in output.uses()} - seen
+        rest += after
+        seen |= after
+    return True
 
 
 def _recurrent(node: ir.Node) -> str | None:
@@ -185,6 +216,15 @@ def _pointwise_reduction(node: ir.Node) -> str | None:
         return None
     return "gives back elements as they are where nothing is reduced (noop_with_empty_axes)"
 
+
+_UNSIGNED = (ir.DataType.UINT32, ir.DataType.UINT64)
+# What is compared with integers of 32 bits, or says how far these go, may as well be the last of them.
+_BOUNDED = frozenset({
+    "Clip", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Loop", "Max", "Min", "Slice",
+})  # fmt: skip
+_MOVED = frozenset({
+    "Concat", "Expand", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Where",
+})  # fmt: skip
 
 _FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     **dict.fromkeys(("Add", "Div", "Mul", "Sub"), _arithmetic),

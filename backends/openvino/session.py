@@ -18,6 +18,7 @@ from optkit.backends.openvino.requests import BFLOAT16, Request
 from optkit.data import TensorSpec
 from optkit.errors import DataError, ModelError
 
+_INT32 = np.iinfo(np.int32)
 # Shapes of inputs that are remembered as fit.
 _SHAPES = 4096
 
@@ -123,7 +124,8 @@ class OpenVinoSession(Session):
 
         Raises:
             DataError: Names, types or shapes are not those of the inputs.
-            ModelError: The shapes do not fit inside the model, or OpenVINO fails, with an error or without.
+            ModelError: The shapes do not fit inside the model, integers are beyond the 32 bits that OpenVINO computes in, or it
+                fails, with an error or without.
         """
         if feeds.keys() != self._names:
             raise misnamed((s.name for s in self.inputs), feeds)
@@ -204,4 +206,9 @@ def _array(value: np.ndarray, spec: TensorSpec) -> np.ndarray:
     axes = array.shape if spec.shape is None else spec.shape
     if len(axes) != array.ndim or any(d not in (None, n) for d, n in zip(axes, array.shape, strict=True)):
         raise DataError(f"input {spec.name!r} is {list(array.shape)}, the model takes {spec}")
+    if array.dtype == np.int64 and array.size and (array.min() < _INT32.min or array.max() > _INT32.max):
+        raise ModelError(
+            f"input {spec.name!r} has {array.min()} to {array.max()}, and OpenVINO computes int64 in 32 bits",
+            hint="leave the model to --backend onnxruntime",
+        )
     return array

@@ -9,7 +9,7 @@ import pytest
 from optkit.backends import BACKENDS
 from optkit.backends.openvino.misread import misread
 from optkit.backends.openvino.spelling import spelled
-from optkit.errors import UnsupportedOpError
+from optkit.errors import ModelError, UnsupportedOpError
 from optkit.graph import walk
 from optkit.legalize import legalize
 from optkit.reference import ReferenceSession
@@ -148,6 +148,19 @@ MISREAD = {
     "bias between integers": (
         lambda: _node("float[1, 7, 3, 3] x", "LRN<size = 3, alpha = 0.3, bias = 1.5>(x)"), "bias 1.5"
     ),
+    "larger without a sign": (
+        lambda: _node("uint32[3] x", "Max(x, k)", k=np.array([2**32 - 1], np.uint32)), "uint32 in 32 bits with a sign"
+    ),
+    "sum of 64 bits without a sign": (
+        lambda: _node("uint64[3] x", "Add(x, k)", k=np.array([2**40], np.uint64)), "uint64 in 32 bits"
+    ),
+    "sum of 64 bits": (
+        lambda: _node("int64[3] x", "Add(x, far)", far=np.array([2**40], np.int64)), "32 bits, here far"
+    ),
+    "table of 64 bits": (
+        lambda: _node("bool[3] x", "Where(x, far, far)", far=np.array([-(2**33), 1, 2**31], np.int64)),
+        "32 bits, here far",
+    ),
 }  # fmt: skip
 # Forms close to those, which it reads as they are.
 READ = {
@@ -178,6 +191,16 @@ READ = {
     "reduction": lambda: _node("float[2, 3] x", "ReduceL1<keepdims = 0>(x)"),
     "squares": lambda: _node("float[2, 3] x", "ReduceSumSquare<noop_with_empty_axes = 1>(x)"),
     "bias": lambda: _node("float[1, 7, 3, 3] x", "LRN<size = 3, alpha = 0.3, bias = 2.0>(x)"),
+    "sum of 32 bits": lambda: _node("int64[3] x", "Add(x, k)", k=np.array([2**30, -(2**31), 5], np.int64)),
+    "no bound": lambda: _node(
+        "int64[3] x", "Clip(x, least, far)", least=np.array(2), far=np.array(2**63 - 1)
+    ),
+    "to the end": lambda: parse(
+        f"{HEAD}(float[3, 4] x) => (y) {{ e = Concat<axis = 0>(two, far)\n y = Slice(x, s, e) }}",
+        two=np.array([2]),
+        far=np.array([2**63 - 1]),
+        s=np.array([1, 1]),
+    ),
 }
 
 
@@ -328,3 +351,13 @@ def test_a_bias_of_one_is_not_written_out_by_itself():
     with pytest.raises(UnsupportedOpError) as refused:
         legalize(model, BACKENDS["litert"](), target("android-cpu"), name="net.onnx")
     assert "written out" not in str(refused.value)
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize("far", [2**31, -(2**31) - 1])
+def test_inputs_beyond_32_bits_are_refused_as_they_come(far, tmp_path):
+    model = _node("int64[2] x", "Neg(x)")
+    fits = np.array([1 - 2**31, 2**31 - 1])
+    assert _by_openvino(model, tmp_path, {"x": fits})["y"].tolist() == (-fits).tolist()
+    with pytest.raises(ModelError, match=rf"input 'x' has .*{far}.*, and OpenVINO computes int64 in 32 bits"):
+        _by_openvino(model, tmp_path, {"x": np.array([far, 0])})
