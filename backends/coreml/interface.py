@@ -175,7 +175,7 @@ def describe_ports(
     """The interface of ``model``.
 
     Raises:
-        ModelError: An input or output has a type that Core ML has not.
+        ModelError: An input or output has a type or a shape that Core ML has not.
     """
     taken: set[str] = {LABEL, SCORES} if labels else set()
 
@@ -186,6 +186,10 @@ def describe_ports(
         if value.shape is not None and len(value.shape) > 5:
             raise ModelError(f"{value.name!r} has {len(value.shape)} axes, and Core ML has at most 5")
         shape = None if value.shape is None else tuple(axes.fixed.get(str(k), k) for k in keys(value))
+        if 0 in (shape or ()):
+            raise ModelError(
+                f"{value.name!r} is {list(shape or ())}, and Core ML has no tensors without elements"
+            )
         return Port(
             name=str(value.name), feature=kept_in or feature(str(value.name), taken), dtype=value.dtype.numpy().name,
             stored=_STORED[value.dtype], shape=shape, scalar=shape == (), state=state, picture=pictures.get(str(value.name)),

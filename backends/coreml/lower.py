@@ -186,11 +186,11 @@ class CoreMl(Backend):
             saturate(model)
         _forget_shapes(model)
         infer(model)
+        with silence():
+            program, features = build(model, interface, chosen, oldest)
         package = path / PACKAGE
         weights = package / DATA / "weights"
         weights.mkdir(parents=True)
-        with silence():
-            program, features = build(model, interface, chosen, oldest)
         spec = convert(
             program,
             features,

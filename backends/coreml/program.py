@@ -168,7 +168,11 @@ def _emit(context: Context, node: ir.Node) -> None:
 
 
 def _check(node: ir.Node, value: ir.Value, variable: Any) -> None:
-    """The shape that Core ML infers must be the one that ONNX does."""
+    """The shape that Core ML infers must be the one that ONNX does, and have elements where it is not folded away."""
+    if 0 in variable.shape and (variable.val is None or value.is_graph_output()):
+        raise refused(
+            node, f"its output is {list(variable.shape)}, and Core ML has no tensors without elements"
+        )
     if value.shape is None:
         return
     if variable.rank > 5:

@@ -492,6 +492,29 @@ def test_classes_without_a_box_leave_those_of_the_others(precision, most, tmp_pa
     _same(model, _lower(model, tmp_path, precision=precision), {"b": boxes, "s": scores})
 
 
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        ("(float[0, 4] x) => (float[4] y) { y = ReduceSum<keepdims = 0>(x, axis) }", r"'x' is \[0, 4\], and Core ML has"),
+        ("(float[2, 4] x) => (float[2, 0] y) { y = Slice(x, four, four, one) }", "'y' is .*, and Core ML has"),
+        (
+            "(float[2, 4] x) => (float[2] y) { e = Slice(x, four, four, one)\n y = ReduceSum<keepdims = 0>(e, one) }",
+            "Slice.* without elements",
+        ),
+        (
+            "(float[2, 4] x) => (float[2] y) { e, f = Split<axis = 1>(x, all)\n y = ReduceSum<keepdims = 0>(e, one) }",
+            "Split.* without elements",
+        ),
+    ],
+)  # fmt: skip
+def test_tensors_without_elements_are_refused_before_anything_is_written(graph, said, tmp_path):
+    weights = {"axis": [0], "one": [1], "four": [4], "all": [0, 4]}
+    model = parse(f"{HEAD}g {graph}", **{k: np.array(v) for k, v in weights.items()})
+    with pytest.raises(ModelError, match=said):
+        _lower(model, tmp_path)
+    assert not (tmp_path / "model.mlpackage").exists()
+
+
 def test_boxes_are_dropped_by_areas_in_single_precision(tmp_path):
     """300 x 300 is infinite in float16."""
     from optkit.backends.coreml.reference.program import Package
