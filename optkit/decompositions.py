@@ -357,7 +357,7 @@ def _scaled_gemm(op: Builder, node: ir.Node) -> ir.Value | None:
 def _unbiased_lrn(op: Builder, node: ir.Node) -> ir.Value | None:
     """With a bias of 1: ``(b + a s)^p`` is ``b^p (1 + a / b s)^p``."""
     defaults = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
-    alpha, beta, bias = (float(attribute(node, k, v)) for k, v in defaults.items())  # type: ignore[arg-type]
+    alpha, beta, bias = (node.attributes.get_float(k, v) for k, v in defaults.items())
     x, size = node.inputs[0], node.attributes["size"].as_int()
     if bias <= 0 or bias == 1:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,6 +113,11 @@ def attribute(node: ir.Node, name: str, default: object = None) -> object:
     if found is None:
         return default
     return found.as_string() if found.type == ir.AttributeType.STRING else found.value
+
+
+def ints(node: ir.Node, name: str, default: Iterable[int] = ()) -> list[int]:
+    """An attribute that is a list of integers."""
+    return list(node.attributes.get_ints(name, default))
 
 
 def users(value: ir.Value) -> tuple[ir.Node, ...]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 import onnx_ir as ir
 
 from optkit.dims import Dim, shape_of
-from optkit.graph import attribute, constant, rank
+from optkit.graph import attribute, constant, ints, rank
 
 
 def misread(node: ir.Node) -> str | None:
@@ -139,25 +139,20 @@ def _overhanging(node: ir.Node) -> str | None:
 
 def _windows(node: ir.Node) -> Iterator[tuple[int, int, int, int, Dim | None]]:
     """Of each axis how long a window is, the stride, the pads before and behind, and the size."""
-    kernel = _ints(node, "kernel_shape")
+    kernel = ints(node, "kernel_shape")
     count = len(kernel)
-    strides, dilations = _ints(node, "strides") or [1] * count, _ints(node, "dilations") or [1] * count
+    strides, dilations = ints(node, "strides") or [1] * count, ints(node, "dilations") or [1] * count
     pads, sizes = _pads(node), (shape_of(node.inputs[0]) or (None,) * (count + 2))[2:]
     longs = [d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True)]
     yield from zip(longs, strides, pads[:count], pads[count:], sizes, strict=True)
 
 
 def _pads(node: ir.Node) -> list[int]:
-    return _ints(node, "pads") or [0] * (2 * len(_ints(node, "kernel_shape")))
-
-
-def _ints(node: ir.Node, name: str) -> list[int]:
-    found = node.attributes.get(name)
-    return [] if found is None else list(found.as_ints())
+    return ints(node, "pads") or [0] * (2 * len(ints(node, "kernel_shape")))
 
 
 def _cast(node: ir.Node) -> str | None:
-    to = ir.DataType(int(attribute(node, "to")))  # type: ignore[call-overload]
+    to = ir.DataType(node.attributes["to"].as_int())
     bytes_ = to.name.startswith("FLOAT8") and attribute(node, "saturate", 1)
     return f"does not saturate in {to.name.lower()}" if bytes_ else None
 
@@ -169,7 +164,7 @@ def _constant(node: ir.Node) -> str | None:
 
 
 def _conv_transpose(node: ir.Node) -> str | None:
-    side, told = attribute(node, "auto_pad", "NOTSET"), _ints(node, "output_shape")
+    side, told = attribute(node, "auto_pad", "NOTSET"), ints(node, "output_shape")
     if (told or side in ("SAME_UPPER", "SAME_LOWER")) and not _fixed(node.inputs[0]):
         return f"leaves out {'output_shape' if told else f'auto_pad {side}'} where sizes are free"
     return (
@@ -202,7 +197,7 @@ def _arithmetic(node: ir.Node) -> str | None:
 
 
 def _lrn(node: ir.Node) -> str | None:
-    bias = float(attribute(node, "bias", 1.0))  # type: ignore[arg-type]
+    bias = node.attributes.get_float("bias", 1.0)
     return None if bias == int(bias) else f"cuts the bias {bias:g} to an integer"
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from optkit.backends.coreml.quiet import mb, types
 from optkit.errors import ModelError
-from optkit.graph import attribute, constant, describe
+from optkit.graph import constant, describe
 
 Refuse = Callable[[ir.Node], str | None]
 Emit = Callable[["Context", ir.Node], Any]
@@ -48,29 +48,6 @@ def emits(*names: str, refuse: Refuse | None = None, oldest: int = 16) -> Callab
         return function
 
     return enter
-
-
-def ints(node: ir.Node, name: str, default: Sequence[int] | None = None) -> list[int] | None:
-    """An attribute that is a list of integers, or ``default``."""
-    found = attribute(node, name)
-    if found is None:
-        return None if default is None else list(default)
-    return [int(v) for v in found]  # type: ignore[attr-defined]
-
-
-def integer(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute."""
-    return node.attributes.get_int(name, default)
-
-
-def number(node: ir.Node, name: str, default: float) -> float:
-    """A float attribute."""
-    return node.attributes.get_float(name, default)
-
-
-def string(node: ir.Node, name: str, default: str) -> str:
-    """A string attribute."""
-    return str(attribute(node, name, default))
 
 
 def narrow(array: np.ndarray, what: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, refused, unchecked
+from optkit.backends.coreml.emit.base import Context, cast, emits, like, refused, unchecked
 from optkit.backends.coreml.quiet import mb
 from optkit.dims import shape_of
 from optkit.graph import constant
@@ -58,7 +58,7 @@ def _non_max_suppression(c: Context, node: ir.Node) -> Any:
     wanted = _wanted(c, node)
     overlap = float(np.asarray(known).reshape(-1)[0]) if (known := c.known(node, 3)) is not None else 0.0
     least = float(np.asarray(known).reshape(-1)[0]) if (known := c.known(node, 4)) is not None else None
-    places = cast(_centred(boxes, center=bool(integer(node, "center_point_box", 0))), "fp32")
+    places = cast(_centred(boxes, center=bool(node.attributes.get_int("center_point_box", 0))), "fp32")
     size = boxes.shape[1]
     bound = wanted if isinstance(wanted, int) else _at_most(node.inputs[2])
     most = min(bound, int(size) if isinstance(size, int | np.integer) else _MOST)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, ints, refused, static, through_ints
+from optkit.backends.coreml.emit.base import Context, emits, refused, static, through_ints
 from optkit.backends.coreml.quiet import mb, types
 from optkit.dims import shape_of
-from optkit.graph import constant, rank, scalar, subgraphs
+from optkit.graph import constant, ints, rank, scalar, subgraphs
 
 
 def _refuse_if(node: ir.Node) -> str | None:
@@ -259,7 +259,7 @@ def _written_out(c: Context, node: ir.Node) -> Any:
 
 def _refuse_scan(node: ir.Node) -> str | None:
     shape = node.inputs[-1].shape if node.inputs[-1] is not None else None
-    axis = (ints(node, "scan_input_axes", [0]) or [0])[-1]
+    axis = ints(node, "scan_input_axes", [0])[-1]
     steps = shape[axis] if shape is not None else None
     if isinstance(steps, int) and steps > _LONGEST:
         return f"its {steps} steps: each is written out, and at most {_LONGEST} are"
@@ -270,7 +270,7 @@ def _refuse_scan(node: ir.Node) -> str | None:
 def _scan(c: Context, node: ir.Node) -> Any:
     """Written out step after step: Core ML has no tensors that grow in a loop, and all steps are known with the sizes."""
     body = node.attributes["body"].as_graph()
-    count = integer(node, "num_scan_inputs", 1)
+    count = node.attributes.get_int("num_scan_inputs", 1)
     carried, scanned = c.inputs(node)[:-count], c.inputs(node)[-count:]
     kept = len(body.outputs) - len(carried)
     zeros = [0] * max(count, kept)

@@ -7,28 +7,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import (
-    Context,
-    emits,
-    integer,
-    ints,
-    like,
-    refused,
-    string,
-    through_floats,
-)
+from optkit.backends.coreml.emit.base import Context, emits, like, refused, through_floats
 from optkit.backends.coreml.emit.quant import stored_constant, weight
 from optkit.backends.coreml.quiet import mb
-from optkit.graph import constant, rank
+from optkit.graph import constant, ints, rank
 
 _SAME = {"VALID": "valid", "SAME_UPPER": "same", "SAME_LOWER": "same_lower"}
 
 
 def _pads(node: ir.Node, axes: int) -> dict[str, Any]:
-    automatic = string(node, "auto_pad", "NOTSET")
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
     if automatic != "NOTSET":
         return {"pad_type": _SAME[automatic]}
-    pads = ints(node, "pads", [0] * 2 * axes) or []
+    pads = ints(node, "pads", [0] * 2 * axes)
     if not any(pads):
         return {"pad_type": "valid"}
     return {"pad_type": "custom", "pad": [p for i in range(axes) for p in (pads[i], pads[i + axes])]}
@@ -38,7 +29,7 @@ def _refuse_rank(node: ir.Node) -> str | None:
     axes = (rank(node.inputs[0]) or 3) - 2
     if not 1 <= axes <= 3:
         return f"Core ML convolves over one to three axes, not {axes}"
-    pads = ints(node, "pads", [0]) or [0]
+    pads = ints(node, "pads", [0])
     return "Core ML has no negative pads of a convolution" if min(pads) < 0 else None
 
 
@@ -48,7 +39,7 @@ def _conv(c: Context, node: ir.Node) -> Any:
     axes = x.rank - 2
     settings = {
         "x": x, "weight": w, "strides": ints(node, "strides", [1] * axes), "dilations": ints(node, "dilations", [1] * axes),
-        "groups": integer(node, "group", 1), **_pads(node, axes),
+        "groups": node.attributes.get_int("group", 1), **_pads(node, axes),
     }  # fmt: skip
     bias = c.input(node, 2)
     if bias is not None and bias.val is None:
@@ -60,7 +51,7 @@ def _conv(c: Context, node: ir.Node) -> Any:
 def _refuse_transpose(node: ir.Node) -> str | None:
     if not 1 <= (axes := (rank(node.inputs[0]) or 3) - 2) <= 3:
         return f"Core ML convolves over one to three axes, not {axes}"
-    if ints(node, "output_shape") is not None:
+    if "output_shape" in node.attributes:
         return "output_shape of a transposed convolution: pads are needed instead"
     w = node.inputs[1]
     producer = w.producer() if w is not None else None
@@ -73,12 +64,12 @@ def _refuse_transpose(node: ir.Node) -> str | None:
 def _conv_transpose(c: Context, node: ir.Node) -> Any:
     x, w = c.input(node, 0), weight(c, node, 1)
     axes = x.rank - 2
-    strides = ints(node, "strides", [1] * axes) or []
-    dilations = ints(node, "dilations", [1] * axes) or []
-    more = ints(node, "output_padding", [0] * axes) or []
-    pads = ints(node, "pads", [0] * 2 * axes) or []
+    strides = ints(node, "strides", [1] * axes)
+    dilations = ints(node, "dilations", [1] * axes)
+    more = ints(node, "output_padding", [0] * axes)
+    pads = ints(node, "pads", [0] * 2 * axes)
     kernel = [(k - 1) * d + 1 for k, d in zip(w.shape[2:], dilations, strict=True)]
-    automatic = string(node, "auto_pad", "NOTSET")
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
     if automatic == "VALID":
         pads = [0] * 2 * axes
     elif automatic != "NOTSET":
@@ -91,7 +82,7 @@ def _conv_transpose(c: Context, node: ir.Node) -> Any:
     ends = [pads[i + axes] - more[i] for i in range(axes)]
     beyond = [max(0, -e) for e in ends]
     settings = {
-        "x": x, "weight": w, "strides": strides, "dilations": dilations, "groups": integer(node, "group", 1), "pad_type": "custom",
+        "x": x, "weight": w, "strides": strides, "dilations": dilations, "groups": node.attributes.get_int("group", 1), "pad_type": "custom",
         "pad": [p for i in range(axes) for p in (pads[i], max(0, ends[i]))],
     }  # fmt: skip
     bias = c.input(node, 2)
@@ -105,29 +96,29 @@ def _conv_transpose(c: Context, node: ir.Node) -> Any:
 
 
 def _refuse_pool(node: ir.Node) -> str | None:
-    kernel = ints(node, "kernel_shape") or []
+    kernel = ints(node, "kernel_shape")
     if len(kernel) > 3:
         return f"Core ML pools over one to three axes, not {len(kernel)}"
-    if any(d != 1 for d in ints(node, "dilations", [1]) or []):
+    if any(d != 1 for d in ints(node, "dilations", [1])):
         return "Core ML has no dilated pooling"
     if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
         return "Core ML's pooling gives no indices"
-    if integer(node, "storage_order", 0):
+    if node.attributes.get_int("storage_order", 0):
         return "storage_order 1"
     return None
 
 
 @emits("MaxPool", "AveragePool", refuse=_refuse_pool)
 def _pool(c: Context, node: ir.Node) -> Any:
-    x, kernel = c.input(node, 0), ints(node, "kernel_shape") or []
+    x, kernel = c.input(node, 0), ints(node, "kernel_shape")
     axes = len(kernel)
     settings = {
         "x": x, "kernel_sizes": kernel, "strides": ints(node, "strides", [1] * axes), "ceil_mode": False, **_pads(node, axes),
     }  # fmt: skip
-    counted = node.op_type == "AveragePool" and bool(integer(node, "count_include_pad", 0))
-    if integer(node, "ceil_mode", 0) and settings["pad_type"] in ("valid", "custom"):
+    counted = node.op_type == "AveragePool" and bool(node.attributes.get_int("count_include_pad", 0))
+    if node.attributes.get_int("ceil_mode", 0) and settings["pad_type"] in ("valid", "custom"):
         # Spelled out as pads at the end, of which an average counts none: those that it counts become part of the input.
-        pads = ints(node, "pads", [0] * 2 * axes) or []
+        pads = ints(node, "pads", [0] * 2 * axes)
         more = _ceiling(node, x, kernel, pads)
         if counted and any(pads):
             amounts = [0, 0, 0, 0, *(p for i in range(axes) for p in (pads[i], pads[i + axes]))]
@@ -146,7 +137,7 @@ def _pool(c: Context, node: ir.Node) -> Any:
 def _ceiling(node: ir.Node, x: Any, kernel: list[int], pads: list[int]) -> list[int]:
     """What ceil_mode adds to the pads at the end of each axis."""
     axes = len(kernel)
-    strides = ints(node, "strides", [1] * axes) or []
+    strides = ints(node, "strides", [1] * axes)
     found = []
     for i, k in enumerate(kernel):
         size = x.shape[i + 2]
@@ -181,7 +172,7 @@ def _stft(c: Context, node: ir.Node) -> Any:
     if x.rank > 2 and x.shape[-1] != 1:
         raise refused(node, "a signal of complex numbers")
     size = len(window)
-    bins = size // 2 + 1 if integer(node, "onesided", 1) else size
+    bins = size // 2 + 1 if node.attributes.get_int("onesided", 1) else size
     angles = 2 * np.pi * np.outer(np.arange(bins), np.arange(size)) / size
     waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * window.astype(np.float64)
     signal = mb.squeeze(x=x, axes=[x.rank - 1]) if x.rank > 2 else x

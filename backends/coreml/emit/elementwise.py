@@ -12,15 +12,12 @@ from optkit.backends.coreml.emit.base import (
     Context,
     cast,
     emits,
-    integer,
     is_float,
     like,
     name_of,
-    number,
     refused,
     select,
     static,
-    string,
     wide,
 )
 from optkit.backends.coreml.quiet import mb, types
@@ -131,7 +128,7 @@ def _divide(c: Context, node: ir.Node) -> Any:
 @emits("Mod")
 def _modulo(c: Context, node: ir.Node) -> Any:
     x, y = (wide(v) for v in c.inputs(node))
-    if not integer(node, "fmod", 0):
+    if not node.attributes.get_int("fmod", 0):
         return mb.mod(x=x, y=y)
     # The sign of the dividend.
     return mb.mul(x=mb.sign(x=x), y=mb.mod(x=mb.abs(x=x), y=mb.abs(x=y)))
@@ -182,7 +179,7 @@ def _is_nan(c: Context, node: ir.Node) -> Any:
 @emits("IsInf")
 def _is_infinite(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    up, down = integer(node, "detect_positive", 1), integer(node, "detect_negative", 1)
+    up, down = node.attributes.get_int("detect_positive", 1), node.attributes.get_int("detect_negative", 1)
     if up and down:
         return mb.equal(x=mb.abs(x=x), y=like(x, math.inf))
     return mb.equal(x=x, y=like(x, math.inf if up else -math.inf))
@@ -213,25 +210,28 @@ def _operand(node: ir.Node, index: int) -> ir.Value | None:
 @emits("LeakyRelu")
 def _leaky_relu(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    return mb.leaky_relu(x=x, alpha=like(x, number(node, "alpha", 0.01)))
+    return mb.leaky_relu(x=x, alpha=like(x, node.attributes.get_float("alpha", 0.01)))
 
 
 @emits("Elu")
 def _elu(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    return mb.elu(x=x, alpha=like(x, number(node, "alpha", 1.0)))
+    return mb.elu(x=x, alpha=like(x, node.attributes.get_float("alpha", 1.0)))
 
 
 @emits("Selu")
 def _selu(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    alpha, gamma = number(node, "alpha", 1.6732632), number(node, "gamma", 1.0507010)
+    alpha, gamma = (
+        node.attributes.get_float("alpha", 1.6732632),
+        node.attributes.get_float("gamma", 1.0507010),
+    )
     return mb.mul(x=mb.elu(x=x, alpha=like(x, alpha)), y=like(x, gamma))
 
 
 @emits("Celu")
 def _celu(c: Context, node: ir.Node) -> Any:
-    x, alpha = c.input(node, 0), number(node, "alpha", 1.0)
+    x, alpha = c.input(node, 0), node.attributes.get_float("alpha", 1.0)
     scaled = mb.mul(x=x, y=like(x, 1 / alpha))
     return mb.mul(x=mb.elu(x=scaled, alpha=like(x, 1)), y=like(x, alpha))
 
@@ -254,7 +254,7 @@ def _prelu(c: Context, node: ir.Node) -> Any:
 @emits("ThresholdedRelu")
 def _thresholded_relu(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    above = mb.greater(x=x, y=like(x, number(node, "alpha", 1.0)))
+    above = mb.greater(x=x, y=like(x, node.attributes.get_float("alpha", 1.0)))
     return mb.select(cond=above, a=x, b=like(x, 0))
 
 
@@ -269,7 +269,7 @@ def _asinh(c: Context, node: ir.Node) -> Any:
 @emits("HardSigmoid")
 def _hard_sigmoid(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    alpha, beta = number(node, "alpha", 0.2), number(node, "beta", 0.5)
+    alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
     return mb.sigmoid_hard(x=x, alpha=like(x, alpha), beta=like(x, beta))
 
 
@@ -281,7 +281,7 @@ def _hard_swish(c: Context, node: ir.Node) -> Any:
 
 @emits("Gelu")
 def _gelu(c: Context, node: ir.Node) -> Any:
-    exact = string(node, "approximate", "none") == "none"
+    exact = node.attributes.get_string("approximate", "none") == "none"
     return mb.gelu(x=c.input(node, 0), mode="EXACT" if exact else "TANH_APPROXIMATION")
 
 
@@ -293,7 +293,7 @@ def _mish(c: Context, node: ir.Node) -> Any:
 
 @emits("Swish")
 def _swish(c: Context, node: ir.Node) -> Any:
-    x, alpha = c.input(node, 0), number(node, "alpha", 1.0)
+    x, alpha = c.input(node, 0), node.attributes.get_float("alpha", 1.0)
     if alpha == 1.0:
         return mb.silu(x=x)
     return mb.mul(x=x, y=mb.sigmoid(x=mb.mul(x=x, y=like(x, alpha))))
@@ -315,7 +315,7 @@ _UNSIGNED_WIDE = (ir.DataType.UINT32, ir.DataType.UINT64)
 
 
 def _refuse_cast(node: ir.Node) -> str | None:
-    to = ir.DataType(integer(node, "to", 1))
+    to = ir.DataType(node.attributes.get_int("to", 1))
     source = node.inputs[0].dtype if node.inputs[0] is not None else None
     if to in _CASTS or to in _SIGNED or to in _UNSIGNED:
         return None
@@ -326,7 +326,7 @@ def _refuse_cast(node: ir.Node) -> str | None:
 
 @emits("Cast", refuse=_refuse_cast)
 def _cast(c: Context, node: ir.Node) -> Any:
-    x, kind = c.input(node, 0), ir.DataType(integer(node, "to", 1))
+    x, kind = c.input(node, 0), ir.DataType(node.attributes.get_int("to", 1))
     to = _CASTS.get(kind, "int32")
     if to != "bool" and name_of(x) in ("int8", "uint8", "int16", "uint16") and c.version < 17:
         raise refused(node, f"{name_of(x)} needs iOS 17")
@@ -368,7 +368,7 @@ def _dropout(c: Context, node: ir.Node) -> Any:
 
 @emits("Trilu")
 def _triangle(c: Context, node: ir.Node) -> Any:
-    x, upper = c.input(node, 0), integer(node, "upper", 1)
+    x, upper = c.input(node, 0), node.attributes.get_int("upper", 1)
     offset = 0 if not c.has(node, 1) else c.known(node, 1)
     if offset is None:
         raise refused(node, "Core ML needs the diagonal of a triangle when it is compiled")

@@ -11,11 +11,9 @@ from optkit.backends.coreml.emit.base import (
     Context,
     cast,
     emits,
-    integer,
     name_of,
     narrow,
     refused,
-    string,
     through_ints,
     unchecked,
 )
@@ -59,7 +57,7 @@ def _nd_places(c: Context, node: ir.Node, x: Any, batch: int = 0) -> Any:
 
 @emits("Gather")
 def _gather(c: Context, node: ir.Node) -> Any:
-    axis = integer(node, "axis", 0)
+    axis = node.attributes.get_int("axis", 0)
     table = gathered(c, node)
     x = c.input(node, 0) if table is None else table
     axis = axis + x.rank if axis < 0 else axis
@@ -77,7 +75,7 @@ def _gather(c: Context, node: ir.Node) -> Any:
 
 @emits("GatherElements")
 def _gather_elements(c: Context, node: ir.Node) -> Any:
-    x, axis = c.input(node, 0), integer(node, "axis", 0)
+    x, axis = c.input(node, 0), node.attributes.get_int("axis", 0)
     axis = axis + x.rank if axis < 0 else axis
     places = _places(c, node, 1, x, axis)
     shape = places.shape
@@ -93,7 +91,7 @@ def _gather_elements(c: Context, node: ir.Node) -> Any:
 
 @emits("GatherND")
 def _gather_nd(c: Context, node: ir.Node) -> Any:
-    x, dims = c.input(node, 0), integer(node, "batch_dims", 0)
+    x, dims = c.input(node, 0), node.attributes.get_int("batch_dims", 0)
     places = _nd_places(c, node, x, dims)
     return through_ints(x, lambda v: mb.gather_nd(x=v, indices=places, batch_dims=dims, **unchecked(c)))
 
@@ -105,7 +103,7 @@ _MODES = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "mi
 def _scatter_nd(c: Context, node: ir.Node) -> Any:
     data, updates = c.input(node, 0), c.input(node, 2)
     places = _nd_places(c, node, data)
-    mode = _MODES[string(node, "reduction", "none")]
+    mode = _MODES[node.attributes.get_string("reduction", "none")]
 
     def scatter(v: Any) -> Any:
         return mb.scatter_nd(
@@ -118,7 +116,7 @@ def _scatter_nd(c: Context, node: ir.Node) -> Any:
 @emits("ScatterElements")
 def _scatter_elements(c: Context, node: ir.Node) -> Any:
     data, updates = c.input(node, 0), c.input(node, 2)
-    axis = integer(node, "axis", 0)
+    axis = node.attributes.get_int("axis", 0)
     axis = axis + data.rank if axis < 0 else axis
     places = _places(c, node, 1, data, axis)
     if any(places.shape[i] != size for i, size in enumerate(data.shape) if i != axis):
@@ -127,7 +125,7 @@ def _scatter_elements(c: Context, node: ir.Node) -> Any:
             node,
             f"its indices are {given} for data of {wanted}, and Core ML wants them to agree but on axis {axis}",
         )
-    mode = _MODES[string(node, "reduction", "none")]
+    mode = _MODES[node.attributes.get_string("reduction", "none")]
 
     def scatter(v: Any) -> Any:
         return mb.scatter_along_axis(

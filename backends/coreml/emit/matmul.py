@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, is_float, like, number, string, wide
+from optkit.backends.coreml.emit.base import Context, emits, is_float, like, wide
 from optkit.backends.coreml.emit.quant import is_weight, weight
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import rank
@@ -30,9 +30,9 @@ def _matmul(c: Context, node: ir.Node) -> Any:
 @emits("Gemm")
 def _gemm(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    alpha, beta = number(node, "alpha", 1.0), number(node, "beta", 1.0)
-    turned = bool(integer(node, "transB", 0))
-    if integer(node, "transA", 0):
+    alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    turned = bool(node.attributes.get_int("transB", 0))
+    if node.attributes.get_int("transA", 0):
         x = mb.transpose(x=x, perm=[1, 0])
     bias = c.known(node, 2)
     if is_weight(c, node, 1):
@@ -57,7 +57,7 @@ def _scaled(bias: np.ndarray, beta: float, x: Any) -> np.ndarray:
 
 
 def _refuse_einsum(node: ir.Node) -> str | None:
-    inputs, arrow, output = string(node, "equation", "").replace(" ", "").partition("->")
+    inputs, arrow, output = node.attributes.get_string("equation", "").replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow:
         return "an equation without '->'"
@@ -76,7 +76,7 @@ def _refuse_einsum(node: ir.Node) -> str | None:
 @emits("Einsum", refuse=_refuse_einsum)
 def _einsum(c: Context, node: ir.Node) -> Any:
     """By one product of matrices: axes that both have and the output has first, the summed ones last."""
-    inputs, _, output = string(node, "equation", "").replace(" ", "").partition("->")
+    inputs, _, output = node.attributes.get_string("equation", "").replace(" ", "").partition("->")
     terms = inputs.split(",")
     operands = [
         _summed(c.input(node, i), term, output + "".join(t for j, t in enumerate(terms) if j != i))

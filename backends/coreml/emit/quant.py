@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, integer, is_float, name_of, narrow, refused
+from optkit.backends.coreml.emit.base import Context, cast, emits, is_float, name_of, narrow, refused
 from optkit.backends.coreml.emit.compressed import affine, palettized, scaled, sparse, uncompressed
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import constant
@@ -87,7 +87,7 @@ def stored_constant(node: ir.Node) -> bool:
     if node.op_type == "DequantizeLinear":
         inputs = [constant(v) for v in node.inputs if v is not None]
         return all(a is not None for a in inputs) and _kind(node) in (*_EIGHT, *_FOUR)
-    if node.op_type != "Gather" or integer(node, "axis", 0) != 0:
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
         return False
     table, indices = constant(node.inputs[0]), constant(node.inputs[1])
     if table is None or indices is None or table.dtype.kind != "f" or indices.ndim < 2:
@@ -161,7 +161,7 @@ def _aligned(
     if scale.ndim <= 1 and integers.ndim != scale.ndim:
         shape = [1] * integers.ndim
         if scale.size > 1:
-            shape[integer(node, "axis", 1)] = scale.size
+            shape[node.attributes.get_int("axis", 1)] = scale.size
     elif scale.ndim <= 1 and scale.size == 1:
         shape = [1] * integers.ndim
     else:
@@ -175,7 +175,7 @@ def _aligned(
 
 def _even(node: ir.Node, integers: np.ndarray, values: np.ndarray) -> np.ndarray:
     """One for each block, of blocks that divide the axis: smaller ones where the last block is not full."""
-    block, axis = integer(node, "block_size", 0), integer(node, "axis", 1)
+    block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
     size = integers.shape[axis]
     if not block or size % block == 0:
         return values
@@ -192,7 +192,11 @@ def _refuse_quantize(node: ir.Node) -> str | None:
         return None
     if kind not in _EIGHT:
         return f"Core ML quantizes activations to 8 bits, not to {kind.name.lower() if kind else '?'}"
-    return "Core ML quantizes activations per tensor or channel" if integer(node, "block_size", 0) else None
+    return (
+        "Core ML quantizes activations per tensor or channel"
+        if node.attributes.get_int("block_size", 0)
+        else None
+    )
 
 
 def _parameters(c: Context, node: ir.Node, x: Any) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def _parameters(c: Context, node: ir.Node, x: Any) -> dict[str, Any]:
     if zero is not None and zero.any():
         found["zero_point"] = zero.reshape(())[()] if single else zero
     if not single:
-        found["axis"] = integer(node, "axis", 1)
+        found["axis"] = node.attributes.get_int("axis", 1)
     return found
 
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, integer, ints, is_float, name_of, number
+from optkit.backends.coreml.emit.base import Context, cast, emits, is_float, name_of
 from optkit.backends.coreml.quiet import mb
-from optkit.graph import attribute
+from optkit.graph import attribute, ints
 
 _HALF = ir.DataType.FLOAT16
 
 
 def _refuse(node: ir.Node) -> str | None:
-    kind = integer(node, "dtype", int(ir.DataType.FLOAT))
+    kind = node.attributes.get_int("dtype", int(ir.DataType.FLOAT))
     known = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
     return None if kind in known else f"random numbers of type {ir.DataType(kind).name.lower()}"
 
@@ -29,9 +29,9 @@ def _seed(node: ir.Node) -> dict[str, Any]:
 def _drawn(node: ir.Node, shape: Any, kind: str) -> Any:
     of = np.float16 if kind == "fp16" else np.float32
     if node.op_type.startswith("RandomNormal"):
-        mean, scale = of(number(node, "mean", 0.0)), of(number(node, "scale", 1.0))
+        mean, scale = of(node.attributes.get_float("mean", 0.0)), of(node.attributes.get_float("scale", 1.0))
         return mb.random_normal(shape=shape, mean=mean, stddev=scale, **_seed(node))
-    low, high = of(number(node, "low", 0.0)), of(number(node, "high", 1.0))
+    low, high = of(node.attributes.get_float("low", 0.0)), of(node.attributes.get_float("high", 1.0))
     return mb.random_uniform(shape=shape, low=low, high=high, **_seed(node))
 
 

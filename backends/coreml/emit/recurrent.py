@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, integer, like, name_of, refused, string
+from optkit.backends.coreml.emit.base import Context, cast, emits, like, name_of, refused
 from optkit.backends.coreml.emit.quant import rows, stored_constant
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import attribute, constant
@@ -29,15 +29,15 @@ def _activations(node: ir.Node) -> list[str]:
 
 
 def _directions(node: ir.Node) -> int:
-    return 2 if string(node, "direction", "forward") == "bidirectional" else 1
+    return 2 if node.attributes.get_string("direction", "forward") == "bidirectional" else 1
 
 
 def _refuse(node: ir.Node) -> str | None:
-    if integer(node, "layout", 0):
+    if node.attributes.get_int("layout", 0):
         return "layout 1, with the batch first"
     if attribute(node, "clip") is not None:
         return "clip"
-    if integer(node, "input_forget", 0):
+    if node.attributes.get_int("input_forget", 0):
         return "input_forget"
     if len(node.inputs) > 7 and node.inputs[7] is not None:
         return "peepholes"
@@ -96,7 +96,7 @@ def _initial(c: Context, node: ir.Node, index: int, x: Any, units: int) -> Any:
 
 @emits("LSTM", refuse=_refuse)
 def _lstm(c: Context, node: ir.Node) -> Any:
-    x, units, count = c.input(node, 0), integer(node, "hidden_size", 1), _directions(node)
+    x, units, count = c.input(node, 0), node.attributes.get_int("hidden_size", 1), _directions(node)
     own = name_of(x)
     if c.version < 17:  # Whose operation is of float32 alone.
         x = cast(x, "fp32")
@@ -117,7 +117,7 @@ def _lstm(c: Context, node: ir.Node) -> Any:
         states.append(c.reshape(flat, [batch, count * units]))
     settings = {
         "x": x, "initial_h": states[0], "initial_c": states[1], "weight_ih": gates(1, 0), "weight_hh": gates(2, 0),
-        "bias": bias[0], "direction": string(node, "direction", "forward"), "output_sequence": True,
+        "bias": bias[0], "direction": node.attributes.get_string("direction", "forward"), "output_sequence": True,
     }  # fmt: skip
     if count == 2:
         settings |= {
@@ -132,7 +132,7 @@ def _lstm(c: Context, node: ir.Node) -> Any:
 @emits("GRU", "RNN", refuse=_refuse)
 def _written_out(c: Context, node: ir.Node) -> Any:
     """Step after step: Core ML's ``gru`` does not say where the bias of the new state is added, ONNX has both ways."""
-    x, units = c.input(node, 0), integer(node, "hidden_size", 1)
+    x, units = c.input(node, 0), node.attributes.get_int("hidden_size", 1)
     length = x.shape[0]
     if not isinstance(length, int | np.integer) or int(length) > _STEPS:
         raise refused(node, f"Core ML needs the number of steps when it is compiled, at most {_STEPS}")
@@ -143,7 +143,7 @@ def _written_out(c: Context, node: ir.Node) -> Any:
     states = _initial(c, node, 5, x, units)
     ways = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
     sequences, last = [], []
-    for d, backwards in enumerate(ways[string(node, "direction", "forward")]):
+    for d, backwards in enumerate(ways[node.attributes.get_string("direction", "forward")]):
         functions = [getattr(mb, _ACTIVATIONS[a]) for a in names[d * each : (d + 1) * each]]
         h = mb.squeeze(
             x=mb.slice_by_index(x=states, begin=[d, 0, 0], end=[d + 1, 0, 0], end_mask=[False, True, True]),
@@ -191,7 +191,7 @@ def _gru(
 ) -> list[Any]:  # fmt: skip
     """Gates z, r and h, as ONNX GRU defines them."""
     units = r.shape[-1]
-    after = bool(integer(node, "linear_before_reset", 0))
+    after = bool(node.attributes.get_int("linear_before_reset", 0))
     # The recurrent bias of the new state is scaled by the reset gate, or is added like the others.
     outside = bias[0].copy()
     outside[: 2 * units] += bias[1, : 2 * units]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, integer, ints, is_float, like, refused, wide
+from optkit.backends.coreml.emit.base import Context, emits, is_float, like, refused, wide
 from optkit.backends.coreml.quiet import mb, types
-from optkit.graph import constant, scalar
+from optkit.graph import constant, ints, scalar
 
 _REDUCE = {
     "ReduceMean": "reduce_mean", "ReduceSum": "reduce_sum", "ReduceMax": "reduce_max", "ReduceMin": "reduce_min",
@@ -23,16 +23,16 @@ def _reduce(c: Context, node: ir.Node) -> Any:
     x = wide(c.input(node, 0))
     boolean = x.dtype == types.bool
     x = mb.cast(x=x, dtype="int32") if boolean else x
-    axes = ints(node, "axes")
+    axes = ints(node, "axes") or None
     if c.has(node, 1):
         axes = c.known_ints(node, 1)
         if axes is None:
             raise refused(node, "the axes of a reduction are computed at run time")
     if not axes:
-        if integer(node, "noop_with_empty_axes", 0):
+        if node.attributes.get_int("noop_with_empty_axes", 0):
             return _of_each(node, wide(c.input(node, 0)))
         axes = list(range(x.rank))
-    keep = bool(integer(node, "keepdims", 1))
+    keep = bool(node.attributes.get_int("keepdims", 1))
     out = getattr(mb, _REDUCE[node.op_type])(x=x, axes=axes, keep_dims=keep)
     if node.op_type == "ReduceLogSum":
         out = mb.log(x=out, epsilon=like(out, 0))
@@ -54,7 +54,9 @@ def _of_each(node: ir.Node, x: Any) -> Any:
 
 def _refuse_arg(node: ir.Node) -> str | None:
     return (
-        "Core ML gives the first of several, not the last" if integer(node, "select_last_index", 0) else None
+        "Core ML gives the first of several, not the last"
+        if node.attributes.get_int("select_last_index", 0)
+        else None
     )
 
 
@@ -62,14 +64,16 @@ def _refuse_arg(node: ir.Node) -> str | None:
 def _arg(c: Context, node: ir.Node) -> Any:
     reduce = mb.reduce_argmax if node.op_type == "ArgMax" else mb.reduce_argmin
     x = wide(c.input(node, 0))
-    return reduce(x=x, axis=integer(node, "axis", 0), keep_dims=bool(integer(node, "keepdims", 1)))
+    return reduce(
+        x=x, axis=node.attributes.get_int("axis", 0), keep_dims=bool(node.attributes.get_int("keepdims", 1))
+    )
 
 
 @emits("TopK")
 def _top_k(c: Context, node: ir.Node) -> Any:
     k = c.known_ints(node, 1)
     x = wide(c.input(node, 0))
-    axis, largest = integer(node, "axis", -1) % x.rank, bool(integer(node, "largest", 1))
+    axis, largest = node.attributes.get_int("axis", -1) % x.rank, bool(node.attributes.get_int("largest", 1))
     if k is not None:
         return mb.topk(x=x, k=k[0], axis=axis, ascending=not largest)
     # Core ML needs k when it is compiled: all in order, and as many of them as are wanted.
@@ -95,7 +99,10 @@ def _refuse_cumulative(node: ir.Node) -> str | None:
 def _cumulative(c: Context, node: ir.Node) -> Any:
     x = wide(c.input(node, 0))
     axis = int(scalar(node.inputs[1]) or 0) % x.rank
-    exclusive, reverse = bool(integer(node, "exclusive", 0)), bool(integer(node, "reverse", 0))
+    exclusive, reverse = (
+        bool(node.attributes.get_int("exclusive", 0)),
+        bool(node.attributes.get_int("reverse", 0)),
+    )
     return mb.cumsum(x=x, axis=axis, exclusive=exclusive, reverse=reverse)
 
 
@@ -116,5 +123,9 @@ def _one_hot(c: Context, node: ir.Node) -> Any:
     indices = mb.add(x=indices, y=mb.mul(x=negative, y=np.int32(depth)))
     off, on = np.asarray(values.val).reshape(-1)
     return mb.one_hot(
-        indices=indices, one_hot_vector_size=depth, axis=integer(node, "axis", -1), on_value=on, off_value=off
+        indices=indices,
+        one_hot_vector_size=depth,
+        axis=node.attributes.get_int("axis", -1),
+        on_value=on,
+        off_value=off,
     )

@@ -12,17 +12,15 @@ from optkit.backends.coreml.emit.base import (
     Context,
     cast,
     emits,
-    integer,
-    ints,
     is_float,
     like,
     refused,
-    string,
     through_floats,
     unchecked,
 )
 from optkit.backends.coreml.quiet import mb
 from optkit.backends.resampling import matrix, nearest, positions
+from optkit.graph import ints
 
 _COORDINATES = (
     "half_pixel",
@@ -38,14 +36,14 @@ _SMALL = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.BOOL)
 
 
 def _refuse_resize(node: ir.Node) -> str | None:
-    mode = string(node, "coordinate_transformation_mode", "half_pixel")
+    mode = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if mode not in _COORDINATES:
         return f"coordinate_transformation_mode {mode!r}"
     x = node.inputs[0]
     kind = None if x is None else x.dtype
-    if kind is not None and kind.is_integer() and string(node, "mode", "nearest") != "nearest":
-        return f"mode {string(node, 'mode', '')!r} of {kind.name.lower()}: Core ML interpolates floats alone"
-    policy = string(node, "keep_aspect_ratio_policy", "stretch")
+    if kind is not None and kind.is_integer() and node.attributes.get_string("mode", "nearest") != "nearest":
+        return f"mode {node.attributes['mode'].as_string()!r} of {kind.name.lower()}: Core ML interpolates floats alone"
+    policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
     return None if policy in _KEPT else f"keep_aspect_ratio_policy {policy!r}"
 
 
@@ -61,8 +59,8 @@ def _resize(c: Context, node: ir.Node) -> Any:
 def _resized(c: Context, node: ir.Node, x: Any) -> Any:
     axes = ints(node, "axes") or list(range(x.rank))
     axes = [a % x.rank for a in axes]
-    mode = string(node, "mode", "nearest")
-    coordinates = string(node, "coordinate_transformation_mode", "half_pixel")
+    mode = node.attributes.get_string("mode", "nearest")
+    coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     sizes, scales = _targets(c, node, x, axes)
     moved = [a for a in range(x.rank) if scales.get(a, 1.0) != 1.0 or sizes.get(a, x.shape[a]) != x.shape[a]]
     # ONNX Runtime copies where all sizes stay, whatever the scales.
@@ -92,7 +90,13 @@ def _resized(c: Context, node: ir.Node, x: Any) -> Any:
         return _resize_free(c, node, x, moved, scales, mode, coordinates)
     lengths = {a: (int(x.shape[a]), int(sizes[a])) for a in moved}
     sampling = _sampling(coordinates, lengths, scales)
-    if mode == "linear" and plane and x.rank >= 4 and sampling and not integer(node, "antialias", 0):
+    if (
+        mode == "linear"
+        and plane
+        and x.rank >= 4
+        and sampling
+        and not node.attributes.get_int("antialias", 0)
+    ):
         height, width = (int(sizes.get(a, x.shape[a])) for a in (x.rank - 2, x.rank - 1))
         return mb.resize_bilinear(
             x=x, target_size_height=height, target_size_width=width, sampling_mode=sampling
@@ -141,7 +145,7 @@ def _targets(
 
 def _repeats(node: ir.Node, coordinates: str, moved: list[int], scales: dict[int, float | None]) -> bool:
     """Whether nearest means that each element is repeated."""
-    rounding = string(node, "nearest_mode", "round_prefer_floor")
+    rounding = node.attributes.get_string("nearest_mode", "round_prefer_floor")
     if any((scales[a] or 0) < 1 for a in moved):
         return False
     if coordinates in ("half_pixel", "pytorch_half_pixel"):
@@ -209,7 +213,11 @@ def _resize_free(
             interpolation_mode="LINEAR",
             sampling_mode=names[coordinates],
         )
-    if mode == "nearest" and coordinates == "asymmetric" and string(node, "nearest_mode", "") == "floor":
+    if (
+        mode == "nearest"
+        and coordinates == "asymmetric"
+        and node.attributes.get_string("nearest_mode", "") == "floor"
+    ):
         return _nearest_free(c, x, target)
     raise refused(node, f"mode {mode!r} with {coordinates!r} of an axis of free size")
 
@@ -239,7 +247,7 @@ def _weighted(x: Any, axis: int, matrix: np.ndarray) -> Any:
 
 
 def _refuse_grid(node: ir.Node) -> str | None:
-    mode = string(node, "mode", "linear")
+    mode = node.attributes.get_string("mode", "linear")
     if mode not in ("linear", "bilinear", "nearest"):
         return f"mode {mode!r}: Core ML samples the nearest value or between two"
     x = node.inputs[0]
@@ -249,12 +257,15 @@ def _refuse_grid(node: ir.Node) -> str | None:
 @emits("GridSample", refuse=_refuse_grid)
 def _grid_sample(c: Context, node: ir.Node) -> Any:
     x, grid = c.inputs(node)
-    padding, aligned = string(node, "padding_mode", "zeros"), bool(integer(node, "align_corners", 0))
+    padding, aligned = (
+        node.attributes.get_string("padding_mode", "zeros"),
+        bool(node.attributes.get_int("align_corners", 0)),
+    )
     # What reflects at the edges of the outer pixels repeats them.
     mirror = "reflection" if aligned else "symmetric"
     return mb.resample(
         x=x, coordinates=cast(grid, "fp32"),
-        sampling_mode="nearest" if string(node, "mode", "linear") == "nearest" else "bilinear",
+        sampling_mode="nearest" if node.attributes.get_string("mode", "linear") == "nearest" else "bilinear",
         padding_mode={"zeros": "constant", "border": "border", "reflection": mirror}[padding], padding_value=like(x, 0),
         coordinates_mode="normalized_minus_one_to_one", align_corners=aligned,
     )  # fmt: skip

@@ -7,33 +7,30 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import (
+from optkit.backends.coreml.emit.base import (  # fmt: skip
     INT32,
     Context,
     cast,
     emits,
-    integer,
-    ints,
     is_float,
     like,
     name_of,
     narrow,
     refused,
     static,
-    string,
     through_floats,
     through_ints,
     unchecked,
     wide,
-)  # fmt: skip
+)
 from optkit.backends.coreml.quiet import mb, mil, types
-from optkit.graph import attribute
+from optkit.graph import attribute, ints
 
 
 @emits("Shape")
 def _shape(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    start, end = integer(node, "start", 0), attribute(node, "end")
+    start, end = node.attributes.get_int("start", 0), attribute(node, "end")
     sizes = mb.shape(x=x)
     if start == 0 and end is None:
         return sizes
@@ -52,7 +49,7 @@ def _size(c: Context, node: ir.Node) -> Any:
 def _reshape(c: Context, node: ir.Node) -> Any:
     x, known = c.input(node, 0), c.partly(node, 1)
     sizes: list[Any] = list(known)
-    if integer(node, "allowzero", 0) and 0 in sizes:
+    if node.attributes.get_int("allowzero", 0) and 0 in sizes:
         raise refused(node, "a tensor without elements")
     own = c.sizes(x) if 0 in sizes else []
     if None in sizes or not sizes:
@@ -77,7 +74,7 @@ def _reshape(c: Context, node: ir.Node) -> Any:
 @emits("Flatten")
 def _flatten(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    axis = integer(node, "axis", 1)
+    axis = node.attributes.get_int("axis", 1)
     axis = axis + x.rank if axis < 0 else axis
     sizes = c.sizes(x)
     rows, columns = c.product(sizes[:axis]), c.product(sizes[axis:])
@@ -96,7 +93,7 @@ def _transpose(c: Context, node: ir.Node) -> Any:
 @emits("Squeeze")
 def _squeeze(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    axes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "axes")
+    axes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "axes") or None
     if c.has(node, 1) and axes is None:
         raise refused(node, "the axes are computed at run time")
     axes = [i for i, d in enumerate(x.shape) if d == 1] if axes is None else axes
@@ -112,7 +109,7 @@ def _squeeze(c: Context, node: ir.Node) -> Any:
 @emits("Unsqueeze")
 def _unsqueeze(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    axes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "axes")
+    axes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "axes") or None
     if axes is None:
         raise refused(node, "the axes are computed at run time")
     return through_ints(x, lambda v: mb.expand_dims(x=v, axes=axes))
@@ -121,7 +118,7 @@ def _unsqueeze(c: Context, node: ir.Node) -> Any:
 @emits("Concat")
 def _concat(c: Context, node: ir.Node) -> Any:
     parts = [wide(v) for v in c.inputs(node)]
-    axis = integer(node, "axis", 0)
+    axis = node.attributes.get_int("axis", 0)
     # Core ML has no tensors without elements; what is joined with one is what is left.
     parts = [p for p in parts if p.shape[axis] != 0] or parts[:1]
     if len(parts) == 1:
@@ -134,8 +131,8 @@ def _concat(c: Context, node: ir.Node) -> Any:
 
 @emits("Split")
 def _split(c: Context, node: ir.Node) -> Any:
-    x, axis, count = c.input(node, 0), integer(node, "axis", 0), len(node.outputs)
-    sizes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "split")
+    x, axis, count = c.input(node, 0), node.attributes.get_int("axis", 0), len(node.outputs)
+    sizes = c.known_ints(node, 1) if c.has(node, 1) else ints(node, "split") or None
     if sizes is None and c.has(node, 1):
         return _parts(c, node, x, axis % x.rank)
     if sizes is None:
@@ -278,7 +275,7 @@ def _refuse_eye(node: ir.Node) -> str | None:
 @emits("EyeLike", refuse=_refuse_eye)
 def _eye(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
-    eye = np.eye(int(x.shape[0]), int(x.shape[1]), integer(node, "k", 0), np.float32)
+    eye = np.eye(int(x.shape[0]), int(x.shape[1]), node.attributes.get_int("k", 0), np.float32)
     return cast(mb.const(val=eye), name_of(wide(x)))
 
 
@@ -288,7 +285,7 @@ _OWN = {"reflect": "reflect", "edge": "replicate"}
 
 
 def _refuse_pad(node: ir.Node) -> str | None:
-    mode = string(node, "mode", "constant")
+    mode = node.attributes.get_string("mode", "constant")
     return None if mode in _PADS else f"Core ML has no mode {mode!r}"
 
 
@@ -298,7 +295,7 @@ def _pad(c: Context, node: ir.Node) -> Any:
 
 
 def _padded(c: Context, node: ir.Node, x: Any) -> Any:
-    mode = string(node, "mode", "constant")
+    mode = node.attributes.get_string("mode", "constant")
     amounts = c.known_ints(node, 1)
     if amounts is None:
         if mode != "constant" or c.has(node, 3) or _computed(c, node):
@@ -376,15 +373,15 @@ def _fill(c: Context, node: ir.Node, x: Any) -> Any:
 
 @emits("DepthToSpace")
 def _depth_to_space(c: Context, node: ir.Node) -> Any:
-    block = integer(node, "blocksize", 1)
-    if string(node, "mode", "DCR") == "DCR":
+    block = node.attributes.get_int("blocksize", 1)
+    if node.attributes.get_string("mode", "DCR") == "DCR":
         return through_floats(c.input(node, 0), lambda x: mb.depth_to_space(x=x, block_size=block))
     return through_floats(c.input(node, 0), lambda x: mb.pixel_shuffle(x=x, upscale_factor=block))
 
 
 @emits("SpaceToDepth")
 def _space_to_depth(c: Context, node: ir.Node) -> Any:
-    block = integer(node, "blocksize", 1)
+    block = node.attributes.get_int("blocksize", 1)
     return through_floats(c.input(node, 0), lambda x: mb.space_to_depth(x=x, block_size=block))
 
 
@@ -397,5 +394,5 @@ def _non_zero(c: Context, node: ir.Node) -> Any:
 @emits("ReverseSequence")
 def _reverse_sequence(c: Context, node: ir.Node) -> Any:
     x, lengths = c.inputs(node)
-    batch, along = integer(node, "batch_axis", 1), integer(node, "time_axis", 0)
+    batch, along = node.attributes.get_int("batch_axis", 1), node.attributes.get_int("time_axis", 0)
     return mb.reverse_sequence(x=x, lengths=lengths, seq_axis=along, batch_axis=batch)

@@ -14,7 +14,7 @@ from optkit.backends.litert.emit.grids import floats_of, halved, stored
 from optkit.backends.litert.flat import File, Graph, Grid, Settings, Tensor
 from optkit.backends.litert.kernels import NotTakenError, wider
 from optkit.errors import ModelError
-from optkit.graph import attribute, constant, describe, is_float, rank, users
+from optkit.graph import constant, describe, is_float, rank, users
 
 Refuse = Callable[[ir.Node], str | None]
 Emit = Callable[["Context", ir.Node], None]
@@ -55,28 +55,6 @@ def emits(*names: str, refuse: Refuse | None = None) -> Callable[[Emit], Emit]:
         return function
 
     return enter
-
-
-def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> list[int]:
-    """An attribute that is a list of integers."""
-    found = attribute(node, name)
-    return list(default) if found is None else [int(v) for v in found]  # type: ignore[attr-defined]
-
-
-def integer(node: ir.Node, name: str, default: int = 0) -> int:
-    """An attribute that is an integer."""
-    return node.attributes.get_int(name, default)
-
-
-def real(node: ir.Node, name: str, default: float) -> float:
-    """An attribute that is a number."""
-    return node.attributes.get_float(name, default)
-
-
-def text(node: ir.Node, name: str, default: str) -> str:
-    """An attribute that is a word."""
-    found = attribute(node, name, default)
-    return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def size(value: ir.Value) -> tuple[int, ...]:

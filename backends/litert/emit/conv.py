@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert.schema_py_generated import Padding
 
-from optkit.backends.litert.emit.base import Context, End, emits, integer, ints, size, text
+from optkit.backends.litert.emit.base import Context, End, emits, size
 from optkit.backends.litert.emit.grids import floats_of, grid_of, stored
 from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Grid, Tensor
-from optkit.graph import constant, rank
+from optkit.graph import constant, ints, rank
 
 Pair = tuple[int, int]
 
@@ -59,7 +59,7 @@ def _edges(
     node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, dilations: Pair
 ) -> tuple[list[int], list[int]]:
     """Rows and columns around (top, left, bottom, right), and those that the schema calls SAME."""
-    automatic = text(node, "auto_pad", "NOTSET")
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     total = [max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in zip(shape, strides, reach, strict=True)]
     same = [t // 2 for t in total] + [t - t // 2 for t in total]
@@ -74,7 +74,7 @@ def _beyond(
     node: ir.Node, shape: Sequence[int], kernel: Pair, strides: Pair, pads: Sequence[int]
 ) -> list[int]:
     """Pads with what the last window of an axis reaches beyond them, as it does where sizes are rounded up."""
-    if not integer(node, "ceil_mode"):
+    if not node.attributes.get_int("ceil_mode", 0):
         return list(pads)
     outs = _area(node.outputs[0])
     more = [
@@ -112,7 +112,7 @@ def _conv(c: Context, node: ir.Node) -> None:
     assert source is not None and weights is not None
     channels, outs, ins = size(source)[1], *size(weights)[:2]
     area, kernel = _area(source), _area(weights)
-    groups = integer(node, "group", 1)
+    groups = node.attributes.get_int("group", 1)
     strides, dilations = _picture(node, "strides", [1, 1]), _picture(node, "dilations", [1, 1])
     end, kept = c.end(node), stored(weights)
     depthwise = ins == 1 and groups == channels
@@ -242,7 +242,7 @@ def _average_pool(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
     kernel, strides = _picture(node, "kernel_shape", [1, 1]), _picture(node, "strides", [1, 1])
-    area, counted = _area(source), integer(node, "count_include_pad")
+    area, counted = _area(source), node.attributes.get_int("count_include_pad", 0)
     given, same = _edges(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), (1, 1))
     pads = _beyond(node, area, (kernel[0], kernel[1]), (strides[0], strides[1]), given)
     if not any(pads) or (pads == same and not counted):
@@ -302,7 +302,7 @@ def _refuse_transpose(node: ir.Node) -> str | None:
 
 def _before(node: ir.Node, area: Sequence[int], reach: Sequence[int], strides: Sequence[int]) -> list[int]:
     """Rows and columns that are cut off ahead of what a transposed convolution gives without pads."""
-    automatic = text(node, "auto_pad", "NOTSET")
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
     if automatic == "VALID":
         return [0, 0]
     if automatic == "NOTSET" and not ints(node, "output_shape"):
@@ -321,7 +321,7 @@ def _conv_transpose(c: Context, node: ir.Node) -> None:
     assert source is not None and weights is not None
     array, x = _filled(floats_of(weights)), c.get(source, "last")
     strides, dilations = _picture(node, "strides", [1, 1]), _picture(node, "dilations", [1, 1])
-    groups = integer(node, "group", 1)
+    groups = node.attributes.get_int("group", 1)
     reach = [(k - 1) * d + 1 for k, d in zip(array.shape[2:], dilations, strict=True)]
     spread = np.zeros((*array.shape[:2], *reach), array.dtype)
     spread[:, :, :: dilations[0], :: dilations[1]] = array

@@ -8,18 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import (
-    TO_LAST,
-    Context,
-    bound,
-    emits,
-    integer,
-    operand,
-    real,
-    size,
-    text,
-    together,
-)
+from optkit.backends.litert.emit.base import TO_LAST, Context, bound, emits, operand, size, together
 from optkit.backends.litert.emit.grids import grid_of
 from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Settings, Tensor
@@ -79,7 +68,7 @@ def _reciprocal(c: Context, node: ir.Node) -> None:
 
 @emits("Gelu")
 def _gelu(c: Context, node: ir.Node) -> None:
-    approximate = text(node, "approximate", "none") == "tanh"
+    approximate = node.attributes.get_string("approximate", "none") == "tanh"
     _unary(
         c, node, lambda x: c.op("GELU", [x], x.shape, settings=("GeluOptions", {"approximate": approximate}))
     )
@@ -87,7 +76,7 @@ def _gelu(c: Context, node: ir.Node) -> None:
 
 @emits("Swish")
 def _swish(c: Context, node: ir.Node) -> None:
-    alpha = real(node, "alpha", 1.0)
+    alpha = node.attributes.get_float("alpha", 1.0)
 
     def compute(x: Tensor) -> Tensor:
         scaled = x if alpha == 1 else c.op("MUL", [x, c.number(alpha)], x.shape, settings=("MulOptions", {}))
@@ -98,7 +87,7 @@ def _swish(c: Context, node: ir.Node) -> None:
 
 @emits("HardSigmoid")
 def _hard_sigmoid(c: Context, node: ir.Node) -> None:
-    alpha, beta = real(node, "alpha", 0.2), real(node, "beta", 0.5)
+    alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
 
     def compute(x: Tensor) -> Tensor:
         y = c.op("MUL", [x, c.number(alpha)], x.shape, settings=("MulOptions", {}))
@@ -111,13 +100,18 @@ def _hard_sigmoid(c: Context, node: ir.Node) -> None:
 
 @emits("LeakyRelu")
 def _leaky(c: Context, node: ir.Node) -> None:
-    alpha = real(node, "alpha", 0.01)
+    alpha = node.attributes.get_float("alpha", 0.01)
     _unary(
         c, node, lambda x: c.op("LEAKY_RELU", [x], x.shape, settings=("LeakyReluOptions", {"alpha": alpha}))
     )
 
 
-@emits("Elu", refuse=lambda n: None if real(n, "alpha", 1.0) == 1 else "LiteRT has Elu with alpha 1 alone")
+@emits(
+    "Elu",
+    refuse=lambda n: (
+        None if n.attributes.get_float("alpha", 1.0) == 1 else "LiteRT has Elu with alpha 1 alone"
+    ),
+)
 def _elu(c: Context, node: ir.Node) -> None:
     _unary(c, node, lambda x: c.op("ELU", [x], x.shape))
 
@@ -144,7 +138,7 @@ def _clip(c: Context, node: ir.Node) -> None:
 
 @emits("Cast", refuse=lambda n: _refuse_cast(n))
 def _cast(c: Context, node: ir.Node) -> None:
-    kind, x = ir.DataType(integer(node, "to")).numpy(), node.inputs[0]
+    kind, x = ir.DataType(node.attributes.get_int("to", 0)).numpy(), node.inputs[0]
     if kind != np.float16:
         _unary(c, node, lambda x: c.cast(x, kind))
         return
@@ -157,7 +151,7 @@ _CASTS = frozenset({"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL", "INT8", "UINT8
 
 
 def _refuse_cast(node: ir.Node) -> str | None:
-    kind = ir.DataType(integer(node, "to")).name
+    kind = ir.DataType(node.attributes.get_int("to", 0)).name
     return None if kind in _CASTS else f"LiteRT has no elements of type {kind.lower()} here"
 
 
@@ -224,7 +218,7 @@ def _refuse_binary(node: ir.Node) -> str | None:
             return "LiteRT raises integers to constant powers of their own type that are not negative"
     if node.op_type == "Div" and not is_float(node.outputs[0]) and node.outputs[0].dtype not in _DIVIDED:
         return "LiteRT divides floats and integers of up to 32 bits"
-    if node.op_type == "Mod" and integer(node, "fmod"):
+    if node.op_type == "Mod" and node.attributes.get_int("fmod", 0) != 0:
         return "LiteRT has remainders with the sign of the divisor alone"
     return None
 
@@ -376,7 +370,7 @@ def _special(c: Context, node: ir.Node) -> None:
         if node.op_type == "IsNaN":
             same = c.op("EQUAL", [x, x], x.shape, np.bool_, ("EqualOptions", {}))
             return c.op("LOGICAL_NOT", [same], x.shape, settings=("LogicalNotOptions", {}))
-        up, down = (integer(node, f"detect_{which}", 1) for which in ("positive", "negative"))
+        up, down = (node.attributes.get_int(f"detect_{which}", 1) for which in ("positive", "negative"))
         if up and down:
             x = c.op("ABS", [x], x.shape, settings=("AbsOptions", {}))
         end = np.inf if up else -np.inf if down else np.nan

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import Context, emits, integer, size, text
+from optkit.backends.litert.emit.base import Context, emits, size
 from optkit.backends.litert.flat import Tensor
 from optkit.graph import constant
 
@@ -27,7 +27,9 @@ def _places(c: Context, value: ir.Value, sizes: Sequence[int] | int) -> Tensor:
 
 @emits(
     "GatherND",
-    refuse=lambda n: "LiteRT: places of each sample of a batch" if integer(n, "batch_dims") else None,
+    refuse=lambda n: (
+        "LiteRT: places of each sample of a batch" if n.attributes.get_int("batch_dims", 0) else None
+    ),
 )
 def _gather_nd(c: Context, node: ir.Node) -> None:
     source, places = node.inputs[0], node.inputs[1]
@@ -43,7 +45,7 @@ def _flat_places(c: Context, node: ir.Node) -> Tensor:
     source, places = node.inputs[0], node.inputs[1]
     assert source is not None and places is not None
     whole, shape = size(source), size(places)
-    axis = integer(node, "axis") % len(whole)
+    axis = node.attributes.get_int("axis", 0) % len(whole)
     strides = [int(np.prod(whole[i + 1 :])) for i in range(len(whole))]
     others = [n if i != axis else 1 for i, n in enumerate(shape)]
     grids = np.indices(others)
@@ -72,7 +74,7 @@ _REDUCTIONS = ("none", "add")
 
 
 def _refuse_scatter(node: ir.Node) -> str | None:
-    how = text(node, "reduction", "none")
+    how = node.attributes.get_string("reduction", "none")
     return None if how in _REDUCTIONS else f"LiteRT writes values or adds them, not their {how}"
 
 
@@ -84,7 +86,7 @@ def _scattered(
     written = c.op(
         "SCATTER_ND", [places, updates, where], data.shape, updates.dtype, ("ScatterNdOptions", {})
     )
-    if text(node, "reduction", "none") == "add":
+    if node.attributes.get_string("reduction", "none") == "add":
         return c.op("ADD", [data, written], data.shape, settings=("AddOptions", {}))
     ones = c.graph.constant(np.ones((*count, *data.shape[places.shape[-1] :]), np.int32))
     marks = c.op("SCATTER_ND", [places, ones, where], data.shape, np.int32, ("ScatterNdOptions", {}))
@@ -134,10 +136,10 @@ def _refuse_top(node: ir.Node) -> str | None:
 
 @emits("TopK", refuse=_refuse_top)
 def _top(c: Context, node: ir.Node) -> None:
-    source, largest = node.inputs[0], bool(integer(node, "largest", 1))
+    source, largest = node.inputs[0], bool(node.attributes.get_int("largest", 1))
     assert source is not None
     shape = size(source)
-    axis = integer(node, "axis", -1) % len(shape)
+    axis = node.attributes.get_int("axis", -1) % len(shape)
     # The kernel looks along the last axis, and from the largest on.
     order = [*(i for i in range(len(shape)) if i != axis), axis]
     back = [order.index(i) for i in range(len(shape))]
@@ -172,7 +174,7 @@ def _one_hot(c: Context, node: ir.Node) -> None:
     places, values = node.inputs[0], constant(node.inputs[2])
     assert places is not None and values is not None
     shape = size(node.outputs[0])
-    axis = integer(node, "axis", -1) % len(shape)
+    axis = node.attributes.get_int("axis", -1) % len(shape)
     depth = c.number(shape[axis], np.int32)
     given = c.cast(c.get(places), np.int32)
     # From the end; what is beyond either is nowhere.
@@ -201,7 +203,7 @@ def _triangle(c: Context, node: ir.Node) -> None:
     k = 0 if given is None else int(given.reshape(-1)[0])
     x = c.get(source)
     ones = np.ones(shape[-2:], bool)
-    kept = np.triu(ones, k) if integer(node, "upper", 1) else np.tril(ones, k)
+    kept = np.triu(ones, k) if node.attributes.get_int("upper", 1) else np.tril(ones, k)
     flat = c.reshaped(x, (int(np.prod(shape[:-2])), *shape[-2:]))
     inputs = [c.graph.constant(kept[None]), flat, c.number(0, x.dtype)]
     made = c.op("SELECT_V2", inputs, flat.shape, x.dtype, ("SelectV2Options", {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import Context, End, emits, integer, real, size
+from optkit.backends.litert.emit.base import Context, End, emits, size
 from optkit.backends.litert.emit.conv import bias
 from optkit.backends.litert.emit.grids import grid_of, stored
 from optkit.backends.litert.emit.quant import store
@@ -14,7 +14,7 @@ from optkit.graph import constant, rank
 
 
 def _refuse_gemm(node: ir.Node) -> str | None:
-    if real(node, "alpha", 1.0) != 1 or real(node, "beta", 1.0) != 1:
+    if node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1:
         return "LiteRT has no factors in front of products and biases"
     return None
 
@@ -23,12 +23,12 @@ def _refuse_gemm(node: ir.Node) -> str | None:
 def _gemm(c: Context, node: ir.Node) -> None:
     a, b = node.inputs[0], node.inputs[1]
     assert a is not None and b is not None
-    transposed = bool(integer(node, "transB"))
+    transposed = bool(node.attributes.get_int("transB", 0))
     if _known(b):
-        _connected(c, node, a, b, rows=transposed, turned=bool(integer(node, "transA")))
+        _connected(c, node, a, b, rows=transposed, turned=bool(node.attributes.get_int("transA", 0)))
         return
     x, w = c.get(a), c.get(b)
-    x = c.transposed(x, (1, 0)) if integer(node, "transA") else x
+    x = c.transposed(x, (1, 0)) if node.attributes.get_int("transA", 0) else x
     w = w if transposed else c.transposed(w, (1, 0))
     made = c.op(
         "FULLY_CONNECTED", [x, w, _plain_bias(c, node, w.shape[0])], (x.shape[0], w.shape[0]),

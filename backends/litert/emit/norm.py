@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import Context, Layout, emits, integer, real, size
+from optkit.backends.litert.emit.base import Context, Layout, emits, size
 from optkit.backends.litert.flat import Tensor
 from optkit.graph import rank
 
 
 def _axis(node: ir.Node, default: int = -1) -> int:
-    return integer(node, "axis", default) % max(rank(node.inputs[0]) or 1, 1)
+    return node.attributes.get_int("axis", default) % max(rank(node.inputs[0]) or 1, 1)
 
 
 @emits("Softmax", "LogSoftmax")
@@ -64,7 +64,9 @@ def _layer_norm(c: Context, node: ir.Node) -> None:
     assert source is not None
     x = c.get(source)
     axes = list(range(_axis(node), len(x.shape)))
-    c.put(node.outputs[0], _scaled(c, node, _centred(c, x, axes, real(node, "epsilon", 1e-5)), 1))
+    c.put(
+        node.outputs[0], _scaled(c, node, _centred(c, x, axes, node.attributes.get_float("epsilon", 1e-5)), 1)
+    )
 
 
 @emits("RMSNormalization")
@@ -76,7 +78,10 @@ def _rms_norm(c: Context, node: ir.Node) -> None:
     kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
     squares = c.op("MUL", [x, x], x.shape, settings=("MulOptions", {}))
     mean = c.op("MEAN", [squares, c.vector(axes)], kept, settings=("ReducerOptions", {"keepDims": True}))
-    c.put(node.outputs[0], _scaled(c, node, _over_root(c, x, mean, real(node, "epsilon", 1e-5)), 1))
+    c.put(
+        node.outputs[0],
+        _scaled(c, node, _over_root(c, x, mean, node.attributes.get_float("epsilon", 1e-5)), 1),
+    )
 
 
 @emits("InstanceNormalization")
@@ -85,7 +90,7 @@ def _instance_norm(c: Context, node: ir.Node) -> None:
     assert source is not None
     shape = size(source)
     layout: Layout = "last" if len(shape) == 4 else "plain"
-    x, epsilon = c.get(source, layout), real(node, "epsilon", 1e-5)
+    x, epsilon = c.get(source, layout), node.attributes.get_float("epsilon", 1e-5)
     if layout == "last":
         c.put(node.outputs[0], _scaled(c, node, _centred(c, x, [1, 2], epsilon), 1), layout)
         return
@@ -96,7 +101,7 @@ def _instance_norm(c: Context, node: ir.Node) -> None:
 
 
 def _refuse_batch_norm(node: ir.Node) -> str | None:
-    if integer(node, "training_mode"):
+    if node.attributes.get_int("training_mode", 0):
         return "LiteRT takes no statistics of a batch: training_mode must be 0"
     return None if rank(node.inputs[0]) in (2, 4) else "LiteRT: of two or four axes alone"
 
@@ -109,6 +114,6 @@ def _batch_norm(c: Context, node: ir.Node) -> None:
     x = c.get(source, layout)
     scale, shift, mean, variance = (c.get(v) for v in rest if v is not None)
     centred = c.op("SUB", [x, mean], x.shape, settings=("SubOptions", {}))
-    y = _over_root(c, centred, variance, real(node, "epsilon", 1e-5))
+    y = _over_root(c, centred, variance, node.attributes.get_float("epsilon", 1e-5))
     y = c.op("MUL", [y, scale], x.shape, settings=("MulOptions", {}))
     c.put(node.outputs[0], c.op("ADD", [y, shift], x.shape, settings=("AddOptions", {})), layout)

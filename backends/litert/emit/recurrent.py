@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import Context, emits, integer, text
+from optkit.backends.litert.emit.base import Context, emits
 from optkit.backends.litert.flat import NOTHING, Tensor
 from optkit.graph import attribute, constant
 
@@ -26,7 +26,9 @@ def _functions(node: ir.Node) -> list[str]:
     """Names of the functions of one direction after the other."""
     names = attribute(node, "activations")
     if names is None:
-        return _USUAL[node.op_type] * (1 + (text(node, "direction", "forward") == "bidirectional"))
+        return _USUAL[node.op_type] * (
+            1 + (node.attributes.get_string("direction", "forward") == "bidirectional")
+        )
     return [n.decode() if isinstance(n, bytes) else str(n) for n in names]  # type: ignore[attr-defined]
 
 
@@ -38,7 +40,7 @@ def _refuse(node: ir.Node) -> str | None:
         return "LiteRT: peepholes"
     if any(constant(v) is None for v in (given[1], given[2], given[3]) if v is not None):
         return "LiteRT: weights that are computed"
-    if attribute(node, "clip") is not None or integer(node, "input_forget") or integer(node, "layout"):
+    if "clip" in node.attributes or any(node.attributes.get_int(k, 0) for k in ("input_forget", "layout")):
         return "LiteRT: clip, input_forget or layout"
     if unknown := [n for n in _functions(node) if n not in _FUNCTIONS]:
         return f"LiteRT: activations other than {', '.join(_FUNCTIONS)}: {', '.join(unknown)}"
@@ -62,14 +64,14 @@ def _recurrent(c: Context, node: ir.Node) -> None:
     count, states = weights.shape[1], 2 if node.op_type == "LSTM" else 1
     names = _functions(node)
     each = len(names) // len(weights)
-    direction = text(node, "direction", "forward")
+    direction = node.attributes.get_string("direction", "forward")
     outs: list[list[Tensor]] = []
     lasts: list[list[Tensor]] = []
     for d in range(len(weights)):
         backward = direction == "reverse" or d == 1
         own, other = offsets[d, :count], offsets[d, count:].copy()
         functions = [_FUNCTIONS[n] for n in names[d * each : (d + 1) * each]]
-        apart = node.op_type == "GRU" and bool(integer(node, "linear_before_reset"))
+        apart = node.op_type == "GRU" and bool(node.attributes.get_int("linear_before_reset", 0))
         if apart:
             # Added to the state's product before the gate that resets it.
             own = own + np.concatenate([other[: 2 * hidden], np.zeros(hidden, np.float32)])

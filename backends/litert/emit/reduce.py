@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import MOVED, Context, emits, integer, ints, size
-from optkit.graph import constant
+from optkit.backends.litert.emit.base import MOVED, Context, emits, size
+from optkit.graph import constant, ints
 
 _CODES = {
     "ReduceMean": "MEAN",
@@ -28,7 +28,7 @@ def _axes(node: ir.Node) -> list[int] | None:
         found = [int(a) for a in array]
     else:
         found = ints(node, "axes")
-    if not found and not integer(node, "noop_with_empty_axes"):
+    if not found and not node.attributes.get_int("noop_with_empty_axes", 0):
         return list(range(n))
     return sorted(a % n for a in found)
 
@@ -41,7 +41,7 @@ def _refuse(node: ir.Node) -> str | None:
 def _reduce(c: Context, node: ir.Node) -> None:
     source, axes = node.inputs[0], _axes(node)
     assert source is not None and axes is not None
-    keep = bool(integer(node, "keepdims", 1))
+    keep = bool(node.attributes.get_int("keepdims", 1))
     layout = c.layout(source) if keep or axes == [2, 3] else "plain"
     x = c.get(source, layout)
     if not axes:
@@ -64,7 +64,7 @@ def _reduce(c: Context, node: ir.Node) -> None:
 def _length(c: Context, node: ir.Node) -> None:
     source, axes = node.inputs[0], _axes(node)
     assert source is not None and axes is not None
-    x, keep = c.get(source), bool(integer(node, "keepdims", 1))
+    x, keep = c.get(source), bool(node.attributes.get_int("keepdims", 1))
     squares = c.op("MUL", [x, x], x.shape, settings=("MulOptions", {}))
     total = c.op(
         "SUM",
@@ -76,7 +76,11 @@ def _length(c: Context, node: ir.Node) -> None:
 
 
 def _refuse_arg(node: ir.Node) -> str | None:
-    return "LiteRT gives the first of equal elements" if integer(node, "select_last_index") else None
+    return (
+        "LiteRT gives the first of equal elements"
+        if node.attributes.get_int("select_last_index", 0)
+        else None
+    )
 
 
 @emits("ArgMax", "ArgMin", refuse=_refuse_arg)
@@ -84,7 +88,7 @@ def _arg(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
     x = c.get(source)
-    axis = integer(node, "axis") % len(x.shape)
+    axis = node.attributes.get_int("axis", 0) % len(x.shape)
     shape = [n for i, n in enumerate(x.shape) if i != axis]
     code, kind = ("ARG_MAX", "ArgMaxOptions") if node.op_type == "ArgMax" else ("ARG_MIN", "ArgMinOptions")
     made = c.op(code, [x, c.number(axis, np.int32)], shape, np.int64, (kind, {"outputType": 4}))
@@ -100,6 +104,9 @@ def _running(c: Context, node: ir.Node) -> None:
     source, axis = node.inputs[0], constant(node.inputs[1])
     assert source is not None and axis is not None
     x = c.get(source)
-    fields = {"exclusive": bool(integer(node, "exclusive")), "reverse": bool(integer(node, "reverse"))}
+    fields = {
+        "exclusive": bool(node.attributes.get_int("exclusive", 0)),
+        "reverse": bool(node.attributes.get_int("reverse", 0)),
+    }
     inputs = [x, c.number(int(axis.reshape(-1)[0]) % len(x.shape), np.int32)]
     c.put(node.outputs[0], c.op("CUMSUM", inputs, x.shape, settings=("CumsumOptions", fields)))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import TO_LAST, Context, emits, ints, size, text
+from optkit.backends.litert.emit.base import TO_LAST, Context, emits, size
 from optkit.backends.litert.flat import NOTHING, Tensor
 from optkit.backends.resampling import matrix, nearest, positions
-from optkit.graph import constant, is_float
+from optkit.graph import constant, ints, is_float
 
 # What LiteRT's bilinear kernel can be asked for: it takes the ratio of the sizes for the scale.
 _NATIVE = {
@@ -30,17 +30,17 @@ def _refuse_resize(node: ir.Node) -> str | None:
         _policy(node) != "stretch" and constant(sizes) is None
     ):
         return "LiteRT needs constant scales"
-    if text(node, "mode", "nearest") != "nearest" and not is_float(node.inputs[0]):
+    if node.attributes.get_string("mode", "nearest") != "nearest" and not is_float(node.inputs[0]):
         return "LiteRT weighs floats alone"
     return None
 
 
 def _where(node: ir.Node) -> str:
-    return text(node, "coordinate_transformation_mode", "half_pixel")
+    return node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
 
 
 def _policy(node: ir.Node) -> str:
-    return text(node, "keep_aspect_ratio_policy", "stretch")
+    return node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
 
 
 def _scales(node: ir.Node, before: Sequence[int]) -> dict[int, float | None]:
@@ -61,7 +61,7 @@ def _resize(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
     before, after = size(source), size(node.outputs[0])
-    scales, where, mode = _scales(node, before), _where(node), text(node, "mode", "nearest")
+    scales, where, mode = _scales(node, before), _where(node), node.attributes.get_string("mode", "nearest")
     # ONNX Runtime copies where all sizes stay, whatever the scales.
     moved = [
         a for a, s in scales.items() if before != after and (before[a] != after[a] or s not in (None, 1.0))

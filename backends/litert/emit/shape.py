@@ -5,23 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.litert.emit.base import (
-    MOVED,
-    TO_LAST,
-    Context,
-    End,
-    Layout,
-    emits,
-    integer,
-    ints,
-    size,
-    text,
-    together,
-)
+from optkit.backends.litert.emit.base import MOVED, TO_LAST, Context, End, Layout, emits, size, together
 from optkit.backends.litert.emit.grids import grid_of, stored
 from optkit.backends.litert.emit.quant import store
 from optkit.backends.litert.flat import Settings, Tensor
-from optkit.graph import constant
+from optkit.graph import constant, ints
 
 
 def _carried(c: Context, node: ir.Node, layout: Layout | None = None) -> tuple[End, Tensor, Layout]:
@@ -67,7 +55,7 @@ def _transpose(c: Context, node: ir.Node) -> None:
 def _concat(c: Context, node: ir.Node) -> None:
     values = [v for v in node.inputs if v is not None]
     shape = size(node.outputs[0])
-    axis = integer(node, "axis") % len(shape)
+    axis = node.attributes.get_int("axis", 0) % len(shape)
     layout = together(c, values, len(shape))
     end = c.end(node, activations=False)
     found = [c.integers(v, layout) for v in values] if end.quantizer is not None else [None]
@@ -131,7 +119,7 @@ def _split(c: Context, node: ir.Node) -> None:
     assert source is not None
     layout = c.layout(source)
     x = c.get(source, layout)
-    axis = integer(node, "axis") % len(x.shape)
+    axis = node.attributes.get_int("axis", 0) % len(x.shape)
     place = MOVED[axis] if layout == "last" else axis
     sizes = [size(o)[axis] for o in node.outputs]
     outputs = [
@@ -170,7 +158,7 @@ _REPEATED = frozenset({"reflect", "edge", "wrap"})
 
 @emits("Pad", refuse=_refuse_pad)
 def _pad(c: Context, node: ir.Node) -> None:
-    source, mode = node.inputs[0], text(node, "mode", "constant")
+    source, mode = node.inputs[0], node.attributes.get_string("mode", "constant")
     assert source is not None
     layout = c.layout(source)
     x, found = c.get(source, layout), _edges(node)
@@ -231,7 +219,11 @@ def _tile(c: Context, node: ir.Node) -> None:
 def _gather(c: Context, node: ir.Node) -> None:
     source, places = node.inputs[0], node.inputs[1]
     assert source is not None and places is not None
-    table, axis, shape = size(source), integer(node, "axis") % len(size(source)), size(node.outputs[0])
+    table, axis, shape = (
+        size(source),
+        node.attributes.get_int("axis", 0) % len(size(source)),
+        size(node.outputs[0]),
+    )
     known = constant(places)
     if known is not None:
         indices = c.graph.constant(np.where(known < 0, known + table[axis], known).astype(np.int32))
@@ -281,9 +273,9 @@ def _gather(c: Context, node: ir.Node) -> None:
 def _depth_to_space(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    out, block = size(node.outputs[0]), integer(node, "blocksize", 1)
+    out, block = size(node.outputs[0]), node.attributes.get_int("blocksize", 1)
     x = c.get(source, "last")
-    if text(node, "mode", "DCR") == "CRD":
+    if node.attributes.get_string("mode", "DCR") == "CRD":
         # Channels in the order of the other mode, which is the kernel's.
         order = np.arange(x.shape[3]).reshape(-1, block * block).T.reshape(-1)
         settings: Settings = ("GatherOptions", {"axis": 3, "batchDims": 0})
@@ -297,7 +289,7 @@ def _depth_to_space(c: Context, node: ir.Node) -> None:
 def _space_to_depth(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    out, block = size(node.outputs[0]), integer(node, "blocksize", 1)
+    out, block = size(node.outputs[0]), node.attributes.get_int("blocksize", 1)
     shape = (out[0], out[2], out[3], out[1])
     settings = ("SpaceToDepthOptions", {"blockSize": block})
     c.put(node.outputs[0], c.op("SPACE_TO_DEPTH", [c.get(source, "last")], shape, settings=settings), "last")
