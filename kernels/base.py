@@ -187,6 +187,10 @@ class Kernel(ABC):
         """Of an output."""
         return str(problem["format"])
 
+    def precision(self, problem: Problem) -> str | None:
+        """Format in whose steps errors of floats count, where its operands are coarser than its outputs."""
+        return None
+
     def attributes(self, problem: Problem) -> dict[str, Any]:
         """Of the call that stands for ``problem``."""
         return {}

@@ -62,7 +62,8 @@ class Error:
 
     Attributes:
         output: Its index.
-        steps: Largest difference, in steps of the format at the value's size (at least the outputs' RMS).
+        steps: Largest difference, in steps of the format, or of that which the kernel counts in, at the value's size (at least the
+            outputs' RMS).
         found: What the program wrote, as float64.
     """
 
@@ -213,7 +214,8 @@ def errors(one: Launch, found: Sequence[np.ndarray]) -> list[Error]:
         if value.dtype.kind in "iu":
             step: Any = 1.0
         else:
-            kind = next(name for name, dtype in _DTYPES.items() if value.dtype == dtype)
+            own = next(name for name, dtype in _DTYPES.items() if value.dtype == dtype)
+            kind = one.kernel.precision(one.problem) or own
             least = float(np.sqrt(np.mean(right**2))) or 1.0
             step = _STEP[kind] * np.maximum(np.abs(right), least)
         steps = float(np.max(np.abs(value.astype(np.float64) - right) / step))

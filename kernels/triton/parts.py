@@ -63,9 +63,8 @@ class _InParts(Kernel):
     def attributes(self, problem: Problem) -> dict[str, Any]:
         return {**super().attributes(problem), "pages": int(problem["pages"])}
 
-    def allowed(self, problem: Problem) -> float:
-        # As of the whole, in steps of float32.
-        return super().allowed(problem) * {"fp16": 2.0**13, "bf16": 2.0**16}[str(problem["format"])]  # type: ignore[safe-super]
+    def precision(self, problem: Problem) -> str:
+        return str(problem["format"])
 
     def reference(self, problem: Problem, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray]:
         q, keys, values, table, lengths, *scales = (a for a in inputs if a is not None)
