@@ -1,10 +1,10 @@
 """Run the families through every stage and write the matrix.
 
     pip install 'optkit[families]'
-    python -m optkit.benchmarks.families --only vision,text
+    python -m optkit.benchmarks.families --only vision,text --stages litert
 
 Each family runs in a process of its own on one thread, within limits on processor time and memory. With ``--only`` the other
-rows stay as they are.
+rows stay as they are, with ``--stages`` what others found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from optkit.benchmarks.families import matrix
 from optkit.benchmarks.families.catalogue import KINDS, table
-from optkit.benchmarks.families.stages import Row, examine
+from optkit.benchmarks.families.stages import STAGES, Row, examine
 from optkit.benchmarks.machine import processor
 
 FOLDER = Path(__file__).parents[1]
@@ -39,6 +39,7 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
     "coremltools",
+    "ai-edge-litert",
 )
 
 
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default=",".join(KINDS), help=f"kinds or families; kinds: {', '.join(KINDS)}"
     )
+    parser.add_argument(
+        "--stages", default=",".join(STAGES[2:]), help=f"behind the export: {', '.join(STAGES[2:])}"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="families at a time")
     parser.add_argument(
         "--out", type=Path, default=FOLDER, help="folder for families.md and results/families.json"
@@ -67,8 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if place.exists():
         rows = {r["name"]: r for r in json.loads(place.read_text())["rows"]}
     torch.set_num_threads(1)
-    for row in _run(wanted, given.jobs):
-        rows[row["name"]] = row
+    stages = [name.strip() for name in given.stages.split(",")]
+    if odd := sorted(set(stages) - set(STAGES[2:])):
+        parser.error(f"no stage is called {', '.join(odd)}")
+    for row in _run(wanted, given.jobs, stages):
+        rows[row["name"]] = _merged(rows.get(row["name"]), row, stages)
         print(
             f"{row['name']}: {', '.join(row['passed']) or 'nothing'} in {row['seconds']} s",
             file=sys.stderr,
@@ -86,6 +93,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _merged(old: dict[str, Any] | None, new: dict[str, Any], stages: Sequence[str]) -> dict[str, Any]:
+    """The row with what ``old`` has of stages that did not run anew."""
+    if old is None or "onnx" not in new["passed"] or len(stages) == len(STAGES[2:]):
+        return new
+    anew = {*STAGES[:2], *stages}
+    passed = {*new["passed"], *(s for s in old["passed"] if s not in anew)}
+    merged = {
+        key: new[key] | {stage: found for stage, found in old[key].items() if stage not in anew}
+        for key in ("errors", "failed")
+    }
+    kept = {
+        "seconds": old["seconds"],
+        **({} if "onnxruntime" in stages else {"nodes": old["nodes"]}),
+        **({} if "coreml" in stages else {"fixed": old["fixed"]}),
+        **({} if "int8" in stages else {"in_float": old["in_float"]}),
+    }
+    return new | merged | kept | {"passed": [s for s in STAGES if s in passed]}
+
+
 def _wanted(names: Sequence[str], parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
     found = []
     for name in names:
@@ -96,7 +122,7 @@ def _wanted(names: Sequence[str], parser: argparse.ArgumentParser) -> list[tuple
     return found
 
 
-def _run(wanted: Sequence[tuple[str, str]], jobs: int) -> Any:
+def _run(wanted: Sequence[tuple[str, str]], jobs: int, stages: Sequence[str]) -> Any:
     """Rows as they come; a child is forked once its libraries are imported, which would take longer than its work."""
     context = multiprocessing.get_context("fork")
     left, running = list(wanted), list[_Running]()
@@ -105,7 +131,7 @@ def _run(wanted: Sequence[tuple[str, str]], jobs: int) -> Any:
             kind, name = left.pop(0)
             table(kind)
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(kind, name, theirs))
+            process = context.Process(target=_child, args=(kind, name, theirs, stages))
             process.start()
             theirs.close()
             running.append(_Running(kind=kind, name=name, process=process, mine=mine))
@@ -122,10 +148,10 @@ def _run(wanted: Sequence[tuple[str, str]], jobs: int) -> Any:
             child.process.join()
 
 
-def _child(kind: str, name: str, out: Connection[Any, Any]) -> None:
+def _child(kind: str, name: str, out: Connection[Any, Any], stages: Sequence[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     resource.setrlimit(resource.RLIMIT_DATA, (_BYTES, _BYTES))
-    out.send(asdict(examine(name, kind, table(kind)[name])))
+    out.send(asdict(examine(name, kind, table(kind)[name], stages)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from optkit.benchmarks.families.stages import STAGES
 
 _TITLES = {
     "export": "torch.export", "onnx": "ONNX, every size", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
-    "coreml": "Core ML", "int8": "int8",
+    "coreml": "Core ML", "litert": "LiteRT", "int8": "int8",
 }  # fmt: skip
 
 
@@ -21,10 +21,10 @@ def written(found: Mapping[str, Any]) -> str:
         "# Model families", "",
         "Written by `python -m optkit.benchmarks.families`. Each family is built from its configuration with seeded random weights at "
         "reduced size, exported with every axis that was asked for free, cleaned up, compiled for the CPU with both runtimes in float32 and "
-        "with ONNX Runtime in int8, and run at the example and at two other sizes of every free axis, batch 1 among them where the batch is free. Float stages "
+        "with ONNX Runtime in int8, for Core ML and for LiteRT, and run at the example and at two other sizes of every free axis, batch 1 among them where the batch is free. Float stages "
         "pass when every output has eager's shape and differs by at most 1e-4 of its largest value, or by what rounding alone explains "
         "(eager in float32 against float64); the number is the largest difference. Core ML's is that of the reference evaluator on the saved "
-        "package, with free axes as ranges, or with fixed sizes, a package for each, where the row says so; nothing ran on Apple hardware. int8 passes when the cosine to float, averaged over the "
+        "package, with free axes as ranges, or with fixed sizes, a package for each, where the row says so; nothing ran on Apple hardware. LiteRT's has one file for all the sizes, which are fixed in it. int8 passes when the cosine to float, averaged over the "
         "outputs, is at least 0.99, as `optkit compile` gets it: the layers that hurt most return to float until it is. Calibration had two batches of random inputs. Weights are random, so it says that int8 works, not "
         "what it costs a trained network.", "",
         f"{found['processor']}; {versions}.", "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from optkit.targets import target
 
 _Case = tuple[list[torch.Tensor], dict[str, np.ndarray]]
 
-STAGES = ("export", "onnx", "onnxruntime", "openvino", "coreml", "int8")
+STAGES = ("export", "onnx", "onnxruntime", "openvino", "coreml", "litert", "int8")
 # Stage -> target, backend and recipe.
 _WAYS = {
     "onnxruntime": ("cpu", "onnxruntime", "fp32"),
     "openvino": ("cpu", "onnxruntime", "openvino-fp32"),
     "coreml": ("mac-m4", "coreml", "coreml-fp32"),
+    "litert": ("android-cpu", "litert", "litert-fp32"),
     "int8": ("cpu", "onnxruntime", "int8-static"),
 }
 
@@ -69,8 +70,8 @@ class Row:
     seconds: float = 0.0
 
 
-def examine(name: str, kind: str, builder: Builder) -> Row:
-    """Export, clean up, compile for both runtimes and to int8, and compare; a failure is part of the answer."""
+def examine(name: str, kind: str, builder: Builder, stages: Collection[str] = STAGES) -> Row:
+    """Export, clean up, go through the stages behind, and compare; a failure is part of the answer."""
     row = Row(name=name, kind=kind)
     start = time.process_time()
     built = build(builder)
@@ -90,12 +91,12 @@ def examine(name: str, kind: str, builder: Builder) -> Row:
         row.passed.append("onnx")
         match = re.search(r"largest difference ([\d.e+-]+)", " ".join(loaded.notes))
         row.errors["onnx"] = float(match[1]) if match else 0.0
-        _compiled(row, exported, loaded)
+        _compiled(row, exported, loaded, stages)
     row.seconds = round(time.process_time() - start, 1)
     return row
 
 
-def _compiled(row: Row, exported: Exported, loaded: Loaded) -> None:
+def _compiled(row: Row, exported: Exported, loaded: Loaded, stages: Collection[str]) -> None:
     more, _ = others(exported)
     row.sizes = [o.label for o in more]
     cases = [
@@ -104,11 +105,15 @@ def _compiled(row: Row, exported: Exported, loaded: Loaded) -> None:
     ]
     feeds = [exported.feeds(tensors) for tensors, _ in cases]
     for stage, (_, _, recipe) in _WAYS.items():
+        if stage not in stages:
+            continue
         plan, data = Recipe.load(recipe), (feeds[1:] or feeds) if stage == "int8" else None
+        if stage == "litert":
+            plan, data = _fixed(plan, loaded, feeds), feeds
         bad = _tried(row, stage, exported, loaded, plan, data, cases, feeds)
         if bad and stage == "coreml":
             each = [
-                _tried(row, stage, exported, loaded, _fixed(plan, loaded, f), [f], [case], [f])
+                _tried(row, stage, exported, loaded, _fixed(plan, loaded, [f]), [f], [case], [f])
                 for case, f in zip(cases, feeds, strict=True)
             ]
             row.fixed, bad = not any(each), next(filter(None, each), "")
@@ -147,10 +152,12 @@ def _tried(
             work.reference.close()
 
 
-def _fixed(plan: Recipe, loaded: Loaded, feeds: Mapping[str, np.ndarray]) -> Recipe:
+def _fixed(plan: Recipe, loaded: Loaded, feeds: Sequence[Mapping[str, np.ndarray]]) -> Recipe:
     """The recipe for the sizes of ``feeds`` alone."""
     sizes = {
-        key: feeds[str(value.name)].shape[axis]
+        key: several
+        if len(several := [batch[str(value.name)].shape[axis] for batch in feeds]) > 1
+        else several[0]
         for value in loaded.model.graph.inputs
         for axis, key in enumerate(keys(value))
         if isinstance(key, str)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.needs("torch", "onnxscript")
 _RESULTS = Path(optkit.benchmarks.__file__).parent
 
 
-@pytest.mark.needs("openvino", "coremltools")
+@pytest.mark.needs("openvino", "coremltools", "ai_edge_litert")
 @pytest.mark.parametrize("name", ["gru_tagger", "rnnt_streaming_step"])
 def test_recurrent_families_pass_every_stage(name):
     row = examine(name, "recurrent", table("recurrent")[name])
@@ -30,7 +30,7 @@ def test_recurrent_families_pass_every_stage(name):
     assert len(row.sizes) == 2
 
 
-@pytest.mark.needs("openvino", "transformers")
+@pytest.mark.needs("openvino", "transformers", "ai_edge_litert")
 @pytest.mark.parametrize(("kind", "name"), [("decoders", "retnet_parallel"), ("geometry", "gaussian_splat")])
 def test_other_families_pass_every_stage(kind, name):
     row = examine(name, kind, table(kind)[name])
@@ -50,12 +50,12 @@ def test_a_family_that_fails_says_at_which_line():
     assert "* **choice**, torch.export:" in page
 
 
-@pytest.mark.needs("openvino")
+@pytest.mark.needs("openvino", "ai_edge_litert")
 def test_the_suppression_of_textbooks_exports_as_a_loop():
     row = examine("loop", "detection", table("detection")["mask_rcnn_nms_loop"])
     # Its boxes hardly survive in 8 bits where products saturate.
     loose = {"int8"} if target("cpu").saturates else set()
-    assert set(row.passed) | loose == (set(STAGES) - {"coreml"}) | loose, row.failed
+    assert set(row.passed) | loose == (set(STAGES) - {"coreml", "litert"}) | loose, row.failed
     assert row.rung == "static, with loops compiled"
     assert "SequenceInsert" in row.failed["coreml"]
 
@@ -81,3 +81,25 @@ def test_the_page_is_what_the_results_say():
     found = json.loads((_RESULTS / "results" / "families.json").read_text())
     assert matrix.written(found) == (_RESULTS / "families.md").read_text()
     assert {frozenset(asdict(Row(name="", kind="")))} == {frozenset(r) for r in found["rows"]}
+
+
+def test_stages_that_run_anew_leave_what_others_found():
+    from optkit.benchmarks.families.__main__ import _merged
+
+    before = Row(
+        name="net", kind="vision", nodes=(9, 4), passed=["export", "onnx", "onnxruntime", "coreml", "int8"], fixed=True,
+        errors={"onnx": 1e-7, "coreml": 2e-6, "int8": 0.999}, failed={"openvino": "no", "litert": "not then"}, in_float=(1, 3),
+        seconds=30.0,
+    )  # fmt: skip
+    after = Row(
+        name="net", kind="vision", passed=["export", "onnx", "litert"], errors={"onnx": 3e-7, "litert": 4e-7}
+    )
+    assert _merged(asdict(before), asdict(after), ["litert"]) == asdict(before) | {
+        "passed": ["export", "onnx", "onnxruntime", "coreml", "litert", "int8"],
+        "errors": {"onnx": 3e-7, "coreml": 2e-6, "int8": 0.999, "litert": 4e-7},
+        "failed": {"openvino": "no"},
+        "rung": "",
+        "sizes": [],
+    }
+    broken = Row(name="net", kind="vision", failed={"export": "no graph"})
+    assert _merged(asdict(before), asdict(broken), ["litert"]) == asdict(broken)
