@@ -23,6 +23,8 @@ def spelled(model: ir.Model) -> ir.Model | None:
       and attention gives NaN there. Spelled by which elements are -inf it does.
     * A box whose overlap is the threshold itself is left out of NonMaxSuppression, with the threshold 0, which is ONNX's default, all
       but the first. The threshold is one of the next two numbers above.
+    * A number that several Where nodes choose, as attention does before Softmax and for rows that see nothing, cannot be compiled
+      ("All consumers of a Scalar expression are expected to have the same loop IDs"). Each gets a constant of its own.
     * Tile does not write its output where it repeats more than two of at least four axes and the repeats are computed. It
       repeats two at a time.
     """
@@ -158,11 +160,30 @@ def _raise_threshold(node: ir.Node, names: Names) -> None:
     node.replace_input_with(3, least if given is None else op.Max(op.Mul(given, more), least))
 
 
+def _choices(model: ir.Model) -> Iterator[tuple[ir.Node, int]]:
+    """Where a Where node chooses a number that another reads as well."""
+    for node in walk(model):
+        if node.op_type != "Where" or node.domain != "":
+            continue
+        for index in (1, 2):
+            value = node.inputs[index]
+            if scalar(value) is not None and any(u.op_type == "Where" for u in users(value) if u is not node):  # type: ignore[arg-type]
+                yield node, index
+
+
+def _keep_apart(found: tuple[ir.Node, int], names: Names) -> None:
+    node, index = found
+    array = constant(node.inputs[index])
+    assert array is not None
+    node.replace_input_with(index, Builder(node, names).constant(array))
+
+
 # As many axes as Tile repeats at a time.
 _TOGETHER = 2
 _SPELLINGS: tuple[tuple[Callable[[ir.Model], Iterator[Any]], Callable[[Any, Names], None]], ...] = (
     (_roundings, _round),
     (_questions, _ask_each),
+    (_choices, _keep_apart),
     (_tiles, _tile_in_turn),
     (_suppressions, _raise_threshold),
 )

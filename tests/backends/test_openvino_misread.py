@@ -299,6 +299,22 @@ def test_rows_that_see_nothing_are_found(order, keep, tmp_path):
 
 
 @pytest.mark.needs("openvino")
+def test_a_number_that_attention_chooses_twice_is_taken(tmp_path):
+    graph = """(float[B, 2, L, 8] q, float[B, 2, 8, L] k, float[B, 2, L, 8] v, bool[B, 1, L, L] mask, bool[B, 1, L, 1] any) => (y) {
+      seen = Where(mask, none, low)
+      products = MatMul(q, k)
+      masked = Add(products, seen)
+      weights = Softmax(masked)
+      sums = MatMul(weights, v)
+      y = Where(any, sums, none)
+    }"""
+    model = parse(HEAD + graph, none=np.array(0, np.float32), low=np.array(-1e4, np.float32))
+    feeds = random_feeds(model, size=5)
+    expected = ReferenceSession(model, optimize=False).run(feeds)
+    assert _same(_by_openvino(model, tmp_path, feeds), expected)
+
+
+@pytest.mark.needs("openvino")
 @pytest.mark.parametrize("repeats", [(2, 2, 2, 3), (1, 2, 2, 3), (3, 1, 1, 2), (2, 2, 3, 2, 2)])
 def test_computed_repeats_of_many_axes_are_written(repeats, tmp_path):
     sizes = ", ".join("2345"[i % 4] for i in range(len(repeats)))
