@@ -417,6 +417,30 @@ def _grid_sample(op: Builder, node: ir.Node) -> ir.Value | None:
     return op.Transpose(op.Reshape(total, np.array([batch, rows, columns, channels])), perm=[0, 3, 1, 2])
 
 
+def _short_time_fourier_transform(op: Builder, node: ir.Node) -> ir.Value | None:
+    """A convolution of real signals with the waves of the discrete Fourier transform, times the window."""
+    x, step, window, length = (*node.inputs, None, None)[:4]
+    steps, taps = constant(step), constant(window)
+    shape = shape_of(x)
+    if window is None and (frame := constant(length)) is not None:
+        taps = np.ones(int(frame.reshape(-1)[0]))
+    if (
+        steps is None
+        or taps is None
+        or shape is None
+        or len(shape) not in (2, 3)
+        or shape[2:] not in ((), (1,))
+    ):
+        return None
+    size = len(taps)
+    bins = size // 2 + 1 if node.attributes.get_int("onesided", 1) else size
+    angles = 2 * np.pi * np.outer(np.arange(bins), np.arange(size)) / size
+    waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * taps.astype(np.float64)
+    signal = op.Transpose(x, perm=[0, 2, 1]) if len(shape) == 3 else op.Unsqueeze(x, np.array([1]))
+    found = op.Conv(signal, waves[:, None].astype(_like(x, 0).dtype), strides=[int(steps.reshape(-1)[0])])
+    return op.Transpose(op.Reshape(found, np.array([0, 2, bins, -1])), perm=[0, 3, 2, 1])
+
+
 def _place(op: Builder, along: ir.Value, size: int, edge: str, *, align: bool) -> ir.Value:
     """From between -1 and 1 to the middle of the first and of the last of ``size`` pixels, or with ``align`` off to their outer ends."""
     span = size - 1 if align else size
@@ -455,5 +479,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "QLinearConv": (_quantized_convolution,),
     "QLinearMatMul": (_quantized_product,),
     "ReduceLogSumExp": (_log_sum_exp,),
+    "STFT": (_short_time_fourier_transform,),
     "Softplus": (_softplus,),
 }

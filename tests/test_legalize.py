@@ -201,6 +201,16 @@ RULES: dict[str, tuple[str, str]] = {
         c = Cast<to = 1>(i) f = Mul(s, ws) y = Mul(c, f) }""",
         "coreml litert",
     ),
+    "STFT": (
+        """(float[N, 40, 1] x) => (float[N, frames, 5, 2] y) <int64 step = {3}, float[8] w = {0, 0.1, 0.5, 0.9, 1, 0.9, 0.5, 0.1}> {
+        y = STFT(x, step, w) }""",
+        "coreml litert",
+    ),
+    "STFT of both sides": (
+        """(float[N, 40] x) => (float[N, frames, 6, 2] y) <int64 step = {5}, int64 length = {6}> {
+        y = STFT<onesided = 0>(x, step, "", length) }""",
+        "coreml litert",
+    ),
 }  # fmt: skip
 CASES = {**FUNCTIONS, **RULES}
 

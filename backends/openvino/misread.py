@@ -99,6 +99,11 @@ def _dft(node: ir.Node) -> str | None:
     return "leaves the last axis as it is where signals are real" if attribute(node, "onesided", 0) else None
 
 
+def _stft(node: ir.Node) -> str | None:
+    told = len(node.inputs) > 3 and node.inputs[3] is not None
+    return None if told and _fixed(node.inputs[0]) else "takes signals of fixed sizes with frame_length alone"
+
+
 def _max_pool(node: ir.Node) -> str | None:
     if attribute(node, "storage_order", 0) and len(node.outputs) > 1:
         return "counts indices by rows, whatever the storage_order"
@@ -240,4 +245,5 @@ _FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "ReduceLogSum": _pointwise_reduction,
     "Resize": _resize,
     "RoiAlign": _roi_align,
+    "STFT": _stft,
 }

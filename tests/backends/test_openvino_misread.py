@@ -377,3 +377,17 @@ def test_inputs_beyond_32_bits_are_refused_as_they_come(far, tmp_path):
     assert _by_openvino(model, tmp_path, {"x": fits})["y"].tolist() == (-fits).tolist()
     with pytest.raises(ModelError, match=rf"input 'x' has .*{far}.*, and OpenVINO computes int64 in 32 bits"):
         _by_openvino(model, tmp_path, {"x": np.array([far, 0])})
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize(
+    ("sizes", "length", "kept"), [("2, 40", ", n", True), ("2, 40", "", False), ("N, samples", ", n", False)]
+)
+def test_spectra_that_it_does_not_take_are_written_out(sizes, length, kept, tmp_path):
+    known = {"step": np.array(3), "w": np.hanning(8).astype(np.float32), "n": np.array(8)}
+    model = _node(f"float[{sizes}, 1] x", f"STFT(x, step, w{length})", **known)
+    feeds = {"x": random_feeds(_node("float[2, 40, 1] x", "Relu(x)"))["x"]}
+    expected = ReferenceSession(model, optimize=False).run(feeds)
+    legalize(model, BACKENDS["openvino"](), target("cpu"), name="speech.onnx")
+    assert any(n.op_type == "STFT" for n in walk(model)) == kept
+    assert _same(_by_openvino(model, tmp_path, feeds), expected)

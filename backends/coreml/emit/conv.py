@@ -157,28 +157,3 @@ def _global_pool(c: Context, node: ir.Node) -> Any:
     x = c.input(node, 0)
     reduce = mb.reduce_mean if node.op_type == "GlobalAveragePool" else mb.reduce_max
     return reduce(x=x, axes=list(range(2, x.rank)), keep_dims=True)
-
-
-@emits("STFT")
-def _stft(c: Context, node: ir.Node) -> Any:
-    """A convolution with the waves of the discrete Fourier transform, times the window."""
-    x, step, window, length = c.input(node, 0), c.known(node, 1), c.known(node, 2), c.known(node, 3)
-    if c.has(node, 2) and window is None:
-        raise refused(node, "Core ML needs the window when it is compiled")
-    if window is None and length is not None:
-        window = np.ones(int(length.reshape(-1)[0]))
-    if step is None or window is None:
-        raise refused(node, "Core ML needs the steps and the length of the frames when it is compiled")
-    if x.rank > 2 and x.shape[-1] != 1:
-        raise refused(node, "a signal of complex numbers")
-    size = len(window)
-    bins = size // 2 + 1 if node.attributes.get_int("onesided", 1) else size
-    angles = 2 * np.pi * np.outer(np.arange(bins), np.arange(size)) / size
-    waves = np.concatenate([np.cos(angles), -np.sin(angles)]) * window.astype(np.float64)
-    signal = mb.squeeze(x=x, axes=[x.rank - 1]) if x.rank > 2 else x
-    found = mb.conv(
-        x=mb.expand_dims(x=signal, axes=[1]), weight=waves[:, None].astype(type(like(x, 0))),
-        strides=[int(step.reshape(-1)[0])], pad_type="valid",
-    )  # fmt: skip
-    batch, _, frames = c.sizes(found)
-    return mb.transpose(x=c.reshape(found, [batch, 2, bins, frames]), perm=[0, 3, 2, 1])
