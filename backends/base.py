@@ -217,6 +217,10 @@ class Backend(ABC):
     def unsupported(self, node: ir.Node, target: Target) -> str | None:
         """None, or why the runtime can't run ``node`` on ``target``."""
 
+    def settles(self, node: ir.Node) -> bool:
+        """Whether ``lower`` may write out a node that it cannot run, and that nothing can stand for while sizes are free."""
+        return False
+
     @abstractmethod
     def lower(self, model: ir.Model, target: Target, options: Any, path: Path) -> None:
         """Write the artifact's files into the folder ``path``; the one place of a backend that writes."""

@@ -108,6 +108,8 @@ def _fit(
                 break
             inner = found
         else:
+            if node.op_type not in above and backend.settles(node):
+                continue
             why = (
                 f"; written out it needs {inner[0][0].op_type}: {_named(inner[0][1], node)}" if inner else ""
             )

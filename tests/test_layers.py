@@ -17,7 +17,7 @@ LAYERS = {
     2: [
         "graph", "origin", "ops", "formats", "microscaling", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
         "propagation", "inference", "saturation", "unsigned", "arithmetic", "closeness", "golden", "masks", "deciding", "words",
-        "multiplies", "protobuf",
+        "multiplies", "protobuf", "decompositions",
     ],
     3: ["kernels", "training_sharded"],
     4: ["passes", "backends"],
@@ -27,7 +27,7 @@ LAYERS = {
         "bench", "report", "artifact", "search", "candidate", "repair", "page", "sentences", "testing", "freshness", "roofline", "probes", "cost", "sharing",
         "estimate", "finish", "planning", "seen", "sized", "progress", "workbench",
         "training_session", "training_loop", "training_export", "training_run", "training_start", "training_callbacks",
-        "readback", "reporting", "functions", "decompositions", "narrowing", "latency_table", "sparsity", "pruning", "torch",
+        "readback", "reporting", "functions", "narrowing", "latency_table", "sparsity", "pruning", "torch",
     ],
     7: ["cli", "benchmarks", "__main__"],
 }  # fmt: skip

@@ -20,8 +20,10 @@ from optkit.backends.litert.profile import operators, weights
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
 from optkit.backends.litert.trial import survives
 from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
+from optkit.decompositions import RULES
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe, walk
+from optkit.rewrite import Builder, Names, remove, substitute
 
 if TYPE_CHECKING:
     from optkit.backends.base import Session
@@ -90,6 +92,10 @@ class LiteRt(Backend):
                 return f"{value.name!r} has {len(value.shape)} axes, and LiteRT has at most {_MOST_AXES}"
         return None if row.refuse is None or _sized(node) else row.refuse(node)
 
+    def settles(self, node: ir.Node) -> bool:
+        """Whether something may stand for it at the sizes of the file."""
+        return node.domain == "" and node.op_type in RULES and _sized(node)
+
     def lower(self, model: ir.Model, target: Target, options: LiteRtOptions, path: Path) -> None:
         """Write ``model.tflite`` and ``interface.json``.
 
@@ -102,6 +108,7 @@ class LiteRt(Backend):
         file, shapes = File(), {}
         for signature in chosen:
             sized = fixed(model, signature.sizes)
+            _write_out(sized)
             problems = [(describe(n), reason) for n in walk(sized) if (reason := _refused(n)) is not None]
             floats = list[str]()
             if not problems:
@@ -175,12 +182,29 @@ def _sized(node: ir.Node) -> bool:
     )
 
 
+def _write_out(model: ir.Model) -> None:
+    """Put what stands for operators that there is no row for in their places, where that takes sizes that are known by now."""
+    names, done = Names(model), True
+    while done:
+        done = False
+        for node in tuple(model.graph):
+            if node.domain != "" or node.op_type in ROWS:
+                continue
+            for rule in RULES.get(node.op_type, ()):
+                if (result := rule(Builder(node, names), node)) is not None:
+                    substitute(node.outputs[0], result)
+                    remove(node)
+                    done = True
+                    break
+
+
 def _refused(node: ir.Node) -> str | None:
     if node.op_type == "Constant":
         return None
     row = ROWS.get(node.op_type) if node.domain == "" else None
     if row is None:
-        return f"optkit has no translation of {node.op_type} into LiteRT; it depends on data"
+        why = " in this form" if node.op_type in RULES else "; it depends on data"
+        return f"optkit has no translation of {node.op_type} into LiteRT{why}"
     return row.refuse(node) if row.refuse is not None else None
 
 

@@ -247,6 +247,20 @@ def test_lists_of_sizes_become_signatures_that_share_the_weights(tmp_path):
         session.run(_words(2, 7))
 
 
+def test_what_stands_for_an_operator_at_its_sizes_is_written_once_they_are_known(tmp_path):
+    graph = """(float[N, 2, H, W] x, float[N, 3, 4, 2] g) => (float[N, 2, 3, 4] y) {
+      y = GridSample<mode = "linear", padding_mode = "border">(x, g) }"""
+    model = parse(HEAD + graph)
+    session = _opened(model, tmp_path, shapes={"N": [1, 2], "H": [5, 8], "W": [6, 7]})
+    reference, random = ReferenceSession(model, optimize=False), np.random.default_rng(0)
+    for n, h, w in ((1, 5, 6), (2, 8, 7)):
+        feeds = {
+            "x": random.normal(size=(n, 2, h, w)).astype(np.float32),
+            "g": random.uniform(-1.2, 1.2, (n, 3, 4, 2)).astype(np.float32),
+        }
+        np.testing.assert_allclose(session.run(feeds)["y"], reference.run(feeds)["y"], rtol=1e-5, atol=1e-5)
+
+
 def test_the_sizes_of_the_data_are_those_of_the_file(tmp_path):
     from optkit.backends.litert.lower import LiteRt, LiteRtOptions
 
@@ -325,6 +339,10 @@ LSTM = """(float[%s, 1, 1] x%s) => (float[] y) <float[1, 16, 1] w = {1, 1, 1, 1,
         ("(float[1, 2, 4, 4] x) => (float[] y, int64[] i) { [name] y, i = MaxPool<kernel_shape = [2, 2]>(x) }", "no indices of a pool"),
         ("(float[1, 2, 9, 9] x) => (float[] y) { [name] y = AveragePool<kernel_shape = [2, 2], dilations = [2, 2]>(x) }", "pools with gaps"),
         ("(int64[4] x) => (int64[4] y) <int64 two = {2}> { [name] y = Div(x, two) }", "divides floats and integers of up to 32 bits"),
+        (
+            "(float[1, 2, 4, 4] x, float[1, 3, 3, 2] g) => (float[] y) { [name] y = GridSample<mode = \"cubic\">(x, g) }",
+            "no translation of GridSample",
+        ),
         ("(float[4, 3] x) => (int64[2, M] y) { [name] y = NonZero(x) }", "NonZero"),
         (LSTM % ("5", "", "", "x, w, r, , n"), "sequences of different lengths"),
         (LSTM % ("5", "", "", "x, w, r, , , , , p"), "peepholes"),
