@@ -4,13 +4,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 import optkit
+from optkit.backends.onnxruntime.spelling import spelled
 from optkit.errors import ModelError
-from optkit.reference import ReferenceSession, unsound
+from optkit.graph import walk
+from optkit.reference import ReferenceSession, turned_operand, unsound
 from optkit.store import save
-from optkit.testing import parse
+from optkit.testing import parse, random_feeds
 
 QUANTIZED = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -124,3 +127,67 @@ g (float[3, 64] x) => (float[3, 8] y) <float s = {0.01}, int8 z = {0}> {
     feeds = {"x": np.full((3, 64), 1.27, np.float32)}
     found = ReferenceSession(model).run(feeds)["y"]
     np.testing.assert_allclose(found, np.full((3, 8), 64 * 1.27 * 1.27), rtol=1e-6)
+
+
+TURNED = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (%s) => (%s y) { %s }
+"""
+# Loaded with all rewrites of ONNX Runtime 1.32 on a processor, each ends the process.
+ENDS = {
+    "half precision": ("float16[b, t, 16] x", "float16[t, b, 4]", "p = Transpose<perm = [1, 0, 2]>(x) y = MatMul(p, h)"),
+    "on the right": ("float16[16, b, t] x", "float16[b, 3, t]", "p = Transpose<perm = [1, 0, 2]>(x) y = MatMul(v, p)"),
+    "casts": (
+        "int32[b, t, 16] x", "float[t, b, 4]",
+        "p = Transpose<perm = [1, 0, 2]>(x) c = Cast<to = 1>(p) y = MatMul(c, w)",
+    ),
+    "turned twice": (
+        "float16[16, b, t] x", "float[b, t, 4]",
+        "p = Transpose<perm = [1, 2, 0]>(x) c = Cast<to = 1>(p) y = MatMul(c, w)",
+    ),
+}  # fmt: skip
+# Near forms that it loads.
+LOADS = {
+    "batch first": ("float16[b, 16, t] x", "float[b, t, 4]", "p = Transpose<perm = [0, 2, 1]>(x) c = Cast<to = 1>(p) y = MatMul(c, w)"),
+    "no cast": ("float[b, t, 16] x", "float[t, b, 4]", "p = Transpose<perm = [1, 0, 2]>(x) y = MatMul(p, w)"),
+    "cast first": ("float16[b, t, 16] x", "float[t, b, 4]", "c = Cast<to = 1>(x) p = Transpose<perm = [1, 0, 2]>(c) y = MatMul(p, w)"),
+    "four axes": (
+        "float16[b, t, 3, 16] x", "float[t, b, 3, 4]",
+        "p = Transpose<perm = [1, 0, 2, 3]>(x) c = Cast<to = 1>(p) y = MatMul(c, w)",
+    ),
+}  # fmt: skip
+
+
+def _turned(case: tuple[str, str, str]) -> ir.Model:
+    w = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float16)
+    given = {"w": w.astype(np.float32), "h": w, "v": w.T[:3]}
+    return parse(
+        TURNED % case, **{k: v for k, v in given.items() if f"{k})" in case[2] or f"({k}," in case[2]}
+    )
+
+
+def _plainly(model: ir.Model) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_product_of_what_was_turned_and_cast_ends_no_process(name, tmp_path):
+    model = _turned(ENDS[name])
+    assert "MatmulTransposeFusion" in unsound(model)
+    feeds = random_feeds(model)
+    expected = ReferenceSession(model, optimize=False).run(feeds)["y"]
+    np.testing.assert_allclose(ReferenceSession(model).run(feeds)["y"], expected, rtol=1e-2, atol=1e-2)
+    # What is shipped has to be loaded by any session.
+    (plain,) = _plainly(spelled(model)).run(None, feeds)
+    np.testing.assert_allclose(plain, expected, rtol=1e-2, atol=1e-2)
+    assert not any(turned_operand(n) is not None for n in walk(spelled(model)))
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_what_it_loads_stays_as_it_is(name):
+    model = _turned(LOADS[name])
+    assert not any(turned_operand(n) is not None for n in walk(model))
+    assert spelled(model) is model
+    _plainly(model)

@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.graph import constant, graphs, walk
-from optkit.reference import moves_signed
-from optkit.rewrite import Match, Names, Rule, apply, register
+from optkit.reference import moves_signed, turned_operand
+from optkit.rewrite import Builder, Match, Names, Rule, apply, register, remove, substitute
 
 # Beyond, tanh(softplus(x)) is 1 even in float64, and exp(x) squared is far from overflow.
 _SATURATED = 20.0
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _mish_check(x: ir.Value, **_: Any) -> Match:
@@ -38,16 +39,45 @@ def spelled(model: ir.Model) -> ir.Model:
 
     ONNX Runtime has no kernel for Mish and computes ``x * tanh(softplus(x))`` with a Softplus that calls the C library
     for each element. Where it stops at pairs of int8 (``optkit.reference.moves_signed``), the same numbers are on a grid
-    of uint8, 128 further up.
+    of uint8, 128 further up. Where the order of a Cast and a Transpose ends the process (``optkit.reference.turned_operand``), it
+    is the other, and products in half precision are between the casts that it would add.
     """
     signed = any(map(moves_signed, walk(model)))
-    if not signed and not any(node.domain == "" and node.op_type in _RULES for node in walk(model)):
+    turned = any(turned_operand(node) is not None for node in walk(model))
+    if not (signed or turned or any(node.domain == "" and node.op_type in _RULES for node in walk(model))):
         return model
     copy = model.clone()
     apply(list(_RULES.values()), copy)
     if signed:
         _without_signs(copy)
+    if turned:
+        _cast_first(copy)
     return copy
+
+
+def _cast_first(model: ir.Model) -> None:
+    names = Names(model)
+    for node in tuple(walk(model)):
+        if turned_operand(node) is None:
+            continue
+        if node.outputs[0].dtype in _HALVES:
+            node = _in_floats(node, names)
+        while (found := turned_operand(node)) is not None:
+            index, turn = found
+            op = Builder(node, names)
+            cast = op.Cast(turn.inputs[0], to=node.outputs[0].dtype)
+            node.replace_input_with(index, op.node("Transpose", [cast], turn.attributes)[0])
+
+
+def _in_floats(node: ir.Node, names: Names) -> ir.Node:
+    """The product that takes the place of ``node``, between casts."""
+    op, kind = Builder(node, names), node.outputs[0].dtype
+    product = op.MatMul(*(op.Cast(v, to=ir.DataType.FLOAT) for v in node.inputs))
+    substitute(node.outputs[0], op.Cast(product, to=kind))
+    remove(node)
+    made = product.producer()
+    assert made is not None
+    return made
 
 
 def _without_signs(model: ir.Model) -> None:

@@ -12,7 +12,9 @@ from optkit.cli.terminal import Terminal, command
 from optkit.errors import PassError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    import onnx_ir as ir
 
     from optkit.report import PassRecord
     from optkit.request import Request
@@ -99,6 +101,7 @@ def quantize(
             graph, records, _ = work.transform(asked.recipe)
             _check_changed(asked, records, path)
             legalize(graph.clone(), asked.backend, asked.target, name=asked.loaded.name)
+            notes = [*asked.loaded.notes, *_ends(graph)]
             written = save(graph, folder / final.name)
             check_runs(written[0], graph, work.feeds[0])
             nodes, kinds = count_nodes(graph), scheme(graph)
@@ -112,6 +115,7 @@ def quantize(
                 "bytes": size,
                 "nodes": {"before": count_nodes(asked.loaded.model), "after": nodes},
                 "scheme": kinds,
+                "notes": notes,
                 "passes": [options.plain(r) for r in records],
                 "recipe": asked.recipe.dump(),
             }
@@ -136,7 +140,7 @@ def quantize(
                         ),
                     ),
                     ("Formats", (kinds,)),
-                    *([("Notes", asked.loaded.notes)] if asked.loaded.notes else []),
+                    *([("Notes", notes)] if notes else []),
                     (
                         "Not done",
                         (
@@ -149,6 +153,18 @@ def quantize(
     )
     terminal.result(str(final))
     return 0
+
+
+def _ends(graph: ir.Model) -> Iterator[str]:
+    """What has to be known to load the file."""
+    from optkit.graph import walk
+    from optkit.reference import turned_operand
+
+    if any(turned_operand(node) is not None for node in walk(graph)):
+        yield (
+            "ONNX Runtime 1.32 ends the process when it loads this for a processor, unless it is told "
+            "disabled_optimizers=['MatmulTransposeFusion']; what optkit compile makes for the processor is spelled otherwise"
+        )
 
 
 def _check_changed(asked: Request, records: Sequence[PassRecord], model: Path | str) -> None:

@@ -125,3 +125,22 @@ def test_a_model_with_nothing_to_quantize_is_an_error(optkit, given, tmp_path):
     assert "quantize-static: nothing in relu.onnx was changed" in ran.err
     assert "optkit inspect relu.onnx --why" in ran.err
     assert not Path("q.onnx").exists()
+
+
+def test_what_a_file_needs_to_be_loaded_is_said(optkit, tmp_path):
+    import onnx_ir as ir
+
+    from optkit.testing import parse
+
+    graph = '<ir_version: 10, opset_import: ["" : 21]>\ng (float[b, t, 16] x) => (y) { p = Transpose<perm = [1, 0, 2]>(x) y = MatMul(p, w) }'
+    ir.save(
+        parse(graph, w=np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)),
+        tmp_path / "turned.onnx",
+    )
+    ran = optkit("quantize", tmp_path / "turned.onnx", "-p", "fp16", "-o", "half.onnx", "--json")
+    assert any("disabled_optimizers=['MatmulTransposeFusion']" in note for note in ran.json["notes"])
+    off = ["MatmulTransposeFusion"]
+    session = onnxruntime.InferenceSession(
+        "half.onnx", providers=["CPUExecutionProvider"], disabled_optimizers=off
+    )
+    assert session.run(None, {"x": np.zeros((2, 3, 16), np.float32)})[0].shape == (3, 2, 4)
