@@ -116,7 +116,8 @@ def fixed(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
         str(v.name): tuple(sizes[k] if isinstance(k, str) else k for k in keys(v)) for v in inputs(model)
     }
     model = at_shapes(model, shapes)
-    if _settle(model):
+    # What is constant by now may be a size that others follow from.
+    while _settle(model):
         model = at_shapes(model, shapes)
     return model
 

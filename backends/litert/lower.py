@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -23,7 +24,7 @@ from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
 from optkit.decompositions import RULES
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe, walk
-from optkit.rewrite import Builder, Names, remove, substitute
+from optkit.rewrite import Builder, Names, remove, remove_unused, substitute
 
 if TYPE_CHECKING:
     from optkit.backends.base import Session
@@ -93,8 +94,10 @@ class LiteRt(Backend):
         return None if row.refuse is None or _sized(node) else row.refuse(node)
 
     def settles(self, node: ir.Node) -> bool:
-        """Whether something may stand for it at the sizes of the file."""
-        return node.domain == "" and node.op_type in RULES and _sized(node)
+        """Whether something may stand for it at the sizes of the file, or it may be a number that follows from them."""
+        if node.domain != "" or not (node.op_type in RULES or node.op_type in ROWS):
+            return False
+        return _sized(node) if node.op_type in RULES else _is_number(node.outputs[0])
 
     def lower(self, model: ir.Model, target: Target, options: LiteRtOptions, path: Path) -> None:
         """Write ``model.tflite`` and ``interface.json``.
@@ -182,20 +185,31 @@ def _sized(node: ir.Node) -> bool:
     )
 
 
+def _is_number(value: ir.Value) -> bool:
+    whole = value.dtype is not None and value.dtype.is_integer()
+    return whole and value.shape is not None and value.shape.is_static() and prod(value.shape.numpy()) == 1
+
+
 def _write_out(model: ir.Model) -> None:
     """Put what stands for operators that there is no row for in their places, where that takes sizes that are known by now."""
-    names, done = Names(model), True
-    while done:
-        done = False
-        for node in tuple(model.graph):
-            if node.domain != "" or node.op_type in ROWS:
-                continue
-            for rule in RULES.get(node.op_type, ()):
-                if (result := rule(Builder(node, names), node)) is not None:
-                    substitute(node.outputs[0], result)
-                    remove(node)
-                    done = True
-                    break
+    names, left = Names(model), list(model.graph)
+    while left:
+        node = left.pop()
+        if node.domain != "" or node.op_type in ROWS:
+            continue
+        for rule in RULES.get(node.op_type, ()):
+            before = set(model.graph)
+            result = rule(Builder(node, names), node)
+            made = [n for n in model.graph if n not in before]
+            # Of its own kind there may be simpler ones.
+            if result is not None and all(
+                n.op_type != node.op_type or len(n.inputs) < len(node.inputs) for n in made
+            ):
+                substitute(node.outputs[0], result)
+                remove(node)
+                left += made
+                break
+            remove_unused(made)
 
 
 def _refused(node: ir.Node) -> str | None:

@@ -261,6 +261,17 @@ def test_what_stands_for_an_operator_at_its_sizes_is_written_once_they_are_known
         np.testing.assert_allclose(session.run(feeds)["y"], reference.run(feeds)["y"], rtol=1e-5, atol=1e-5)
 
 
+def test_sizes_that_follow_from_computed_sizes_are_constants_of_the_file(tmp_path):
+    graph = """(float[N, 9] x) => (float[M, 9] y) <int64 zero = {0}, int64[1] none = {0}, int64 two = {2}, float one = {1}> {
+      s = Shape(x) n = Gather(s, zero) h = Div(n, two) e = Unsqueeze(h, none)
+      part = Slice(x, none, e, none) sizes = Shape(part) ones = Expand(one, sizes) y = Add(part, ones) }"""
+    model = parse(HEAD + graph)
+    session = _opened(model, tmp_path, shapes={"N": [4, 7]})
+    for n in (4, 7):
+        x = np.random.default_rng(n).normal(size=(n, 9)).astype(np.float32)
+        np.testing.assert_array_equal(session.run({"x": x})["y"], x[: n // 2] + 1)
+
+
 def test_the_sizes_of_the_data_are_those_of_the_file(tmp_path):
     from optkit.backends.litert.lower import LiteRt, LiteRtOptions
 
