@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.dims import Dim, shape_of
-from optkit.graph import attribute, constant, rank
+from optkit.graph import attribute, constant, ints, rank
 from optkit.rewrite import Builder
 
 Rule = Callable[[Builder, ir.Node], "ir.Value | None"]
@@ -441,6 +441,43 @@ def _short_time_fourier_transform(op: Builder, node: ir.Node) -> ir.Value | None
     return op.Transpose(op.Reshape(found, np.array([0, 2, bins, -1])), perm=[0, 3, 2, 1])
 
 
+def _convolution_of_volumes(op: Builder, node: ir.Node) -> ir.Value | None:
+    """The sum over the taps along depth of convolutions of all slices of the volumes, each a picture of its own."""
+    x, weights = node.inputs[0], constant(node.inputs[1])
+    shape = shape_of(x)
+    if shape is None or len(shape) != 5 or weights is None:
+        return None
+    channels, *sizes = shape[1:]
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
+    if not all(isinstance(n, int) for n in (channels, *sizes)) or automatic not in ("NOTSET", "VALID"):
+        return None
+    strides, dilations = ints(node, "strides", [1] * 3), ints(node, "dilations", [1] * 3)
+    pads = [0] * 6 if automatic == "VALID" else ints(node, "pads", [0] * 6)
+    outs, *kernel = (int(n) for n in (weights.shape[0], *weights.shape[2:]))
+    depth, *area = (
+        (int(n) + before + behind - d * (k - 1) - 1) // s + 1
+        for n, before, behind, d, k, s in zip(
+            sizes, pads[:3], pads[3:], dilations, kernel, strides, strict=True
+        )
+    )
+    if pads[0] or pads[3]:
+        x = op.Pad(x, np.array([0, 0, pads[0], 0, 0, 0, 0, pads[3], 0, 0]))
+    total: ir.Value | None = None
+    for tap in range(kernel[0]):
+        start = tap * dilations[0]
+        bounds = (np.array([n]) for n in (start, start + (depth - 1) * strides[0] + 1, 2, strides[0]))
+        slices = op.Transpose(op.Slice(x, *bounds), perm=[0, 2, 1, 3, 4])
+        found = op.Conv(
+            op.Reshape(slices, np.array([-1, channels, *sizes[1:]])), np.ascontiguousarray(weights[:, :, tap]),
+            *(node.inputs[2:] if total is None else ()), kernel_shape=kernel[1:], strides=strides[1:], dilations=dilations[1:],
+            pads=[*pads[1:3], *pads[4:]], group=node.attributes.get_int("group", 1),
+        )  # fmt: skip
+        total = found if total is None else op.Add(total, found)
+    assert total is not None
+    volumes = op.Reshape(total, np.array([-1, depth, outs, *area]))
+    return op.Transpose(volumes, perm=[0, 2, 1, 3, 4])
+
+
 def _place(op: Builder, along: ir.Value, size: int, edge: str, *, align: bool) -> ir.Value:
     """From between -1 and 1 to the middle of the first and of the last of ``size`` pixels, or with ``align`` off to their outer ends."""
     span = size - 1 if align else size
@@ -469,6 +506,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ArgMin": (_last_of_several,),
     "Asinh": (_asinh,),
     "Atanh": (_atanh,),
+    "Conv": (_convolution_of_volumes,),
     "Einsum": (_einsum_in_pairs, _einsum_as_products),
     "Gemm": (_scaled_gemm,),
     "GlobalLpPool": (_global_lp_pool,),

@@ -201,6 +201,14 @@ RULES: dict[str, tuple[str, str]] = {
         c = Cast<to = 1>(i) f = Mul(s, ws) y = Mul(c, f) }""",
         "coreml litert",
     ),
+    "Conv of volumes": (
+        """(float[2, 2, 5, 6, 7] x) => (float[2, 4, 3, 4, 3] y) <float[4] b = {0.1, -0.2, 0.3, 0.4},
+        float[4, 1, 2, 3, 3] w = {"""
+        + ", ".join(f"{np.sin(i):.3f}" for i in range(72))
+        + """}> {
+        y = Conv<strides = [2, 1, 2], pads = [1, 0, 0, 2, 0, 1], dilations = [2, 1, 1], group = 2>(x, w, b) }""",
+        "litert",
+    ),
     "STFT": (
         """(float[N, 40, 1] x) => (float[N, frames, 5, 2] y) <int64 step = {3}, float[8] w = {0, 0.1, 0.5, 0.9, 1, 0.9, 0.5, 0.1}> {
         y = STFT(x, step, w) }""",

@@ -191,19 +191,20 @@ def _is_number(value: ir.Value) -> bool:
 
 
 def _write_out(model: ir.Model) -> None:
-    """Put what stands for operators that there is no row for in their places, where that takes sizes that are known by now."""
+    """Put what stands for nodes that LiteRT does not take in their places, where that depends on sizes, which are known by now."""
     names, left = Names(model), list(model.graph)
     while left:
         node = left.pop()
-        if node.domain != "" or node.op_type in ROWS:
+        if node.domain != "" or _refused(node) is None:
             continue
         for rule in RULES.get(node.op_type, ()):
             before = set(model.graph)
             result = rule(Builder(node, names), node)
             made = [n for n in model.graph if n not in before]
-            # Of its own kind there may be simpler ones.
+            # What is left of its own kind has to be simpler.
             if result is not None and all(
-                n.op_type != node.op_type or len(n.inputs) < len(node.inputs) for n in made
+                n.op_type != node.op_type or _refused(n) is None or len(n.inputs) < len(node.inputs)
+                for n in made
             ):
                 substitute(node.outputs[0], result)
                 remove(node)

@@ -288,6 +288,13 @@ class Context:
             grid=x.grid,
         )
 
+    def spread(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Broadcast to ``shape``."""
+        whole = self.reshaped(x, (1,) * (len(shape) - len(x.shape)) + x.shape)
+        return self.op(
+            "BROADCAST_TO", [whole, self.vector(shape)], shape, settings=("BroadcastToOptions", {})
+        )
+
     def transposed(self, x: Tensor, order: Sequence[int]) -> Tensor:
         """Axes in another order."""
         if list(order) == list(range(len(order))):

@@ -194,23 +194,22 @@ def _groups(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _merged(c: Context, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Operands with no more axes than kernels broadcast."""
+    """Operands with no more axes than kernels broadcast; where these are more, all of one shape."""
     shapes = [t.shape for t in tensors]
     n = max(map(len, shapes))
     if n <= _MOST:
         return list(tensors)
     groups = _groups(shapes)
+    if len(groups) > _MOST:
+        reached = np.broadcast_shapes(*shapes)
+        alike = [t if t.shape == reached else c.spread(t, reached) for t in tensors]
+        return [c.reshaped(t, (math.prod(reached),)) for t in alike]
     full = [(1,) * (n - len(s)) + s for s in shapes]
     sizes = [[math.prod(s[i] for i in group) for group in groups] for s in full]
     return [c.reshaped(t, s) for t, s in zip(tensors, sizes, strict=True)]
 
 
 def _refuse_binary(node: ir.Node) -> str | None:
-    shapes = [v.shape for v in node.inputs if v is not None and v.shape is not None]
-    if len(shapes) == len(node.inputs) and all(s.is_static() for s in shapes):
-        axes = len(_groups([[int(d) for d in s] for s in shapes]))  # type: ignore[arg-type]
-        if axes > _MOST:
-            return f"LiteRT broadcasts along {_MOST} axes, and these are {axes}"
     if node.op_type == "Pow" and not is_float(node.inputs[0]):
         base, power = node.inputs[0], node.inputs[1]
         known = constant(power)
@@ -347,13 +346,7 @@ def _angle(c: Context, node: ir.Node) -> None:
     def compute(x: Tensor) -> Tensor:
         one = c.number(1.0)
         if node.op_type == "Atan":
-            whole = c.op(
-                "BROADCAST_TO",
-                [c.reshaped(one, (1,) * len(x.shape)), c.vector(x.shape)],
-                x.shape,
-                settings=("BroadcastToOptions", {}),
-            )
-            return c.op("ATAN2", [x, whole], x.shape)
+            return c.op("ATAN2", [x, c.spread(one, x.shape)], x.shape)
         # By factors: near 1 nothing cancels out.
         product = _two(
             c, "MUL", "MulOptions", _two(c, "SUB", "SubOptions", one, x), _two(c, "ADD", "AddOptions", one, x)

@@ -190,12 +190,7 @@ def _pad(c: Context, node: ir.Node) -> None:
 def _expand(c: Context, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    shape, x = size(node.outputs[0]), c.get(source)
-    x = c.reshaped(x, (1,) * (len(shape) - len(x.shape)) + x.shape)
-    c.put(
-        node.outputs[0],
-        c.op("BROADCAST_TO", [x, c.vector(shape)], shape, settings=("BroadcastToOptions", {})),
-    )
+    c.put(node.outputs[0], c.spread(c.get(source), size(node.outputs[0])))
 
 
 @emits("Tile", refuse=_refuse_slice)

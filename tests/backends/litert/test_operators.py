@@ -53,6 +53,11 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         float[3, 4] h) { a = Add(x, z) b = Sub(x, z) c = Mul(x, z) d = Div(x, z) e = Max(x, z, x) f = Min(x, z) p = Abs(x) h = Pow(p, z) }""",
         {},
     ),
+    "binary of six axes that alternate": (
+        """(float[2, 1, 3, 1, 2, 1] x, float[1, 2, 1, 3, 1, 2] z) => (float[] a, float[] b, bool[] c, float[] d) {
+        a = Add(x, z) b = Max(x, z) c = Less(x, z) d = Where(c, x, z) }""",
+        {},
+    ),
     "binary behind a convolution": (
         """(float[1, 3, 6, 5] x, float[5] r) => (float[] a, float[] b, float[] d, float[] e, float[] f) {
         c = Conv<kernel_shape = [1, 1]>(x, w) a = Add(c, v) b = Mul(c, u) d = Add(c, c) e = Sub(c, r) f = Mul(x, c) }""",
