@@ -126,9 +126,11 @@ def examine(
 
 
 def _said(error: Exception) -> str:
-    """In one line, without the folder that it lay in: a run gives the page that the run before gave."""
-    place = re.escape(tempfile.gettempdir()) + r"/\w+/"
-    return re.sub(place, "", " ".join(str(error).split()))[:400]
+    """In one line, without the folder that it lay in: a run gives the page that the run before gave; and without the backend."""
+    place = (
+        re.escape(tempfile.gettempdir()) + r"/\w+/|^case on \S+ for \S+: |^\S+ for \S+: (?=\d+ unsupported)"
+    )
+    return re.sub(place, "", " ".join(str(error).split()))[:300]
 
 
 def _with_constants(model: onnx.ModelProto, given: Arrays, free: Sequence[str]) -> onnx.ModelProto:
