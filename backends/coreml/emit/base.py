@@ -17,7 +17,7 @@ Refuse = Callable[[ir.Node], str | None]
 Emit = Callable[["Context", ir.Node], Any]
 
 INT32 = np.iinfo(np.int32)
-_FREE = "where that follows from free axes, fix them with options.shapes; else choose another --backend"
+_FREE = "where that follows from free axes, give their sizes: --set 'options.shapes={AXIS: SIZE}'; else choose another --backend"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
