@@ -130,7 +130,7 @@ def _said(error: Exception) -> str:
     place = (
         re.escape(tempfile.gettempdir()) + r"/\w+/|^case on \S+ for \S+: |^\S+ for \S+: (?=\d+ unsupported)"
     )
-    return re.sub(place, "", " ".join(str(error).split()))[:300]
+    return re.sub(place, "", " ".join(str(error).split()))[:160]
 
 
 def _with_constants(model: onnx.ModelProto, given: Arrays, free: Sequence[str]) -> onnx.ModelProto:
@@ -198,7 +198,10 @@ def _differences(found: Arrays, wanted: Arrays, tolerance: float) -> list[str]:
 
 def text(result: Mapping[str, Any]) -> str:
     """As JSON, a case a line."""
-    rows = {k: "[\n" + ",\n".join(map(json.dumps, v)) + "\n]" for k, v in result["backends"].items()}
+    rows = {
+        k: "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in v) + "\n]"
+        for k, v in result["backends"].items()
+    }
     backends = ",\n".join(f"{json.dumps(k)}: {v}" for k, v in rows.items())
     rest = json.dumps({k: v for k, v in result.items() if k != "backends"})
     return f'{rest[:-1]}, "backends": {{\n{backends}\n}}}}\n'
