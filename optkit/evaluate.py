@@ -231,6 +231,8 @@ class Comparison:
         method: How the interval was made.
         verdict: Against the budget, or None without one.
         needed: About how many samples would decide an inconclusive verdict.
+        constant: Every sample scored the same for both, and that is not the 1 of a right answer: the score may not look at
+            the outputs, and more of the same samples decide nothing.
     """
 
     metric: str
@@ -243,6 +245,7 @@ class Comparison:
     budget: str | None = None
     verdict: Verdict | None = None
     needed: int | None = None
+    constant: bool = False
 
 
 def compare(
@@ -269,6 +272,7 @@ def compare(
             f"evaluator {evaluator.metric}: {len(reference)} samples the first time, {len(candidate)} the second",
             hint="samples() must yield the same samples each time",
         )
+    constant = False
     before, after, n = evaluator.total(reference), evaluator.total(candidate), len(reference)
     if not math.isfinite(before):
         raise DataError(f"evaluator {evaluator.metric}: aggregate() gives {before} for the reference")
@@ -278,6 +282,7 @@ def compare(
         method, interval = "paired bootstrap", _bootstrap(evaluator, reference, candidate, drop, seed)
     else:
         x, y = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+        constant = bool(n > 1 and x[0] != 1 and (x == x[0]).all() and (y == x[0]).all())
         if np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all():
             method, interval = "Agresti-Min", _matched_proportions(x, y)
         else:
@@ -289,11 +294,11 @@ def compare(
         limit = budget.absolute(before)
         slack = 1e-12 * max(1.0, abs(before))
         verdict = "met" if high <= limit + slack else "missed" if drop > limit + slack else "inconclusive"
-        if verdict == "inconclusive" and limit > drop and math.isfinite(high):
+        if verdict == "inconclusive" and not constant and limit > drop and math.isfinite(high):
             needed = math.ceil(n * ((high - drop) / (limit - drop)) ** 2)
     return Comparison(
         metric=evaluator.metric, reference=before, candidate=after, drop=drop, ci95=(low, high), n=n, method=method,
-        budget=None if budget is None else str(budget), verdict=verdict, needed=needed,
+        budget=None if budget is None else str(budget), verdict=verdict, needed=needed, constant=constant,
     )  # fmt: skip
 
 

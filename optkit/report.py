@@ -78,6 +78,7 @@ class AccuracyRecord(_Record):
     budget: str | None
     met: Literal["met", "missed", "inconclusive"] | None
     needed: int | None
+    constant: bool = False
 
 
 class FidelityRecord(_Record):

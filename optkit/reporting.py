@@ -218,6 +218,7 @@ def _accuracy_record(a: Comparison | None) -> AccuracyRecord | None:
         budget=a.budget,
         met=a.verdict,
         needed=a.needed,
+        constant=a.constant,
     )
 
 

@@ -330,14 +330,18 @@ def accuracy(a: AccuracyRecord) -> tuple[str, ...]:
         "inconclusive": f"inconclusive: the drop is within the allowed {a.budget}, the interval reaches beyond it",
         None: "no limit was given",
     }[a.met]
-    if a.met == "inconclusive":
+    if a.met == "inconclusive" and not a.constant:
         if a.needed is None:
             verdict += "; more samples would decide"
         elif a.needed <= _MANY * a.n:
             verdict += f"; about {count(a.needed, 'sample')} would decide"
         else:
             verdict += "; the drop is so near to it that more samples would hardly decide"
-    return figures, f"{verdict} ({a.method} interval, same samples for both)"
+    lines = figures, f"{verdict} ({a.method} interval, same samples for both)"
+    if a.constant:
+        same = f"every sample scored {a.reference:g} for both: nothing is known unless score() looks at the outputs"
+        return *lines, same
+    return lines
 
 
 def fidelity(f: FidelityRecord) -> tuple[str, ...]:

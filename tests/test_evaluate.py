@@ -126,6 +126,23 @@ def test_equal_right_or_wrong_scores_of_few_samples_are_not_taken_for_certainty(
     assert compare(MEAN, [1] * 400, [1] * 400, PERCENT).verdict == "met"
 
 
+@pytest.mark.parametrize(
+    ("reference", "candidate", "constant"),
+    [
+        ([0] * 20, [0] * 20, True),
+        ([0.5] * 20, [0.5] * 20, True),
+        ([1] * 20, [1] * 20, False),  # all right, twice
+        ([0] * 20, [0] * 19 + [1], False),
+        ([0.5] * 20, [0.4] * 20, False),
+        ([0.5], [0.5], False),
+    ],
+)
+def test_a_score_that_is_the_same_in_every_sample_is_said_to_be(reference, candidate, constant):
+    found = compare(MEAN, reference, candidate, PERCENT)
+    assert found.constant is constant
+    assert not (constant and found.needed)
+
+
 def test_an_aggregate_gets_a_bootstrap_that_pairs_and_is_the_same_each_time():
     random = np.random.default_rng(0)
     reference = random.normal(10, 5, 200)

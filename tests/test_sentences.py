@@ -21,3 +21,13 @@ def test_an_open_verdict_says_how_many_samples_would_decide_or_that_none_would(n
         budget="1%", met="inconclusive", needed=needed,
     )  # fmt: skip
     assert words in sentences.accuracy(record)[1]
+
+
+def test_an_accuracy_of_a_score_that_never_varies_says_that_nothing_is_known():
+    record = AccuracyRecord(
+        metric="accuracy", reference=0, candidate=0, drop=0, ci95=(-0.01, 0.01), n=300, method="Agresti-Min", budget="1%",
+        met="inconclusive", needed=None, constant=True,
+    )  # fmt: skip
+    _, verdict, why = sentences.accuracy(record)
+    assert "would decide" not in verdict
+    assert "every sample scored 0 for both" in why

@@ -85,6 +85,7 @@ def evaluate(
             "budget",
             "verdict",
             "needed",
+            "constant",
         )
         terminal.json(
             {
@@ -118,5 +119,6 @@ def _words(found: Comparison) -> tuple[str, ...]:
     record = AccuracyRecord(
         metric=found.metric, reference=found.reference, candidate=found.candidate, drop=found.drop, ci95=found.ci95,
         n=found.n, method=found.method, budget=found.budget, met=found.verdict, needed=found.needed,
+        constant=found.constant,
     )  # fmt: skip
     return accuracy(record)
