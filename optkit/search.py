@@ -87,6 +87,9 @@ def choose(
         missed = shortfalls(best, recipe, strict=strict)
     ranked = ratio(best)
     best.speedup = work.measure(best, rounds=_FINAL[0], budget=_FINAL[1])
+    if floor is not None and floor in order and _gives_way(work, recipe, best, floor, strict=strict):
+        order[order.index(floor)], best = best, floor
+        ranked = ratio(best)
     for one in order:
         tried[one.name] = _passed_over(one, best, ranked)
     if best.speedup is not None and _too_slow(best, recipe) and not recipe.limits.min_speedup > 1:
@@ -169,6 +172,28 @@ def _first_within_limits(
                 # It goes back into the line: what comes next may be faster than the repaired one.
                 order[:] = sorted([*order, fixed], key=lambda b: -ratio(b))
     return None
+
+
+def _gives_way(work: Compilation, recipe: Recipe, best: Built, floor: Built, *, strict: bool) -> bool:
+    """Whether the last measurement finds ``best``, which changes numbers, no faster than the floor: noise had put it ahead."""
+    if not best.lossy or recipe.goal == "size" or _clearly_faster(best, floor):
+        return False
+    floor.speedup = work.measure(floor, rounds=_FINAL[0], budget=_FINAL[1])
+    if _clearly_faster(best, floor):
+        return False
+    try:
+        work.judge(floor, recipe.limits)
+    except OptkitError as error:
+        logger.warning("%s: left out: %s", floor.name, error)
+        return False
+    return not shortfalls(floor, recipe, strict=strict)
+
+
+def _clearly_faster(one: Built, other: Built) -> bool:
+    """Whether more than noise speaks for ``one``; without measurements, the order in which they were put."""
+    if one.speedup is None or other.speedup is None:
+        return True
+    return min(one.speedup.ci95[0], ratio(one) / _ALIKE) > ratio(other)
 
 
 def _passed_over(one: Built, best: Built, ranked: float) -> CandidateRecord:

@@ -290,6 +290,35 @@ def test_one_that_is_hardly_faster_than_float_does_not_ship(tmp_path):
     assert choice.best.name == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("last", "spread", "ships"),
+    [
+        (1.06, 0.06, "fp32"),  # The interval holds float32's speed.
+        (1.04, 0.001, "fp32"),  # As fast, as measurements repeat.
+        (1.06, 0.01, "int8"),
+    ],
+)
+def test_one_that_only_noise_put_ahead_of_float_gives_way_to_it(tmp_path, last, spread, ships):
+    plans = {"fp32": _Plan(1.03, sqnr=120), "int8": _Plan([1.1, last], sqnr=30, spread=spread)}
+    choice, _ = _choose(tmp_path, plans)
+    assert choice.best.name == ships
+    if ships == "fp32":
+        assert _verdicts(choice) == {"fp32": "shipped", "int8": "farther"}
+        assert choice.best.accuracy.verdict == "met"
+
+
+def test_float_that_misses_a_limit_takes_no_place(tmp_path):
+    plans = {"fp32": _Plan(1.03, bytes=3_000_000), "int8": _Plan([1.1, 1.03])}
+    choice, _ = _choose(tmp_path, plans, max_size_mb=2)
+    assert choice.best.name == "int8"
+
+
+def test_float_that_cannot_be_judged_takes_no_place(tmp_path):
+    plans = {"fp32": _Plan(1.03, unfit=DataError("nan")), "int8": _Plan([1.1, 1.03])}
+    choice, _ = _choose(tmp_path, plans)
+    assert choice.best.name == "int8"
+
+
 def test_one_whose_closeness_cannot_be_told_comes_last(tmp_path):
     class Broken(_Work):
         def closeness(self, built):
