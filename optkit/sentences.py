@@ -26,6 +26,8 @@ from optkit.targets import called
 _LISTED = 6
 # Times the samples at hand that one might still collect.
 _MANY = 100
+# An interval of a speed-up wider than this that holds no difference shows no likeness either.
+_WIDE = 0.2
 # What else a result depends on, as backends call it and as it is said.
 _SYSTEMS = {"cuda_driver": "CUDA driver", "macos": "macOS"}
 # Of the candidate: what ``CandidateRecord.verdict`` says.
@@ -92,13 +94,15 @@ def shipped(report: Report) -> CandidateRecord | None:
 
 
 def faster(latency: Latency) -> str:
-    """``2.41x faster``, where the interval lies beyond what two sessions of the same file differ by."""
+    """``2.41x faster than``, where the interval lies beyond what two sessions of the same file differ by; before what it is held against."""
     low, high = latency.ci95
     if low > 1 + NOISE:
-        return f"{latency.speedup:.2f}x faster"
+        return f"{latency.speedup:.2f}x faster than"
     if high < 1 - NOISE:
-        return f"{1 / latency.speedup:.2f}x slower"
-    return "as fast"
+        return f"{1 / latency.speedup:.2f}x slower than"
+    if high - low > _WIDE:
+        return f"neither faster nor slower for certain ({low:.2f} to {high:.2f}x) than"
+    return "as fast as"
 
 
 def headline(report: Report) -> str:
@@ -106,9 +110,7 @@ def headline(report: Report) -> str:
     manifest = report.manifest
     parts = []
     if report.latency is not None:
-        parts.append(
-            f"{faster(report.latency)} {'than' if faster(report.latency) != 'as fast' else 'as'} ONNX Runtime fp32"
-        )
+        parts.append(f"{faster(report.latency)} ONNX Runtime fp32")
     parts.append(smaller(report))
     how = "" if manifest.predicted is None else " as predicted"
     if manifest.accuracy is not None:
@@ -125,10 +127,7 @@ def prose(report: Report) -> str:
     manifest, parts = report.manifest, []
     if (found := report.latency) is not None:
         times = f"{milliseconds(found.candidate_ms)} instead of {milliseconds(found.reference_ms)} a run"
-        compared = faster(found)
-        parts.append(
-            f"It runs {compared} {'as' if compared == 'as fast' else 'than'} the original does in ONNX Runtime, fp32 ({times})"
-        )
+        parts.append(f"It runs {faster(found)} the original does in ONNX Runtime, fp32 ({times})")
     parts.append(
         f"the model is {smaller(report)} ({megabytes(manifest.size.before)} before, {megabytes(manifest.size.after)} now)"
     )
@@ -189,7 +188,7 @@ def latency(record: Latency) -> tuple[str, str]:
     )
     threads = count(record.threads, "thread")
     clock = "CPU time" if record.threads == 1 else "wall-clock time"
-    how = f"measured on this machine, {threads}, {clock}, {record.runs} runs in turn with ONNX Runtime fp32; inputs {record.inputs}"
+    how = f"measured on this machine, {threads}, {clock}, {record.runs} runs in turn with ONNX Runtime fp32, the ratio that of pairs; inputs {record.inputs}"
     if record.roofline is not None:
         figures += f"; {reached(record.roofline)}"
     if record.loaded:
@@ -210,7 +209,7 @@ def scenario(record: ScenarioRecord) -> tuple[str, ...]:
     what = "" if offline else " at the 90th percentile"
     lines = [
         f"{record.scenario}, {shared}: {said(record.candidate)}{what}; ONNX Runtime fp32 with its defaults "
-        f"{said(record.reference)}: {record.speedup:.2f}x ({interval(record.ci95)}), wall-clock time"
+        f"{said(record.reference)}: {record.speedup:.2f}x ({interval(record.ci95)}, by pairs), wall-clock time"
     ]
     unit = "stream" if offline else "thread"
     if record.fixed:

@@ -68,10 +68,11 @@ def test_a_model_that_runs_with_no_drawn_input_asks_for_data(tmp_path):
 @pytest.mark.parametrize(
     ("low", "high", "word"),
     [
-        (1 - NOISE / 2, 1 - NOISE / 4, "as fast"),
-        (1 + NOISE / 4, 1 + NOISE / 2, "as fast"),
-        (1.10, 1.14, "1.12x faster"),
-        (0.85, 0.95, "1.11x slower"),
+        (1 - NOISE / 2, 1 - NOISE / 4, "as fast as"),
+        (1 + NOISE / 4, 1 + NOISE / 2, "as fast as"),
+        (1.10, 1.14, "1.12x faster than"),
+        (0.85, 0.95, "1.11x slower than"),
+        (0.70, 1.30, "neither faster nor slower for certain (0.70 to 1.30x) than"),
     ],
 )
 def test_what_two_sessions_of_one_file_differ_by_is_no_difference(low, high, word):

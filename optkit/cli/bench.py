@@ -135,7 +135,7 @@ def bench(
     if found is not None:
         terminal.result("")
         terminal.result(
-            f"{model}: {found.ratio:.2f}x the speed of {against} ({sentences.interval(found.ci95)})"
+            f"{model}: {found.ratio:.2f}x the speed of {against} ({sentences.interval(found.ci95)}), the median of pairs"
         )
     terminal.say(
         f"measured on this machine, {sentences.count(threads, 'thread')}, {clock}; inputs {spelled(batches[0])}, {inputs}"
