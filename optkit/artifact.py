@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from optkit.backends import BACKENDS
 from optkit.data import validate
-from optkit.errors import ModelError, UsageError
+from optkit.errors import DataError, ModelError, UsageError
 from optkit.graph import digest
 from optkit.report import Manifest
 from optkit.targets import target
@@ -129,14 +129,26 @@ class Artifact:
         return self.session()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name for one batch; the session is opened at the first call and kept."""
+        """All outputs by name for one batch; the session is opened at the first call and kept.
+
+        What the runtime does not take as it is (float64, lists, tensors of torch on the CPU) is converted as calibration data are.
+
+        Raises:
+            DataError: A name, type or size does not fit the inputs.
+            ModelError: The runtime stops for another reason.
+        """
+        session = self._session
+        if not isinstance(feeds, Mapping):
+            validate(feeds, session.inputs)
         try:
-            return self._session.run(feeds)
-        except ModelError:
-            # Where the shapes are to blame, name the axis.
-            kept = [s for s in self._session.kept if s.name in feeds]
-            validate(feeds, (*self._session.inputs, *kept))
-            raise
+            return session.run(feeds)
+        except (ModelError, DataError):
+            # Where the sizes are to blame, this names the axis.
+            kept = [s for s in session.kept if s.name in feeds]
+            fitting = validate(feeds, (*session.inputs, *kept))
+            if all(fitting[name] is feeds[name] for name in fitting):
+                raise
+        return session.run(fitting)
 
     def reset(self) -> None:
         """Let ``run`` begin another sequence, where the artifact keeps states from run to run."""
@@ -145,9 +157,10 @@ class Artifact:
     def run_all(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
         """The outputs of every batch, in order, with as many requests at the same time as the artifact has streams."""
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
+        _ = self._session  # Opened once, and not by each of the threads.
         with ThreadPoolExecutor(self.streams) as pool:
             for feeds in batches:
-                waiting.append(pool.submit(self._session.run, feeds))
+                waiting.append(pool.submit(self.run, feeds))
                 # As many again as run lie ready, so that no stream waits for the reader.
                 if len(waiting) > 2 * self.streams:
                     yield waiting.popleft().result()

@@ -97,6 +97,11 @@ def request(
     engine = available(plan.backend or where.backends[0])
     _refuse_occupied(out)
     evaluator = Evaluator.load(evaluate) if isinstance(evaluate, str | Path) else evaluate
+    if evaluator is not None and not isinstance(evaluator, Evaluator):
+        raise UsageError(
+            f"evaluate is a {type(evaluator).__name__}, not an Evaluator or a file that defines one",
+            hint="give optkit.Evaluator(samples=..., score=...): samples() yields (feeds, label), score(outputs, label) -> float",
+        )
     if evaluator is not None and plan.limits.max_drop is None:
         plan = plan.model_copy(update={"limits": plan.limits.model_copy(update={"max_drop": _MAX_DROP})})
     given = validated(engine.options, "options", plan.options)

@@ -219,8 +219,42 @@ def test_streams_give_the_outputs_in_the_order_of_the_batches(model, tmp_path):
 
 
 def test_feeds_of_other_names_are_refused(compiled):
-    with pytest.raises(DataError, match="the inputs are image; given: picture"):
+    with pytest.raises(DataError, match=r"unknown input 'picture'.*'image' is missing") as error:
         optkit.load(compiled[0].folder).run({"picture": np.zeros((1, 3, 12, 12), np.float32)})
+    assert "the model takes image" in error.value.hint
+
+
+def test_an_array_without_a_name_is_refused_with_the_names(compiled):
+    with pytest.raises(DataError, match="must be a dict of arrays, not ndarray") as error:
+        optkit.load(compiled[0].folder).run(np.zeros((1, 3, 12, 12), np.float32))
+    assert "'image'" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "other", [np.float64, list, pytest.param("tensor", marks=pytest.mark.needs("torch"))]
+)
+def test_feeds_of_other_types_are_converted_as_calibration_data_are(compiled, other):
+    artifact, image = optkit.load(compiled[0].folder), _batches(1)[0]["image"]
+    if other == "tensor":
+        import torch
+
+        given = torch.from_numpy(image)
+    else:
+        given = image.tolist() if other is list else image.astype(other)
+    found = artifact.run({"image": given})["classes"]
+    np.testing.assert_array_equal(found, artifact.run({"image": image})["classes"])
+
+
+def test_integers_for_a_float_input_are_refused_with_what_converts_them(compiled):
+    with pytest.raises(DataError, match="is uint8, the model takes float32") as error:
+        optkit.load(compiled[0].folder).run({"image": np.zeros((1, 3, 12, 12), np.uint8)})
+    assert "scaling" in error.value.hint
+
+
+def test_a_function_is_no_evaluator(model, tmp_path):
+    with pytest.raises(UsageError, match="evaluate is a function") as error:
+        compile(model, evaluate=lambda outputs: 0.0, out=tmp_path / "out")
+    assert "optkit.Evaluator(samples=" in error.value.hint
 
 
 # Files that are not what was written
