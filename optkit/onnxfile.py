@@ -475,6 +475,12 @@ def _check_text(message: Message, name: str) -> None:
                     raise _not_onnx(name, f"{kind.full_name} is not UTF-8: {bytes(text[:40])!r}")
 
 
+def _holds_maps(given: onnx.TypeProto) -> bool:
+    while (kind := given.WhichOneof("value")) in ("sequence_type", "optional_type"):
+        given = getattr(given, kind).elem_type
+    return kind == "map_type"
+
+
 def _unique(names: tuple[str, ...], place: str, kind: str) -> set[str]:
     seen: set[str] = set()
     for one in names:
@@ -498,6 +504,13 @@ def _check_graph(
     for tensor in graph.initializer:
         tensors.check(tensor, place)
     _check_nodes(graph.node, names, outer, tensors, place, name)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if _holds_maps(value.type):
+            maker = next((f" of {n.op_type}" for n in graph.node if value.name in n.output), "")
+            raise ModelError(
+                f"{name}: {place}: {value.name!r}{maker} is a map or a sequence of maps, which is no tensor",
+                hint="convert a classifier of scikit-learn with options={id(model): {'zipmap': False}}, which gives its probabilities as a tensor",
+            )
     for output in graph.output:
         if output.name not in names and not (outer and any(output.name in scope for scope in outer)):
             raise ModelError(f"{name}: {place}: output {output.name!r} is not computed by any node")

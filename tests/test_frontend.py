@@ -785,6 +785,7 @@ def _nested(depth: int) -> Callable[[onnx.ModelProto], bytes]:
     return edit
 
 
+_FLOATS = onnx.helper.make_tensor_type_proto(1, [])
 _BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], bytes | None], str]] = {
     "shape too large": (_tensor(dims=[1 << 40]), r"tensor 'w' of the graph: shape \[1099511627776\] needs"),
     "shape overflows": (_tensor(dims=[1 << 62, 1 << 62]), "needs"),
@@ -808,6 +809,14 @@ _BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], bytes | None], str]] = {
     "input of strings": (_edit(lambda g: setattr(g.input.add(name="s").type.tensor_type, "elem_type", 8)), "holds strings"),
     "input of a sequence": (
         _edit(lambda g: setattr(g.input.add(name="s").type.sequence_type.elem_type.tensor_type, "elem_type", 1)), "'s' is a sequence",
+    ),
+    "output of maps": (
+        _edit(
+            lambda g: g.output[0].type.CopyFrom(
+                onnx.helper.make_sequence_type_proto(onnx.helper.make_map_type_proto(7, _FLOATS))
+            )
+        ),
+        "'y' of Relu is a map or a sequence of maps",
     ),
     "input without type": (_edit(lambda g: g.input.add(name="s")), "'s' is not a tensor of known type"),
     "unknown operator": (_node("Frobnicate", ["x"], ["z"], name="f"), r"f \(Frobnicate\): no operator Frobnicate in opset 21"),
