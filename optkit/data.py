@@ -181,7 +181,7 @@ def _check_shape(
             if size < low or (high is not None and size > high):
                 limit = f"at least {low}" if size < low else f"at most {high}"
                 raise DataError(
-                    f"{place} has size {size} at axis {axis}, but {wanted!r} is {limit} in the module",
+                    f"{place} has size {size} at axis {axis}, but {wanted!r} is {limit} in the model",
                     hint=expected,
                 )
 

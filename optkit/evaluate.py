@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import math
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,13 +80,14 @@ class Evaluator:
         """Scores as they come."""
         for index, (feeds, label) in enumerate(self.pairs()):
             outputs = run(feeds)
-            with self._own_code(f"score() of sample {index}"):
+            with self._own_code(f"score() of sample {index}", outputs):
                 score = self.score(outputs, label)
             if self.aggregate is None and not (
                 isinstance(score, int | float | np.number | np.bool_) and math.isfinite(score)
             ):
                 raise DataError(
-                    f"evaluator {self.metric}: the score of sample {index} is {score!r}, not a finite number"
+                    f"evaluator {self.metric}: the score of sample {index} is {_shown(score)}, not a finite number",
+                    hint="score(outputs, label) gives one float, higher is better",
                 )
             progress()
             yield score
@@ -119,8 +121,12 @@ class Evaluator:
         return replace(self, samples=samples)
 
     @contextlib.contextmanager
-    def _own_code(self, what: str) -> Iterator[None]:
-        """The user's own code runs inside and may raise anything; the message must say that it was theirs, and where."""
+    def _own_code(self, what: str, outputs: Mapping[str, np.ndarray] | None = None) -> Iterator[None]:
+        """The user's own code runs inside and may raise anything; the message must say that it was theirs, and where.
+
+        Args:
+            outputs: What it is given: where it asks for another, the hint names these.
+        """
         try:
             yield
         except OptkitError:
@@ -133,7 +139,8 @@ class Evaluator:
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
             place = f", line {lines[-1]}" if lines else ""
             raise DataError(
-                f"evaluator {self.metric}: {what}{place}: {type(error).__name__}: {error}"
+                f"evaluator {self.metric}: {what}{place}: {type(error).__name__}: {error}",
+                hint=_lacking(error, outputs),
             ) from error
 
     def total(self, scores: Sequence[Any]) -> float:
@@ -142,6 +149,19 @@ class Evaluator:
             return float(np.mean(scores))
         with self._own_code("aggregate()"):
             return float(self.aggregate(scores))
+
+
+def _shown(score: object) -> str:
+    """A score in few characters."""
+    shape = getattr(score, "shape", ())
+    return f"an array of shape {list(shape)}" if len(shape) else textwrap.shorten(repr(score), 80)
+
+
+def _lacking(error: Exception, outputs: Mapping[str, np.ndarray] | None) -> str | None:
+    """What the outputs are, where one was asked for that is not among them."""
+    if outputs is None or not isinstance(error, KeyError) or not error.args or error.args[0] in outputs:
+        return None
+    return f"the outputs are {', '.join(outputs)}"
 
 
 def admitted(session: Session) -> Run:
@@ -161,7 +181,7 @@ def load_python(path: Path, what: str) -> ModuleType:
         UsageError: It does not exist or raises.
     """
     if not path.is_file():
-        raise UsageError(f"{what} {path}: no such file")
+        raise UsageError(f"{what} {path}: no such file", hint=f"give the Python file that defines the {what}")
     name = f"optkit_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

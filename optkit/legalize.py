@@ -59,7 +59,7 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
         raise UnsupportedOpError(
             f"{name} on {backend.name} for {target.name}",
             [(describe(node), reason) for node, reason in problems],
-            hint="choose another --backend or --precision",
+            hint="change these nodes in the model, or choose another --backend or --precision",
         )
 
 

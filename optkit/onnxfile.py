@@ -478,7 +478,7 @@ def _check_text(message: Message, name: str) -> None:
 def _holds_maps(given: onnx.TypeProto) -> bool:
     while (kind := given.WhichOneof("value")) in ("sequence_type", "optional_type"):
         given = getattr(given, kind).elem_type
-    return kind == "map_type"
+    return bool(kind == "map_type")
 
 
 def _unique(names: tuple[str, ...], place: str, kind: str) -> set[str]:

@@ -127,6 +127,19 @@ def plan(model: ir.Model, target: Target, precision: str | None = None) -> Plan:
         UsageError: An axis of an input is free, a size is not known even from a run, or the target's peaks are not known.
         BackendUnavailableError: The target does not have the precision.
     """
+    asked = precision_for(target, precision)
+    if free := [str(v.name) for v in model.graph.inputs if elements(v.shape) is None]:
+        raise UsageError(f"free axes: {', '.join(free)}", hint="--shape INPUT=SIZES fixes them")
+    return _plan(*sized(model, {}, run=True), target, asked)
+
+
+def precision_for(target: Target, precision: str | None) -> str | None:
+    """The format that ``precision`` stands for, where a plan for the target can be made with it.
+
+    Raises:
+        UsageError: The target's peaks are not known, or no plan is made for that precision.
+        BackendUnavailableError: The target does not have the precision.
+    """
     if target.bandwidth is None or not target.peak:
         lacks = " and ".join(
             w for w, known in (("bandwidth", target.bandwidth), ("peaks", target.peak)) if not known
@@ -140,9 +153,7 @@ def plan(model: ir.Model, target: Target, precision: str | None = None) -> Plan:
         raise UsageError(f"no plan is made for {asked}", hint=f"one of {', '.join(WEIGHTS)}")
     if asked is not None and (why := target.lacks.get(asked)) is not None:
         raise BackendUnavailableError(why, hint="choose another --precision")
-    if free := [str(v.name) for v in model.graph.inputs if elements(v.shape) is None]:
-        raise UsageError(f"free axes: {', '.join(free)}", hint="--shape INPUT=SIZES fixes them")
-    return _plan(*sized(model, {}, run=True), target, asked)
+    return asked
 
 
 def _plan(model: ir.Model, notes: tuple[str, ...], target: Target, precision: str | None) -> Plan:

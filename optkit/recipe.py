@@ -302,6 +302,8 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         ]
     elif rest:
         inner = raw.get(head) or {}
+        if head not in Recipe.model_fields:
+            raise UnknownNameError("key of a recipe", head, Recipe.model_fields, where=f"--set {override!r}")
         if head not in ("limits", "options", "require") or not isinstance(inner, Mapping):
             raise RecipeError(f"--set {override!r}: {head} has no keys below it")
         if head == "options" and len(rest) > 1:

@@ -102,7 +102,10 @@ class ReferenceSession:
         try:
             results = self._session.run(None, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
-            raise DataError(f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}") from error
+            raise DataError(
+                f"no value for the input {error.args[0]!r}; given: {', '.join(feeds)}",
+                hint=f"the inputs are {', '.join(self.inputs)}",
+            ) from error
         except Exception as error:
             raise ModelError(f"ONNX Runtime stopped: {first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))

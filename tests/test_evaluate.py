@@ -404,6 +404,11 @@ def test_what_lies_beside_the_file_can_be_imported_also_later(tmp_path, monkeypa
         (("return float", "return 'good' or float"), ["the score of sample 0 is 'good'"]),
         (("== label", "== label[0]"), ["score() of sample 0", "TypeError"]),
         (("range(4)", "range(4 / 0)"), ["samples() at sample 0", "ZeroDivisionError"]),
+        (('outputs["y"]', 'outputs["z"]'), ["score() of sample 0", "KeyError: 'z'", "the outputs are y"]),
+        (
+            ("return float(", "return np.ones((300, 4)) + ("),
+            ["the score of sample 0 is an array of shape [300, 4]", "gives one float"],
+        ),
     ],
 )
 def test_mistakes_in_an_evaluator_name_the_sample(tmp_path, change, parts):
@@ -412,7 +417,7 @@ def test_mistakes_in_an_evaluator_name_the_sample(tmp_path, change, parts):
     with pytest.raises(DataError) as caught:
         evaluator.scores(_run)
     for part in ("evaluator hits", *parts):
-        assert part in str(caught.value)
+        assert part in f"{caught.value} | {caught.value.hint}"
 
 
 # Fidelity

@@ -343,6 +343,7 @@ def test_passes_of_imports_can_be_overridden():
         ("sead=3", ["unknown key 'sead'", "did you mean 'seed'?"]),
         ("seed=x", ["seed:"]),
         ("seed.a=3", ["seed has no keys below it"]),
+        ("limitz.max_drop=1%", ["unknown key of a recipe 'limitz'", "did you mean 'limits'?"]),
         (
             "passes.quantize-statik.method=mse",
             ["unknown pass of this recipe 'quantize-statik'", "did you mean"],

@@ -53,6 +53,8 @@ def diff(
         typer.Option(
             "--min-cosine",
             metavar="COSINE",
+            min=-1.0,
+            max=1.0,
             help="Cosine that each float output must reach.",
             show_default=False,
         ),
@@ -75,6 +77,12 @@ def diff(
     for name in (model, against):
         with opened(name, predict=True) as one, terminal.progress.task(f"run {name}") as task:
             remarks.add(one)
+            wanted = [s.name for s in one.inputs]
+            if missing := [n for n in wanted if n not in given[0]]:
+                raise DataError(
+                    f"{name} takes {', '.join(wanted)}, and {against} has no input {', '.join(missing)}; it has {', '.join(given[0])}",
+                    hint="both must be of one model: inputs are told apart by name",
+                )
             outputs: list[Outputs] = []
             for batch in given:
                 outputs.append(one.run(batch))

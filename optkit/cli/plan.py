@@ -50,13 +50,14 @@ def plan(
     from optkit.cli.render import facts, table
     from optkit.cli.running import graph, shaped
     from optkit.errors import UsageError
-    from optkit.planning import dollars
+    from optkit.planning import dollars, precision_for
     from optkit.planning import plan as made
     from optkit.targets import target as find_target
 
     if target is None:
         raise UsageError("a plan needs a target", hint="--target h100; optkit targets lists them")
     where = find_target(target)
+    precision_for(where, precision)
     dollar, source = _price(where.name, price, prices)
     loaded = graph(model, **options.torch_given(model, dynamic, inputs, weights))
     if free := shaped(loaded, shape or ()):

@@ -50,7 +50,9 @@ def quantize(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", "-p", metavar="NAME", help="int8 or int8-dyn.", show_default="int8"),
+        typer.Option(
+            "--precision", "-p", metavar="NAME", help="int8, int8-dyn or fp16.", show_default="int8"
+        ),
     ] = None,
     calib: options.Calib = None,
     backend: options.Backend = None,

@@ -72,7 +72,7 @@ def open_source(
         module = source
     if not isinstance(module, torch.nn.Module | torch.export.ExportedProgram):
         raise UsageError(
-            f"{name}: is a {type(module).__name__}, not a PyTorch module",
+            f"{name}: {type(module).__name__} is no PyTorch module",
             hint="give an nn.Module and example inputs",
         )
     if name == "module" and isinstance(module, torch.nn.Module):
@@ -184,7 +184,7 @@ def _factory(text: str) -> Any:
         return found
     if not callable(found):
         raise UsageError(
-            f"{text}: is a {type(found).__name__}, not a function",
+            f"{text}: {type(found).__name__} is no function",
             hint="name a function that returns (module, inputs)",
         )
     needed = [

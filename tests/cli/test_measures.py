@@ -162,7 +162,7 @@ def test_diff_says_of_each_output_how_far_it_is_from_the_others(optkit, given, t
 
 @pytest.mark.parametrize(("limits", "missed"), [
     (("--min-sqnr", "10"), False), (("--min-sqnr", "60"), True), (("--min-cosine", "0.99"), False),
-    (("--min-cosine", "1.1"), True),
+    (("--min-cosine", "1"), True),
 ])  # fmt: skip
 def test_diff_is_a_gate_where_limits_are_given(optkit, given, tmp_path, limits, missed):
     model = onnx.load(given / "model.onnx")
@@ -199,3 +199,18 @@ def test_diff_of_models_with_other_outputs_says_which(optkit, given, tmp_path):
     onnx.save(model, tmp_path / "other.onnx")
     ran = optkit("diff", "other.onnx", "--against", given / "model.onnx")
     assert ran.code == 2 and "has no output y" in ran.err and "by name" in ran.err
+
+
+def test_diff_of_models_with_other_inputs_says_which(optkit, given, tmp_path):
+    model = onnx.load(given / "model.onnx")
+    for node in model.graph.node:
+        node.input[:] = ["z" if name == "x" else name for name in node.input]
+    model.graph.input[0].name = "z"
+    onnx.save(model, tmp_path / "other.onnx")
+    ran = optkit("diff", "other.onnx", "--against", given / "model.onnx")
+    assert ran.code == 2 and "other.onnx takes z" in ran.err and "x" in ran.err, ran.err
+
+
+def test_diff_refuses_a_cosine_beyond_one(optkit, given):
+    ran = optkit("diff", given / "model.onnx", "--against", given / "model.onnx", "--min-cosine", "2")
+    assert ran.code == 2 and "min-cosine" in ran.err

@@ -73,6 +73,7 @@ def test_a_table_of_prices_takes_the_place_of_the_list(optkit, given, tmp_path):
     [
         (["-t", "h100"], "has free axes: N"),
         (["--shape", "x=1x32"], "a plan needs a target"),
+        (["-t", "cpu"], "no bandwidth and peaks of cpu are known"),
         (["-t", "h100", "--shape", "x=1x32", "--prices", "nowhere.yaml"], "no such file"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_tuple_brings_its_free_axes():
         ("my_networks:missing", "has no 'missing'"),
         ("my_networks:needy", "needs arguments: size"),
         ("my_networks:broken", r"my_networks\.py:\d+: ZeroDivisionError"),
-        ("my_networks:number", "is a int, not a function"),
+        ("my_networks:number", "int is no function"),
         ("no_networks:network", "cannot import no_networks"),
         ("my_networks:alone", "needs example inputs"),
     ],
