@@ -291,8 +291,10 @@ def _floor(work: Compilation, name: str, recipe: Recipe, tried: dict[str, Candid
     except ModelError as error:
         if isinstance(error, UnsupportedOpError) or not recipe.passes:
             raise
+        # Where this fails too, its error says all.
+        given = work.build("as-given", recipe.model_copy(update={"passes": ()}))
         tried[name] = _left_out(name, error)
-        return work.build("as-given", recipe.model_copy(update={"passes": ()}))
+        return given
 
 
 def _left_out(name: str, error: OptkitError) -> CandidateRecord:

@@ -343,10 +343,12 @@ def test_one_that_cannot_be_built_or_judged_is_left_out(tmp_path, when, error):
 
 
 @pytest.mark.parametrize("when", ["fails", "unfit"])
-def test_a_floor_that_cannot_be_built_or_judged_ends_it(tmp_path, when):
+def test_a_floor_that_cannot_be_built_or_judged_ends_it(tmp_path, when, caplog):
     bad = _Plan(9.0, **{when: ModelError("it stopped")})
     with pytest.raises(ModelError):
         _choose(tmp_path, {"fp32": bad, "as-given": bad, "good": _Plan(1.5)})
+    # The error says it, and no warning before it says the same.
+    assert "it stopped" not in caplog.text
 
 
 def test_a_floor_whose_passes_break_it_gives_way_to_the_graph_as_it_was_given(tmp_path):
