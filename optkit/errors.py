@@ -33,15 +33,22 @@ class DataError(UsageError):
 
 
 class UnknownNameError(UsageError):
-    """A name that no table has; the hint suggests the nearest."""
+    """A name that no table has; the hint suggests the nearest.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
+    Args:
+        listed: The command that lists what is known, where that is too much for a line.
+    """
+
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], *, where: str = "", listed: str | None = None
+    ) -> None:
         import difflib
 
         known = sorted(known)
         close = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
         near = next((k for k in known if close and k.lower() == close[0]), None)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+        every = f"{listed} lists what is known" if listed else f"known: {', '.join(known)}"
+        hint = f"did you mean {near!r}?" if near else every
         super().__init__(f"{where}{': ' if where else ''}unknown {kind} {name!r}", hint=hint)
 
 

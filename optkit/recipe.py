@@ -221,7 +221,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     else:
         known = {name.lower(): name for name in shipped()}
         if str(source).lower() not in known:
-            raise UnknownNameError("recipe", str(source), known.values())
+            raise UnknownNameError("recipe", str(source), known.values(), listed="optkit recipe list")
         name = known[str(source).lower()]
         where, text = name, (files("optkit.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     try:

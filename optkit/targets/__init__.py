@@ -29,5 +29,5 @@ def target(name: str | Target) -> Target:
         return name
     found = TARGETS.get(name.lower())
     if found is None:
-        raise UnknownNameError("target", name, TARGETS)
+        raise UnknownNameError("target", name, TARGETS, listed="optkit targets")
     return found

@@ -318,6 +318,8 @@ _MISTAKES = {
     "garbage": (["garbage.onnx", *_RECIPE, *_CALIB], "garbage.onnx", None),
     "torch": (["model.pt2", *_RECIPE, *_CALIB], "model.pt2: no such file", None),
     "dynamic": (["{given}/model.onnx", "--dynamic", "batch", *_RECIPE, *_CALIB], "--dynamic: for PyTorch modules", "start from the module"),
+    "no such target": (["{given}/model.onnx", "-t", "abacus"], "unknown target 'abacus'", "optkit targets lists"),
+    "no such recipe": (["{given}/model.onnx", "-r", "zzz"], "unknown recipe 'zzz'", "optkit recipe list lists"),
     "target": (["{given}/model.onnx", "-t", "cpuu"], "unknown target 'cpuu'", "did you mean 'cpu'?"),
     "backend": (["{given}/model.onnx", *_RECIPE, "--backend", "onnxruntme"], "unknown backend 'onnxruntme'", "did you mean 'onnxruntime'?"),
     "recipe": (["{given}/model.onnx", "-r", "int8-statik"], "unknown recipe 'int8-statik'", "did you mean 'int8-static'?"),
