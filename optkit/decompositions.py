@@ -365,6 +365,74 @@ def _unbiased_lrn(op: Builder, node: ir.Node) -> ir.Value | None:
     return op.Mul(op.node("LRN", [x], told)[0], _like(x, bias**-beta))
 
 
+def _lrn_as_pool(op: Builder, node: ir.Node) -> ir.Value | None:
+    """The mean of squares over ``size`` channels by a pool, with the channels as rows of a picture; other axes in a column each."""
+    defaults = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0}
+    alpha, beta, bias = (node.attributes.get_float(k, v) for k, v in defaults.items())
+    x, size = node.inputs[0], node.attributes["size"].as_int()
+    sizes = shape_of(x)
+    if sizes is None or len(sizes) < 3 or not isinstance(sizes[1], int):
+        return None
+    # What 0 stands for in Reshape is the size at the same axis: the batch.
+    rows = op.Reshape(op.Mul(x, x), np.array([0, 1, sizes[1], -1], np.int64))
+    window = {"kernel_shape": [size, 1], "pads": [(size - 1) // 2, 0, size // 2, 0], "count_include_pad": 1}
+    mean = op.node("AveragePool", [rows], window)[0]
+    known = [n if isinstance(n, int) else 0 for n in sizes]
+    shape = np.array(known, np.int64) if sum(not isinstance(n, int) for n in sizes[1:]) == 0 else op.Shape(x)
+    whole = op.Reshape(mean, shape)
+    return op.Div(x, op.Pow(op.Add(op.Mul(whole, _like(x, alpha)), _like(x, bias)), _like(x, beta)))
+
+
+def _lp_normalization(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``x / norm(x)`` along an axis, and 0 where that is 0, as in ONNX since opset 22 and in ONNX Runtime before."""
+    x, axis = node.inputs[0], np.array([node.attributes.get_int("axis", -1)], np.int64)
+    norm = _root(op, op.ReduceSum(_power(op, x, node), axis, keepdims=1), node)
+    none = op.Equal(norm, _like(x, 0))
+    return op.Where(none, _like(x, 0), op.Div(x, op.Where(none, _like(x, 1), norm)))
+
+
+def _sum(op: Builder, node: ir.Node) -> ir.Value | None:
+    """One addend after the other."""
+    total = node.inputs[0]
+    for addend in node.inputs[1:]:
+        total = op.Add(total, addend)
+    return total if len(node.inputs) > 1 else op.Identity(total)
+
+
+def _mean(op: Builder, node: ir.Node) -> ir.Value | None:
+    return op.Mul(_sum(op, node), _like(node.inputs[0], 1 / len(node.inputs)))
+
+
+def _erf(op: Builder, node: ir.Node) -> ir.Value | None:
+    """``x P(x^2) / Q(x^2)`` up to 4, where float32 has 1; as exact as float32, 4e-7 at most, also relatively.
+
+    P and Q have degree 5 and are the best in the relative error between 0 and 4: fitted in float64, with the weights of Lawson's algorithm.
+    """
+    x = node.inputs[0]
+    if x is None or x.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        return None
+    wide = op.Cast(x, to=ir.DataType.FLOAT.value) if x.dtype == ir.DataType.FLOAT16 else x
+    near = op.Clip(wide, np.array(-4, np.float32), np.array(4, np.float32))
+    square = op.Mul(near, near)
+    above, below = (_polynomial(op, square, numbers) for numbers in (_ERF_ABOVE, _ERF_BELOW))
+    found = op.Clip(op.Div(op.Mul(near, above), below), np.array(-1, np.float32), np.array(1, np.float32))
+    return op.Cast(found, to=x.dtype.value) if x.dtype == ir.DataType.FLOAT16 else found
+
+
+# From the constant term on.
+_ERF_ABOVE = (1.1283791394150244, 0.19354643599421648, 0.05310174901109269, 0.0038833379991726168, 0.00028455523700484086, 1.986646419106049e-06)  # fmt: skip
+_ERF_BELOW = (1.0, 0.5048586206352249, 0.11535040163643656, 0.015207268277899724, 0.0011855486863918889, 3.741817853651595e-05)  # fmt: skip
+
+
+def _polynomial(op: Builder, x: ir.Value, numbers: Sequence[float]) -> ir.Value:
+    """By Horner's rule."""
+    first, *rest, last = (np.array(n, np.float32) for n in numbers)
+    total = op.Mul(x, last)
+    for number in reversed(rest):
+        total = op.Mul(op.Add(total, number), x)
+    return op.Add(total, first)
+
+
 def _grid_sample(op: Builder, node: ir.Node) -> ir.Value | None:
     """Pixels, all channels of each in a row, looked up around every place and weighed by how near they are; pictures of known sizes."""
     picture, grid = node.inputs
@@ -508,15 +576,19 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Atanh": (_atanh,),
     "Conv": (_convolution_of_volumes,),
     "Einsum": (_einsum_in_pairs, _einsum_as_products),
+    "Erf": (_erf,),
     "Gemm": (_scaled_gemm,),
     "GlobalLpPool": (_global_lp_pool,),
     "GridSample": (_grid_sample,),
-    "LRN": (_unbiased_lrn,),
+    "LRN": (_unbiased_lrn, _lrn_as_pool),
+    "LpNormalization": (_lp_normalization,),
     "LpPool": (_lp_pool,),
     "MatMul": (_product_of_vectors,),
+    "Mean": (_mean,),
     "QLinearConv": (_quantized_convolution,),
     "QLinearMatMul": (_quantized_product,),
     "ReduceLogSumExp": (_log_sum_exp,),
     "STFT": (_short_time_fourier_transform,),
     "Softplus": (_softplus,),
+    "Sum": (_sum,),
 }

@@ -370,8 +370,3 @@ def _special(c: Context, node: ir.Node) -> None:
         return c.op("EQUAL", [x, c.number(end)], x.shape, np.bool_, ("EqualOptions", {}))
 
     _unary(c, node, compute)
-
-
-@emits("Erf", refuse=lambda n: "LiteRT has no Erf, only the Gelu that it is part of")
-def _erf(c: Context, node: ir.Node) -> None:
-    raise AssertionError("refused")

@@ -463,4 +463,4 @@ def test_every_operator_of_the_emitters_is_compared():
     from optkit.backends.litert.emit import ROWS
 
     compared = {node.op_type for name in CASES for node in walk(_model(name))}
-    assert set(ROWS) - compared == {"Erf"}
+    assert not set(ROWS) - compared
