@@ -68,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = _wanted([name.strip() for name in given.only.split(",") if name.strip()], parser)
     place = given.out / "results" / "families.json"
     rows: dict[str, dict[str, Any]] = {}
+    processors: dict[str, str] = {}
     if place.exists():
-        rows = {r["name"]: r for r in json.loads(place.read_text())["rows"]}
+        before = json.loads(place.read_text())
+        rows, processors = {r["name"]: r for r in before["rows"]}, before["processors"]
     torch.set_num_threads(1)
     stages = [name.strip() for name in given.stages.split(",")]
     if odd := sorted(set(stages) - set(STAGES[2:])):
         parser.error(f"no stage is called {', '.join(odd)}")
+    processors |= dict.fromkeys((*STAGES[:2], *stages), processor()["name"])
     for row in _run(wanted, given.jobs, stages):
         rows[row["name"]] = _merged(rows.get(row["name"]), row, stages)
         print(
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         order = [name for kind in KINDS for name in table(kind)]
         kept = [rows[name] for name in order if name in rows]
         used = {name: version(name) for name in _PACKAGES}
-        found = {"processor": processor()["name"], "versions": used, "rows": kept}
+        found = {"processors": processors, "versions": used, "rows": kept}
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(found, indent=1) + "\n")
         (given.out / "families.md").write_text(matrix.written(found))

@@ -17,6 +17,10 @@ def written(found: Mapping[str, Any]) -> str:
     """The page, from what the run found."""
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
+    machines: dict[str, list[str]] = {}
+    for stage, name in found["processors"].items():
+        machines.setdefault(name, []).append(_TITLES[stage])
+    where = "; ".join(f"{name} ({', '.join(stages)})" for name, stages in machines.items())
     lines = [
         "# Model families", "",
         "Written by `python -m optkit.benchmarks.families`. Each family is built from its configuration with seeded random weights at "
@@ -27,7 +31,7 @@ def written(found: Mapping[str, Any]) -> str:
         "package, with free axes as ranges, or with fixed sizes, a package for each, where the row says so; nothing ran on Apple hardware. LiteRT's has one file for all the sizes, which are fixed in it. int8 passes when the cosine to float, averaged over the "
         "outputs, is at least 0.99, as `optkit compile` gets it: the layers that hurt most return to float until it is. Calibration had two batches of random inputs. Weights are random, so it says that int8 works, not "
         "what it costs a trained network.", "",
-        f"{found['processor']}; {versions}.", "",
+        f"Last run on: {where}. {versions}.", "",
         "| stage | pass |", "|---|---|",
         *(f"| {_TITLES[s]} | {sum(s in r['passed'] for r in rows)} of {len(rows)} |" for s in STAGES), "",
         "| family | kind | way | nodes | " + " | ".join(_TITLES[s] for s in STAGES[1:]) + " | CPU s |",

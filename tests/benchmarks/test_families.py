@@ -45,8 +45,15 @@ def test_a_family_that_fails_says_at_which_line():
     row = examine("choice", "vision", lambda: Built(module=Choosing(), inputs=torch.randn(4, 3), dynamic={}))
     assert row.passed == []
     assert "benchmarks/test_families.py:" in row.failed["export"]
-    page = matrix.written({"processor": "this one", "versions": {}, "rows": [asdict(row)]})
+    page = matrix.written(
+        {
+            "processors": {"export": "this one", "onnx": "this one", "int8": "that one"},
+            "versions": {},
+            "rows": [asdict(row)],
+        }
+    )
     assert "| torch.export | 0 of 1 |" in page
+    assert "Last run on: this one (torch.export, ONNX, every size); that one (int8)." in page
     assert "* **choice**, torch.export:" in page
 
 
