@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optkit.benchmarks.machine import processor
 from optkit.kernels.gates import failures
 from optkit.targets import target
 from optkit.workbench import chosen, numerics, sheets
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
     lines += [
         "",
         f"{len(found)} programs of {len(chosen(()))} kernels: {cold:.0f} CPU-seconds to compile and inspect, "
-        f"{warm:.1f} s from the cache; {len(numbers)} launches in the interpreter, {spent:.0f} CPU-seconds.",
+        f"{warm:.1f} s from the cache; {len(numbers)} launches in the interpreter, {spent:.0f} CPU-seconds; {processor()['name']}.",
         f"Failures: {len(bad)}",
         *(f"* {line}" for line in bad),
     ]
