@@ -12,13 +12,13 @@ from onnx_ir.passes.common import InlinePass
 from pydantic import Field
 
 from optkit.errors import ModelError, UsageError
-from optkit.graph import subgraphs
+from optkit.graph import RANDOM, subgraphs
 from optkit.inference import at_shapes, infer
 from optkit.reference import ReferenceSession, with_outputs
 from optkit.rewrite import Names, register, remove_unused, substitute
 
 # Of integers on a grid nothing is computed before; what is random is never.
-_KEPT = frozenset({"Constant", "QuantizeLinear", "DequantizeLinear", "RandomNormal", "RandomUniform"})
+_KEPT = RANDOM | {"Constant", "QuantizeLinear", "DequantizeLinear"}
 
 
 Count = Annotated[int, Field(ge=1)]

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from optkit.data import draw, specs, trial_sizes
 from optkit.errors import ModelError, OptkitError
-from optkit.graph import walk, weight_bytes
+from optkit.graph import RANDOM, walk, weight_bytes
 from optkit.store import detached, save
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 _LARGEST = 1 << 30
 _SECONDS = 120
 _SPARE_MEMORY = 4 << 30
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
-)
 
 
 def check(source: Path | bytes | ir.Model, converted: ir.Model, *, name: str, unsafe: bool = False) -> str:
@@ -126,7 +123,7 @@ def compare(
     """The verdict: ``note`` (could not be compared), ``wrong``, or ``difference``."""
     from optkit import onnxfile
 
-    seeded = any(node.op_type in _RANDOM for node in walk(model))
+    seeded = any(node.op_type in RANDOM for node in walk(model))
     try:
         if seeded:
             original = onnxfile.read(path, name=path.name, unsafe=unsafe)
@@ -150,7 +147,7 @@ def compare(
 def _seed(model: ir.Model) -> None:
     """Make what is drawn at random the same in each run."""
     for node in walk(model):
-        if node.op_type in _RANDOM:
+        if node.op_type in RANDOM:
             node.attributes["seed"] = ir.AttrFloat32("seed", 1.0)
 
 

@@ -21,6 +21,10 @@ OPSET = 21
 IR_VERSION = 10
 # The standard operators with bodies; looking through the attributes of every node would take longer than most passes.
 _WITH_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+# Operators that give other numbers in each run: nobody computes them beforehand.
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 
 
 def walk(scope: ir.Model | ir.Graph) -> Iterator[ir.Node]:

@@ -79,6 +79,7 @@ KERNELS: dict[str, Kernel] = {
     **_rows("SCATTER_ND", _ANY, operands=(1, 2, 1)),
     **_rows("TOPK_V2", _WIDE),
     **_rows("ONE_HOT", frozenset({"float32", "int32", "int64", "bool"}), operands=(2, 4, 1)),
+    **_rows("RANDOM_STANDARD_NORMAL RANDOM_UNIFORM", frozenset({"int32"})),
     **_rows("ATAN2", _FLOAT, operands=_PAIR),
     **_rows("SELECT_V2", _ANY, operands=(1, 3, 1)),
     **_rows("LOGICAL_AND LOGICAL_OR", frozenset({"bool"}), operands=_PAIR),

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from optkit.graph import IR_VERSION, OPSET, attribute, constant, graphs, subgraphs
+from optkit.graph import IR_VERSION, OPSET, RANDOM, attribute, constant, graphs, subgraphs
 from optkit.inference import infer_node
 from optkit.passes.base import Context, GraphPass
 from optkit.reference import first_line, session_options
@@ -20,9 +20,6 @@ from optkit.rewrite import Change, label, register, remove, replaceable, substit
 
 logger = logging.getLogger(__name__)
 
-RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 # Quantized weights stay quantized; control flow has rules of its own; sequences and optionals are no tensors.
 _KEPT = RANDOM | {
     "Constant", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "If", "Loop", "Scan", "Dropout",

@@ -9,9 +9,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from optkit.graph import graphs, subgraphs, walk
+from optkit.graph import RANDOM, graphs, subgraphs, walk
 from optkit.passes.base import Context, GraphPass
-from optkit.passes.cleanup.constants import RANDOM
 from optkit.rewrite import Change, label, replaceable, substitute
 
 _CHUNK = 1 << 20

@@ -8,6 +8,7 @@ from optkit.backends.litert.emit import indexing as indexing
 from optkit.backends.litert.emit import matmul as matmul
 from optkit.backends.litert.emit import norm as norm
 from optkit.backends.litert.emit import quant as quant
+from optkit.backends.litert.emit import random as random
 from optkit.backends.litert.emit import recurrent as recurrent
 from optkit.backends.litert.emit import reduce as reduce
 from optkit.backends.litert.emit import resize as resize

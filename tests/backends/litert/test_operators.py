@@ -463,4 +463,33 @@ def test_every_operator_of_the_emitters_is_compared():
     from optkit.backends.litert.emit import ROWS
 
     compared = {node.op_type for name in CASES for node in walk(_model(name))}
-    assert not set(ROWS) - compared
+    random = {f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")}
+    assert set(ROWS) - compared == random
+
+
+@pytest.mark.parametrize("source", ["Like<%s>(x)", "<%s, shape = [3, 4096]>()", "Like<%s>(z)"])
+def test_random_numbers_have_the_distribution_that_is_asked_for(source, tmp_path):
+    """Within five standard errors of mean and deviation; others in each run, also where their shape alone is known."""
+    from optkit.backends.litert.lower import LiteRt, LiteRtOptions
+
+    normal, uniform, seeded = (
+        source % options for options in ("mean = 2.0, scale = 0.5", "low = -1.0, high = 3.0", "seed = 7.0")
+    )
+    text = f"""(float[N, 4096] x) => (float[] a, float[] b, float[] c) {{
+      s = Shape(x) z = ConstantOfShape(s)
+      r = RandomNormal{normal} u = RandomUniform{uniform} t = RandomUniform{seeded} a = Add(x, r) b = Add(x, u) c = Add(x, t) }}"""
+    model, backend, options = parse(HEAD % (21, text)), LiteRt(), LiteRtOptions(shapes={"N": 3})
+    legalize(model, backend, PHONE, name="model")
+    backend.lower(model, PHONE, options, tmp_path)
+    feeds = {"x": np.zeros((3, 4096), np.float32)}
+    with backend.load(tmp_path, PHONE, options, threads=1) as session:
+        one, other = session.run(feeds), session.run(feeds)
+    with backend.load(tmp_path, PHONE, options, threads=1) as session:
+        again = session.run(feeds)
+    count = feeds["x"].size
+    for name, mean, deviation in (("a", 2, 0.5), ("b", 1, 4 / 12**0.5), ("c", 0.5, 1 / 12**0.5)):
+        assert abs(one[name].mean() - mean) < 5 * deviation / count**0.5
+        assert abs(one[name].std() - deviation) < 5 * deviation / count**0.5
+    assert (one["a"] != other["a"]).any() and (one["b"] != other["b"]).any()
+    np.testing.assert_array_equal(one["c"], again["c"])
+    assert (one["a"] != again["a"]).any()
