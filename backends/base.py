@@ -174,6 +174,7 @@ class Backend(ABC):
         dynamic_in_floats: Whether integer products with scales of each run may be written out in floats where it has none: a file with
             them then runs and stays small, and is no faster than in float.
         halves_in_floats: Whether it computes in float32 what a file computes in float16.
+        doubles_in_floats: The same of what it computes in float64 between inputs and outputs of other types.
         zero_points_apart: Whether zero points of weights in 4 bits are taken out of products, where it has none.
         floor: The recipe of exact passes that ships where no other candidate keeps the limits; ``fallback`` asks the target.
     """
@@ -187,6 +188,7 @@ class Backend(ABC):
     generic: ClassVar[bool] = True
     dynamic_in_floats: ClassVar[bool] = False
     halves_in_floats: ClassVar[bool] = False
+    doubles_in_floats: ClassVar[bool] = False
     zero_points_apart: ClassVar[bool] = False
     floor: ClassVar[str] = "fp32"
 

@@ -39,8 +39,8 @@ def legalize(model: ir.Model, backend: Backend, target: Target, *, name: str) ->
 
     A node that it can't run is replaced by what defines its operator: a rule of ``optkit.decompositions``, or the function
     that ONNX has for it, in as many steps as it takes. Where the backend says so, passes replace more than a node: integer products with
-    scales of each run by ``dynamic-to-float``, float16 by float32 by ``widen-halves``, and products with weights in 4 bits that have zero
-    points by ``split-zero-points``.
+    scales of each run by ``dynamic-to-float``, float16 and float64 by float32 by ``widen-halves`` and ``narrow-doubles``, and products with
+    weights in 4 bits that have zero points by ``split-zero-points``.
 
     Raises:
         UnsupportedOpError: Lists all nodes that cannot be written out so, with the reason for each; the graph is as it was.
@@ -71,8 +71,16 @@ def _wanted(model: ir.Model, backend: Backend) -> Iterator[str]:
         o.dtype == ir.DataType.FLOAT16 for n in walk(model) for o in n.outputs
     ):
         yield "widen-halves"
+    if backend.doubles_in_floats and _has_doubles(model):
+        yield "narrow-doubles"
     if backend.zero_points_apart and any(_has_zero_points(n) for n in walk(model)):
         yield "split-zero-points"
+
+
+def _has_doubles(model: ir.Model) -> bool:
+    """Whether it computes in float64, and neither takes nor gives it: that would take the type itself."""
+    ports = any(v.dtype == ir.DataType.DOUBLE for v in (*model.graph.inputs, *model.graph.outputs))
+    return not ports and any(o.dtype == ir.DataType.DOUBLE for n in walk(model) for o in n.outputs)
 
 
 def _has_zero_points(node: ir.Node) -> bool:

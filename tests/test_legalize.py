@@ -445,6 +445,27 @@ def test_float16_is_widened_where_the_backend_says_so_and_stays_where_a_node_is_
         assert text(model) == before
 
 
+class _NoDoubles(_Without):
+    doubles_in_floats = True
+
+    def unsupported(self, node, target):
+        double = any(v.dtype == ir.DataType.DOUBLE for v in (*node.inputs, *node.outputs))
+        return "float64" if double else super().unsupported(node, target)
+
+
+def test_float64_is_narrowed_between_inputs_and_outputs_alone():
+    model = parse(
+        HEAD % "(float[N] x) => (float[N] y) { d = Cast<to = 11>(x) s = Sin(d) y = Cast<to = 1>(s) }"
+    )
+    legalize(model, _NoDoubles(), ANDROID, name="m")
+    assert [n.op_type for n in walk(model)] == ["Sin"]
+    model = parse(HEAD % "(double[N] x) => (float[N] y) { s = Sin(x) y = Cast<to = 1>(s) }")
+    before = text(model)
+    with pytest.raises(UnsupportedOpError):
+        legalize(model, _NoDoubles(), ANDROID, name="m")
+    assert text(model) == before
+
+
 def test_dynamic_quantization_stays_where_the_backend_does_not_say_so():
     model = parse(HEAD % _DYNAMIC % "Relu")
     before = text(model)

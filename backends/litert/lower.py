@@ -65,6 +65,7 @@ class LiteRt(Backend):
     generic: ClassVar[bool] = False
     dynamic_in_floats: ClassVar[bool] = True
     halves_in_floats: ClassVar[bool] = True
+    doubles_in_floats: ClassVar[bool] = True
 
     def available(self) -> str | None:
         """None: the package brings writer and runtime."""

@@ -89,6 +89,7 @@ class TensorRt(Backend):
     fixes: ClassVar[bool] = True
     generic: ClassVar[bool] = False
     zero_points_apart: ClassVar[bool] = True
+    doubles_in_floats: ClassVar[bool] = True
 
     def available(self) -> str | None:
         """Always: a bundle needs no package, and ``ready`` says what an engine needs."""

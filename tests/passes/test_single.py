@@ -1,4 +1,4 @@
-"""A graph in float16 computed in float32, held against ONNX Runtime."""
+"""A graph in float16 or float64 computed in float32, held against ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from optkit.graph import graphs, text, walk
 from optkit.passes.base import Context
-from optkit.passes.lowering.widen import WidenHalves
+from optkit.passes.lowering.single import NarrowDoubles, WidenHalves
 from optkit.reference import ReferenceSession
 from optkit.targets import target
 from optkit.testing import parse, random_feeds
@@ -73,3 +73,27 @@ def test_a_graph_in_float32_and_one_that_was_widened_stay():
     _run(model)
     before = text(model)
     assert _run(model) == [] and text(model) == before, "a second run changes nothing"
+
+
+# Angles of positions, as rotary embeddings compute them, and a mask of float64's lowest number.
+DOUBLES = """(int64[N] p, float[N, 4] x) => (float[N, 4] y, float[N, 4] z) <double low = {-1.7e308}, double none = {0}> {
+  d = Cast<to = 11>(p) u = Unsqueeze(d, last) a = Mul(u, rates) c = Cos(a) f = Cast<to = 1>(c) y = Mul(x, f)
+  n = Less(a, one) m = Where(n, none, low) e = Exp(m) z = Cast<to = 1>(e)
+}"""
+
+
+def _doubles():
+    return parse(
+        HEAD + DOUBLES, last=np.array([-1]), rates=np.array([1, 0.1, 0.01, 0.001]), one=np.array(1.0),
+    )  # fmt: skip
+
+
+def test_float64_between_inputs_and_outputs_is_computed_in_float32():
+    model, feeds = _doubles(), {"p": np.arange(50), "x": np.ones((50, 4), np.float32)}
+    assert NarrowDoubles().run(model, Context(target=target("l4")))
+    assert not any(v.dtype == ir.DataType.DOUBLE for n in walk(model) for v in n.outputs)
+    found, expected = ReferenceSession(model).run(feeds), ReferenceSession(_doubles()).run(feeds)
+    # An angle of 49 has 18 bits behind the point in float32.
+    np.testing.assert_allclose(found["y"], expected["y"], atol=4e-6)
+    np.testing.assert_array_equal(found["z"], expected["z"])
+    assert not np.isinf(model.graph.initializers["low"].const_value.numpy()).any()
