@@ -21,6 +21,7 @@ from optkit.backends.litert.profile import operators, weights
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
 from optkit.backends.litert.trial import survives
 from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
+from optkit.bodies import BODIES, flatten
 from optkit.decompositions import RULES
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe, walk
@@ -95,9 +96,11 @@ class LiteRt(Backend):
         return None if row.refuse is None or _sized(node) else row.refuse(node)
 
     def settles(self, node: ir.Node) -> bool:
-        """Whether something may stand for it at the sizes of the file, or it may be a number that follows from them."""
-        if node.domain != "" or not (node.op_type in RULES or node.op_type in ROWS):
+        """Whether something may stand for it at the sizes of the file, it may be written out step by step, or be a number that follows from them."""
+        if node.domain != "" or node.op_type not in RULES.keys() | ROWS.keys() | BODIES.keys():
             return False
+        if node.op_type in BODIES:
+            return True
         return _sized(node) if node.op_type in RULES else _is_number(node.outputs[0])
 
     def lower(self, model: ir.Model, target: Target, options: LiteRtOptions, path: Path) -> None:
@@ -112,6 +115,8 @@ class LiteRt(Backend):
         file, shapes = File(), {}
         for signature in chosen:
             sized = fixed(model, signature.sizes)
+            if flatten(sized):
+                sized = fixed(sized, signature.sizes)
             _write_out(sized)
             problems = [(describe(n), reason) for n in walk(sized) if (reason := _refused(n)) is not None]
             floats = list[str]()
@@ -218,6 +223,8 @@ def _refused(node: ir.Node) -> str | None:
     if node.op_type == "Constant":
         return None
     row = ROWS.get(node.op_type) if node.domain == "" else None
+    if node.op_type in BODIES and node.domain == "":
+        return f"LiteRT gets {node.op_type} written out alone, and what it runs depends on data, or has too many steps"
     if row is None:
         why = " in this form" if node.op_type in RULES else "; it depends on data"
         return f"optkit has no translation of {node.op_type} into LiteRT{why}"

@@ -34,6 +34,19 @@ def _each(operators: tuple[str, ...], shape: str, of: str = "x", before: str = "
 
 # Name -> graph, and the shapes of its weights. Every operator of the emitters is in one of them, see the last test.
 CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "steps of Scan, as many as there are rows": (
+        """(float[N, 4, 2] x, float[4, 2] s) => (float[4, 2] e, float[N, 4, 2] y) {
+        e, y = Scan<num_scan_inputs = 1, body = b (float[4, 2] p, float[4, 2] q) => (float[4, 2] n, float[4, 2] o) {
+          n = Add(p, q) o = Tanh(n) }>(s, x) }""",
+        {},
+    ),
+    "steps of Loop, as many as there are rows, and a branch by sizes": (
+        """(float[N, 4] x) => (float[N, 4] y) <int64 zero = {0}, int64 one = {1}> {
+        n = Shape<end = 1>(x) k = Squeeze(n) m = Add(k, one) c = Greater(k, zero)
+        l = Loop(m, , x) <body = b (int64 i, bool g, float[N, 4] s) => (bool d, float[N, 4] t) { d = Identity(g) t = Sin(s) }>
+        y = If(c) <then_branch = t () => (float[N, 4] a) { a = Neg(l) }, else_branch = e () => (float[N, 4] b) { b = Abs(l) }> }""",
+        {},
+    ),
     "unary": (_each(UNARY, "3, 7"), {}),
     "unary behind a convolution": (
         """(float[2, 3, 6, 5] x) => (float[] a, float[] b, float[] d, float[] e) {
@@ -446,7 +459,8 @@ def _model(name: str) -> ir.Model:
 def test_the_file_computes_what_onnx_runtime_does(name, tmp_path):
     from optkit.backends.litert.lower import LiteRt, LiteRtOptions
 
-    model, backend, options = _model(name), LiteRt(), LiteRtOptions()
+    model, backend = _model(name), LiteRt()
+    options = LiteRtOptions(shapes={"N": 3} if "[N" in CASES[name][0] else {})
     legalize(model, backend, PHONE, name="model")
     backend.lower(model, PHONE, options, tmp_path)
     reference = ReferenceSession(model, optimize=False)
