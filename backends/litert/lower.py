@@ -24,7 +24,7 @@ from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
 from optkit.bodies import BODIES, flatten
 from optkit.decompositions import RULES
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
-from optkit.graph import describe, walk
+from optkit.graph import describe
 from optkit.rewrite import Builder, Names, remove, remove_unused, substitute
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class LiteRt(Backend):
             if flatten(sized):
                 sized = fixed(sized, signature.sizes)
             _write_out(sized)
-            problems = [(describe(n), reason) for n in walk(sized) if (reason := _refused(n)) is not None]
+            problems = [(describe(n), reason) for n in sized.graph if (reason := _refused(n)) is not None]
             floats = list[str]()
             if not problems:
                 floats, problems = _emit(file, sized, signature.key)
@@ -224,7 +224,10 @@ def _refused(node: ir.Node) -> str | None:
         return None
     row = ROWS.get(node.op_type) if node.domain == "" else None
     if node.op_type in BODIES and node.domain == "":
-        return f"LiteRT gets {node.op_type} written out alone, and what it runs depends on data, or has too many steps"
+        open_ = "which branch it takes" if node.op_type == "If" else "how many steps it takes"
+        return (
+            f"LiteRT gets {node.op_type} written out alone; {open_} depends on data, or it has too many nodes"
+        )
     if row is None:
         why = " in this form" if node.op_type in RULES else "; it depends on data"
         return f"optkit has no translation of {node.op_type} into LiteRT{why}"

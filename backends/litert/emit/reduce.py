@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optkit.backends.litert.emit.base import MOVED, Context, emits, size
-from optkit.graph import constant, ints
+from optkit.graph import constant, ints, rank
 
 _CODES = {
     "ReduceMean": "MEAN",
@@ -18,9 +18,10 @@ _CODES = {
 
 
 def _axes(node: ir.Node) -> list[int] | None:
-    """Axes that are reduced, in order; None where they are not constant."""
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    n = len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
+    """Axes that are reduced, in order; None where they are not constant, or nobody knows how many there are."""
+    given, n = node.inputs[1] if len(node.inputs) > 1 else None, rank(node.inputs[0])
+    if n is None:
+        return None
     if given is not None:
         array = constant(given)
         if array is None:
@@ -34,7 +35,7 @@ def _axes(node: ir.Node) -> list[int] | None:
 
 
 def _refuse(node: ir.Node) -> str | None:
-    return "LiteRT: axes must be constant" if _axes(node) is None else None
+    return "LiteRT: axes must be constant, and the rank known" if _axes(node) is None else None
 
 
 @emits(*_CODES, refuse=_refuse)

@@ -320,6 +320,11 @@ LSTM = """(float[%s, 1, 1] x%s) => (float[] y) <float[1, 16, 1] w = {1, 1, 1, 1,
     ("body", "said"),
     [
         ("(float[3, 3] x) => (float y) { [name] y = Det(x) }", r"name \(Det\): optkit has no translation of Det"),
+        (
+            """(float[3] x, bool c) => (float[3] y) { [name] y = If(c) <then_branch = t () => (float[3] a) { a = Neg(x) },
+            else_branch = e () => (float[3] b) { b = Abs(x) }> }""",
+            r"name \(If\): LiteRT gets If written out alone; which branch it takes depends on data",
+        ),
         ("(double[3, 4] x) => (double[3, 4] y) { [name] y = Neg(x) }", r"name \(Neg\): 'x' is of type double"),
         ("(float[1, 2, 4, 4, 4] x) => (float[] y) { [name] y = MaxPool<kernel_shape = [2, 2, 2]>(x) }", "one or two axes"),
         ("(int64[4] x) => (int64[4] y) <int64 two = {2}> { [name] y = Mod<fmod = 1>(x, two) }", "the sign of the divisor alone"),
