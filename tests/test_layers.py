@@ -17,7 +17,7 @@ LAYERS = {
     2: [
         "graph", "origin", "ops", "formats", "microscaling", "qdq", "placement", "rewrite", "targets", "data", "npz", "store", "reference", "dims",
         "propagation", "inference", "saturation", "unsigned", "arithmetic", "closeness", "golden", "masks", "deciding", "words",
-        "multiplies", "protobuf", "decompositions", "bodies",
+        "multiplies", "protobuf", "decompositions", "control_flow",
     ],
     3: ["kernels", "training_sharded"],
     4: ["passes", "backends"],

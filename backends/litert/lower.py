@@ -21,7 +21,7 @@ from optkit.backends.litert.profile import operators, weights
 from optkit.backends.litert.session import INTERFACE, MODEL, LiteRtSession
 from optkit.backends.litert.trial import survives
 from optkit.backends.sizes import Count, fixed, inputs, signatures, spelling
-from optkit.bodies import BODIES, flatten
+from optkit.control_flow import BODIES, flatten
 from optkit.decompositions import RULES
 from optkit.errors import ModelError, OptkitError, UnsupportedOpError
 from optkit.graph import describe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optkit.bodies import flatten
+from optkit.control_flow import flatten
 from optkit.graph import text, verify, walk
 from optkit.testing import parse, random_feeds, same_numbers
 
