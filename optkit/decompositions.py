@@ -546,6 +546,32 @@ def _convolution_of_volumes(op: Builder, node: ir.Node) -> ir.Value | None:
     return op.Transpose(volumes, perm=[0, 2, 1, 3, 4])
 
 
+def _pool_of_volumes(op: Builder, node: ir.Node) -> ir.Value | None:
+    """Over rows and columns first, then over depth: the largest of the largest, and the mean of means, as elements of windows multiply too."""
+    kernel = list(node.attributes["kernel_shape"].as_ints())
+    shape, pads = shape_of(node.inputs[0]), _pads(node, kernel)
+    if len(kernel) != 3 or pads is None or shape is None or not all(isinstance(n, int) for n in shape[1:]):
+        return None
+    channels, depth, *area = (int(n) for n in shape[1:])  # type: ignore[arg-type]
+    strides, dilations = ints(node, "strides", [1] * 3), ints(node, "dilations", [1] * 3)
+    kept = {k: v for k, v in node.attributes.items() if k in ("ceil_mode", "count_include_pad")}
+
+    def pool(x: ir.Value, axes: list[int]) -> tuple[ir.Value, list[int]]:
+        """Over two axes; one along which nothing is pooled is given as -1."""
+        chosen = {"kernel_shape": (kernel, 1), "strides": (strides, 1), "dilations": (dilations, 1)}
+        told = {k: [v[a] if a >= 0 else one for a in axes] for k, (v, one) in chosen.items()}
+        told["pads"] = [pads[a + end] if a >= 0 else 0 for end in (0, 3) for a in axes]
+        found = op.node(node.op_type, [x], {**kept, **told})[0]
+        sizes = shape_of(found)
+        assert sizes is not None
+        return found, [int(n) for n in sizes[2:]]  # type: ignore[arg-type]
+
+    planes, area = pool(op.Reshape(node.inputs[0], np.array([-1, channels * depth, *area])), [1, 2])
+    columns = op.Reshape(planes, np.array([-1, channels, depth, math.prod(area)]))
+    volumes, (depth, _) = pool(columns, [0, -1])
+    return op.Reshape(volumes, np.array([-1, channels, depth, *area]))
+
+
 def _place(op: Builder, along: ir.Value, size: int, edge: str, *, align: bool) -> ir.Value:
     """From between -1 and 1 to the middle of the first and of the last of ``size`` pixels, or with ``align`` off to their outer ends."""
     span = size - 1 if align else size
@@ -573,6 +599,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ArgMax": (_last_of_several,),
     "ArgMin": (_last_of_several,),
     "Asinh": (_asinh,),
+    "AveragePool": (_pool_of_volumes,),
     "Atanh": (_atanh,),
     "Conv": (_convolution_of_volumes,),
     "Einsum": (_einsum_in_pairs, _einsum_as_products),
@@ -584,6 +611,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "LpNormalization": (_lp_normalization,),
     "LpPool": (_lp_pool,),
     "MatMul": (_product_of_vectors,),
+    "MaxPool": (_pool_of_volumes,),
     "Mean": (_mean,),
     "QLinearConv": (_quantized_convolution,),
     "QLinearMatMul": (_quantized_product,),

@@ -202,6 +202,21 @@ RULES: dict[str, tuple[str, str]] = {
         c = Cast<to = 1>(i) f = Mul(s, ws) y = Mul(c, f) }""",
         "coreml litert",
     ),
+    "MaxPool of volumes": (
+        """(float[2, 3, 6, 7, 8] x) => (float[2, 3, 3, 3, 8] y) {
+        y = MaxPool<kernel_shape = [2, 3, 2], strides = [2, 2, 1], pads = [0, 0, 1, 0, 0, 0]>(x) }""",
+        "litert",
+    ),
+    "AveragePool of volumes": (
+        """(float[2, 3, 6, 7, 8] x) => (float[] y) {
+        y = AveragePool<kernel_shape = [3, 3, 2], strides = [2, 2, 1], pads = [1, 0, 1, 1, 2, 0]>(x) }""",
+        "litert",
+    ),
+    "AveragePool of volumes with what pads add, rounded up": (
+        """(float[2, 3, 6, 7, 8] x) => (float[] y) {
+        y = AveragePool<kernel_shape = [3, 3, 2], strides = [2, 2, 3], pads = [1, 0, 1, 1, 0, 1], count_include_pad = 1, ceil_mode = 1>(x) }""",
+        "litert",
+    ),
     "Conv of volumes": (
         """(float[2, 2, 5, 6, 7] x) => (float[2, 4, 3, 4, 3] y) <float[4] b = {0.1, -0.2, 0.3, 0.4},
         float[4, 1, 2, 3, 3] w = {"""
