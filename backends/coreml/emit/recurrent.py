@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, cast, emits, like, name_of, refused
+from optkit.backends.coreml.emit.base import Context, cast, emits, like, name_of, refused, unchecked
 from optkit.backends.coreml.emit.quant import rows, stored_constant
 from optkit.backends.coreml.quiet import mb
 from optkit.graph import attribute, constant
 
-# Steps that are written out one after the other; more make programs that take minutes to compile.
+# Steps that are written out one after the other; more make programs that take minutes to compile, and run in a loop.
 _STEPS = 1024
 _DEFAULTS = {
     "LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"],
@@ -130,18 +131,19 @@ def _lstm(c: Context, node: ir.Node) -> Any:
 
 
 @emits("GRU", "RNN", refuse=_refuse)
-def _written_out(c: Context, node: ir.Node) -> Any:
-    """Step after step: Core ML's ``gru`` does not say where the bias of the new state is added, ONNX has both ways."""
+def _cells(c: Context, node: ir.Node) -> Any:
+    """Step after step: Core ML's ``gru`` does not say where the bias of the new state is added, ONNX has both ways.
+
+    Steps are written out where their number is known, and else run in a loop that writes into a sequence of zeros.
+    """
     x, units = c.input(node, 0), node.attributes.get_int("hidden_size", 1)
-    length = x.shape[0]
-    if not isinstance(length, int | np.integer) or int(length) > _STEPS:
-        raise refused(node, f"Core ML needs the number of steps when it is compiled, at most {_STEPS}")
     _lengths(c, node, x)
     w, r, bias = _weights(c, node)
     names = _activations(node)
     each = len(names) // _directions(node)
     states = _initial(c, node, 5, x, units)
     ways = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}
+    known = isinstance(x.shape[0], int | np.integer) and int(x.shape[0]) <= _STEPS
     sequences, last = [], []
     for d, backwards in enumerate(ways[node.attributes.get_string("direction", "forward")]):
         functions = [getattr(mb, _ACTIVATIONS[a]) for a in names[d * each : (d + 1) * each]]
@@ -150,46 +152,71 @@ def _written_out(c: Context, node: ir.Node) -> Any:
             axes=[0],
         )
         cell = _gru if node.op_type == "GRU" else _rnn
-        steps = cell(node, x, h, w[d], r[d], bias[d], functions, backwards, int(length))
-        last.append(mb.expand_dims(x=steps[0 if backwards else -1], axes=[0]))
-        sequences.append(mb.stack(values=steps, axis=0))
+        outside, step = cell(node, r[d], bias[d], functions, type(like(x, 0)))
+        # The part of the gates that does not depend on the state, ``[steps, batch, G H]``.
+        kind = type(like(x, 0))
+        gates = mb.linear(
+            x=x,
+            weight=np.ascontiguousarray(w[d].astype(kind)),
+            bias=np.ascontiguousarray(outside.astype(kind)),
+        )
+        run = _written_out if known else _in_a_loop
+        sequence, end = run(c, gates, h, step, backwards)
+        sequences.append(sequence)
+        last.append(mb.expand_dims(x=end, axes=[0]))
     y = mb.stack(values=sequences, axis=1)
     h = last[0] if len(last) == 1 else mb.concat(values=last, axis=0)
     return [y, h][: len(node.outputs)]
 
 
-def _projected(x: Any, w: np.ndarray, bias: np.ndarray, length: int) -> list[Any]:
-    """The part of the gates that does not depend on the state, for each step ``[batch, G H]``."""
-    kind = type(like(x, 0))
-    gates = mb.linear(
-        x=x, weight=np.ascontiguousarray(w.astype(kind)), bias=np.ascontiguousarray(bias.astype(kind))
-    )
+# The next state, from the gates of a step ``[batch, G H]`` and the state ``[batch, H]``.
+_Step = Callable[[Any, Any], Any]
+
+
+def _written_out(c: Context, gates: Any, h: Any, step: _Step, backwards: bool) -> tuple[Any, Any]:
+    length = int(gates.shape[0])
     parts = mb.split(x=gates, split_sizes=[1] * length, axis=0) if length > 1 else [gates]
-    return [mb.squeeze(x=p, axes=[0]) for p in parts]
+    states = [None] * length
+    for t in range(length)[:: -1 if backwards else 1]:
+        h = states[t] = step(mb.squeeze(x=parts[t], axes=[0]), h)
+    return mb.stack(values=states, axis=0), h
 
 
-def _order(length: int, backwards: bool) -> list[int]:
-    return list(range(length))[:: -1 if backwards else 1]
+def _in_a_loop(c: Context, gates: Any, h: Any, step: _Step, backwards: bool) -> tuple[Any, Any]:
+    length, batch, units = c.sizes(gates)[0], c.sizes(gates)[1], int(h.shape[-1])
+    count = np.int32(length) if isinstance(length, int) else mb.squeeze(x=length, axes=[0])
+    sequence = mb.fill(shape=c.shape([length, batch, units]), value=like(gates, 0))
+    first = mb.sub(x=count, y=np.int32(1)) if backwards else mb.const(val=np.int32(0))
+
+    def goes_on(t: Any, *_: Any) -> Any:
+        return mb.greater_equal(x=t, y=np.int32(0)) if backwards else mb.less(x=t, y=count)
+
+    def once(t: Any, state: Any, found: Any) -> Any:
+        after = step(mb.gather(x=gates, indices=t, axis=0, **unchecked(c)), state)
+        place, row = mb.expand_dims(x=t, axes=[0]), mb.expand_dims(x=after, axes=[0])
+        found = mb.scatter(data=found, indices=place, updates=row, axis=0, mode="update", **unchecked(c))
+        return mb.add(x=t, y=np.int32(-1 if backwards else 1)), after, found
+
+    _, end, found = mb.while_loop(_cond=goes_on, _body=once, loop_vars=(first, mb.identity(x=h), sequence))
+    return found, end
 
 
 def _rnn(
-    node: ir.Node, x: Any, h: Any, w: np.ndarray, r: np.ndarray, bias: np.ndarray, functions: list[Any], backwards: bool,
-    length: int,
-) -> list[Any]:  # fmt: skip
-    inputs = _projected(x, w, bias.sum(0), length)
-    kind, steps = type(like(x, 0)), [None] * length
+    node: ir.Node, r: np.ndarray, bias: np.ndarray, functions: list[Any], kind: Any
+) -> tuple[np.ndarray, _Step]:
+    """The bias outside of a step, and the step."""
     recurrent = np.ascontiguousarray(r.astype(kind))
-    for t in _order(length, backwards):
-        h = functions[0](x=mb.add(x=inputs[t], y=mb.linear(x=h, weight=recurrent)))
-        steps[t] = h
-    return steps
+
+    def step(gates: Any, h: Any) -> Any:
+        return functions[0](x=mb.add(x=gates, y=mb.linear(x=h, weight=recurrent)))
+
+    return bias.sum(0), step
 
 
 def _gru(
-    node: ir.Node, x: Any, h: Any, w: np.ndarray, r: np.ndarray, bias: np.ndarray, functions: list[Any], backwards: bool,
-    length: int,
-) -> list[Any]:  # fmt: skip
-    """Gates z, r and h, as ONNX GRU defines them."""
+    node: ir.Node, r: np.ndarray, bias: np.ndarray, functions: list[Any], kind: Any
+) -> tuple[np.ndarray, _Step]:
+    """The same with gates z, r and h, as ONNX GRU defines them."""
     units = r.shape[-1]
     after = bool(node.attributes.get_int("linear_before_reset", 0))
     # The recurrent bias of the new state is scaled by the reset gate, or is added like the others.
@@ -197,14 +224,12 @@ def _gru(
     outside[: 2 * units] += bias[1, : 2 * units]
     if not after:
         outside[2 * units :] += bias[1, 2 * units :]
-    inputs = _projected(x, w, outside, length)
-    kind, steps = type(like(x, 0)), [None] * length
-    gates, new = (np.ascontiguousarray(p.astype(kind)) for p in (r[: 2 * units], r[2 * units :]))
+    recurrent, new = (np.ascontiguousarray(p.astype(kind)) for p in (r[: 2 * units], r[2 * units :]))
     inside = np.ascontiguousarray(bias[1, 2 * units :].astype(kind))
-    sizes = [2 * units, units]
-    for t in _order(length, backwards):
-        first, second = mb.split(x=inputs[t], split_sizes=sizes, axis=1)
-        both = functions[0](x=mb.add(x=first, y=mb.linear(x=h, weight=gates)))
+
+    def step(gates: Any, h: Any) -> Any:
+        first, second = mb.split(x=gates, split_sizes=[2 * units, units], axis=1)
+        both = functions[0](x=mb.add(x=first, y=mb.linear(x=h, weight=recurrent)))
         z, reset = mb.split(x=both, split_sizes=[units, units], axis=1)
         if after:
             own = mb.mul(x=reset, y=mb.linear(x=h, weight=new, bias=inside))
@@ -212,6 +237,6 @@ def _gru(
             own = mb.linear(x=mb.mul(x=reset, y=h), weight=new)
         candidate = functions[1](x=mb.add(x=second, y=own))
         # (1 - z) * candidate + z * h
-        h = mb.add(x=candidate, y=mb.mul(x=z, y=mb.sub(x=h, y=candidate)))
-        steps[t] = h
-    return steps
+        return mb.add(x=candidate, y=mb.mul(x=z, y=mb.sub(x=h, y=candidate)))
+
+    return outside, step

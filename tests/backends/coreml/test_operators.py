@@ -239,6 +239,16 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
             "q1": (1, 4, 4),
         },
     ),
+    "recurrent of free length": (
+        """(float[T, N, 3] x, float[2, N, 4] h0) => (float[] g, float[] i, float[] r, float[] b, float[] k) {
+        g, i = GRU<hidden_size = 4, linear_before_reset = 1>(x, w3, q3, v3)
+        r = RNN<hidden_size = 4, direction = "reverse", activations = ["Relu"]>(x, w1, q1)
+        b, k = GRU<hidden_size = 4, direction = "bidirectional">(x, w, q, v, , h0) }""",
+        {
+            "w3": (1, 12, 3), "q3": (1, 12, 4), "v3": (1, 24), "w1": (1, 4, 3), "q1": (1, 4, 4), "w": (2, 12, 3), "q": (2, 12, 4),
+            "v": (2, 24),
+        },
+    ),
     "recurrent both ways": (
         """(float[5, 2, 3] x, float[2, 2, 4] h0, float[2, 2, 4] c0) => (float[] y, float[] h, float[] c, float[] g, float[] r) {
         y, h, c = LSTM<hidden_size = 4, direction = "bidirectional">(x, w, q, v, , h0, c0)
