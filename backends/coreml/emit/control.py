@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optkit.backends.coreml.emit.base import Context, emits, refused, static, through_ints
+from optkit.backends.coreml.emit.base import Context, emits, like, refused, static, through_ints, unchecked
 from optkit.backends.coreml.quiet import mb, types
 from optkit.dims import shape_of
 from optkit.graph import constant, ints, rank, scalar, subgraphs
@@ -257,18 +258,9 @@ def _written_out(c: Context, node: ir.Node) -> Any:
     return [*carried, *(_stack(some, 0) for some in found)]
 
 
-def _refuse_scan(node: ir.Node) -> str | None:
-    shape = node.inputs[-1].shape if node.inputs[-1] is not None else None
-    axis = ints(node, "scan_input_axes", [0])[-1]
-    steps = shape[axis] if shape is not None else None
-    if isinstance(steps, int) and steps > _LONGEST:
-        return f"its {steps} steps: each is written out, and at most {_LONGEST} are"
-    return None
-
-
-@emits("Scan", refuse=_refuse_scan)
+@emits("Scan")
 def _scan(c: Context, node: ir.Node) -> Any:
-    """Written out step after step: Core ML has no tensors that grow in a loop, and all steps are known with the sizes."""
+    """Written out step after step where these are few, and else a loop: Core ML has no tensors that grow, but sizes tell how long they get."""
     body = node.attributes["body"].as_graph()
     count = node.attributes.get_int("num_scan_inputs", 1)
     carried, scanned = c.inputs(node)[:-count], c.inputs(node)[-count:]
@@ -278,10 +270,8 @@ def _scan(c: Context, node: ir.Node) -> Any:
     ends, turns = (ints(node, f"scan_output_{what}", zeros[:kept]) for what in ("axes", "directions"))
     assert axes is not None and ways is not None and ends is not None and turns is not None
     steps = scanned[0].shape[axes[0]]
-    if not isinstance(steps, int | np.integer):
-        raise refused(node, "how many steps it has is not fixed")
-    if steps > _LONGEST:
-        raise refused(node, f"its {steps} steps: each is written out, and at most {_LONGEST} are")
+    if not isinstance(steps, int | np.integer) or steps > _LONGEST:
+        return _scan_in_a_loop(c, node, body, list(carried), scanned, (axes, ways, ends, turns))
     found: list[list[Any]] = [[] for _ in range(kept)]
     for step in range(int(steps)):
         parts = [
@@ -297,6 +287,61 @@ def _scan(c: Context, node: ir.Node) -> Any:
         for some, axis, turn in zip(found, ends, turns, strict=True)
     ]
     return [*carried, *stacked]
+
+
+def _scan_in_a_loop(
+    c: Context, node: ir.Node, body: ir.Graph, carried: list[Any], scanned: Sequence[Any],
+    along: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+) -> Any:  # fmt: skip
+    """The first step, which tells the shapes of what the steps give, and a loop that writes that of the others into zeros."""
+    axes, ways, ends, turns = along
+    size = c.sizes(scanned[0])[axes[0]]
+    count = np.int32(size) if isinstance(size, int) else mb.squeeze(x=size, axes=[0])
+    final = mb.sub(x=count, y=np.int32(1))
+
+    def step(t: Any, states: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        back = mb.sub(x=final, y=t)
+        parts = [
+            _row(c, x, axis, back if way else t) for x, axis, way in zip(scanned, axes, ways, strict=True)
+        ]
+        results = c.call(body, (*states, *parts))
+        return results[: len(states)], results[len(states) :]
+
+    def written(t: Any, found: Sequence[Any], made: Sequence[Any]) -> list[Any]:
+        places = [mb.expand_dims(x=mb.sub(x=final, y=t) if turn else t, axes=[0]) for turn in turns]
+        return [
+            mb.scatter(data=f, indices=p, updates=mb.expand_dims(x=m, axes=[0]), axis=0, mode="update", **unchecked(c))
+            for f, p, m in zip(found, places, made, strict=True)
+        ]  # fmt: skip
+
+    begin = mb.const(val=np.int32(0))
+    states, made = step(begin, carried)
+    if odd := [v for v in (*states, *made) if v.dtype == types.bool]:
+        raise refused(
+            node, f"how many steps it has is not fixed, and {len(odd)} of what they give are booleans"
+        )
+    zeros = [mb.fill(shape=c.shape([size, *c.sizes(m)]), value=like(m, 0)) for m in made]
+    found = written(begin, zeros, made)
+
+    def goes_on(t: Any, *_: Any) -> Any:
+        return mb.less(x=t, y=count)
+
+    def once(t: Any, *values: Any) -> Any:
+        states, made = step(t, values[: len(carried)])
+        return mb.add(x=t, y=np.int32(1)), *states, *written(t, values[len(carried) :], made)
+
+    first = (mb.const(val=np.int32(1)), *(mb.identity(x=s) for s in states), *found)
+    _, *results = mb.while_loop(_cond=goes_on, _body=once, loop_vars=first)
+    sequences = [
+        mb.transpose(x=s, perm=[*range(1, end % s.rank + 1), 0, *range(end % s.rank + 1, s.rank)]) if end % s.rank else s
+        for s, end in zip(results[len(carried) :], ends, strict=True)
+    ]  # fmt: skip
+    return [*results[: len(carried)], *sequences]
+
+
+def _row(c: Context, x: Any, axis: int, place: Any) -> Any:
+    """What lies at a computed place of an axis, without the axis."""
+    return through_ints(x, lambda v: mb.gather(x=v, indices=place, axis=axis, **unchecked(c)))
 
 
 def _stack(values: list[Any], axis: int) -> Any:

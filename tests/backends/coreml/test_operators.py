@@ -249,6 +249,16 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
             "v": (2, 24),
         },
     ),
+    "scan of free length": (
+        """(float[2, N] s, float[3, T, N] x, float[T, 2, 1] w, int64[T] k) => (float[] e, float[] y, float[] z, int64[] n, float[] v) <int64 start = {0}, int64[1] zero = {0}> {
+        e, n, y, z, v = Scan<num_scan_inputs = 3, scan_input_axes = [1, 0, 0], scan_input_directions = [1, 0, 0],
+          scan_output_axes = [2, 0, 0], scan_output_directions = [0, 1, 1],
+          body = b (float[2, N] p, int64 m, float[3, N] q, float[2, 1] r, int64 j) =>
+            (float[2, N] pp, int64 mm, float[2, N] o, float[2, N] d, float l) {
+            a = Mul(p, r) t = ReduceSum<keepdims = 1>(q, zero) pp = Add(a, t) o = Tanh(pp) d = Neg(pp) mm = Add(m, j)
+            l = ReduceMax<keepdims = 0>(q) }>(s, start, x, w, k) }""",
+        {},
+    ),
     "recurrent both ways": (
         """(float[5, 2, 3] x, float[2, 2, 4] h0, float[2, 2, 4] c0) => (float[] y, float[] h, float[] c, float[] g, float[] r) {
         y, h, c = LSTM<hidden_size = 4, direction = "bidirectional">(x, w, q, v, , h0, c0)

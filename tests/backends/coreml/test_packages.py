@@ -1002,23 +1002,38 @@ def test_a_loop_whose_values_change_their_rank_while_it_runs_is_refused(tmp_path
         _lower(model, tmp_path)
 
 
+def _kinds(folder: Path) -> set[str]:
+    from optkit.backends.coreml.reference.program import Package
+
+    block = Package(folder / "model.mlpackage").functions["main"].block
+    return {operation.kind for operation in block.operations}
+
+
 SCAN = """g (float[4] x, float[%s, 4] u) => (float[4] y, float[%s, 4] z) {
     y, z = Scan<num_scan_inputs = 1, body = b (float[4] v, float[4] a) => (float[4] w, float[4] s) { w = Add(v, a) s = Neg(w) }>(x, u) }"""
 
 
-def test_a_scan_needs_to_know_how_many_steps_it_has(tmp_path):
-    with pytest.raises(ModelError, match="how many steps it has is not fixed"):
-        _lower(parse(HEAD + SCAN % ("T", "T")), tmp_path / "free")
+def test_a_scan_whose_steps_are_not_known_gives_no_booleans(tmp_path):
+    graph = """g (float[4] x, float[T, 4] u) => (float[4] y, bool[T, 4] z) {
+      y, z = Scan<num_scan_inputs = 1, body = b (float[4] v, float[4] a) => (float[4] w, bool[4] s) { w = Add(v, a) s = Less(w, v) }>(x, u) }"""
+    with pytest.raises(
+        ModelError, match="how many steps it has is not fixed, and 1 of what they give are booleans"
+    ):
+        _lower(parse(HEAD + graph), tmp_path / "free")
+
+
+def test_a_scan_is_written_out_where_its_steps_are_few(tmp_path):
     model = parse(HEAD + SCAN % ("T", "T"))
     with _lower(model, tmp_path / "fixed", shapes={"T": 3}) as session:
         feeds = {"x": np.ones(4, np.float32), "u": np.arange(12, dtype=np.float32).reshape(3, 4)}
         found = session.run(feeds)
     np.testing.assert_array_equal(found["y"], 1 + feeds["u"].sum(0))
     np.testing.assert_array_equal(found["z"], -1 - np.cumsum(feeds["u"], 0))
-    with pytest.raises(UnsupportedOpError, match="its 1025 steps"):
-        legalize(parse(HEAD + SCAN % ("1025", "1025")), BACKENDS.get("coreml")(), PHONE, name="model")
-    with pytest.raises(ModelError, match="its 1025 steps"):
-        _lower(model, tmp_path / "long", shapes={"T": 1025})
+    assert "while_loop" not in _kinds(tmp_path / "fixed")
+    with _lower(model, tmp_path / "long", shapes={"T": 1025}) as session:
+        feeds = {"x": np.ones(4, np.float32), "u": np.ones((1025, 4), np.float32)}
+        np.testing.assert_array_equal(session.run(feeds)["z"], -1 - np.cumsum(feeds["u"], 0))
+    assert "while_loop" in _kinds(tmp_path / "long")
 
 
 def test_compile_ends_in_a_report_that_claims_no_run_on_apple_hardware(tmp_path, capsys):
