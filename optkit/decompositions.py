@@ -556,19 +556,21 @@ def _pool_of_volumes(op: Builder, node: ir.Node) -> ir.Value | None:
     strides, dilations = ints(node, "strides", [1] * 3), ints(node, "dilations", [1] * 3)
     kept = {k: v for k, v in node.attributes.items() if k in ("ceil_mode", "count_include_pad")}
 
-    def pool(x: ir.Value, axes: list[int]) -> tuple[ir.Value, list[int]]:
-        """Over two axes; one along which nothing is pooled is given as -1."""
+    def pool(x: ir.Value, axes: list[int], sizes: list[int]) -> tuple[ir.Value, list[int]]:
+        """Over two axes of these sizes; one along which nothing is pooled is given as -1."""
+        if all(a < 0 or (kernel[a], strides[a], pads[a], pads[a + 3]) == (1, 1, 0, 0) for a in axes):
+            return x, sizes
         chosen = {"kernel_shape": (kernel, 1), "strides": (strides, 1), "dilations": (dilations, 1)}
         told = {k: [v[a] if a >= 0 else one for a in axes] for k, (v, one) in chosen.items()}
         told["pads"] = [pads[a + end] if a >= 0 else 0 for end in (0, 3) for a in axes]
         found = op.node(node.op_type, [x], {**kept, **told})[0]
-        sizes = shape_of(found)
-        assert sizes is not None
-        return found, [int(n) for n in sizes[2:]]  # type: ignore[arg-type]
+        made = shape_of(found)
+        assert made is not None
+        return found, [int(n) for n in made[2:]]  # type: ignore[arg-type]
 
-    planes, area = pool(op.Reshape(node.inputs[0], np.array([-1, channels * depth, *area])), [1, 2])
+    planes, area = pool(op.Reshape(node.inputs[0], np.array([-1, channels * depth, *area])), [1, 2], area)
     columns = op.Reshape(planes, np.array([-1, channels, depth, math.prod(area)]))
-    volumes, (depth, _) = pool(columns, [0, -1])
+    volumes, (depth, _) = pool(columns, [0, -1], [depth, math.prod(area)])
     return op.Reshape(volumes, np.array([-1, channels, depth, *area]))
 
 

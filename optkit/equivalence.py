@@ -24,6 +24,7 @@ import onnx_ir as ir
 from optkit.data import draw, specs, trial_sizes
 from optkit.errors import ModelError, OptkitError
 from optkit.graph import RANDOM, walk, weight_bytes
+from optkit.inference import windows_fit
 from optkit.store import detached, save
 
 logger = logging.getLogger(__name__)
@@ -185,15 +186,21 @@ def _first_line(error: Exception) -> str:
 
 
 def _first_run(session: Any, model: ir.Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The first random inputs that the model runs on, and its outputs."""
-    failure = RuntimeError("")
+    """The first random inputs that the model runs on, and its outputs; rather some that no window is larger than."""
+    failure, small = RuntimeError(""), None
     for sizes in trial_sizes(specs(model)[0]):
         feeds = draw(model, np.random.default_rng(0), sizes)
         try:
-            return feeds, _run(session, feeds)
+            found = feeds, _run(session, feeds)
         except RuntimeError as error:
             failure = error
-    raise failure
+            continue
+        if windows_fit(model, {name: x.shape for name, x in feeds.items()}):
+            return found
+        small = small or found
+    if small is None:
+        raise failure
+    return small
 
 
 def _judge(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, Any]:

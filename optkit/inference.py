@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from optkit.dims import INFERRED, Dim, is_name, shape_of
-from optkit.graph import OPSET, constant, graphs, subgraphs
+from optkit.graph import OPSET, constant, graphs, ints, subgraphs, walk
 from optkit.microscaling import is_call
 from optkit.propagation import Known, evaluate, shape
 
@@ -77,6 +77,34 @@ def at_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ir.Mode
     if partial:
         _Walk().graph(fixed.graph)
     return fixed
+
+
+_POOLS = frozenset({"AveragePool", "MaxPool", "LpPool"})
+
+
+def windows_fit(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether every window of a pool lies within its padded input, for inputs of these shapes.
+
+    ONNX Runtime computes something where one does not, and something else in another version of the operator.
+    """
+    if not any(node.op_type in _POOLS and node.domain == "" for node in walk(model)):
+        return True
+    return all(
+        _fits(node) for node in walk(at_shapes(model, shapes)) if node.op_type in _POOLS and node.domain == ""
+    )
+
+
+def _fits(node: ir.Node) -> bool:
+    x, kernel = node.inputs[0], ints(node, "kernel_shape")
+    sizes = list(x.shape or ())[2:] if x is not None else []
+    if len(sizes) != len(kernel) or node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME"):
+        return True
+    n = len(kernel)
+    pads, dilations = ints(node, "pads", [0] * 2 * n), ints(node, "dilations", [1] * n)
+    return all(
+        not isinstance(size, int) or size + pads[i] + pads[i + n] >= dilations[i] * (kernel[i] - 1) + 1
+        for i, size in enumerate(sizes)
+    )
 
 
 def infer_node(node: ir.Node) -> None:

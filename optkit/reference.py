@@ -13,6 +13,7 @@ import onnxruntime as ort
 from optkit.data import CalibrationData, specs, trial_sizes
 from optkit.errors import DataError, ModelError
 from optkit.graph import walk, weight_bytes
+from optkit.inference import windows_fit
 from optkit.store import detached
 from optkit.targets import target
 from optkit.unsigned import signed, unsigned
@@ -263,6 +264,8 @@ def trial_batches(
 ) -> CalibrationData:
     """Batches drawn from the input specification, in the first sizes tried for the free axes that ``model`` runs with.
 
+    Such that some window is larger than what it slides over come last.
+
     Args:
         sizes: Of some of them, by symbol: these are not tried.
         run: Runs it, where a session is open already.
@@ -276,15 +279,20 @@ def trial_batches(
             return trial_batches(model, n, seed=seed, sizes=sizes, run=session.run)
         finally:
             session.close()
-    reason = ""
+    reason, small = "", None
     for trial in trial_sizes(specs(model)[0]):
         drawn = CalibrationData.random_batches(model, n, seed=seed, sizes={**trial, **(sizes or {})})
+        feeds = next(iter(drawn))
         try:
-            run(next(iter(drawn)))
+            run(feeds)
         except ModelError as error:
             reason = reason or str(error)
-        else:
+            continue
+        if windows_fit(model, {name: x.shape for name, x in feeds.items()}):
             return drawn
+        small = small or drawn
+    if small is not None:
+        return small
     raise DataError(
         f"the model runs with none of the inputs drawn from its input specification: {reason}",
         hint="give --calib with inputs that it takes",

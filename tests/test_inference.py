@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optkit.dims import divide, minus, plus, quotient, remainder, shape_of, times
 from optkit.graph import text
-from optkit.inference import at_shapes, infer, infer_node
+from optkit.inference import at_shapes, infer, infer_node, windows_fit
 from optkit.reference import ReferenceSession
 from optkit.testing import parse, random_feeds
 
@@ -298,3 +298,21 @@ def test_a_new_node_knows_a_size_that_is_what_the_others_leave_over():
     node = ir.node("Reshape", model.graph[0].inputs)
     infer_node(node)
     assert shape_of(node.outputs[0]) == ("N", 37, 6, 32)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "fits"),
+    [
+        ("kernel_shape = [8]", 8, True),
+        ("kernel_shape = [8]", 7, False),
+        ("kernel_shape = [8], pads = [1, 0]", 7, True),
+        ("kernel_shape = [4], dilations = [2]", 7, True),
+        ("kernel_shape = [4], dilations = [2]", 6, False),
+        ('kernel_shape = [8], auto_pad = "SAME_UPPER"', 3, True),
+    ],
+)
+def test_a_window_fits_where_it_is_no_larger_than_its_padded_input(attributes, size, fits):
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 2, T] x) => (float[] y) {{ y = AveragePool<{attributes}>(x) }}'
+    )
+    assert windows_fit(model, {"x": (1, 2, size)}) is fits

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from optkit.backends.onnxruntime.lower import OnnxRuntime, OnnxRuntimeOptions
 from optkit.backends.onnxruntime.spelling import spelled
 from optkit.graph import text
 from optkit.reference import ReferenceSession
 from optkit.targets import target
-from optkit.testing import parse
+from optkit.testing import parse, random_feeds, same_numbers
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -78,3 +79,36 @@ def test_pairs_of_int8_that_onnx_runtime_stops_at_are_unsigned_and_exact(tmp_pat
 def test_integers_that_are_given_away_keep_their_type():
     model = parse(PAIR % (", int8[1, 2, 3] q", ""), s=np.float32(0.5), z=np.int8(-3))
     assert model.graph.outputs[1].dtype == spelled(model).graph.outputs[1].dtype
+
+
+POOLS = {
+    "one axis": ("[N, 3, 11]", "kernel_shape = [3], strides = [2], pads = [1, 1]"),
+    "one axis that is free, with dilations": ("[2, 3, T]", "kernel_shape = [3], dilations = [2]"),
+    "one axis with what pads add": (
+        "[2, 3, 11]",
+        'kernel_shape = [4], strides = [3], auto_pad = "SAME_UPPER", count_include_pad = 1',
+    ),
+    "one axis, rounded up": ("[2, 3, 11]", "kernel_shape = [2], strides = [3], ceil_mode = 1"),
+    "three axes": ("[N, 3, 6, 7, 8]", "kernel_shape = [3, 2, 3], strides = [2, 1, 2], pads = [1, 0, 1, 0, 1, 1]"),
+    "three axes, of which one is pooled": ("[2, 1, 9, 3, 4]", "kernel_shape = [5, 1, 1]"),
+    "three axes, of which two are pooled": ("[2, 2, 3, 7, 6]", "kernel_shape = [1, 3, 2], dilations = [1, 2, 1]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_average_pools_over_one_or_three_axes_are_such_over_two(name):
+    shape, attributes = POOLS[name]
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 21]>\ng (float{shape} x) => (float[] y) {{ y = AveragePool<{attributes}>(x) }}'
+    )
+    after = spelled(model)
+    pools = [n for n in after.graph if n.op_type == "AveragePool"]
+    assert pools and all(len(n.attributes["kernel_shape"].as_ints()) == 2 for n in pools)
+    same_numbers(model, after, random_feeds(model, size=9))
+
+
+def test_an_average_pool_of_volumes_of_free_sizes_stays():
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21]>\ng (float[1, 3, D, 7, 8] x) => (float[] y) { y = AveragePool<kernel_shape = [2, 2, 2]>(x) }'
+    )
+    assert _ops(spelled(model)) == ["AveragePool"]
