@@ -90,7 +90,11 @@ POOLS = {
     ),
     "one axis, rounded up": ("[2, 3, 11]", "kernel_shape = [2], strides = [3], ceil_mode = 1"),
     "three axes": ("[N, 3, 6, 7, 8]", "kernel_shape = [3, 2, 3], strides = [2, 1, 2], pads = [1, 0, 1, 0, 1, 1]"),
-    "three axes, of which one is pooled": ("[2, 1, 9, 3, 4]", "kernel_shape = [5, 1, 1]"),
+    "three axes, of which the last is pooled": ("[2, 1, 9, 3, 4]", "kernel_shape = [1, 1, 3]"),
+    "three axes, of which the first is pooled, without pads": (
+        "[2, 1, 9, 3, 4]",
+        "kernel_shape = [5, 1, 1], pads = [2, 0, 0, 2, 0, 0]",
+    ),
     "three axes, of which two are pooled": ("[2, 2, 3, 7, 6]", "kernel_shape = [1, 3, 2], dilations = [1, 2, 1]"),
 }  # fmt: skip
 
@@ -105,6 +109,19 @@ def test_average_pools_over_one_or_three_axes_are_such_over_two(name):
     pools = [n for n in after.graph if n.op_type == "AveragePool"]
     assert pools and all(len(n.attributes["kernel_shape"].as_ints()) == 2 for n in pools)
     same_numbers(model, after, random_feeds(model, size=9))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    ["kernel_shape = [5, 1, 1]", "kernel_shape = [3, 1, 1], strides = [2, 1, 1], dilations = [2, 1, 1], pads = [1, 0, 0, 2, 0, 0], count_include_pad = 1"],
+)  # fmt: skip
+def test_an_average_pool_along_the_first_of_three_axes_is_a_convolution(attributes):
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 2, 9, 3, 4] x) => (float[] y) {{ y = AveragePool<{attributes}>(x) }}'
+    )
+    after = spelled(model)
+    assert _ops(after) == ["Reshape", "Conv", "Reshape"]
+    same_numbers(model, after, random_feeds(model))
 
 
 def test_an_average_pool_of_volumes_of_free_sizes_stays():
