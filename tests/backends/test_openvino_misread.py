@@ -361,14 +361,6 @@ def test_boxes_that_overlap_as_much_as_is_allowed_stay(form, tmp_path):
     assert np.array_equal(found, ReferenceSession(model, optimize=False).run(feeds)["y"])
 
 
-@pytest.mark.needs("ai_edge_litert")
-def test_a_bias_of_one_is_not_written_out_by_itself():
-    model = _node("float[1, 7, 3, 3] x", "LRN<size = 3>(x)")
-    with pytest.raises(UnsupportedOpError) as refused:
-        legalize(model, BACKENDS["litert"](), target("android-cpu"), name="net.onnx")
-    assert "written out" not in str(refused.value)
-
-
 @pytest.mark.needs("openvino")
 @pytest.mark.parametrize("far", [2**31, -(2**31) - 1])
 def test_inputs_beyond_32_bits_are_refused_as_they_come(far, tmp_path):
