@@ -23,7 +23,7 @@ from optkit.evaluate import Budget, Comparison, Evaluator, admitted, compare, fi
 from optkit.freshness import Trial, check, trials
 from optkit.frontend import Loaded
 from optkit.graph import walk, weight_bytes
-from optkit.legalize import legalize
+from optkit.legalize import has_doubles, legalize
 from optkit.passes.base import Context, Pass, Progress
 from optkit.pipeline import run_passes
 from optkit.planning import estimate
@@ -248,9 +248,13 @@ class Compilation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What loading did, and what could not be compared."""
-        random = "it draws random numbers, so its outputs were not compared with the reference's"
-        return (*self.loaded.notes, *([] if self.evaluator is not None or self.repeatable else [random]))
+        """What loading did, what is computed otherwise, and what could not be compared."""
+        found = list(self.loaded.notes)
+        if self.backend.doubles_in_floats and has_doubles(self.loaded.model):
+            found.append("what it computes in float64 is computed in float32")
+        if self.evaluator is None and not self.repeatable:
+            found.append("it draws random numbers, so its outputs were not compared with the reference's")
+        return tuple(found)
 
     def exact(self, recipe: Recipe) -> tuple[Pass, ...]:
         """The passes of ``recipe`` before the first that changes numbers."""

@@ -71,13 +71,13 @@ def _wanted(model: ir.Model, backend: Backend) -> Iterator[str]:
         o.dtype == ir.DataType.FLOAT16 for n in walk(model) for o in n.outputs
     ):
         yield "widen-halves"
-    if backend.doubles_in_floats and _has_doubles(model):
+    if backend.doubles_in_floats and has_doubles(model):
         yield "narrow-doubles"
     if backend.zero_points_apart and any(_has_zero_points(n) for n in walk(model)):
         yield "split-zero-points"
 
 
-def _has_doubles(model: ir.Model) -> bool:
+def has_doubles(model: ir.Model) -> bool:
     """Whether it computes in float64, and neither takes nor gives it: that would take the type itself."""
     ports = any(v.dtype == ir.DataType.DOUBLE for v in (*model.graph.inputs, *model.graph.outputs))
     return not ports and any(o.dtype == ir.DataType.DOUBLE for n in walk(model) for o in n.outputs)

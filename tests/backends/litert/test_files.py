@@ -310,6 +310,12 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path, feeds, said):
         session.run(feeds)
 
 
+def test_float64_between_inputs_and_outputs_is_said_to_be_computed_in_float32(tmp_path):
+    graph = "(float[1, 4] x) => (float[1, 4] y) { d = Cast<to = 11>(x) s = Sin(d) y = Cast<to = 1>(s) }"
+    _, report = optkit.compile(parse(HEAD + graph), target="android-cpu", out=tmp_path / "out")
+    assert "what it computes in float64 is computed in float32" in report.manifest.notes
+
+
 LSTM = """(float[%s, 1, 1] x%s) => (float[] y) <float[1, 16, 1] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
     float[1, 16, 4] r = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, int32[1] n = {3},
