@@ -129,3 +129,26 @@ def test_an_average_pool_of_volumes_of_free_sizes_stays():
         '<ir_version: 10, opset_import: ["" : 21]>\ng (float[1, 3, D, 7, 8] x) => (float[] y) { y = AveragePool<kernel_shape = [2, 2, 2]>(x) }'
     )
     assert _ops(spelled(model)) == ["AveragePool"]
+
+
+@pytest.mark.parametrize(
+    ("slopes", "operators"),
+    [
+        ([0.25, 1, 1e-3], ["Mul", "Max"]),
+        ([0.25, 0, 2], ["Relu", "Min", "Mul", "Add"]),
+        ([-0.5, 0.1, 3], ["Relu", "Min", "Mul", "Add"]),
+        ([0.1, np.inf, 0.2], ["PRelu"]),
+    ],
+)
+def test_prelu_is_made_of_faster_operators_to_the_bit(slopes, operators):
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21]>\ng (float[N, 3, 5, 4] x) => (float[N, 3, 5, 4] y) { y = PRelu(x, s) }',
+        s=np.array(slopes, np.float32).reshape(3, 1, 1),
+    )
+    after = spelled(model)
+    assert _ops(after) == operators
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    x[0, :, 0, 0], x[0, :, 1, 0], x[0, :, 2, 0] = 0, 3e38, -3e38
+    x[1, :, 0, 0], x[1, :, 1, 0] = np.inf, np.nan
+    found, expected = (ReferenceSession(m, optimize=False).run({"x": x})["y"] for m in (after, model))
+    np.testing.assert_array_equal(found, expected)
