@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from optkit.backends.resampling import matrix
 from optkit.decompositions import RULES
 from optkit.dims import shape_of
 from optkit.graph import constant, graphs, ints, walk
@@ -61,7 +62,8 @@ def spelled(model: ir.Model) -> ir.Model:
 
     ONNX Runtime has no kernel for Mish and computes ``x * tanh(softplus(x))`` with a Softplus that calls the C library
     for each element; its PRelu, which broadcasts slopes, takes 3 to 5 times as long as the operators that it is made of. Its AveragePool
-    takes up to 38 times as long over three axes from opset 19 on as before, twice over one, and as long over two: those are such ones.
+    takes up to 38 times as long over three axes from opset 19 on as before, twice over one, and as long over two: those are such ones. Its cubic
+    Resize takes over 100 ns for each element: of planes of known sizes it is a product with a matrix on either side.
 
     Where it stops at pairs of int8 (``optkit.reference.moves_signed``), the same numbers are on a grid of uint8, 128 further up. Where
     the order of a Cast and a Transpose ends the process (``optkit.reference.turned_operand``), it is the other, and products in half
@@ -69,8 +71,10 @@ def spelled(model: ir.Model) -> ir.Model:
     """
     signed = any(map(moves_signed, walk(model)))
     turned = any(turned_operand(node) is not None for node in walk(model))
-    pools = any(map(_is_slow_pool, walk(model)))
-    if not (signed or turned or pools or any(n.domain == "" and n.op_type in _RULES for n in walk(model))):
+    pools, cubic = any(map(_is_slow_pool, walk(model))), any(map(_is_cubic, walk(model)))
+    if not (
+        signed or turned or pools or cubic or any(n.domain == "" and n.op_type in _RULES for n in walk(model))
+    ):
         return model
     copy = model.clone()
     apply(list(_RULES.values()), copy)
@@ -80,7 +84,52 @@ def spelled(model: ir.Model) -> ir.Model:
         _cast_first(copy)
     if pools:
         _over_two_axes(copy)
+    if cubic:
+        _as_products(copy)
     return copy
+
+
+def _is_cubic(node: ir.Node) -> bool:
+    return (
+        node.op_type == "Resize" and node.domain == "" and node.attributes.get_string("mode", "") == "cubic"
+    )
+
+
+def _as_products(model: ir.Model) -> None:
+    names = Names(model)
+    for node in [n for n in walk(model) if _is_cubic(n)]:
+        if (sizes := _planes(node)) is not None:
+            op, x = Builder(node, names), node.inputs[0]
+            where = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+            rows, columns = (matrix(node, n, m, s, "cubic", where).astype(np.float32) for n, m, s in sizes)
+            substitute(node.outputs[0], op.MatMul(op.MatMul(rows, x), np.ascontiguousarray(columns.T)))
+            remove(node)
+
+
+# Multiplications for each element that comes out, above which products are no faster than the kernel's 16.
+_PRODUCTS = 1024
+
+
+def _planes(node: ir.Node) -> list[tuple[int, int, float | None]] | None:
+    """Size before, after and scale of the last two of four axes, where these alone are resized and products are worth it."""
+    before, after = shape_of(node.inputs[0]), shape_of(node.outputs[0])
+    scales, sizes = (constant(node.inputs[i]) if len(node.inputs) > i else None for i in (2, 3))
+    odd = node.attributes.get_int("antialias", 0) or "axes" in node.attributes
+    told = node.attributes.get_string("keep_aspect_ratio_policy", "stretch") != "stretch"
+    crop = node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    if odd or told or crop or before is None or after is None or len(before) != 4 or before[:2] != after[:2]:
+        return None
+    kind = node.inputs[0].dtype if node.inputs[0] is not None else None
+    known = scales is not None and scales.size == 4 and (scales[:2] == 1).all()
+    if kind != ir.DataType.FLOAT or not (known or (scales is None and sizes is not None)):
+        return None
+    (h, w), (to_h, to_w) = before[2:], after[2:]
+    if not (isinstance(h, int) and isinstance(w, int) and isinstance(to_h, int) and isinstance(to_w, int)):
+        return None
+    if h * w / to_w + w > _PRODUCTS:
+        return None
+    by = (None, None) if scales is None or not known else tuple(float(s) for s in scales[2:])
+    return [(h, to_h, by[0]), (w, to_w, by[1])]
 
 
 def _is_slow_pool(node: ir.Node) -> bool:

@@ -152,3 +152,32 @@ def test_prelu_is_made_of_faster_operators_to_the_bit(slopes, operators):
     x[1, :, 0, 0], x[1, :, 1, 0] = np.inf, np.nan
     found, expected = (ReferenceSession(m, optimize=False).run({"x": x})["y"] for m in (after, model))
     np.testing.assert_array_equal(found, expected)
+
+
+CUBIC = {
+    "by scales": ("s = {1, 1, 2, 1.5}", 'Resize<mode = "cubic">(x, , s)', True),
+    "by sizes, of other points": ("s = {1}, int64[4] n = {2, 3, 5, 14}", 'Resize<mode = "cubic", coordinate_transformation_mode = "align_corners">(x, , , n)', True),
+    "with another coefficient, and nothing from outside": ("s = {1, 1, 0.7, 2.3}", 'Resize<mode = "cubic", cubic_coeff_a = -0.5, exclude_outside = 1>(x, , s)', True),
+    "asymmetric": ("s = {1, 1, 1.7, 2}", 'Resize<mode = "cubic", coordinate_transformation_mode = "asymmetric">(x, , s)', True),
+    "linear": ("s = {1, 1, 2, 2}", 'Resize<mode = "linear">(x, , s)', False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUBIC)
+def test_cubic_resizes_of_planes_are_products(name):
+    scales, call, written = CUBIC[name]
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 21]>\ng (float[2, 3, 7, 8] x) => (float[] y) <float[{scales.split("}")[0].count(",") + 1}] {scales}> {{ y = {call} }}'
+    )
+    after = spelled(model)
+    assert ("Resize" not in _ops(after)) == written
+    feeds = random_feeds(model)
+    found, expected = (ReferenceSession(m, optimize=False).run(feeds)["y"] for m in (after, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cubic_resizes_of_large_planes_stay():
+    model = parse(
+        '<ir_version: 10, opset_import: ["" : 21]>\ng (float[1, 3, 2000, 2000] x) => (float[] y) <float[4] s = {1, 1, 2, 2}> { y = Resize<mode = "cubic">(x, , s) }'
+    )
+    assert spelled(model) is not model and _ops(spelled(model)) == ["Resize"]
