@@ -103,7 +103,11 @@ def _as_products(model: ir.Model) -> None:
             where = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
             rows, columns = (matrix(node, n, m, s, "cubic", where).astype(np.float32) for n, m, s in sizes)
             substitute(node.outputs[0], op.MatMul(op.MatMul(rows, x), np.ascontiguousarray(columns.T)))
+            given = [v for v in node.inputs[1:] if v is not None]
             remove(node)
+            for value in given:
+                if value.is_initializer() and not value.uses() and not value.is_graph_output():
+                    op.graph.initializers.pop(str(value.name), None)
 
 
 # Multiplications for each element that comes out, above which products are no faster than the kernel's 16.
